@@ -1,0 +1,55 @@
+# Two targets matter: `make check` (the main job) and `make test` (all tests). Both do their own set-up in .venv from
+# nothing but a python3 of 3.11 to 3.13, and skip it while pyproject.toml has not changed.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+# Test processes: one per core, at most 8 (each holds a copy of Torch). They share the cores, so each runs one thread.
+JOBS   ?= $(shell .venv/bin/python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 2)
+BIN    := .venv/bin
+# Torch in a pip call of its own, before the rest: on a machine without a GPU this takes the small build.
+TORCH  := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help check test lint types format bench golden clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+check: .venv/ready-to-check  ## the main job: every embedded checkpoint, Transformers against the reference
+	$(BIN)/refllm check
+
+test: .venv/ready-to-test  ## all tests
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+lint: .venv/ready-to-test  ## ruff: rules and layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready-to-test  ## mypy over refllm, kernels and golden
+	$(BIN)/python tests/check_types.py
+
+format: .venv/ready-to-test  ## let ruff lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/ready-to-check  ## speed and memory on this CPU, against Transformers
+	$(BIN)/refllm bench cpu
+
+golden: .venv/ready-to-check  ## make the embedded checkpoints again
+	$(BIN)/python -m refllm.golden.make_checkpoints
+
+clean:  ## remove everything that make made
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/ready-to-check: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "refllm needs python3 of version 3.11, 3.12 or 3.13 with the venv module" >&2; exit 2; }
+	@echo "setting up .venv (once; takes a minute or a few)"
+	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet $(TORCH)
+	@$(BIN)/python -m pip install --quiet --editable '.[witness]'
+	@touch $@
+
+.venv/ready-to-test: .venv/ready-to-check
+	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@

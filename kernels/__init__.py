@@ -1,0 +1,1 @@
+"""The fast path (Torch and Triton), imported as `refllm.kernels`."""

@@ -1,0 +1,1 @@
+"""Measuring another implementation against the reference, value by value."""

@@ -1,0 +1,28 @@
+"""Settings of the whole test run. Read before any test module, and so before NumPy and Torch start their threads."""
+
+import os
+
+# The tests run in several processes, one per core: more threads in each would only take turns. Subprocesses inherit
+# this. Set and not defaulted, because Torch's sums depend on the number of threads.
+for variable in (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+):
+    os.environ[variable] = "1"
+# No test may reach for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# "ci" draws the same examples on every run, so that a red run means a change; "long" looks for new ones.
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", settings.get_profile("default"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -1,0 +1,142 @@
+"""The rules of the house: layout, types, imports, and that what the files say of each other is true."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import check_types
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "transformers", "triton", "hypothesis", "tokenizers", "typer", "rich", "jinja2")
+CODE = sorted(path for folder in ("refllm", "kernels", "golden", "tests") for path in (ROOT / folder).rglob("*.py"))
+PROSE = [*sorted(ROOT.glob("*.md")), ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_ruff_finds_nothing() -> None:
+    result = run("-m", "ruff", "check", "--no-cache", ".")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_files_are_laid_out_by_ruff_format() -> None:
+    result = run("-m", "ruff", "format", "--no-cache", "--check", ".")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_types_hold_in_refllm_kernels_and_golden(tmp_path: Path) -> None:
+    result = check_types.check(tmp_path / "types")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_type_check_sees_kernels_and_golden_under_their_import_names(tmp_path: Path) -> None:
+    check_types.lay_out(tmp_path)
+    for folder in ("kernels", "golden"):
+        assert (tmp_path / "refllm" / folder / "__init__.py").resolve() == ROOT / folder / "__init__.py"
+
+
+def test_setuptools_lists_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join([*prefix, *init.parent.relative_to(ROOT / folder).parts])
+        for folder, prefix in (
+            ("refllm", ["refllm"]),
+            ("kernels", ["refllm", "kernels"]),
+            ("golden", ["refllm", "golden"]),
+        )
+        for init in (ROOT / folder).rglob("__init__.py")
+    }
+    assert set(listed) == found
+
+
+def test_import_refllm_loads_nothing_heavy() -> None:
+    program = "import refllm, sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    result = run("-c", program)
+    assert result.returncode == 0, result.stderr
+    assert not set(json.loads(result.stdout)) & set(HEAVY)
+
+
+def test_import_refllm_is_fast() -> None:
+    """Best of five, less the interpreter's own start. The aim is 0.25 s; the bound leaves room for a busy machine."""
+
+    def best(program: str) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            assert run("-c", program).returncode == 0
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    seconds = best("import refllm") - best("pass")
+    assert seconds < 0.75, f"import refllm takes {seconds:.2f} s"
+
+
+def test_no_module_imports_torch_or_transformers_at_its_top() -> None:
+    """Only inside functions: a command that needs neither must not wait for them. (kernels/ is Torch code.)"""
+    for path in CODE:
+        if path.is_relative_to(ROOT / "refllm"):
+            for node in ast.parse(path.read_text()).body:
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not {n.split(".")[0] for n in names} & {"torch", "transformers", "triton"}, path
+
+
+def test_torch_runs_one_thread_in_tests() -> None:
+    torch = pytest.importorskip("torch")
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("path", [*CODE, *PROSE], ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_documents_exist_and_no_path_of_one_machine(path: Path) -> None:
+    """A reader who has only this repository can follow every reference."""
+    text = path.read_text()
+    for name in re.findall(r"[\w./-]*\w\.md\b", text):
+        assert (ROOT / name).exists() or (path.parent / name).exists(), f"{path.name} names {name}, which is not here"
+    # An absolute path outside a URL.
+    found = re.findall(r"(?<![\w.:/}])/(?:" + "home|root|work|mnt|Users" + r")/\S*", text)
+    assert not found, f"{path.name} names {found}"
+    unfinished = re.findall(r"\b(?:TO" + "DO|FIX" + r"ME|XX" + r"X)\b", text)
+    assert not unfinished, f"{path.name} holds {unfinished}"
+
+
+def test_makefile_installs_the_torch_that_pyproject_pins() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = next(requirement for requirement in extras["witness"] if requirement.startswith("torch"))
+    assert re.search(rf"^TORCH\s*:= {re.escape(pinned)}$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_readme_names_only_targets_and_commands_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)\b", readme)) <= targets
+    commands = set(re.findall(r"^    refllm ([a-z-]+)", readme, re.MULTILINE))
+    help_text = run("-m", "refllm.cli", "--help").stdout
+    assert commands, "the README shows no command"
+    for command in commands:
+        assert re.search(rf"\b{command}\b", help_text), command
+
+
+def test_public_names_have_docstrings() -> None:
+    missing = []
+    for path in CODE:
+        if not path.is_relative_to(ROOT / "tests"):
+            tree = ast.parse(path.read_text())
+            named = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"]
+            named = [n for n in named if isinstance(n, ast.FunctionDef) or not n.bases]  # the base class explains
+            bare = [n.name for n in named if not ast.get_docstring(n)] + ([] if ast.get_docstring(tree) else ["module"])
+            missing += [f"{path.relative_to(ROOT)}: {name}" for name in bare]
+    assert not missing, "\n".join(missing)
+
+
+def test_licence_is_the_full_text_of_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
