@@ -1,0 +1,91 @@
+"""The operators as a model page sees them: `refllm.ops` with the arithmetic filled in, and `tap` to name values.
+
+A page calls `op.rms_norm(x, weight, eps)` and does not know whether that is exact, emulates bfloat16, or is being
+recorded.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from refllm import ops
+from refllm.parallel import for_each
+from refllm.precision import EXACT, Arithmetic
+
+_BOUND = [name for name in ops.__all__ if callable(getattr(ops, name))]
+_ROW_BY_ROW = ("add", "glu", "activation", "rms_norm", "layer_norm")
+_NUMBERS_PER_PIECE = 1 << 16  # pieces of 256 KiB of float32: they stay in cache between the passes of one operator
+
+
+class Recorder(Protocol):
+    """Who wants named values of a forward pass. Names are module paths such as "model.layers.3.mlp.up_proj"."""
+
+    def wants(self, name: str) -> bool:
+        """Whether `record` should be called for this name; an unwanted value may never be computed as such."""
+        ...
+
+    def record(self, name: str, value: np.ndarray) -> None:
+        """Called once per name, in the order of computation. The array must not be modified; copy it to keep it."""
+        ...
+
+
+class Operators:
+    """Every function of `refllm.ops`, bound to one `Arithmetic`, and `tap`.
+
+    scope: what `tap` puts before a name, such as "model.layers.3.".
+    """
+
+    def __init__(self, ar: Arithmetic = EXACT, recorder: Recorder | None = None, scope: str = "") -> None:
+        self.ar = ar
+        self.recorder = recorder
+        self.scope = scope
+        self._bound: dict[str, Callable[..., Any]] = {name: partial(getattr(ops, name), ar=ar) for name in _BOUND}
+        self._bound["attention"] = self._attention
+        if (
+            not ar.emulates_torch
+        ):  # a torch kernel treats the end of an array unlike its middle; pieces would move the end
+            for name in _ROW_BY_ROW:
+                self._bound[name] = partial(_in_pieces, self._bound[name])
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        try:
+            return self.__dict__["_bound"][name]
+        except KeyError:
+            raise AttributeError(f"refllm.ops has no operator {name!r}") from None
+
+    def within(self, scope: str) -> "Operators":
+        """The same operators, whose taps are named `scope` + "." + name."""
+        return Operators(self.ar, self.recorder, f"{scope}.")
+
+    def tap(self, name: str, value: np.ndarray) -> np.ndarray:
+        """`value`, shown to the recorder under its name."""
+        if self.recorder is not None and self.recorder.wants(self.scope + name):
+            self.recorder.record(self.scope + name, value)
+        return value
+
+    def _attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, **masking: Any) -> np.ndarray:
+        """`ops.attention`; scores and weights are kept as whole arrays only for a recorder who wants them."""
+        names = ("self_attn.scores", "self_attn.probs")
+        wanted = self.recorder is not None and any(self.recorder.wants(self.scope + name) for name in names)
+        tap = (lambda name, value: self.tap(f"self_attn.{name}", value)) if wanted else None
+        return ops.attention(q, k, v, tap=tap, ar=self.ar, **masking)
+
+
+def _in_pieces(function: Callable[..., np.ndarray], x: np.ndarray, *others: Any) -> np.ndarray:
+    """function(x, *others) of operators that treat every row [.., E] alone, over pieces of rows, on several threads.
+
+    x: [B, S, E]. Those of `others` that have its number of rows are cut along; weights and numbers are not.
+    """
+    if x.ndim != 3 or x.size < 2 * _NUMBERS_PER_PIECE:
+        return function(x, *others)
+    B, S, E = x.shape
+    out = np.empty((B, S, E), x.dtype)
+    step = max(1, _NUMBERS_PER_PIECE // E)
+
+    def piece(at: tuple[int, slice]) -> None:
+        out[at] = function(x[at], *(o[at] if isinstance(o, np.ndarray) and o.ndim == 3 else o for o in others))
+
+    for_each(piece, [(b, slice(s, s + step)) for b in range(B) for s in range(0, S, step)])
+    return out
