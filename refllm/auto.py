@@ -1,0 +1,95 @@
+"""Finding the class of a checkpoint: `load`, and the Auto classes of Transformers."""
+
+import os
+import sys
+from typing import Any
+
+from refllm import families
+from refllm.config import AutoConfig, ModelConfig
+from refllm.errors import InputError
+from refllm.model import Model
+from refllm.models.heads import HEADS
+from refllm.precision import Policy
+
+BACKENDS = ("numpy",)
+
+
+def load(
+    path: str | os.PathLike[str],
+    head: str | None = None,
+    dtype: str = "float32",
+    backend: str = "numpy",
+    device: str | None = None,
+    policy: str | Policy | None = None,
+    low_memory: bool = False,
+) -> Model:
+    """The model in a checkpoint folder. A progress bar is shown on a terminal.
+
+    head: "base", "causal_lm", "sequence_classification", "token_classification" or "question_answering"; None takes the
+    first of `architectures` in config.json. dtype, policy: see `refllm.precision.arithmetic`. low_memory: convert
+    weights from the memory-mapped file layer by layer. backend, device: NumPy on the CPU is what there is.
+    Raises ConfigError, CheckpointError or InputError, each with one sentence.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend={backend!r} is not known; use one of {', '.join(BACKENDS)}")
+    if device not in (None, "cpu"):
+        raise InputError(f"device={device!r}: the NumPy backend runs on the CPU; leave device out")
+    cls = model_class(AutoConfig.from_pretrained(path), head)
+    from refllm.progress import loading_bar
+
+    with loading_bar(sys.stderr) as progress:
+        return cls.from_pretrained(path, dtype=dtype, policy=policy, low_memory=low_memory, progress=progress)
+
+
+def model_class(config: ModelConfig, head: str | None = None) -> type[Model]:
+    """The class for a config. head None: what `architectures` names, or the causal LM if it names nothing."""
+    if head is not None and head not in HEADS:
+        raise InputError(f"head={head!r} is not known; use one of {', '.join(HEADS)}")
+    if head is None:
+        named = (config.architectures or [None])[0]
+        if named is None:
+            head = "causal_lm"
+        elif named not in families.CLASSES:
+            raise InputError(f"config.json: architectures names {named!r}; known are {', '.join(families.CLASSES)}")
+        else:
+            head = families.CLASSES[named].head
+    cls = families.find(config.model_type, head)
+    if cls is None:
+        raise InputError(f"model_type {config.model_type!r} has no head {head!r}")
+    return cls
+
+
+class _Auto:
+    """`from_pretrained` and `from_config` of the class that fits the config."""
+
+    head: str
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> Model:
+        """See `refllm.model.Model.from_pretrained`."""
+        return model_class(AutoConfig.from_pretrained(folder), cls.head).from_pretrained(folder, **options)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, **options: Any) -> Model:
+        """See `refllm.model.Model.from_config`."""
+        return model_class(config, cls.head).from_config(config, **options)
+
+
+class AutoModel(_Auto):
+    head = "base"
+
+
+class AutoModelForCausalLM(_Auto):
+    head = "causal_lm"
+
+
+class AutoModelForSequenceClassification(_Auto):
+    head = "sequence_classification"
+
+
+class AutoModelForTokenClassification(_Auto):
+    head = "token_classification"
+
+
+class AutoModelForQuestionAnswering(_Auto):
+    head = "question_answering"
