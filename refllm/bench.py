@@ -1,0 +1,260 @@
+"""`refllm bench cpu`: speed and memory of the reference against Transformers, on the same weights and threads.
+
+Both sides run in float32, each in a process of its own, and take turns, so that neither is favoured by what the machine
+does meanwhile. Their outputs are compared before any time counts. Figures are medians; the spread is shown.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refllm.errors import InputError, RefllmError
+
+# Shapes to fill with random weights: Helium-1-preview-2b, narrower and less deep (226.7 million parameters), and tiny.
+SHAPES: dict[str, dict[str, int]] = {
+    "helium-220m": {
+        "vocab_size": 48000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "helium-1m": {
+        "vocab_size": 2000,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
+
+# Float32 logits of two right implementations differ by a few roundings: far less than this. Any defect: far more.
+AGREEMENT = 1e-5
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+class BenchError(RefllmError):
+    """The two sides do not compute the same, or one of them ended: there is nothing to time."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed: one prompt, then `new_tokens` single tokens; `repeats` times each, the sides taking turns."""
+
+    prompt_tokens: int = 512
+    new_tokens: int = 32
+    threads: int = 2
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one side's repeats."""
+
+    median: float
+    best: float
+    worst: float
+
+
+def timing(seconds: list[float]) -> Timing:
+    """Median and range of the repeats."""
+    return Timing(statistics.median(seconds), min(seconds), max(seconds))
+
+
+def write_shape(shape: str, folder: Path, seed: int = 0) -> None:
+    """Writes a checkpoint (bfloat16, one of `SHAPES`) with random weights to `folder`."""
+    import refllm
+
+    config = refllm.HeliumConfig(**SHAPES[shape])
+    refllm.HeliumForCausalLM.from_config(config, seed=seed).save_pretrained(folder, dtype="bfloat16")
+
+
+class Worker:
+    """A process that runs `refllm.bench_worker`. A context manager."""
+
+    def __init__(self, side: str, folder: Path, first_number: int, settings: Settings) -> None:
+        self.side = side
+        numbers = [str(n) for n in (first_number, settings.new_tokens, settings.threads)]
+        self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - lives as long as the process
+        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(settings.threads))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "refllm.bench_worker", side, str(folder), *numbers],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=environment,
+        )
+        self.ready = self._answer()
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Sends one command and waits for its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def seconds(self, command: str) -> float:
+        """The time that one job took, after a pause in which the other sides' threads fall asleep."""
+        time.sleep(0.1)
+        return float(self.ask(command)["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            last = (self.errors.read().strip().splitlines() or ["no message"])[-1]
+            raise BenchError(f"the {self.side} side of the benchmark ended: {last}")
+        return dict(json.loads(line))
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+def bench_checkpoint_or_shape(
+    checkpoint: Path | None, shape: str, settings: Settings, step: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """`bench_cpu` on a checkpoint, or on random weights of a shape in a temporary folder. InputError: no such shape."""
+    if checkpoint is not None:
+        return {"checkpoint": checkpoint.name} | bench_cpu(checkpoint, settings, step)
+    if shape not in SHAPES:
+        raise InputError(f"--shape {shape} is not known: use {' or '.join(SHAPES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        step(f"writing random weights: {shape}")
+        write_shape(shape, Path(folder))
+        return {"checkpoint": f"{shape} (random weights)"} | bench_cpu(Path(folder), settings, step)
+
+
+def bench_cpu(folder: Path, settings: Settings, step: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Times prefill and decode of both sides on one checkpoint.
+
+    step: called with what is being done, for a progress display. Returns plain values for JSON, see `summary`. Raises
+    BenchError if the outputs disagree by more than `AGREEMENT` (relative rms).
+    """
+    weights = weight_bytes(folder)
+    step("loading refllm")
+    with Worker("refllm", folder, settings.prompt_tokens, settings) as ours:
+        step("loading transformers")
+        with Worker("transformers", folder, settings.prompt_tokens, settings) as theirs:
+            step("comparing outputs")
+            difference, peaks = compare_outputs(ours, theirs)
+            if not difference <= AGREEMENT:
+                raise BenchError(
+                    f"the sides disagree by {difference:.2e} (relative rms, limit {AGREEMENT:.0e}): not timed"
+                )
+            with Worker("memory", folder, weights["read_per_token"], settings) as memory:
+                times = take_turns(ours, theirs, memory, settings.repeats, step)
+    return summary(settings, weights, times, difference, {"refllm": ours.ready, "transformers": theirs.ready}, peaks)
+
+
+def compare_outputs(ours: Worker, theirs: Worker) -> tuple[float, dict[str, int]]:
+    """Relative rms difference of the logits (this also warms both sides up), and each side's peak memory meanwhile."""
+    with tempfile.TemporaryDirectory() as folder:
+        peaks, logits = {}, []
+        for worker in (ours, theirs):
+            file = Path(folder) / f"{worker.side}.npy"
+            peaks[worker.side] = int(worker.ask(f"outputs {file}")["peak_bytes"])
+            logits.append(np.load(file).astype(np.float64))
+    a, b = logits
+    return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))), peaks
+
+
+def take_turns(
+    ours: Worker, theirs: Worker, memory: Worker, repeats: int, step: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Seconds of every job and side, run alternately: within each repeat every job runs once on each side."""
+    times: dict[str, list[float]] = {}
+    memory.ask("read")
+    for repeat in range(repeats):
+        for job in ("prefill", "decode"):
+            step(f"{job}, repeat {repeat + 1} of {repeats}")
+            pair = (ours, theirs) if repeat % 2 == 0 else (theirs, ours)
+            for worker in pair:
+                times.setdefault(f"{job} {worker.side}", []).append(worker.seconds(job))
+        times.setdefault("read", []).append(memory.seconds("read"))
+    return times
+
+
+def weight_bytes(folder: Path) -> dict[str, int]:
+    """Float32 bytes of all weights, and of those that one decode step reads (of the embedding table: one row)."""
+    from refllm.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(folder)
+    sizes = {name: 4 * int(np.prod(checkpoint.shape(name))) for name in checkpoint.names}
+    checkpoint.close()
+    tied = "lm_head.weight" not in sizes
+    table = 0 if tied else sizes.get("model.embed_tokens.weight", 0)
+    return {"total": sum(sizes.values()), "read_per_token": sum(sizes.values()) - table}
+
+
+def summary(
+    settings: Settings,
+    weights: dict[str, int],
+    times: dict[str, list[float]],
+    difference: float,
+    loads: dict[str, dict[str, Any]],
+    peaks: dict[str, int],
+) -> dict[str, Any]:
+    """The figures: per job both sides' timings and the ratio ours / theirs; decode also against reading the weights."""
+    values: dict[str, Any] = {
+        "settings": asdict(settings),
+        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": versions(),
+        "weights": weights,
+        "output_difference": difference,
+    }
+    for job in ("prefill", "decode"):
+        ours, theirs = timing(times[f"{job} refllm"]), timing(times[f"{job} transformers"])
+        values[job] = {"refllm": asdict(ours), "transformers": asdict(theirs), "ratio": ours.median / theirs.median}
+    read = timing(times["read"])
+    values["read_weights"] = asdict(read) | {"bytes_per_second": weights["read_per_token"] / read.median}
+    values["decode"]["ratio_to_read"] = values["decode"]["refllm"]["median"] / read.median
+    values["memory"] = {
+        side: {
+            "load_peak": load["load_peak_bytes"] - load["before_bytes"],
+            "run_peak": peaks[side] - load["before_bytes"],
+        }
+        for side, load in loads.items()
+    }
+    values["load_seconds"] = {side: load["load_seconds"] for side, load in loads.items()}
+    return values
+
+
+def versions() -> dict[str, str]:
+    """Of the packages whose speed this is."""
+    from importlib.metadata import version
+
+    return {package: version(package) for package in ("refllm", "numpy", "torch", "transformers")}
+
+
+def processor_name() -> str:
+    """The processor's name, or its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,203 @@
+"""One side of a benchmark, in a process of its own, so that its memory and its threads are its own.
+
+    python -m refllm.bench_worker SIDE FOLDER PROMPT_TOKENS NEW_TOKENS THREADS
+
+SIDE is `refllm`, `transformers` or `memory`. The process loads the checkpoint in float32, then answers each line on
+its standard input (`prefill`, `decode`, `outputs FILE`, `memory`) with one line of JSON.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Side(Protocol):
+    """A model that can be timed."""
+
+    def forward(self, input_ids_BS: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+        """Logits [B, V] of the last position, and the cache to go on with. cache: None to start."""
+        ...
+
+
+class RefllmSide:
+    """The reference in float32."""
+
+    @staticmethod
+    def imports() -> None:
+        """Everything that is imported before the clock and the memory count start."""
+        import refllm.auto  # noqa: F401
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import refllm
+
+        self.model = refllm.load(folder, dtype="float32")
+
+    def forward(self, input_ids_BS: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+        """See `Side.forward`."""
+        out = self.model(input_ids=input_ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.past_key_values
+
+
+class TransformersSide:
+    """Transformers in float32 with its default (fused) attention."""
+
+    @staticmethod
+    def imports() -> None:
+        """Everything that is imported before the clock and the memory count start."""
+        from refllm.check.transformers_adapter import require_transformers
+
+        require_transformers()
+        from transformers import AutoModelForCausalLM  # noqa: F401
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        self.torch = torch
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        ).eval()
+
+    def forward(self, input_ids_BS: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+        """See `Side.forward`."""
+        with self.torch.inference_mode():
+            ids = self.torch.from_numpy(input_ids_BS)
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1].numpy(), out.past_key_values
+
+
+class Work:
+    """The timed jobs: the same forced tokens on either side."""
+
+    def __init__(self, side: Side, vocab_size: int, prompt_tokens: int, new_tokens: int) -> None:
+        self.side = side
+        ids = np.random.default_rng(0).integers(0, vocab_size, size=(1, prompt_tokens + new_tokens))
+        self.prompt, self.rest = ids[:, :prompt_tokens], [ids[:, i : i + 1] for i in range(prompt_tokens, ids.shape[1])]
+
+    def prefill(self) -> float:
+        """Seconds for the whole prompt at once."""
+        start = time.perf_counter()
+        self.side.forward(self.prompt, None)
+        return time.perf_counter() - start
+
+    def decode(self) -> float:
+        """Seconds per token for single tokens behind the prompt."""
+        _, cache = self.side.forward(self.prompt, None)
+        start = time.perf_counter()
+        for token in self.rest:
+            _, cache = self.side.forward(token, cache)
+        return (time.perf_counter() - start) / len(self.rest)
+
+    def outputs(self) -> np.ndarray:
+        """Logits [1 + new_tokens, V] of the prompt's last position and of every decoded one."""
+        logits, cache = self.side.forward(self.prompt, None)
+        rows = [np.array(logits[0])]
+        for token in self.rest:
+            logits, cache = self.side.forward(token, cache)
+            rows.append(np.array(logits[0]))
+        return np.stack(rows)
+
+
+class Peak:
+    """Largest anonymous memory of this process while a job runs (what a memory-mapped file holds does not count)."""
+
+    def __init__(self) -> None:
+        self.bytes, self._stop = anonymous_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            self.bytes = max(self.bytes, anonymous_bytes())
+
+    def __enter__(self) -> "Peak":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process now; 0 where the system does not tell (not Linux)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
+
+
+def read_seconds(size: int, threads: int) -> Callable[[], float]:
+    """A job that reads `size` bytes of float32 once with `threads` threads, and its time: the bound of a decode step.
+
+    Two ways, the faster counts: BLAS matrix times vector, and a sum of one slice per thread.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    columns = 1024
+    matrix = np.ones((max(threads, size // (4 * columns)), columns), dtype=np.float32)
+    vector, pool, slices = (
+        np.ones(columns, dtype=np.float32),
+        ThreadPoolExecutor(threads),
+        np.array_split(matrix, threads),
+    )
+
+    def job() -> float:
+        start = time.perf_counter()
+        _ = matrix @ vector
+        by_blas = time.perf_counter() - start
+        start = time.perf_counter()
+        list(pool.map(np.sum, slices))
+        return min(by_blas, time.perf_counter() - start)
+
+    return job
+
+
+def serve(side_name: str, folder: Path, prompt_tokens: int, new_tokens: int, threads: int) -> None:
+    """Loads, says so in a first line, then answers commands until standard input ends."""
+    if side_name == "memory":
+        job = read_seconds(prompt_tokens, threads)  # here the number is a size in bytes
+        answer({"ready": True})
+        for _ in sys.stdin:
+            answer({"seconds": job()})
+        return
+    side_class: Any = {"refllm": RefllmSide, "transformers": TransformersSide}[side_name]
+    vocab_size = int(json.loads((folder / "config.json").read_text())["vocab_size"])
+    side_class.imports()
+    before = anonymous_bytes()
+    start = time.perf_counter()
+    with Peak() as load_peak:
+        side = side_class(folder, threads)
+    load_seconds = time.perf_counter() - start
+    work = Work(side, vocab_size, prompt_tokens, new_tokens)
+    answer({"ready": True, "load_seconds": load_seconds, "before_bytes": before, "load_peak_bytes": load_peak.bytes})
+    for line in sys.stdin:
+        command, *arguments = line.split(maxsplit=1)
+        if command == "outputs":
+            with Peak() as run_peak:
+                logits = work.outputs()
+            np.save(arguments[0].strip(), logits)
+            answer({"peak_bytes": run_peak.bytes})
+        else:
+            answer({"seconds": getattr(work, command)()})
+
+
+def answer(values: dict[str, Any]) -> None:
+    """One line of JSON to the parent."""
+    os.write(_OUT, (json.dumps(values) + "\n").encode())
+
+
+if __name__ == "__main__":
+    # Whatever a library prints must not get between the answers.
+    _OUT = os.dup(1)
+    os.dup2(2, 1)
+    serve(sys.argv[1], Path(sys.argv[2]), *(int(number) for number in sys.argv[3:6]))

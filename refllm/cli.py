@@ -1,0 +1,308 @@
+"""The command line: reads arguments, calls the module that does the work, prints what it returns.
+
+Exit codes: 0 it holds or is done, 1 a finding, 2 wrong use or unreadable input. A mistake of the user's is one sentence
+on standard error, never a traceback. Progress goes to standard error, and only if that is a terminal. Everything heavy
+is imported inside the commands, so that `refllm --help` is quick.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from refllm.errors import InputError, RefllmError
+from refllm.status_line import StatusLine
+
+HOLDS, FINDING, WRONG_USE = 0, 1, 2
+
+# The base class of all errors in arguments; where it is imported from differs between versions of typer.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+bench_app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Measure speed and memory.")
+app.add_typer(bench_app, name="bench")
+
+Folder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder with config.json and safetensors files.")]
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="Tokens: this text, through the tokenizer.")
+]
+Ids = Annotated[str | None, typer.Option("--ids", metavar="1,2,3", help="Tokens: these ids.")]
+IdsFile = Annotated[
+    Path | None, typer.Option("--ids-file", metavar="F", help="Tokens: the ids in a file, or a JSON list.")
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON; - is standard output.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float64 (exact), float32, bfloat16 or float16.")]
+Policy = Annotated[str | None, typer.Option("--policy", help="Where an emulated precision rounds: hf-eager or fused.")]
+LowMemory = Annotated[bool, typer.Option("--low-memory", help="Read the weights layer by layer and keep none.")]
+
+
+@app.callback()
+def describe() -> None:
+    """The math of Helium, Llama, StableLM and Arcee in NumPy, and how far other implementations are from it."""
+
+
+@app.command()
+def check(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="CHECKPOINT", help="Folder; without one, all embedded checkpoints.")
+    ] = None,
+    candidate: Annotated[
+        str, typer.Option("--candidate", help="The implementation to check: transformers.")
+    ] = "transformers",
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="Precision; repeat for more. Default: float32, bfloat16.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="Where rounding is expected: hf-eager or fused.")
+    ] = "hf-eager",
+    attention: Annotated[str, typer.Option("--attn", help="Transformers' attention: eager or sdpa.")] = "eager",
+    prompt: Prompt = None,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    json_file: Json = None,
+) -> None:
+    """Run the same tokens through an implementation and the reference; say where and by how much they differ."""
+    from refllm.check import report as show
+    from refllm.check import run
+
+    folders = run.folders_to_check(checkpoint)
+    tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+    console = _console(quiet=_to_stdout(json_file))
+    reports = []
+    with StatusLine(sys.stderr) as step:
+        for report in run.check_all(
+            folders,
+            candidate=candidate,
+            dtypes=dtype or ["float32", "bfloat16"],
+            policy=policy,
+            attention=attention,
+            tokens=tokens,
+            step=step,
+        ):
+            reports.append(report)
+            step.clear()
+            console.print(show.show_report(report))
+    if len(reports) > 1:
+        console.print(show.show_summary(reports))
+    console.print(show.closing_line(reports))
+    _write_json({"verdict": run.overall(reports), "reports": [report.to_dict() for report in reports]}, json_file)
+    if run.overall(reports) != "holds":
+        raise typer.Exit(FINDING)
+
+
+@app.command()
+def generate(
+    checkpoint: Folder,
+    prompt: Prompt = None,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Stop after this many.")] = 128,
+    sample: Annotated[
+        bool | None,
+        typer.Option(
+            "--sample/--greedy", help="Default: as the checkpoint says; sampling if an option for it is given."
+        ),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divide the logits by this.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the most likely tokens that sum to this probability.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Make what was said less likely (above 1).")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beam search with this many beams.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop at this text; repeat for more.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message: apply the chat template.")
+    ] = False,
+    dtype: Dtype = "float32",
+    policy: Policy = None,
+    low_memory: LowMemory = False,
+    json_file: Json = None,
+) -> None:
+    """Continue a prompt; the text appears as it is made."""
+    from refllm import continuation
+
+    choices = {
+        "do_sample": sample
+        if sample is not None
+        else (True if any(v is not None for v in (temperature, top_k, top_p, seed)) else None),
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "num_beams": num_beams,
+        "seed": seed,
+        "stop_strings": stop,
+    }
+    with StatusLine(sys.stderr) as step:
+        task = continuation.prepare(
+            checkpoint,
+            dtype=dtype,
+            policy=policy,
+            low_memory=low_memory,
+            prompt=prompt,
+            ids=ids,
+            ids_file=ids_file,
+            chat=chat,
+            step=step,
+        )
+    shown = None if _to_stdout(json_file) else sys.stdout
+    result = task.generate(max_new_tokens, {name: value for name, value in choices.items() if value is not None}, shown)
+    _write_json(result, json_file)
+
+
+@app.command()
+def score(
+    checkpoint: Folder,
+    prompt: Prompt = None,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    file: Annotated[Path | None, typer.Option("--file", metavar="F", help="Score the text in this file.")] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Tokens per window. Default: max_position_embeddings, at most 4096.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="Tokens scored per window. Default: half the context.")
+    ] = None,
+    dtype: Dtype = "float32",
+    policy: Policy = None,
+    low_memory: LowMemory = False,
+    json_file: Json = None,
+) -> None:
+    """Log-likelihood, perplexity and bits per byte of a text."""
+    from refllm import score as work
+
+    with StatusLine(sys.stderr) as step:
+        result = work.score_source(
+            checkpoint,
+            prompt=prompt,
+            ids=ids,
+            ids_file=ids_file,
+            file=file,
+            context=context,
+            stride=stride,
+            dtype=dtype,
+            policy=policy,
+            low_memory=low_memory,
+            step=step,
+        )
+    _console(quiet=_to_stdout(json_file)).print(work.show_score(result))
+    _write_json(result.to_dict(), json_file)
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder, or a config.json alone.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json_file: Json = None,
+) -> None:
+    """What a checkpoint is: architecture, parameters, memory, tensors. A config.json is enough."""
+    from refllm import info as work
+
+    result = work.describe(checkpoint)
+    _console(quiet=_to_stdout(json_file)).print(work.show_info(result, tensors=tensors))
+    _write_json(result.to_dict(), json_file)
+    if result.findings:
+        raise typer.Exit(FINDING)
+
+
+@bench_app.command("cpu")
+def bench_cpu(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="CHECKPOINT", help="Folder; without one, random weights.")
+    ] = None,
+    shape: Annotated[
+        str, typer.Option("--shape", help="Of the random weights: helium-220m or helium-1m.")
+    ] = "helium-220m",
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1)] = 32,
+    threads: Annotated[int, typer.Option("--threads", min=1)] = 2,
+    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 5,
+    json_file: Json = None,
+) -> None:
+    """Prefill and decode in float32 against Transformers: same weights, same threads, taking turns."""
+    from refllm import bench, bench_report
+
+    settings = bench.Settings(prompt_tokens, new_tokens, threads, repeats)
+    with StatusLine(sys.stderr) as step:
+        try:
+            result = bench.bench_checkpoint_or_shape(checkpoint, shape, settings, step)
+        except bench.BenchError as error:
+            print(f"refllm: {error}", file=sys.stderr)
+            raise typer.Exit(FINDING) from None
+    _console(quiet=_to_stdout(json_file)).print(bench_report.show_bench(result))
+    _write_json(result, json_file)
+
+
+def main() -> None:
+    """Entry point of the `refllm` command: turns exceptions into one sentence and an exit code."""
+    warnings.showwarning = _show_warning
+    _shown_warnings.clear()
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="refllm", standalone_mode=False)
+    except RefllmError as error:
+        code = _complain(str(error))
+    except _USAGE_ERROR as error:
+        code = _complain(error.format_message())
+    except BrokenPipeError:  # the reader of the output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = HOLDS
+    except OSError as error:
+        code = _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0])
+    except MemoryError:
+        code = _complain("not enough memory: try --low-memory or a smaller input")
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    sys.exit(code if isinstance(code, int) else HOLDS)
+
+
+def _complain(sentence: str) -> int:
+    print(f"refllm: {sentence}", file=sys.stderr)
+    return WRONG_USE
+
+
+_shown_warnings: set[str] = set()
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, and the same one once: a command may read a checkpoint several times."""
+    if str(message) not in _shown_warnings:
+        _shown_warnings.add(str(message))
+        print(f"refllm: warning: {message}", file=sys.stderr)
+
+
+def _console(quiet: bool) -> Any:
+    """Where tables go. Not wrapped to the width of a terminal that is not there."""
+    from rich.console import Console
+
+    return Console(quiet=quiet, highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _to_stdout(json_file: Path | None) -> bool:
+    return json_file is not None and str(json_file) == "-"
+
+
+def _write_json(values: Any, json_file: Path | None) -> None:
+    if json_file is None:
+        return
+    from refllm.json_text import json_text
+
+    if _to_stdout(json_file):
+        print(json_text(values))
+        return
+    try:
+        json_file.write_text(json_text(values) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--json {json_file} cannot be written: {error.strerror or error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The tokens of a command: `--prompt TEXT | --ids 1,2,3 | --ids-file F`."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from refllm.errors import InputError
+
+
+def read_tokens(
+    folder: Path, vocab_size: int, *, prompt: str | None, ids: str | None, ids_file: Path | None
+) -> np.ndarray | None:
+    """Token ids [1, S] (int64) of the one source that is given; None if none is.
+
+    folder: checkpoint folder, whose tokenizer reads the prompt. ids: numbers separated by commas or white space.
+    ids_file: a file of the same, or a JSON list. Raises InputError for more than one source, no tokens, what is not a
+    number, or an id outside the vocabulary; TokenizerError if the folder has no usable tokenizer.
+    """
+    given = [
+        name for name, value in (("--prompt", prompt), ("--ids", ids), ("--ids-file", ids_file)) if value is not None
+    ]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} exclude each other: give one of them")
+    if prompt is not None:
+        from refllm.tokenizer import AutoTokenizer
+
+        numbers, source = AutoTokenizer.from_pretrained(folder).encode(prompt), "--prompt"
+    elif ids is not None:
+        numbers, source = parse_ids(ids, "--ids"), "--ids"
+    elif ids_file is not None:
+        numbers, source = parse_ids(read_text(ids_file), str(ids_file)), str(ids_file)
+    else:
+        return None
+    return checked_ids(numbers, vocab_size, source)
+
+
+def checked_ids(numbers: list[int], vocab_size: int, source: str) -> np.ndarray:
+    """The ids as [1, S] int64; InputError if there are none or one is outside 0 .. vocab_size - 1."""
+    if not numbers:
+        raise InputError(f"{source} holds no tokens: at least one is needed")
+    for position, number in enumerate(numbers):
+        if not 0 <= number < vocab_size:
+            raise InputError(f"{source}: token id {number} at position {position} is outside 0..{vocab_size - 1}")
+    return np.array([numbers], dtype=np.int64)
+
+
+def parse_ids(text: str, source: str) -> list[int]:
+    """Integers from a JSON list or from text that separates them by commas or white space. Raises InputError."""
+    if text.lstrip().startswith("["):
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{source} starts like a JSON list but is none: {error}") from None
+        if not all(type(value) is int for value in values):
+            raise InputError(f"{source}: a JSON list of token ids must hold integers only")
+        return list(values)
+    words = [word for word in re.split(r"[\s,]+", text) if word]
+    for word in words:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", word):
+            raise InputError(
+                f"{source}: {word[:40]!r} is not a token id; expected integers separated by commas or spaces"
+            )
+    return [int(word) for word in words]
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises InputError if it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None

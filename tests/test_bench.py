@@ -1,0 +1,120 @@
+"""The benchmark: it runs end to end, times only what agrees, and its figures follow from its measurements."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refllm import bench, bench_worker, cli
+from refllm.info import describe
+
+SMALL = bench.Settings(prompt_tokens=8, new_tokens=3, threads=1, repeats=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("helium-1m")
+    bench.write_shape("helium-1m", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(checkpoint: Path) -> dict[str, Any]:
+    return bench.bench_checkpoint_or_shape(checkpoint, "helium-220m", SMALL)
+
+
+def test_benchmark_runs_end_to_end(result: dict[str, Any]) -> None:
+    assert result["output_difference"] < bench.AGREEMENT
+    for job in ("prefill", "decode"):
+        for side in ("refllm", "transformers"):
+            timing = result[job][side]
+            assert 0 < timing["best"] <= timing["median"] <= timing["worst"]
+        assert result[job]["ratio"] == result[job]["refllm"]["median"] / result[job]["transformers"]["median"]
+    for side in ("refllm", "transformers"):
+        assert result["load_seconds"][side] > 0
+        if sys.platform == "linux":
+            assert result["memory"][side]["run_peak"] > 0
+
+
+def test_report_names_the_figures(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from refllm.bench_report import show_bench
+
+    Console(width=160).print(show_bench(result))
+    out = capsys.readouterr().out
+    assert f"{result['prefill']['ratio']:.2f} x" in out
+    assert f"{result['decode']['ratio_to_read']:.2f} x that" in out
+    assert "prefill, 8 tokens" in out
+
+
+def test_weight_bytes_leave_out_the_embedding_table_but_not_a_tied_one(checkpoint: Path, tmp_path: Path) -> None:
+    import refllm
+
+    sizes = bench.weight_bytes(checkpoint)
+    table = 4 * 2000 * 128
+    assert sizes["total"] == 4 * describe(checkpoint).parameters
+    assert sizes["read_per_token"] == sizes["total"] - table
+    config = refllm.HeliumConfig(**bench.SHAPES["helium-1m"], tie_word_embeddings=True)
+    refllm.HeliumForCausalLM.from_config(config).save_pretrained(tmp_path, dtype="bfloat16")
+    tied = bench.weight_bytes(tmp_path)
+    assert tied["read_per_token"] == tied["total"] == sizes["total"] - table
+
+
+def test_named_shape_has_the_size_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "helium"} | bench.SHAPES["helium-220m"]))
+    assert describe(tmp_path / "config.json").parameters == 226_776_064
+
+
+def test_disagreement_is_a_finding_and_nothing_is_timed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "AGREEMENT", 0.0)
+    monkeypatch.setattr(bench, "take_turns", lambda *_: pytest.fail("timed"))
+    options = ["--prompt-tokens", "4", "--new-tokens", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["refllm", "bench", "cpu", str(checkpoint), *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "not timed" in capsys.readouterr().err
+
+
+def test_side_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "helium", "vocab_size": 8}')
+    with pytest.raises(bench.BenchError, match=r"refllm side of the benchmark ended: .*Error"):
+        bench.Worker("refllm", tmp_path, 4, SMALL)
+
+
+class CountingSide:
+    """A model whose logits tell what it was given."""
+
+    def forward(self, input_ids_BS: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+        seen = [*(cache or []), *input_ids_BS[0]]
+        return np.array([[len(seen), seen[-1], input_ids_BS.shape[1]]], dtype=np.float64), seen
+
+
+def test_decode_feeds_single_tokens_behind_the_prompt() -> None:
+    rows = bench_worker.Work(CountingSide(), 100, 5, 3).outputs()
+    assert rows[:, 0].tolist() == [5, 6, 7, 8]
+    assert rows[:, 2].tolist() == [5, 1, 1, 1]
+
+
+def test_peak_sees_memory_that_is_gone_again() -> None:
+    if bench_worker.anonymous_bytes() == 0:
+        pytest.skip("this system does not tell anonymous memory")
+    before = bench_worker.anonymous_bytes()
+    with bench_worker.Peak() as peak:
+        block = np.ones(16 * 2**20)  # 128 MiB
+        for _ in range(10):
+            block += 1
+        del block
+    assert peak.bytes - before > 120 * 2**20
+    assert bench_worker.anonymous_bytes() - before < 64 * 2**20
+
+
+def test_reading_is_timed_over_the_bytes_asked_for() -> None:
+    small, large = bench_worker.read_seconds(2**22, 1), bench_worker.read_seconds(2**27, 1)
+    assert min(large() for _ in range(5)) > 4 * min(small() for _ in range(5))
