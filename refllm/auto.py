@@ -6,7 +6,7 @@ from typing import Any
 
 from refllm import families
 from refllm.config import AutoConfig, ModelConfig
-from refllm.errors import InputError
+from refllm.errors import ConfigError, InputError
 from refllm.model import Model
 from refllm.models.heads import HEADS
 from refllm.precision import Policy
@@ -45,17 +45,19 @@ def model_class(config: ModelConfig, head: str | None = None) -> type[Model]:
     """The class for a config. head None: what `architectures` names, or the causal LM if it names nothing."""
     if head is not None and head not in HEADS:
         raise InputError(f"head={head!r} is not known; use one of {', '.join(HEADS)}")
-    if head is None:
-        named = (config.architectures or [None])[0]
-        if named is None:
-            head = "causal_lm"
-        elif named not in families.CLASSES:
-            raise InputError(f"config.json: architectures names {named!r}; known are {', '.join(families.CLASSES)}")
-        else:
-            head = families.CLASSES[named].head
-    cls = families.find(config.model_type, head)
+    of_family = {name: cls for name, cls in families.CLASSES.items() if cls.config_class is type(config)}
+    if head is None and config.architectures:
+        named = config.architectures[0]
+        if named not in of_family:
+            raise ConfigError(
+                f"config.json: architectures names {named!r}, which is no class of model_type {config.model_type!r}; "
+                f"expected one of {', '.join(of_family)}, or a head given with head="
+            )
+        return of_family[named]
+    cls = families.find(config.model_type, head or "causal_lm")
     if cls is None:
-        raise InputError(f"model_type {config.model_type!r} has no head {head!r}")
+        heads = ", ".join(cls.head for cls in of_family.values())
+        raise InputError(f"head={head!r}: {config.model_type} has none of that kind, only {heads}")
     return cls
 
 

@@ -138,8 +138,8 @@ class StaticCache(DynamicCache):
 
     def __init__(self, config: Any = None, max_cache_len: int = 0) -> None:
         super().__init__(config)
-        if max_cache_len < 1:
-            raise InputError(f"StaticCache: max_cache_len={max_cache_len} must be at least 1")
+        if not isinstance(max_cache_len, int | np.integer) or max_cache_len < 1:
+            raise InputError(f"StaticCache: max_cache_len={max_cache_len!r} must be an integer of at least 1")
         self.max_cache_len = max_cache_len
 
     def _new_layer(self) -> LayerCache:

@@ -6,75 +6,111 @@ from refllm.models import arcee, helium, llama, stablelm
 
 
 class HeliumModel(Model):
-    config_class, page, head = HeliumConfig, helium, "base"
+    config_class = HeliumConfig
+    page = helium
+    head = "base"
 
 
 class HeliumForCausalLM(Model):
-    config_class, page, head = HeliumConfig, helium, "causal_lm"
+    config_class = HeliumConfig
+    page = helium
+    head = "causal_lm"
 
 
 class HeliumForSequenceClassification(Model):
-    config_class, page, head = HeliumConfig, helium, "sequence_classification"
+    config_class = HeliumConfig
+    page = helium
+    head = "sequence_classification"
 
 
 class HeliumForTokenClassification(Model):
-    config_class, page, head = HeliumConfig, helium, "token_classification"
+    config_class = HeliumConfig
+    page = helium
+    head = "token_classification"
 
 
 class LlamaModel(Model):
-    config_class, page, head = LlamaConfig, llama, "base"
+    config_class = LlamaConfig
+    page = llama
+    head = "base"
 
 
 class LlamaForCausalLM(Model):
-    config_class, page, head = LlamaConfig, llama, "causal_lm"
+    config_class = LlamaConfig
+    page = llama
+    head = "causal_lm"
 
 
 class LlamaForSequenceClassification(Model):
-    config_class, page, head = LlamaConfig, llama, "sequence_classification"
+    config_class = LlamaConfig
+    page = llama
+    head = "sequence_classification"
 
 
 class LlamaForTokenClassification(Model):
-    config_class, page, head = LlamaConfig, llama, "token_classification"
+    config_class = LlamaConfig
+    page = llama
+    head = "token_classification"
 
 
 class LlamaForQuestionAnswering(Model):
-    config_class, page, head = LlamaConfig, llama, "question_answering"
+    config_class = LlamaConfig
+    page = llama
+    head = "question_answering"
 
 
 class StableLmModel(Model):
-    config_class, page, head = StableLmConfig, stablelm, "base"
+    config_class = StableLmConfig
+    page = stablelm
+    head = "base"
 
 
 class StableLmForCausalLM(Model):
-    config_class, page, head = StableLmConfig, stablelm, "causal_lm"
+    config_class = StableLmConfig
+    page = stablelm
+    head = "causal_lm"
 
 
 class StableLmForSequenceClassification(Model):
-    config_class, page, head = StableLmConfig, stablelm, "sequence_classification"
+    config_class = StableLmConfig
+    page = stablelm
+    head = "sequence_classification"
 
 
 class StableLmForTokenClassification(Model):
-    config_class, page, head = StableLmConfig, stablelm, "token_classification"
+    config_class = StableLmConfig
+    page = stablelm
+    head = "token_classification"
 
 
 class ArceeModel(Model):
-    config_class, page, head = ArceeConfig, arcee, "base"
+    config_class = ArceeConfig
+    page = arcee
+    head = "base"
 
 
 class ArceeForCausalLM(Model):
-    config_class, page, head = ArceeConfig, arcee, "causal_lm"
+    config_class = ArceeConfig
+    page = arcee
+    head = "causal_lm"
 
 
 class ArceeForSequenceClassification(Model):
-    config_class, page, head = ArceeConfig, arcee, "sequence_classification"
+    config_class = ArceeConfig
+    page = arcee
+    head = "sequence_classification"
 
 
 class ArceeForTokenClassification(Model):
-    config_class, page, head = ArceeConfig, arcee, "token_classification"
+    config_class = ArceeConfig
+    page = arcee
+    head = "token_classification"
 
 
 class ArceeForQuestionAnswering(Model):
-    config_class, page, head = ArceeConfig, arcee, "question_answering"
+    config_class = ArceeConfig
+    page = arcee
+    head = "question_answering"
 
 
 CLASSES: dict[str, type[Model]] = {

@@ -6,7 +6,7 @@ import numpy as np
 
 from refllm.errors import InputError
 
-_NOT_NUMBERS = "OUSMm"  # NumPy's kinds for objects, text, bytes and times
+_NOT_NUMBERS = "OUSMmc"  # NumPy's kinds for objects, text, bytes, times and complex numbers
 
 
 def as_array(name: str, value: Any) -> np.ndarray:
@@ -14,9 +14,9 @@ def as_array(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError):  # lists of unequal lengths; tensors that NumPy cannot read
-        raise InputError(f"{name}: expected an array of numbers or equally long lists of them") from None
+        raise InputError(f"{name}: expected an array of real numbers or equally long lists of them") from None
     if array.dtype.kind in _NOT_NUMBERS:
-        raise InputError(f"{name}: expected numbers, found {type(value).__name__} of {array.dtype}")
+        raise InputError(f"{name}: expected real numbers, found {type(value).__name__} of {array.dtype}")
     return array
 
 

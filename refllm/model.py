@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from refllm.cache import DynamicCache, NoCache
 from refllm.checkpoint import Checkpoint
 from refllm.checkpoint_writer import save_checkpoint
 from refllm.config import ModelConfig
-from refllm.errors import InputError
+from refllm.errors import CheckpointError, InputError
 from refllm.inputs import as_array, as_integers
 from refllm.masks import masking
 from refllm.models import heads
@@ -43,9 +43,9 @@ class Model:
     the rotary tables, whose state (rope_type "dynamic" only) lives as long as the model.
     """
 
-    config_class: ClassVar[type[ModelConfig]]
-    page: ClassVar[ModuleType]
-    head: ClassVar[str]
+    config_class: type[ModelConfig]
+    page: ModuleType
+    head: str
 
     def __init__(self, config: ModelConfig, weights: Weights, ar: Arithmetic, generation_config: Any = None) -> None:
         self.config = config
@@ -89,7 +89,7 @@ class Model:
         )
         from refllm.generation_config import GenerationConfig
 
-        return cls(config, weights, ar, GenerationConfig.from_checkpoint(folder))
+        return cls(config, weights, ar, GenerationConfig.from_checkpoint(Path(folder)))
 
     @classmethod
     def from_config(
@@ -119,7 +119,10 @@ class Model:
         dtype: of the file; None takes the model's own. Raises CheckpointError if the folder cannot be written.
         """
         dtype = dtype or self.dtype
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be made a folder ({error.strerror})") from None
         save_checkpoint(folder, self.weights.renamed(self.prefix), dtype)
         self.config.architectures, self.config.dtype = [type(self).__name__], dtype
         self.config.save_pretrained(folder)

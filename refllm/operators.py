@@ -70,7 +70,9 @@ class Operators:
         names = ("self_attn.scores", "self_attn.probs")
         wanted = self.recorder is not None and any(self.recorder.wants(self.scope + name) for name in names)
         tap = (lambda name, value: self.tap(f"self_attn.{name}", value)) if wanted else None
-        return ops.attention(q, k, v, tap=tap, ar=self.ar, **masking)
+        o_BHSD = ops.attention(q, k, v, tap=tap, ar=self.ar, **masking)
+        assert isinstance(o_BHSD, np.ndarray)
+        return o_BHSD
 
 
 def _in_pieces(function: Callable[..., np.ndarray], x: np.ndarray, *others: Any) -> np.ndarray:

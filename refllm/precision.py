@@ -192,6 +192,8 @@ class Arithmetic:
         """a b^T + bias, [..., M, K] x [..., N, K] + [N]: every row of a with every row of b. heads: see `matmul`."""
         if self.product is None and self.emulates_torch and self._half_precision:
             return self._half_product(a, b, bias, heads, transposed=True)
+        if self.product is None and self.emulates_torch:
+            return torch_cpu.matmul(a, np.swapaxes(b, -1, -2), bias)
         y = self.matmul(a, np.swapaxes(b, -1, -2))
         return y if bias is None else y + bias
 
@@ -251,7 +253,7 @@ def arithmetic(dtype: Dtype, policy: str | Policy | None = None) -> Arithmetic:
     Raises InputError for an unknown name, or for a policy with float64, where there is nothing to round.
     """
     dtype = check_dtype(dtype)
-    if isinstance(policy, str):
+    if policy is not None and not isinstance(policy, Policy):
         if policy not in POLICIES:
             raise InputError(f"policy={policy!r} is not known; use one of {', '.join(POLICIES)}")
         policy = POLICIES[policy]

@@ -348,10 +348,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        # optimized=False: otherwise jinja2 evaluates constant expressions while compiling, outside of any budget
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_GenerationBlock, loopcontrols]
-        )
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
         for name in ("urlize", "xmlattr", "pprint"):  # for web pages and debugging; their cost is hard to bound
             del self.filters[name]
         self.filters["tojson"] = _to_json

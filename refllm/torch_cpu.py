@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Round = Callable[[np.ndarray], np.ndarray]
 F32 = np.float32
@@ -24,7 +25,7 @@ _CHUNK = 16  # rows of lanes that the LayerNorm kernel sums before it merges (We
 _LEVELS = 4  # levels of the cascade in torch's sum kernel
 
 
-def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def fma(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> np.ndarray:
     """a * b + c with one rounding to float32, as the hardware instruction does.
 
     The product of two float32 is exact in float64; the float64 sum is rounded once more to float32, which differs from
@@ -46,7 +47,7 @@ def _exp(x: np.ndarray) -> np.ndarray:
     q = np.rint(np.clip(x, -200, 200) * F32(1.4426950408889634))
     s = fma(q, F32(-0.693145751953125), x)
     s = fma(q, F32(-1.428606765330187045e-06), s)
-    p = F32(0.000198527617612853646278381)
+    p = np.full(x.shape, 0.000198527617612853646278381, F32)
     for c in (0.00139304355252534151, 0.00833336077630519867, 0.0416664853692054749, 0.166666671633720398, 0.5):
         p = fma(p, s, F32(c))
     y = np.ldexp(F32(1) + fma(s * s, p, s), q.astype(np.int32))
@@ -137,8 +138,8 @@ def moments(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean and biased variance over the last axis, kept, as torch's LayerNorm kernel computes them.
 
     Welford's update down chunks of 16 rows of lanes, chunks merged pairwise, the remainder one by one, then lane by
-    lane (Chan, Golub, LeVeque 1979). A bfloat16 or float16 row is read two registers at a time, and only in the code for
-    float16 did the compiler fuse the multiplication and addition of the remainder.
+    lane (Chan, Golub, LeVeque 1979). A bfloat16 or float16 row is read two registers at a time. Only in the
+    code for float16 did the compiler fuse the multiplication and the addition of the remainder.
     """
     *lead, n = x.shape
     halves = 1 if dtype == "float32" else 2
@@ -210,12 +211,26 @@ def _ceil_log2(n: int) -> int:
     return 1 if n <= 2 else (n - 1).bit_length()
 
 
-def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b, [..., M, K] x [..., K, N] in float32, each element one chain of fused multiply-adds over k = 0 .. K-1.
+_INNER = 192  # terms that MKL sums before it starts anew
 
-    This is the order of the matrix product that torch calls for float32 where one thread computes it, M >= 4, N >= 12
-    and K <= 192; a library splits longer sums in ways of its own. K passes over the result: for small shapes.
+
+def matmul(a: np.ndarray, b: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """a @ b + bias, [..., M, K] x [..., K, N] + [N] in float32, summed in the order of torch's product (MKL's).
+
+    Each element is a chain of fused multiply-adds over k; the chains of blocks of 192 are added one after another, the
+    first onto the bias, and a K between 192 and 384 makes two equal blocks. Established for one thread, M >= 4, N >= 12 and K even or not between
+    192 and 384. K passes over the result, so for small shapes.
     """
+    K = a.shape[-1]
+    block = max(1, -(-K // 2) if _INNER < K <= 2 * _INNER else _INNER)
+    out = _chain(a[..., :block], b[..., :block, :])
+    out = out if bias is None else out + bias
+    for start in range(block, K, block):
+        out = out + _chain(a[..., start : start + block], b[..., start : start + block, :])
+    return out
+
+
+def _chain(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     out = np.zeros(np.broadcast_shapes(a.shape[:-2], b.shape[:-2]) + (a.shape[-2], b.shape[-1]), F32)
     for k in range(a.shape[-1]):
         out = fma(a[..., :, k, None], b[..., k, None, :], out)
@@ -227,8 +242,10 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 Order = Callable[[np.ndarray, np.ndarray], np.ndarray]
 _REGISTERS = 8
 _LANES_DOT = 8
+_SMALL = 4096
+"""A bfloat16 product of so many multiplications or fewer goes to torch's own kernel, a larger one to oneDNN."""
 _SMALL_BATCHED = 400
-"""torch.bmm runs a plain loop where rows * inner * columns of each product is below this (LinearAlgebra.cpp)."""
+"""torch.bmm runs a plain loop where one product has fewer multiplications than this."""
 _SETTLE_AT_ONCE = 1 << 20  # numbers gathered at a time: 4 MiB
 _SETTLE_AT_MOST = 1 << 30  # multiplications beyond which exactness in the last bit would cost minutes
 
@@ -260,9 +277,10 @@ def half_product(a: np.ndarray, b: np.ndarray, bias: np.ndarray | None, order: O
 def half_order(dtype: str, rows: int, inner: int, columns: int, *, transposed: bool, batched: bool) -> Order:
     """The order in which torch adds up one product [rows, inner] x [inner, columns] of bfloat16 or float16 matrices.
 
-    transposed: the second matrix is stored as [columns, inner]. batched: one of several, as in attention.
+    transposed: the second matrix is stored as [columns, inner]. batched: one of several, as in attention. (What counts
+    for a batch of bfloat16 products is the multiplications of the batch: it is taken to have more than `_SMALL`.)
     """
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and (batched or rows * inner * columns > _SMALL):
         return partial(pairs, block=512 if rows == 1 or inner <= 1024 else 1024)
     if batched and rows * inner * columns < _SMALL_BATCHED:
         return one_by_one
@@ -272,9 +290,8 @@ def half_order(dtype: str, rows: int, inner: int, columns: int, *, transposed: b
 def pairs(a: np.ndarray, b: np.ndarray, block: int = 512) -> np.ndarray:
     """bfloat16: pair after pair, the odd element first; blocks of the axis are summed for themselves and then added.
 
-    This is the AVX-512 instruction `vdpbf16ps` in the kernel of oneDNN that torch calls for products of more than 4096
-    multiplications. (The AMX units of some CPUs add in another order; ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 turns them
-    off.)
+    This is the AVX-512 instruction `vdpbf16ps` in oneDNN's kernel. (The AMX units of some CPUs add in another order;
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 turns them off.)
     """
     terms = _terms(a, b)
     total = np.zeros(terms.shape[1:], F32)

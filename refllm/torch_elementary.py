@@ -58,7 +58,8 @@ def _sin_of_reduced(x: np.ndarray, half_turns: np.ndarray, turns: np.ndarray) ->
     r2 = r * r
     s3, s5, s7, s9 = _SIN
     value = r + r * (r2 * (s3 + r2 * (s5 + r2 * (s7 + r2 * s9))))
-    return np.where(turns % 2 != 0, -value, value)
+    half = turns * 0.5
+    return np.where(half != np.floor(half), -value, value)
 
 
 def _beyond_range(value: np.ndarray, x: np.ndarray, function: np.ufunc) -> np.ndarray:

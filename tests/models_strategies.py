@@ -61,11 +61,11 @@ def model_class(family: str, head: str = "causal_lm") -> type[Model]:
 
 
 def small_config(family: str, **values: Any) -> ModelConfig:
-    """A config in which no two of hidden_size, intermediate_size, vocab_size, heads * head_dim are the same."""
+    """A config of sizes that can be told apart; fields as given, else plain."""
     plain: dict[str, Any] = {
         "vocab_size": 96,
         "hidden_size": 48,
-        "intermediate_size": 80,
+        "intermediate_size": 112,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -73,7 +73,7 @@ def small_config(family: str, **values: Any) -> ModelConfig:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    plain |= {"helium": {"head_dim": 12}, "llama": {"head_dim": 16}, "arcee": {"head_dim": 16}}.get(family, {})
+    plain |= {"helium": {"head_dim": 12}, "llama": {"head_dim": 20}, "arcee": {"head_dim": 20}}.get(family, {})
     plain |= {"rope_parameters": {"partial_rotary_factor": 0.5}} if family == "stablelm" else {}
     return CONFIG_CLASSES[family](**(plain | values))
 

@@ -84,18 +84,23 @@ class CacheMachine(RuleBasedStateMachine):
         count=st.integers(1, 9),
         padded=st.booleans(),
         part=st.sampled_from((0.3, 1.0)),
-        columns_too_many=st.sampled_from((0, 0, 3)),
+        columns=st.sampled_from((0, 0, 3, -1, -2)),
     )
-    def append(self, seed: int, count: int, padded: bool, part: float, columns_too_many: int) -> None:
+    def append(self, seed: int, count: int, padded: bool, part: float, columns: int) -> None:
+        """`columns`: by how many the mask that is passed is too long (they are ignored) or too short (taken as 0)."""
         rng = np.random.default_rng(seed)
         shape = (len(self.tokens), min(count, SLOTS - self.length))
         chunk, may_be_seen = rng.integers(0, VOCAB, shape), (rng.random(shape) < part).astype(int)
         if not padded:
             may_be_seen[:] = 1
+        missing = min(-columns, shape[1])
+        if missing > 0:
+            may_be_seen[:, shape[1] - missing :] = 0
         self.tokens = np.concatenate([self.tokens, chunk], axis=1)
         self.mask = np.concatenate([self.mask, may_be_seen], axis=1)
-        beyond = rng.integers(0, 2, (len(self.tokens), columns_too_many))  # ignored, whatever they are
-        mask = None if self.mask.all() and not padded else np.concatenate([self.mask, beyond], axis=1)
+        beyond = rng.integers(0, 2, (len(self.tokens), max(columns, 0)))
+        passed = np.concatenate([self.mask[:, : self.length - max(missing, 0)], beyond], axis=1)
+        mask = None if self.mask.all() and not padded else passed
         out = self.model(chunk, mask, past_key_values=self.cache)
         assert out.past_key_values is self.cache
         close(out.logits, self.full_pass().logits[:, -chunk.shape[1] :])
@@ -103,7 +108,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.length < SLOTS)
     @rule(seed=seeds)
     def decode(self, seed: int) -> None:
-        self.append(seed, count=1, padded=False, part=1.0, columns_too_many=0)
+        self.append(seed, count=1, padded=False, part=1.0, columns=0)
 
     @rule(keep=st.integers(0, SLOTS + 5))
     def crop(self, keep: int) -> None:
@@ -346,5 +351,5 @@ def test_selecting_rows_that_are_not_there_changes_nothing(rows: Any, says: str)
 def test_repeats_and_slots_are_at_least_one() -> None:
     with pytest.raises(InputError, match="repeats=0 must be at least 1"):
         DynamicCache().batch_repeat_interleave(0)
-    with pytest.raises(InputError, match="max_cache_len=0 must be at least 1"):
+    with pytest.raises(InputError, match="max_cache_len=0 must be an integer of at least 1"):
         StaticCache()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+import tracemalloc
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import SecurityError, UndefinedError
 
 from refllm import golden, template_sandbox
 from refllm.chat_template import render
@@ -316,15 +318,15 @@ BOMBS = {
     "a repeated string": "{{ 'x' * 10 ** 12 }}",
     "a repeated list": "{{ 10 ** 12 * [1] }}",
     "a constant expression": "{% if false %}{{ 'x' * 1000000000000 }}{% endif %}{{ 'x' * 1000000000000 }}",
-    "a wide filter": "{{ 'x'|center(1000000000) }}",
-    "a wide method": "{{ 'x'.ljust(1000000000) }}",
-    "a wide method of marked text": "{{ ('x'|e).center(1000000000) }}",
+    "a padding filter": "{{ 'x'|center(1000000000) }}",
+    "a padding method": "{{ 'x'.ljust(1000000000) }}",
+    "a padding method of marked text": "{{ ('x'|e).center(1000000000) }}",
     "tabs": "{{ '\\t'.expandtabs(1000000000) }}",
     "a wide format": "{{ '%1000000000d' % 1 }}",
     "a computed width": "{{ '%*d' % (1000000000, 1) }}",
     "a wide format filter": "{{ '%1000000000d'|format(1) }}",
     "a wide str.format": "{{ '{:1000000000}'.format(1) }}",
-    "a nested str.format": "{{ '{:{}}'.format(1, 1000000000) }}",
+    "a str.format of computed width": "{{ '{:{}}'.format(1, 1000000000) }}",
     "a wide date": "{{ strftime_now('%1000000000d') }}",
     "an indent": "{{ 'a\\nb'|indent(1000000000) }}",
     "an indent in JSON": "{{ [1]|tojson(indent=1000000000) }}",
@@ -379,7 +381,32 @@ def test_runaway_templates_are_stopped(template: str, monkeypatch: pytest.Monkey
     with pytest.raises(TokenizerError, match=r"^chat template(, line \d+)?: ") as caught:
         ours(template, [USER])
     assert "\n" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, (SecurityError, RecursionError, UndefinedError))  # not a MemoryError
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("name", [name for name in BOMBS if "wide " in name or "width" in name])
+def test_a_wide_format_is_refused_before_it_is_made(name: str) -> None:
+    with pytest.raises(TokenizerError, match="a width of five digits or a computed width"):
+        ours(BOMBS[name], [USER])
+
+
+ONE_STEP = [
+    *("a repeated string", "a repeated list", "a padding filter", "a padding method", "tabs", "an indent", "a batch"),
+    *("a padding method of marked text", "an indent in JSON", "a slice", "a word wrap", "bytes", "joined numbers"),
+]
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_no_single_step_takes_much_memory(name: str) -> None:
+    """The budget is charged before the memory is taken."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(TokenizerError):
+            ours(BOMBS[name], [USER])
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_long_chat_stays_within_the_budget() -> None:

@@ -298,3 +298,28 @@ def test_defect_is_found_in_its_layer(defect: str, name: str) -> None:
 @pytest.mark.parametrize("defect", [name for name in DEFECTS if name != "round_to_bfloat16"])
 def test_defect_is_found_under_bfloat16_rounding(defect: str) -> None:
     assert check("helium-tiny", "bfloat16", DEFECTS[defect]).verdict == "fails"
+
+
+@pytest.mark.parametrize(
+    ("head", "last"),
+    [
+        ("ForSequenceClassification", "score"),
+        ("ForTokenClassification", "score"),
+        ("ForQuestionAnswering", "qa_outputs"),
+        ("Model", "model.norm"),
+    ],
+)
+def test_other_heads_are_checked_too(head: str, last: str, tmp_path: Path) -> None:
+    import refllm
+    from refllm.check.run import check_all
+
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = refllm.LlamaConfig(
+        **sizes, num_attention_heads=4, bos_token_id=0, eos_token_id=0, pad_token_id=1, initializer_range=0.2
+    )
+    getattr(refllm, f"Llama{head}").from_config(config, seed=1).save_pretrained(tmp_path, dtype="float32")
+    tokens = {"prompt": None, "ids": None, "ids_file": None}
+    options = {"candidate": "transformers", "policy": "hf-eager", "attention": "eager", "tokens": tokens}
+    for report in check_all([tmp_path], dtypes=["float32", "bfloat16"], **options):
+        assert report.verdict == "holds", show(report)
+        assert report.taps[-1].name == last

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,34 @@ def test_downcast_equals_torch(values: list[float], dtype: str) -> None:
     array = np.array(values, np.float32)
     expected = torch.from_numpy(array).to(getattr(torch, dtype))
     assert bits(checkpoint_writer.downcast(array, dtype)) == torch_bits(expected)
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_downcast_of_float64_equals_torch_which_rounds_twice(dtype: str) -> None:
+    # Just above a tie of bfloat16, and of float16: float32 puts them on the tie, which then goes to the even neighbour.
+    values = np.array([1 + 2**-8 + 2**-40, 1 + 2**-11 + 2**-40, 1e300, -1e-300, np.pi])
+    expected = torch.from_numpy(values).to(getattr(torch, dtype))
+    assert bits(checkpoint_writer.downcast(values, dtype)) == torch_bits(expected)
+
+
+@given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=12), limit=st.integers(1, 60))
+@settings(max_examples=100)
+def test_shards_are_filled_in_order_up_to_the_limit(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limit: int
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    save_checkpoint(folder, {f"t{i}": np.zeros(size) for i, size in enumerate(sizes)}, "float32", max_shard_bytes=limit)
+    shards = [
+        [4 * shape[0] for shape, _ in (library_reads(path) or {}).values()] for path in Checkpoint.open(folder).files
+    ]
+    assert len(list(folder.glob("*.safetensors"))) == len(shards), "an empty shard"
+    assert sum(map(len, shards)) == len(sizes)
+    assert all(sum(shard) <= limit or len(shard) == 1 for shard in shards)
+    rest = [4 * size for size in sizes]
+    for shard, following in pairwise(shards):
+        rest = rest[len(shard) :]
+        assert sum(shard) + rest[0] > limit, "the next tensor would have fitted"
+        assert following
 
 
 def test_tensors_are_aligned_and_read_only(tmp_path: Path) -> None:

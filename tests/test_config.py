@@ -152,7 +152,7 @@ ILLEGAL: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     *[(ANY, {name: None}, f"{name}=null") for name in ("vocab_size", "hidden_size", "num_hidden_layers", "use_cache")],
     # sizes
     *[(ANY, {"num_attention_heads": bad}, "num_attention_heads") for bad in (0, -4, 4.5, "4", True, [4], {}, 2**40)],
-    *[(ANY, {"vocab_size": bad}, "vocab_size") for bad in (0, 1.5, float("nan"), float("inf"), 10**400)],
+    *[(ANY, {"vocab_size": bad}, "vocab_size") for bad in (0, 1.5, True, float("nan"), float("inf"), 10**400)],
     (ANY, {"max_position_embeddings": 0}, "max_position_embeddings=0"),
     (ANY, {"num_hidden_layers": 0}, "num_hidden_layers=0"),
     # floats, flags, names

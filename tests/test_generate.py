@@ -143,6 +143,24 @@ def test_beam_search_equals_transformers(
     check_same(own, witness, beams=True)
 
 
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("length_penalty", [-1.0, 1.0, 3.0])
+def test_beams_of_rows_that_end_at_different_times_equal_transformers(
+    early_stopping: bool | str, length_penalty: float
+) -> None:
+    """Many end-of-sequence ids: rows fill their slots early, cannot improve, and wait for the others."""
+    for seed in range(8):
+        ids = np.random.default_rng(seed).integers(0, VOCAB, size=(4, 3))
+        values = {
+            "num_beams": 3,
+            "num_return_sequences": 3,
+            "max_new_tokens": 15,
+            "eos_token_id": [2, 5, 7, 11, 13, 17],
+        }
+        values |= {"early_stopping": early_stopping, "length_penalty": length_penalty}
+        check_same(*both(tiny_model(VOCAB, seed % 3), ids, **values), beams=True)
+
+
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
@@ -211,6 +229,15 @@ def test_draws_follow_the_softmax_and_never_pick_a_dropped_token() -> None:
     assert counts[p == 0].sum() == 0
     assert 0.4 < chi_square(counts, p) < 2.0
     assert chi_square(counts, np.roll(p, 1)) > 100 or counts[np.roll(p, 1) == 0].any()
+
+
+def test_the_smallest_random_number_picks_no_dropped_token() -> None:
+    class Zeros:
+        def random(self, shape: tuple[int, ...]) -> np.ndarray:
+            return np.zeros(shape)
+
+    scores = np.array([[-np.inf, 0.0, 1.0]], np.float32)
+    assert draw(scores, Zeros()).tolist() == [1]  # type: ignore[arg-type]
 
 
 def test_draws_without_replacement_follow_the_probabilities_of_their_order() -> None:

@@ -103,6 +103,19 @@ def test_stop_strings_equal_transformers(kind: str, strings: list[str], length: 
         np.testing.assert_array_equal(StopStringCriteria(tokenizer, strings)(ids, None), expected)
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("string", ["é", "日", "sé", "日!"])
+def test_stop_string_is_found_where_a_character_is_split_over_tokens(kind: str, string: str) -> None:
+    character = {byte: char for char, byte in byte_of_character().items()}
+    vocab = KINDS[kind].get_vocab()
+    spelled = [character[b] if kind == "byte_level" else f"<0x{b:02X}>" if b > 127 else chr(b) for b in string.encode()]
+    ids = np.array([[vocab["a"], *(vocab[token] for token in spelled)]])
+    for end in range(1, ids.shape[1] + 1):
+        expected = Witness(KINDS[kind], string)(torch.tensor(ids[:, :end]), None).numpy()
+        assert expected[0] == (end == ids.shape[1])
+        np.testing.assert_array_equal(StopStringCriteria(OWN[kind], string)(ids[:, :end], None), expected)
+
+
 def test_stop_string_must_reach_into_the_last_token_and_may_hang_over() -> None:
     vocab = ["s", "to", "stop", "st", "op", "opera", "las", "topper", "pped", "at", *"abcdef"]
     tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(vocab)}, merges=[]))

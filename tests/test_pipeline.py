@@ -44,10 +44,12 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "several beams of several texts": (["Attention is", "A"], {"num_beams": 2, "num_return_sequences": 2}),
     "empty text": ("", {}),
     "stop string": ("Attention", {"stop_sequence": ["e", "zz"], "max_new_tokens": 12}),
-    "total length": ("Attention", {"max_length": 9, "max_new_tokens": None}),
+    "total length": ("Attention", {"max_length": 9}),
+    "total length and no new length": ("Attention", {"max_length": 9, "max_new_tokens": None}),
     "prompt beyond the total length": ("Attention is all", {"max_length": 3, "max_new_tokens": 2}),
     "prefix": ("Attention", {"prefix": "The "}),
-    "prefix and total length": ("Attention", {"prefix": "The ", "max_length": 12, "max_new_tokens": None}),
+    "prefix and total length": ("Attention", {"prefix": "The ", "max_length": 12}),
+    "prefix and total lengths": ("Attention", {"prefix": "The matrix ", "max_length": 16, "min_length": 14}),
     "special tokens asked for": ("Attention", {"add_special_tokens": False}),
     "special tokens kept": ("Attention", {"skip_special_tokens": False, "max_new_tokens": 20}),
     "tokenizer options": ("Attention is", {"tokenizer_encode_kwargs": {"max_length": 2, "truncation": True}}),
@@ -60,7 +62,8 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("prompt", "options"), CALLS.values(), ids=CALLS)
 def test_texts_are_continued_as_by_transformers(name: str, prompt: Any, options: dict[str, Any]) -> None:
-    options = {"max_new_tokens": 6, "do_sample": False, **options}
+    length = {} if "max_length" in options else {"max_new_tokens": 6}
+    options = {"do_sample": False, **length, **options}
     assert ours(name)(prompt, **options) == theirs(name)(prompt, **options)
 
 
@@ -142,6 +145,17 @@ def test_defaults_fill_in_what_nobody_set_as_in_transformers(name: str, options:
     passed = mine.pop("generation_config", None)
     mine.pop("tokenizer")
     assert (passed.set_fields() if passed else {}) | mine == expected
+
+
+def test_the_tokenizers_pad_token_is_used_where_the_model_has_none() -> None:
+    folder = golden.path("llama-tiny")
+    pipe = pipeline(model=folder, tokenizer=AutoTokenizer.from_pretrained(folder, pad_token="<|end_of_text|>"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, pad_token="<|end_of_text|>")
+    witness = transformers.pipeline("text-generation", model=str(folder), tokenizer=tokenizer, dtype=torch.float32)
+    assert pipe._split({})[1]["pad_token_id"] == witness._prepare_generate_kwargs({})["pad_token_id"] == 636
+    prompts = ["Attention is all", "A", "The key of a head"]
+    options = {"max_new_tokens": 6, "do_sample": False, "batch_size": 3, "return_tensors": True}
+    assert pipe(prompts, **options) == witness(prompts, **options)
 
 
 def test_the_pipelines_own_options_apply_to_every_call() -> None:

@@ -334,7 +334,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "special_tokens_map.json": {"bos_token": "matrix"},
     },
     "older files": {
-        "tokenizer_config.json": {"eos_token": "<|endoftext|>", "model_max_length": 77},
+        "tokenizer_config.json": {"model_max_length": 77},
         "special_tokens_map.json": {
             "bos_token": {
                 "content": "<bos>",

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from this_cpu import needs_known_order
 
 from refllm import ops, torch_cpu
 from refllm.precision import HF_EAGER, Arithmetic, round_bfloat16, round_float16
@@ -15,18 +16,6 @@ avx512 = pytest.mark.skipif(
 )
 avx2 = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch has no vector kernels on this CPU"
-)
-
-
-def adds_bfloat16_in_pairs() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices as AVX-512 does: the sum of 1, 2^30, 1, -2^30 is 1 only if each
-    pair is added odd element first (0 one after another, 2 with AMX)."""
-    row = torch.tensor([1.0, 2.0**30, 1.0, -(2.0**30)]).bfloat16()
-    return bool((torch.nn.functional.linear(row.expand(64, 4), torch.ones(64, 4).bfloat16()) == 1).all())
-
-
-bfloat16_pairs = pytest.mark.skipif(
-    not adds_bfloat16_in_pairs(), reason="this CPU adds bfloat16 products in another order than AVX-512 (vdpbf16ps)"
 )
 widths = st.integers(1, 40) | st.integers(41, 700) | st.sampled_from([1024, 2560, 5120])
 
@@ -96,18 +85,24 @@ def test_layer_norm_of_half_precision_rows_equals_the_kernel(dtype, seed, n, wit
     assert equal_bits(ours, theirs.float())
 
 
-@avx2
-@given(st.integers(0, 2**31), st.integers(4, 20), st.integers(1, 128), st.integers(12, 60))
+@needs_known_order("float32")
+@given(
+    st.integers(0, 2**31),
+    st.integers(4, 20),
+    st.integers(1, 192) | st.integers(97, 192).map(lambda half: 2 * half) | st.integers(385, 900),
+    st.integers(12, 60),
+    st.booleans(),
+)
 @settings(max_examples=40)
-def test_matmul_equals_the_product_of_one_thread(seed, m, k, n):
-    a, b = random(seed, m, k), random(seed + 1, n, k)
+def test_matmul_equals_the_product_of_one_thread(seed, m, k, n, with_bias):
+    a, b, bias = random(seed, m, k), random(seed + 1, n, k), random(seed + 2, n) if with_bias else None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        theirs = torch.nn.functional.linear(torch.from_numpy(a), torch.from_numpy(b))
+        theirs = torch.nn.functional.linear(*(None if x is None else torch.from_numpy(x) for x in (a, b, bias)))
     finally:
         torch.set_num_threads(threads)
-    assert equal_bits(torch_cpu.matmul(a, b.T), theirs)
+    assert equal_bits(torch_cpu.matmul(a, b.T, bias), theirs)
 
 
 def half(seed: int, *shape: int) -> np.ndarray:
@@ -131,7 +126,7 @@ def nearly_one(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return (1 + 0.004 * rng.standard_normal(shape)).astype(np.float32)
 
 
-@avx2
+@needs_known_order("float16")
 @given(st.integers(0, 2**31), st.integers(1, 20), st.integers(1, 300), st.integers(2, 30))
 @settings(max_examples=60)
 def test_float16_linear_equals_the_kernel(seed, m, k, n):
@@ -141,7 +136,7 @@ def test_float16_linear_equals_the_kernel(seed, m, k, n):
     assert equal_bits(round_float16(torch_cpu.registers(x[:, None], w)), theirs)
 
 
-@avx2
+@needs_known_order("float16")
 @given(st.integers(0, 2**31), st.integers(1, 20), st.integers(1, 100), st.integers(2, 40))
 @settings(max_examples=60)
 def test_float16_attention_products_equal_the_kernels(seed, m, k, n):
@@ -156,12 +151,13 @@ def test_float16_attention_products_equal_the_kernels(seed, m, k, n):
         assert equal_bits(round_float16(order(a[:, :, None], b[:, None])), theirs)
 
 
-@bfloat16_pairs
+@needs_known_order("bfloat16")
 @given(st.integers(0, 2**31), st.integers(1, 20), st.integers(1, 1600), st.integers(1, 80), st.booleans())
 @settings(max_examples=60)
 def test_bfloat16_products_equal_the_kernel(seed, m, k, n, batched):
     rng = np.random.default_rng(seed)
-    n = max(n, 4096 // (m * k) + 1)  # below that torch has another kernel
+    if batched:
+        n = max(n, 4096 // (m * k) + 1)  # see half_order
     a, b = round_bfloat16(cancelling(rng, m, k)), round_bfloat16(nearly_one(rng, n, k))
     left, right = tensor(a, torch.bfloat16), tensor(b, torch.bfloat16)
     theirs = torch.matmul(left[None], right.T[None])[0] if batched else torch.nn.functional.linear(left, right)

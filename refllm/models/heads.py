@@ -109,9 +109,14 @@ def _token_loss(op, logits, labels, name, num_items_in_batch, ignore_index):
 
 
 def _mean_loss(op, rows, targets, num_items_in_batch, ignore_index):
+    if as_integers("ignore_index", ignore_index).ndim:
+        raise InputError(f"ignore_index: expected one integer, found {ignore_index!r}")
     if num_items_in_batch is None:
         return op.cross_entropy(rows, targets, ignore_index=ignore_index)
-    return op.cross_entropy(rows, targets, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+    items = as_array("num_items_in_batch", num_items_in_batch)
+    if items.size != 1 or items.item() <= 0:
+        raise InputError(f"num_items_in_batch: expected one number above 0, found {num_items_in_batch!r}")
+    return op.cross_entropy(rows, targets, ignore_index=ignore_index, reduction="sum") / items.item()
 
 
 def sequence_logits(op, c, w, x_BSE, input_ids):

@@ -66,9 +66,9 @@ def block(op, c, w, x_BSE, cos, sin, masking, cache):
     def norm(name, x):
         return op.tap(name, op.layer_norm(x, w[f"{name}.weight"], w[f"{name}.bias"], c.layer_norm_eps))
 
-    def per_head_norm(name, x_BHSD):
-        w_H1D = np.stack([w[f"{name}.norms.{j}.weight"] for j in range(x_BHSD.shape[1])])[:, None, :]
-        return op.tap(name, op.layer_norm(x_BHSD, w_H1D, None, c.layer_norm_eps))
+    def per_head_norm(name, x_BNSD):  # N heads, of queries or of keys
+        w_N1D = np.stack([w[f"{name}.norms.{j}.weight"] for j in range(x_BNSD.shape[1])])[:, None, :]
+        return op.tap(name, op.layer_norm(x_BNSD, w_N1D, None, c.layer_norm_eps))
 
     # Attention
     a_BSE = norm("input_layernorm", x_BSE)

@@ -58,17 +58,19 @@ def attention(
         # Keys after the last visible one contribute nothing; torch's eager code computes them all the same, and their
         # zeros take part in its order of additions.
         stop = max(0, min(T, T - S + rows.stop)) if causal and not (ar.emulates_torch or tap) else T
+        if not stop:
+            return  # no keys: the result is 0 and -inf, as it stands
         k_KTD, v_KTD = k_BKTD[b, groups, :stop], v_BKTD[b, groups, :stop]
         # The g query heads of a group read the same keys: as rows of one matrix they share one product.
         k_heads, queries = len(k_KTD), rows.stop - rows.start
-        q_KSD = q_BHSD[b, heads, rows].reshape(k_heads, g * queries, D)
-        s_HST = _scores(q_KSD, k_KTD, scale, g, ar).reshape(k_heads * g, queries, stop)
+        q_KND = q_BHSD[b, heads, rows].reshape(k_heads, g * queries, D)
+        s_HST = _scores(q_KND, k_KTD, scale, g, ar).reshape(k_heads * g, queries, stop)
         if scores_BHST is not None:
             scores_BHST[b, heads, rows] = s_HST
         s_HST = _masked(s_HST, visible(b, heads, rows, stop), ar)
         p_HST, total_HS1, lse_BHS[b, heads, rows] = _softmax(s_HST, ar)
-        o_KSD = _product(p_HST.reshape(k_heads, g * queries, stop), v_KTD, g, ar)
-        o_HSD = o_KSD.reshape(k_heads * g, queries, o_KSD.shape[-1])
+        o_KND = _product(p_HST.reshape(k_heads, g * queries, stop), v_KTD, g, ar)
+        o_HSD = o_KND.reshape(k_heads * g, queries, o_KND.shape[-1])
         o_BHSD[b, heads, rows] = ar.round(o_HSD if total_HS1 is None else o_HSD * total_HS1, "attention")
         if probs_BHST is not None:
             probs_BHST[b, heads, rows] = p_HST if total_HS1 is None else p_HST * total_HS1
@@ -147,11 +149,11 @@ def _visible_keys(
     return visible
 
 
-def _scores(q_KSD: np.ndarray, k_KTD: np.ndarray, scale: float, g: int, ar: Arithmetic) -> np.ndarray:
+def _scores(q_KND: np.ndarray, k_KTD: np.ndarray, scale: float, g: int, ar: Arithmetic) -> np.ndarray:
     if not ar.policy.points:  # nothing is rounded between the product and the scale: scale the smaller factor
-        return ar.matmul_t(q_KSD * ar.work(scale), k_KTD)
-    s_KST = ar.round(ar.matmul_t(q_KSD, k_KTD, heads=g), "attention.scores")
-    return ar.round(s_KST * ar.work(scale), "attention.scaled")
+        return ar.matmul_t(q_KND * ar.work(scale), k_KTD)
+    s_KNT = ar.round(ar.matmul_t(q_KND, k_KTD, heads=g), "attention.scores")
+    return ar.round(s_KNT * ar.work(scale), "attention.scaled")
 
 
 def _masked(s: np.ndarray, allowed: np.ndarray | None, ar: Arithmetic) -> np.ndarray:
@@ -186,15 +188,15 @@ def _softmax(s_HST: np.ndarray, ar: Arithmetic) -> tuple[np.ndarray, np.ndarray 
     return ar.round(e_HST, "attention.weights"), inverse_HS1, lse_HS
 
 
-def _product(p_KST: np.ndarray, v_KTD: np.ndarray, g: int, ar: Arithmetic) -> np.ndarray:
+def _product(p_KNT: np.ndarray, v_KTD: np.ndarray, g: int, ar: Arithmetic) -> np.ndarray:
     """p v where a weight of exactly 0 silences whatever v holds: 0 * NaN counts as 0."""
     with np.errstate(invalid="ignore"):
-        out = ar.matmul(p_KST, v_KTD, heads=g)
+        out = ar.matmul(p_KNT, v_KTD, heads=g)
         if np.isfinite(out).all():
             return out
         finite_KT = np.isfinite(v_KTD).all(axis=-1)
-        out = ar.matmul(p_KST, np.where(finite_KT[..., None], v_KTD, 0), heads=g)
+        out = ar.matmul(p_KNT, np.where(finite_KT[..., None], v_KTD, 0), heads=g)
         for group, t in zip(*np.nonzero(~finite_KT), strict=True):
-            weight_S1 = p_KST[group, :, t, None]
-            out[group] += np.where(weight_S1 == 0, 0, weight_S1 * v_KTD[group, t])
+            weight_N1 = p_KNT[group, :, t, None]
+            out[group] += np.where(weight_N1 == 0, 0, weight_N1 * v_KTD[group, t])
     return out

@@ -1,0 +1,69 @@
+"""When a measured error is a finding. Every number of the check is here, with its reason; none is tuned to a model."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from refllm.check.measure import Measure, measure
+
+ISOLATED = {"bfloat16": 1.25, "float16": 1.25, "float32": 1.8}
+"""Of rms(error) / rms(sigma) over one operator's result, on its own inputs. With narrow formats the only error is the
+rounding of the result, which is known exactly: a second, hidden rounding makes it 1.41. With float32 the order of
+additions counts, which is not."""
+END_TO_END = 2.0
+"""The same after all that came before: independence of errors is an approximation there."""
+ROW = {"bfloat16": 3.0, "float16": 3.0, "float32": 6.0}
+"""Of the worst row (isolated). The errors of a row share the sums of its norm or softmax, which in float32 count as
+much as the rest."""
+FLIP = 5.0
+"""Sigmas of margin up to which a changed next token is explained by rounding."""
+
+
+def sampling(elements: int) -> float:
+    """How far the rms ratio of `elements` independent errors may be above 1 by chance: 5 standard deviations."""
+    return 5.0 / np.sqrt(2.0 * max(1, elements))
+
+
+def broken_isolated(found: Measure, dtype: str) -> list[str]:
+    rules = []
+    if found.nonfinite:
+        rules.append("NaN or infinity")
+    if found.ratio > ISOLATED[dtype] + sampling(found.elements):
+        rules.append("error")
+    if found.row_ratio > ROW[dtype] + sampling(found.row_length):
+        rules.append("one row")
+    return rules
+
+
+def broken(end_to_end: Measure, isolated: Measure | None, dtype: str) -> list[str]:
+    """Names of the rules that break, isolated ones first."""
+    rules = broken_isolated(isolated, dtype) if isolated is not None else []
+    if end_to_end.nonfinite and "NaN or infinity" not in rules:
+        rules.append("NaN or infinity")
+    if end_to_end.ratio > END_TO_END + sampling(end_to_end.elements):
+        rules.append("error end to end")
+    return rules
+
+
+def undetected(exact: np.ndarray, variance: np.ndarray, dtype: str) -> list[str]:
+    """Trivial wrong answers that the isolated rules would let pass on these values. Should be none.
+
+    exact, variance: [N, ..., n], positions first.
+    """
+    return [
+        name
+        for name, wrong in wrong_answers(exact)
+        if not np.array_equal(wrong, exact) and not broken_isolated(measure(wrong, exact, variance), dtype)
+    ]
+
+
+def wrong_answers(exact: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Zeros, rows in another order, the mean everywhere, a factor of 1.01, and a missing tile at the end."""
+    yield "zeros", np.zeros_like(exact)
+    if len(exact) > 1:
+        yield "rows in another order", np.roll(exact, 1, axis=0)
+    yield "the mean", np.full_like(exact, exact.mean())
+    yield "times 1.01", exact * 1.01
+    tile = exact.copy()
+    tile[..., -max(1, exact.shape[-1] // 8) :] = 0
+    yield "a missing tile", tile

@@ -1,0 +1,99 @@
+"""How far a candidate's values are from the predicted ones, in sigma."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refllm.check.prediction import ulp
+
+# A row whose predicted error is far below the tensor's (its values happen to be tiny) is judged by a part of the
+# tensor's: a hidden rounding elsewhere in the kernel is of the tensor's size.
+_ROW_FLOOR = 0.05
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One tap against one prediction.
+
+    ratio: rms error / rms of the predicted sigma; 0 where both are 0, infinite where only the prediction is.
+    row_ratio, row: the worst row (last axis) by the same ratio, and its index. largest, at: the largest |error| / sigma
+    of a single element, and its index. bias: mean error in standard errors; gain: the common factor that fits best,
+    minus 1. nonfinite: elements that are NaN or infinite in one and not in the other, nonfinite_at: the first.
+    """
+
+    elements: int
+    row_length: int
+    scale: float
+    rms_error: float
+    rms_sigma: float
+    ratio: float
+    row_ratio: float
+    row: tuple[int, ...]
+    largest: float
+    at: tuple[int, ...]
+    bias: float
+    gain: float
+    nonfinite: int
+    nonfinite_at: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float = np.inf) -> Measure:
+    """candidate [..., n] against the exact values and the variance of the predicted error.
+
+    overflow: the largest finite number of the candidate's format; exact values beyond it are infinite there.
+    """
+    exact = np.where(np.abs(exact) > overflow, np.copysign(np.inf, exact), exact)
+    same_nonfinite = (candidate == exact) | (np.isnan(candidate) & np.isnan(exact))
+    finite = np.isfinite(candidate) & np.isfinite(exact)
+    wrong = ~finite & ~same_nonfinite
+    error = np.where(finite, candidate - np.where(finite, exact, 0), 0.0)
+    V = np.where(finite & np.isfinite(variance), variance, 0.0)
+    mean_square, mean_V = float(np.mean(error**2)), float(np.mean(V, dtype=np.float64))
+    row_V = np.maximum(V.mean(axis=-1, dtype=np.float64), _ROW_FLOOR * mean_V)
+    rows = _ratio(np.sqrt(np.mean(error**2, axis=-1)), np.sqrt(row_V))
+    z = _ratio(np.abs(error), np.sqrt(np.maximum(V, _ROW_FLOOR * mean_V)))
+    row = np.unravel_index(int(np.argmax(rows)), rows.shape) if rows.size else ()
+    at = np.unravel_index(int(np.argmax(z)), z.shape)
+    square = float(np.sum(np.where(finite, exact, 0.0) ** 2))
+    return Measure(
+        elements=candidate.size,
+        row_length=candidate.shape[-1],
+        scale=float(np.sqrt(square / candidate.size)),
+        rms_error=float(np.sqrt(mean_square)),
+        rms_sigma=float(np.sqrt(mean_V)),
+        ratio=float(_ratio(np.sqrt(mean_square), np.sqrt(mean_V))),
+        row_ratio=float(rows.max(initial=0.0)),
+        row=tuple(int(i) for i in row),
+        largest=float(z[at]),
+        at=tuple(int(i) for i in at),
+        bias=float(_ratio(np.sum(error), np.sqrt(np.sum(V, dtype=np.float64)))),
+        gain=float(np.sum(error * np.where(finite, exact, 0.0)) / square) if square else 0.0,
+        nonfinite=int(np.count_nonzero(wrong)),
+        nonfinite_at=tuple(int(i) for i in np.argwhere(wrong)[0]) if wrong.any() else (),
+    )
+
+
+def _ratio(error: Any, sigma: Any) -> Any:
+    """error / sigma; 0 / 0 is 0, anything else / 0 infinite."""
+    error, sigma = np.asarray(error, np.float64), np.asarray(sigma, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0.0, error / sigma)
+
+
+ULP_BINS = (0.0, 0.5, 1.0, 1.5, 2.5, 4.5, 8.5, 16.5, np.inf)
+"""Edges of `ulp_histogram`: exact, within half an ulp, ..., more than 16."""
+
+
+def ulp_histogram(candidate: np.ndarray, exact: np.ndarray, dtype: str) -> list[int]:
+    """How many elements are how many ulp of `dtype` from the exact value, by `ULP_BINS`; the first bin is exact 0."""
+    spacing = np.maximum(ulp(exact, dtype), np.finfo(np.float32).tiny)
+    with np.errstate(invalid="ignore"):
+        distance = np.abs(candidate - exact) / spacing
+    distance = distance[np.isfinite(distance)]
+    zero = int(np.count_nonzero(distance == 0))
+    counts, _ = np.histogram(distance[distance > 0], bins=ULP_BINS)
+    return [zero, *(int(n) for n in counts)]

@@ -1,0 +1,164 @@
+"""The judgement of a trace: every named value against what the page predicts, end to end and operator by operator.
+
+The page is run twice on values that carry their predicted error (`refllm.check.prediction`). *End to end* it starts
+from the token ids, so its error grows as the candidate's may. *Isolated* it takes over the candidate's own value at
+every name, so that each operator is judged on the candidate's own inputs, and a defect shows where it is and nowhere
+after.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from refllm.cache import NoCache
+from refllm.check import limits
+from refllm.check.inputs import Inputs
+from refllm.check.measure import Measure, measure, ulp_histogram
+from refllm.check.prediction import Propagation, Uncertain, certain
+from refllm.check.trace import Trace, config_hash
+from refllm.errors import InputError
+from refllm.masks import masking
+from refllm.model import Model
+from refllm.precision import Policy, largest, rounding
+from refllm.rope import RotaryEmbedding
+
+HEAD_TAPS = {
+    "causal_lm": "lm_head",
+    "sequence_classification": "score",
+    "token_classification": "score",
+    "question_answering": "qa_outputs",
+}
+
+
+@dataclass
+class TapReport:
+    """One named value. isolated is None where the candidate does not record an earlier value that it needs."""
+
+    name: str
+    end_to_end: Measure
+    isolated: Measure | None = None
+    untested: list[str] = field(default_factory=list)
+    ulps: list[int] = field(default_factory=list)
+    dtype: str = "float32"
+
+    @property
+    def broken(self) -> list[str]:
+        """The rules that this value breaks; empty if it holds."""
+        return limits.broken(self.end_to_end, self.isolated, self.dtype)
+
+    @property
+    def verdict(self) -> str:
+        if self.broken:
+            return "fails"
+        return "untested" if self.untested else "holds"
+
+    @property
+    def defect_here(self) -> bool:
+        """Whether the operator that makes this value is wrong, whatever it was given."""
+        return self.isolated is not None and bool(limits.broken_isolated(self.isolated, self.dtype))
+
+
+def predict(
+    model: Model, inputs: Inputs, dtype: str, policy: Policy, at_tap: Callable[[str, Uncertain], Uncertain]
+) -> Uncertain:
+    """Run the page of `model` on `inputs`; at_tap sees every named value. Returns the head's output or the last norm's.
+
+    model: its weights must lie on the grid of `dtype`; its own arithmetic is not used.
+    """
+    op = Propagation(dtype, policy.without(model.page.NOT_ROUNDED), at_tap, wants=lambda name: True)
+    ids, c, w = inputs.input_ids, model.config, model.weights
+    # The convention of every implementation at hand: angles, cos and sin in float32. Errors of angles cancel between
+    # queries and keys, so they are no independent noise; the tables are taken as they are.
+    cos, sin = (op.table(table) for table in RotaryEmbedding(c, exact=False).tables(inputs.positions))
+    rows = w.rows("embed_tokens.weight", ids)
+    if inputs.embeds_scale is not None:
+        rows = rounding(dtype)(np.asarray(rows * inputs.embeds_scale, rows.dtype))
+    x = op.tap("model.embed_tokens", certain(rows))
+    mask = inputs.attention_mask if inputs.attention_mask is not None else np.ones(ids.shape, np.int64)
+    who = masking(
+        mask, None, batch=ids.shape[0], queries=ids.shape[1], cached=0, has_cache=False, heads=c.num_attention_heads
+    )
+    x = model.page.forward(op, c, w, x, cos, sin, who, NoCache())
+    name = HEAD_TAPS.get(model.head)
+    if name is None:
+        return x
+    return op.tap(name, op.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias")))
+
+
+class Judge:
+    """Collects the two runs over one trace."""
+
+    def __init__(self, model: Model, trace: Trace, policy: Policy) -> None:
+        _require_same(model, trace)
+        self.model, self.trace, self.policy = model, trace, policy
+        self.valid = trace.inputs.valid
+        self.overflow = largest(trace.dtype)
+        self.reports: dict[str, TapReport] = {}
+        self.logits: Uncertain | None = None
+        self.output: Uncertain | None = None
+
+    def run(self, step: Callable[[str], None] = lambda text: None) -> list[TapReport]:
+        """Both runs; the reports are in order of computation, for the values that the candidate recorded."""
+        known: set[str] = set()
+        step("predicting, end to end")
+        self.output = predict(self.model, self.trace.inputs, self.trace.dtype, self.policy, self._end_to_end(known))
+        foreign = [name for name in self.trace.taps if name not in known]
+        if foreign:
+            raise InputError(f"trace: {foreign[0]!r} is no name of a value of this model ({len(foreign)} such names)")
+        step("predicting, each operator alone")
+        predict(self.model, self.trace.inputs, self.trace.dtype, self.policy, self._isolated)
+        return list(self.reports.values())
+
+    def _end_to_end(self, known: set[str]) -> Callable[[str, Uncertain], Uncertain]:
+        def at(name: str, x: Uncertain) -> Uncertain:
+            known.add(name)
+            candidate = self._candidate(name, x)
+            if candidate is not None:
+                exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
+                found = measure(self._rows(candidate), exact, variance, self.overflow)
+                ulps = ulp_histogram(self._rows(candidate), exact, self.trace.dtype)
+                self.reports[name] = TapReport(name, found, ulps=ulps, dtype=self.trace.dtype)
+            return x
+
+        return at
+
+    def _isolated(self, name: str, x: Uncertain) -> Uncertain:
+        candidate = self._candidate(name, x)
+        if candidate is None:
+            return x
+        exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
+        report = self.reports[name]
+        report.isolated = measure(self._rows(candidate), exact, variance, self.overflow)
+        report.untested = limits.undetected(exact, variance, self.trace.dtype)
+        taken = x.value.copy()
+        taken[..., : candidate.shape[-1]] = candidate
+        return Uncertain(np.where(np.isfinite(taken), taken, x.value), np.zeros(x.shape, np.float32))
+
+    def _candidate(self, name: str, x: Uncertain) -> np.ndarray | None:
+        candidate = self.trace.taps.get(name)
+        if candidate is None:
+            return None
+        partial = name.endswith("_rope") and candidate.shape[:-1] == x.shape[:-1] and candidate.shape[-1] <= x.shape[-1]
+        if candidate.shape != x.shape and not partial:
+            raise InputError(f"trace: {name} has shape {list(candidate.shape)}, expected {list(x.shape)}")
+        return candidate
+
+    def _rows(self, values: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
+        """[B, S, n] or [B, H, S, n] -> [N, n] or [N, H, n]: the positions that are not padding."""
+        if like is not None:
+            values = values[..., : like.shape[-1]]
+        by_position = values if values.ndim == 3 else values.transpose(0, 2, 1, 3)
+        return by_position[self.valid]
+
+
+def _require_same(model: Model, trace: Trace) -> None:
+    if trace.config_hash != config_hash(model.config):
+        raise InputError(
+            f"trace of {trace.source}: its config ({trace.config_hash}) is not that of the checkpoint "
+            f"({config_hash(model.config)}); trace the same checkpoint"
+        )
+    if not trace.taps:
+        raise InputError(f"trace of {trace.source}: it holds no values")
+    if int(trace.inputs.input_ids.max()) >= model.config.vocab_size:
+        raise InputError(f"trace of {trace.source}: token id {trace.inputs.input_ids.max()} is outside the vocabulary")

@@ -1,0 +1,327 @@
+"""Predicted rounding error: a model page run on values that carry the variance of their rounding error.
+
+A page is written in calls to operators and does not look into the arrays that it passes on. Here it is run with
+`Propagation` in place of `refllm.operators.Operators` and `Uncertain` in place of arrays: beside each exact value goes
+the variance of the error that an implementation in the given format makes under the given policy. The propagation is of
+first order: an operator with Jacobian J turns the variances V of its inputs into J^2 V (errors taken as independent),
+and each rounding point adds ulp(y)^2 / 12, the variance of a uniform error of half an ulp to either side.
+
+The square root of the variance is the sigma in which errors are reported. Nothing in it is calibrated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from refllm import ops
+from refllm.precision import EXACT, Dtype, Policy
+
+_FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
+_LEAST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126}
+
+# A float32 sum of n terms of random sign: its partial sums grow like sqrt(k), each is rounded, and the mean of
+# (ulp / value)^2 over a binade is 0.541 ulp(1)^2. Matrix products keep chains of about this many terms.
+_MEAN_SQUARE_ULP = 0.541
+_CHAIN = 256
+_FLOAT32_ULP = 2.0**-23
+_ROOT_STEPS = 4  # float32 roundings of a norm's mean, of eps added, of the root and of its reciprocal
+
+
+HERE = ""
+"""In `Uncertain.shares`: what was added since the last named value."""
+
+
+@dataclass(frozen=True)
+class Uncertain:
+    """value: exact, float64. variance: of the error, float32, same shape.
+
+    shares: named value -> the part of the mean variance that was added by the operators up to that name and after the
+    names before it. The parts sum to 1.
+    """
+
+    value: np.ndarray
+    variance: np.ndarray
+    shares: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def __getitem__(self, index: Any) -> "Uncertain":
+        return Uncertain(self.value[index], self.variance[index], self.shares)
+
+    def map(self, view: Callable[[np.ndarray], np.ndarray]) -> "Uncertain":
+        """The same numbers, moved: `view` is applied to values and variances."""
+        return Uncertain(view(self.value), view(self.variance), self.shares)
+
+    def named(self, name: str) -> "Uncertain":
+        """The same value; what was added since the last name is attributed to this one."""
+        shares = dict(self.shares)
+        shares[name] = shares.pop(HERE, 0.0) + shares.get(name, 0.0)
+        return replace(self, shares=shares)
+
+    @property
+    def sigma(self) -> np.ndarray:
+        return np.sqrt(self.variance)
+
+
+def certain(value: np.ndarray) -> Uncertain:
+    """A value that both sides have exactly."""
+    value = np.asarray(value, np.float64)
+    return Uncertain(value, np.zeros(value.shape, np.float32))
+
+
+def ulp(value: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Distance of neighbouring numbers of `dtype` at `value`, float32; 0 where the value is 0."""
+    _, exponent = np.frexp(value)  # |value| in [0.5, 1) * 2^exponent
+    exponent = np.maximum(exponent - 1, _LEAST_EXPONENT[dtype]) - _FRACTION_BITS[dtype]
+    return np.where(value == 0, 0, np.ldexp(np.float32(1), exponent)).astype(np.float32)
+
+
+Substitute = Callable[[str, Uncertain], Uncertain]
+
+
+class Propagation:
+    """The operators of a page on `Uncertain` values, for an implementation in `dtype` under `policy`.
+
+    at_tap: called with (name, value) at every named value; what it returns is passed on in its place. It sees the
+    predicted error, and it can put a candidate's own value there, so that the next operator is judged alone.
+    """
+
+    def __init__(
+        self, dtype: Dtype, policy: Policy, at_tap: Substitute, wants: Callable[[str], bool], scope: str = ""
+    ) -> None:
+        self.dtype, self.policy, self.at_tap, self.wants, self.scope = dtype, policy, at_tap, wants, scope
+        self.ar = EXACT
+
+    def within(self, scope: str) -> "Propagation":
+        return Propagation(self.dtype, self.policy, self.at_tap, self.wants, f"{scope}.")
+
+    def tap(self, name: str, x: Uncertain) -> Uncertain:
+        x = x.named(self.scope + name)
+        return self.at_tap(self.scope + name, x) if self.wants(self.scope + name) else x
+
+    # --------------------------------------------------------------------------------------------------------- rounding
+
+    def _rounds(self, point: str) -> bool:
+        return self.dtype == "float32" or point in self.policy.points
+
+    def _noise(self, value: np.ndarray, point: str) -> np.ndarray | float:
+        """Variance that rounding `value` at `point` adds."""
+        if not self._rounds(point):
+            return self._inside(value)
+        return ulp(value, self.dtype) ** 2 / 12
+
+    def _inside(self, value: np.ndarray, steps: float = 1) -> np.ndarray | float:
+        """Variance of `steps` float32 roundings of about `value`, inside a kernel: nothing beside a narrower format."""
+        return steps * ulp(value, "float32") ** 2 / 12 if self.dtype == "float32" else 0.0
+
+    def _sum_noise(self, terms: int, square_sum: Callable[[], np.ndarray]) -> np.ndarray | float:
+        """Variance of accumulating `terms` products in float32; square_sum() is the sum of their squares."""
+        if self.dtype != "float32":
+            return 0.0
+        chain = min(terms, _CHAIN)
+        return _MEAN_SQUARE_ULP * _FLOAT32_ULP**2 / 12 * (chain / 2 + terms / chain / 2) * square_sum()
+
+    @staticmethod
+    def _result(value: np.ndarray, inherited: list[tuple[Uncertain, Any]], added: Any) -> Uncertain:
+        """value with the variance that its inputs hand on, (input, variance) each, and the variance added here."""
+        parts = [np.asarray(variance, np.float32) for _, variance in inherited]
+        variance = sum(parts, start=np.zeros(value.shape, np.float32)) + np.asarray(added, np.float32)
+        total = float(variance.mean(dtype=np.float64)) if variance.size else 0.0
+        shares: dict[str, float] = {}
+        if total > 0:
+            for (source, _), part in zip(inherited, parts, strict=True):
+                weight = float(part.mean(dtype=np.float64)) / total
+                for name, share in source.shares.items():
+                    shares[name] = shares.get(name, 0.0) + weight * share
+            shares[HERE] = shares.get(HERE, 0.0) + max(0.0, 1.0 - sum(shares.values()))
+        return Uncertain(value, variance, shares)
+
+    # ------------------------------------------------------------------------------------------------ products and sums
+
+    def linear(self, x: Uncertain, weight: np.ndarray, bias: np.ndarray | None = None) -> Uncertain:
+        """V(x W^T) = V_x (W*W)^T."""
+        value = ops.linear(x.value, weight, bias)
+        square = np.square(np.asarray(weight, np.float32))
+        rows = x.variance.reshape(-1, x.shape[-1])
+        variance = (rows @ square.T).reshape(value.shape)
+        accumulated = self._sum_noise(
+            x.shape[-1],
+            lambda: (np.square(x.value, dtype=np.float32).reshape(rows.shape) @ square.T).reshape(value.shape),
+        )
+        return self._result(value, [(x, variance)], accumulated + self._noise(value, "linear"))
+
+    def add(self, x: Uncertain, y: Uncertain) -> Uncertain:
+        """V(a + b) = V_a + V_b."""
+        value = x.value + y.value
+        return self._result(value, [(x, x.variance), (y, y.variance)], self._noise(value, "add"))
+
+    def split_heads(self, x: Uncertain, heads: int) -> Uncertain:
+        return x.map(lambda a: ops.split_heads(a, heads))
+
+    def merge_heads(self, x: Uncertain) -> Uncertain:
+        return x.map(ops.merge_heads)
+
+    # ------------------------------------------------------------------------------------------------------------ norms
+
+    def rms_norm(self, x: Uncertain, weight: np.ndarray, eps: float) -> Uncertain:
+        """J_ij = (w_i / r) (delta_ij - y_i y_j / n), with y = x / r and r the root mean square."""
+        scale = 1 / np.sqrt(np.mean(x.value**2, axis=-1, keepdims=True) + eps)
+        y = x.value * scale
+        handed_on = self._projected(x.variance, y, scale, centred=False)
+        added = self._noise(y, "rms_norm.normalized") + self._inside(y, _ROOT_STEPS)
+        return self._weighted(x, y, handed_on, added, weight, None, "rms_norm")
+
+    def layer_norm(self, x: Uncertain, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> Uncertain:
+        """J_ij = (w_i / s) (delta_ij - (1 + y_i y_j) / n), with y = (x - mean) / s and s the standard deviation."""
+        centred = x.value - x.value.mean(axis=-1, keepdims=True)
+        scale = 1 / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + eps)
+        y = centred * scale
+        handed_on = self._projected(x.variance, y, scale, centred=True)
+        return self._weighted(x, y, handed_on, self._inside(y, _ROOT_STEPS), weight, bias, "layer_norm")
+
+    @staticmethod
+    def _projected(variance: np.ndarray, y: np.ndarray, scale: np.ndarray, *, centred: bool) -> np.ndarray:
+        """sum_j J_ij^2 V_j without the weight; a norm takes away what lies along y (and along the mean, if centred)."""
+        n, c = y.shape[-1], float(centred)
+        total = variance.sum(axis=-1, keepdims=True) * c
+        first = (y * variance).sum(axis=-1, keepdims=True) * 2 * c
+        second = (y * y * variance).sum(axis=-1, keepdims=True)
+        out = variance * (1 - 2 * (c + y * y) / n) + (total + y * first + y * y * second) / n**2
+        return np.square(scale) * np.maximum(out, 0)
+
+    def _weighted(
+        self, x: Uncertain, y: np.ndarray, handed_on: Any, added: Any, weight: np.ndarray, bias: Any, point: str
+    ) -> Uncertain:
+        square, value = np.square(weight), y * weight
+        added = added * square + self._inside(value)
+        value = value if bias is None else value + bias
+        return self._result(value, [(x, handed_on * square)], added + self._noise(value, point))
+
+    # ------------------------------------------------------------------------------------------------------------- RoPE
+
+    def rope(
+        self, q: Uncertain, k: Uncertain, cos: Uncertain, sin: Uncertain, *, interleaved: bool
+    ) -> tuple[Uncertain, Uncertain]:
+        """V(a c - b s) = c^2 V_a + s^2 V_b + a^2 V_c + b^2 V_s."""
+        return self._rotate(q, cos, sin, interleaved), self._rotate(k, cos, sin, interleaved)
+
+    def _rotate(self, x: Uncertain, cos: Uncertain, sin: Uncertain, interleaved: bool) -> Uncertain:
+        half = cos.shape[-1]
+        first, second = slice(0, half), slice(half, 2 * half)
+        if interleaved:
+            first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        a, b = x[..., first], x[..., second]
+        c, s = (t.map(lambda table: table[..., None, :, :]) for t in (cos, sin))
+        value, inherited, added = x.value.copy(), x.variance.copy(), np.zeros(x.shape, np.float32)
+        for lanes, (u, v, sign) in ((first, (a, b, -1)), (second, (b, a, 1))):
+            one, two = u.value * c.value, sign * v.value * s.value
+            value[..., lanes] = one + two
+            inherited[..., lanes] = c.value**2 * u.variance + s.value**2 * v.variance
+            added[..., lanes] = (
+                (u.value**2 * c.variance + v.value**2 * s.variance)
+                + self._noise(one, "rope.product")
+                + self._noise(two, "rope.product")
+                + self._noise(value[..., lanes], "rope")
+            )
+        return self._result(value, [(x, inherited)], added)
+
+    # -------------------------------------------------------------------------------------------------------- attention
+
+    def attention(self, q: Uncertain, k: Uncertain, v: Uncertain, **masking: Any) -> Uncertain:
+        """V(o) = sum_j P_j^2 V_vj + sum_j P_j^2 V_sj (v_j - o)^2 + sum_j V_Pj v_j^2, head by head.
+
+        V_s = scale^2 (V_q k^2 + q^2 V_k) and what rounding the scores adds; V_P is the rounding of the weights.
+        Centring v by o, which the derivative of softmax does, is what keeps the prediction tight.
+        """
+        (B, H, S, D), K = q.shape, k.shape[1]
+        kept: dict[str, np.ndarray] = {}
+
+        def keep(name: str, values: np.ndarray) -> np.ndarray:
+            kept[name] = values
+            return values
+
+        value = ops.attention(q.value, k.value, v.value, tap=keep, **masking)
+        assert isinstance(value, np.ndarray)
+        from_v, from_scores, added = (np.empty(value.shape, np.float32) for _ in range(3))
+        V_s, V_p = (np.empty((B, H, S, k.shape[2]), np.float32) for _ in range(2))
+        parts = np.zeros(3)  # of the scores' variance: handed on by q, by k, added here
+        for b, h in np.ndindex(B, H):
+            g = h * K // H
+            probs = kept["probs"][b, h]
+            squared = np.square(probs)
+            by_q, by_k, here = self._score_variance(q[b, h], k[b, g], kept["scores"][b, h], D**-0.5)
+            weights = self._weight_noise(probs)
+            V_s[b, h] = by_q + by_k + here
+            V_p[b, h] = self._probs_variance(probs, V_s[b, h]) + weights
+            parts += [float((squared * part).sum()) for part in (by_q, by_k, here)]
+            value_v, o = v.value[b, g], value[b, h]
+            A, square_v = squared * V_s[b, h], np.square(value_v)
+            from_v[b, h] = squared @ v.variance[b, g]
+            spread = A @ square_v - 2 * o * (A @ value_v) + o**2 * A.sum(axis=-1, keepdims=True)
+            from_scores[b, h] = np.maximum(spread, 0)
+            added[b, h] = weights @ square_v + self._sum_noise(probs.shape[-1], partial(np.matmul, squared, square_v))
+        self.tap("self_attn.scores", self._result(kept["scores"], [], V_s))
+        self.tap("self_attn.probs", self._result(kept["probs"], [], V_p))
+        by_q, by_k, here = parts / max(parts.sum(), np.finfo(float).tiny)
+        inherited = [(v, from_v), (q, from_scores * by_q), (k, from_scores * by_k)]
+        return self._result(value, inherited, added + from_scores * here + self._noise(value, "attention"))
+
+    def _score_variance(
+        self, q: Uncertain, k: Uncertain, scores: np.ndarray, scale: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Variance of the scaled scores [S, T]: handed on by q, by k, and added by rounding."""
+        square_q, square_k = (np.square(x.value).astype(np.float32) for x in (q, k))
+        added = self._sum_noise(q.shape[-1], lambda: square_q @ square_k.T)
+        added = scale**2 * (added + self._noise(scores / scale, "attention.scores"))
+        below = scores - scores.max(axis=-1, keepdims=True, initial=-np.inf)  # what exp is taken of
+        added = added + self._noise(scores, "attention.scaled") + self._inside(below)
+        added = np.broadcast_to(np.asarray(added, np.float32), scores.shape)
+        return scale**2 * (q.variance @ square_k.T), scale**2 * (square_q @ k.variance.T), added
+
+    def _weight_noise(self, probs: np.ndarray) -> np.ndarray:
+        noise = self._noise(probs, "attention.weights")
+        if not self.policy.normalize_first and self._rounds("attention.weights"):
+            # Weights relative to the largest are rounded, and divided by their sum afterwards.
+            largest = np.maximum(probs.max(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
+            noise = ulp(probs / largest, self.dtype) ** 2 / 12 * largest**2
+        return np.broadcast_to(np.asarray(noise + self._inside(probs, 3), np.float32), probs.shape)
+
+    @staticmethod
+    def _probs_variance(probs: np.ndarray, V_s: np.ndarray) -> np.ndarray:
+        """dP_i = P_i (ds_i - sum_j P_j ds_j)."""
+        shared = (np.square(probs) * V_s).sum(axis=-1, keepdims=True)
+        return np.asarray(np.square(probs) * np.maximum(V_s * (1 - 2 * probs) + shared, 0), np.float32)
+
+    # -------------------------------------------------------------------------------------------------------------- MLP
+
+    def activation(self, x: Uncertain, name: str) -> Uncertain:
+        """V(f(x)) = f'(x)^2 V_x."""
+        value, slope = self._activated(x.value, name)
+        added = self._inside(value, 2) + self._noise(value, "activation")
+        return self._result(value, [(x, slope**2 * x.variance)], added)
+
+    def glu(self, gate: Uncertain, up: Uncertain, name: str) -> Uncertain:
+        """V(f(g) u) = (f'(g) u)^2 V_g + f(g)^2 V_u."""
+        act, slope = self._activated(gate.value, name)
+        value = act * up.value
+        added = up.value**2 * (self._noise(act, "glu.activation") + self._inside(act, 2)) + self._noise(value, "glu")
+        return self._result(value, [(gate, (slope * up.value) ** 2 * gate.variance), (up, act**2 * up.variance)], added)
+
+    @staticmethod
+    def _activated(x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """f(x), and f'(x) by central differences: exact enough for a variance, and true for every activation."""
+        step = 1e-5 * np.maximum(1, np.abs(x))
+        slope = (ops.activation(x + step, name) - ops.activation(x - step, name)) / (2 * step)
+        return ops.activation(x, name), slope
+
+    # ----------------------------------------------------------------------------------------------------------- tables
+
+    def table(self, float32: np.ndarray) -> Uncertain:
+        """A rotary table, made in float32 and rounded at `rope.table`."""
+        noise = self._noise(float32, "rope.table") if self.dtype != "float32" else 0.0
+        return self._result(np.asarray(float32, np.float64), [], np.broadcast_to(noise, float32.shape))
