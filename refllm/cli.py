@@ -46,52 +46,111 @@ def describe() -> None:
     """The math of Helium, Llama, StableLM and Arcee in NumPy, and how far other implementations are from it."""
 
 
+Candidate = Annotated[
+    str,
+    typer.Option(
+        "--candidate",
+        help="transformers, numpy (the reference), or a forward pass: module:function, file.py:function.",
+    ),
+]
+Attention = Annotated[str, typer.Option("--attn", help="Transformers' attention: eager or sdpa.")]
+Rounding = Annotated[
+    str | None,
+    typer.Option("--policy", help="Where the candidate is expected to round: hf-eager, hf-sdpa or fused."),
+]
+
+
 @app.command()
 def check(
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="CHECKPOINT", help="Folder; without one, all embedded checkpoints.")
     ] = None,
-    candidate: Annotated[
-        str, typer.Option("--candidate", help="The implementation to check: transformers.")
-    ] = "transformers",
+    candidate: Candidate = "transformers",
     dtype: Annotated[
         list[str] | None, typer.Option("--dtype", help="Precision; repeat for more. Default: float32, bfloat16.")
     ] = None,
-    policy: Annotated[
-        str, typer.Option("--policy", help="Where rounding is expected: hf-eager or fused.")
-    ] = "hf-eager",
-    attention: Annotated[str, typer.Option("--attn", help="Transformers' attention: eager or sdpa.")] = "eager",
+    policy: Rounding = None,
+    attention: Attention = "eager",
+    stress: Annotated[
+        bool, typer.Option("--stress", help="Also far positions, small and large values, padding, cached decode.")
+    ] = False,
+    taps: Annotated[
+        bool, typer.Option("--taps", help="A line for every named value, not only for every layer.")
+    ] = False,
     prompt: Prompt = None,
     ids: Ids = None,
     ids_file: IdsFile = None,
     json_file: Json = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="F", help="Write everything as one HTML page.")
+    ] = None,
 ) -> None:
     """Run the same tokens through an implementation and the reference; say where and by how much they differ."""
     from refllm.check import report as show
     from refllm.check import run
 
-    folders = run.folders_to_check(checkpoint)
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+    dtypes = tuple(dtype or ("float32", "bfloat16"))
+    settings = run.Settings(candidate, dtypes, attention, policy, stress, tokens)
     console = _console(quiet=_to_stdout(json_file))
     reports = []
     with StatusLine(sys.stderr) as step:
-        for report in run.check_all(
-            folders,
-            candidate=candidate,
-            dtypes=dtype or ["float32", "bfloat16"],
-            policy=policy,
-            attention=attention,
-            tokens=tokens,
-            step=step,
-        ):
+        for report in run.check_all(run.folders_to_check(checkpoint), settings, step):
             reports.append(report)
             step.clear()
-            console.print(show.show_report(report))
+            console.print(show.show_report(report, verbose=taps))
     if len(reports) > 1:
         console.print(show.show_summary(reports))
     console.print(show.closing_line(reports))
     _write_json({"verdict": run.overall(reports), "reports": [report.to_dict() for report in reports]}, json_file)
+    if html_file is not None:
+        from refllm.check.html import write_html
+
+        write_html(html_file, reports)
     if run.overall(reports) != "holds":
+        raise typer.Exit(FINDING)
+
+
+@app.command()
+def trace(
+    checkpoint: Folder,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="F", help="The safetensors file to write.")],
+    candidate: Candidate = "transformers",
+    dtype: Dtype = "float32",
+    policy: Rounding = None,
+    attention: Attention = "eager",
+    prompt: Prompt = None,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+) -> None:
+    """Write the named values of one run to a file, for refllm diff."""
+    from refllm.check import run
+
+    settings = run.Settings(
+        candidate, (dtype,), attention, policy, False, {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+    )
+    with StatusLine(sys.stderr) as step:
+        recorded = run.trace_candidate(run.folders_to_check(checkpoint)[0], settings, step)
+        recorded.save(output)
+    tokens = int(recorded.inputs.valid.sum())
+    _console(quiet=False).print(f"{output}: {len(recorded.taps)} values of {recorded.source}, {tokens} tokens")
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A trace file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    json_file: Json = None,
+) -> None:
+    """Compare two trace files of any origin, value by value. Exit code 1 if anything differs."""
+    from refllm.check.difference import diff as compare_traces
+    from refllm.check.difference_report import show_difference
+    from refllm.check.trace import Trace
+
+    found = compare_traces(Trace.load(first), Trace.load(second))
+    _console(quiet=_to_stdout(json_file)).print(show_difference(found))
+    _write_json(found.to_dict(), json_file)
+    if not found.identical:
         raise typer.Exit(FINDING)
 
 

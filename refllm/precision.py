@@ -75,6 +75,15 @@ HF_EAGER = Policy(
 )
 """Transformers with attn_implementation="eager": every torch call rounds its result to the model's dtype."""
 
+HF_SDPA = replace(
+    HF_EAGER,
+    name="hf-sdpa",
+    points=HF_EAGER.points - {"attention.scores", "attention.scaled", "attention.masked"},
+    normalize_first=False,
+    masked_rows_are_zero=True,
+)
+"""Transformers with attn_implementation="sdpa", its default: one attention kernel, float32 inside, as in `FUSED`."""
+
 FUSED = Policy(
     name="fused",
     points=_OUTPUTS | {"rope.table", "activation", "glu"},
@@ -87,7 +96,7 @@ FUSED = Policy(
 NATIVE = Policy("native", frozenset(), normalize_first=False, torch_order=False, masked_rows_are_zero=True)
 """Plain NumPy in the working precision: float64 when exact, float32 when speed matters."""
 
-POLICIES = {policy.name: policy for policy in (HF_EAGER, FUSED)}
+POLICIES = {policy.name: policy for policy in (HF_EAGER, HF_SDPA, FUSED)}
 
 
 def round_bfloat16(x: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ Behaviour follows transformers 5 (`tokenization_utils_tokenizers.py`, class Toke
 
 from __future__ import annotations
 
-import operator
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,17 +16,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import AddedToken
 
 from refllm.errors import InputError, RefllmError, TokenizerError
+from refllm.tokenizer_arguments import as_array, as_ids, check_pair, check_text
+from refllm.tokenizer_entries import (
+    read_added_tokens,
+    read_extra_tokens,
+    read_number,
+    read_side,
+    read_templates,
+    read_token,
+    with_stored_padding,
+)
 from refllm.tokenizer_files import ROLES, read_config, write_files
 
 NO_LENGTH_LIMIT = int(1e30)
 """`model_max_length` of a tokenizer that states none; the value Transformers writes into files for the same meaning."""
 
 _LONGEST_REAL_LIMIT = int(1e20)
+_OTHER_FORMATS = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.json")
 
 Text = str | Sequence[str]
 
@@ -99,15 +108,15 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, /, **config: Any) -> None:
         self.backend_tokenizer = backend
-        self._config = _with_stored_padding(backend, config)
-        self.padding_side = _side(self._config, "padding_side")
-        self.truncation_side = _side(self._config, "truncation_side")
+        self._config = with_stored_padding(backend, config)
+        self.padding_side = read_side(self._config, "padding_side")
+        self.truncation_side = read_side(self._config, "truncation_side")
         limit = self._config.get("model_max_length")
-        self.model_max_length = NO_LENGTH_LIMIT if limit is None else int(_number(limit, "model_max_length"))
+        self.model_max_length = NO_LENGTH_LIMIT if limit is None else int(read_number(limit, "model_max_length"))
         self.model_input_names = list(self._config.get("model_input_names", ("input_ids", "attention_mask")))
         self.clean_up_tokenization_spaces = bool(self._config.get("clean_up_tokenization_spaces", False))
         self.split_special_tokens = bool(self._config.get("split_special_tokens", False))
-        self.chat_template = _named_templates(self._config.get("chat_template"))
+        self.chat_template = read_templates(self._config.get("chat_template"))
         self.special_tokens_map: dict[str, str] = {}
         self.additional_special_tokens: list[str] = []
         self._add_special_tokens()
@@ -154,19 +163,19 @@ class Tokenizer:
 
     def _add_special_tokens(self) -> None:
         """Tell the backend about every token of the configuration that it does not know as an added token yet."""
-        decoder = _added_tokens_decoder(self._config.get("added_tokens_decoder"))
+        decoder = read_added_tokens(self._config.get("added_tokens_decoder"))
         roles = {key: value for key, value in self._config.items() if key in ROLES and value is not None}
-        named, extra = _extra_special_tokens(self._config)
+        named, extra = read_extra_tokens(self._config)
         pending = [decoder[index] for index in sorted(decoder)]
         known = {token.content for token in self.backend_tokenizer.get_added_tokens_decoder().values()}
         known |= {token.content for token in pending}
         for key, value in (roles | named).items():
-            token = _added_token(value, key)
+            token = read_token(value, key)
             self.special_tokens_map[key] = token.content
             pending += [] if token.content in known else [token]
             known.add(token.content)
         for value in extra:
-            token = _added_token(value, "additional_special_tokens")
+            token = read_token(value, "additional_special_tokens")
             self.additional_special_tokens.append(token.content)
             pending += [] if token.content in known else [token]
             known.add(token.content)
@@ -253,7 +262,7 @@ class Tokenizer:
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """The token of an id (None for an id that no token has), or a list of tokens for a list or array of ids."""
-        values = _python_ids(ids)
+        values = as_ids(ids)
         if isinstance(values, int):
             return self.backend_tokenizer.id_to_token(values)
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
@@ -297,9 +306,9 @@ class Tokenizer:
         Raises InputError for arguments that do not fit together: no text, padding without a pad token, texts of
         several lengths for one array.
         """
-        batched = _check_text(text, "text", is_split_into_words)
+        batched = check_text(text, "text", is_split_into_words)
         if text_pair is not None:
-            _check_pair(text, text_pair, batched, is_split_into_words)
+            check_pair(text, text_pair, batched, is_split_into_words)
         pad_to, cut_to, strategy = self._lengths(padding, truncation, max_length, pad_to_multiple_of)
         self._set_truncation(cut_to, strategy, stride)
         self._set_padding(padding, pad_to, pad_to_multiple_of, padding_side)
@@ -326,7 +335,7 @@ class Tokenizer:
         if verbose and max_length is None:
             self._warn_if_too_long(values["input_ids"])
         if return_tensors is not None:
-            values = {name: _array(name, rows, return_tensors) for name, rows in values.items()}
+            values = {name: as_array(name, rows, return_tensors) for name, rows in values.items()}
         elif not batched:
             values = {name: rows[0] for name, rows in values.items()}
         return BatchEncoding(values, encodings)
@@ -409,7 +418,7 @@ class Tokenizer:
 
         Ids that no token has are left out. Raises InputError for what is no id.
         """
-        values = _python_ids(token_ids)
+        values = as_ids(token_ids)
         if isinstance(values, int):
             values = [values]
         if values and isinstance(values[0], list):
@@ -534,24 +543,13 @@ def warn_about_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-# --- reading entries of the configuration -----------------------------------------------------------------------------
-
-
 def _read_backend(folder: Path) -> tokenizers.Tokenizer:
     if not folder.is_dir():
         raise TokenizerError(f"{folder}: no such folder; a tokenizer is read from a local checkpoint folder")
     file = folder / "tokenizer.json"
     if not file.is_file():
-        others = [
-            name
-            for name in ("tokenizer.model", "spiece.model", "vocab.json", "tekken.json")
-            if (folder / name).is_file()
-        ]
-        hint = (
-            f" (it has a {others[0]}, which must be converted: save the tokenizer once with Transformers)"
-            if others
-            else ""
-        )
+        others = (name for name in _OTHER_FORMATS if (folder / name).is_file())
+        hint = next((f" (a {name} has to be converted: save the tokenizer with Transformers)" for name in others), "")
         raise TokenizerError(f"{folder}: no tokenizer.json{hint}")
     with _library_errors_as(TokenizerError, f"{file}: not a tokenizer that the tokenizers library can read"):
         return tokenizers.Tokenizer.from_file(str(file))
@@ -567,136 +565,3 @@ def _library_errors_as(kind: type[RefllmError], what: str) -> Iterator[None]:
     except BaseException as error:
         reason = " ".join(str(error).split()).rstrip(".")[:200]
         raise kind(f"{what}: {reason}") from error
-
-
-def _with_stored_padding(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration, completed by the padding and truncation that tokenizer.json itself may hold."""
-    stored: dict[str, Any] = {}
-    if backend.truncation is not None:
-        stored["truncation_side"] = backend.truncation["direction"]
-    if backend.padding is not None:
-        stored |= {"pad_token": backend.padding["pad_token"], "padding_side": backend.padding["direction"]}
-    return stored | {key: value for key, value in config.items() if key not in ("add_bos_token", "add_eos_token")}
-
-
-def _side(config: Mapping[str, Any], key: str) -> str:
-    side = config.get(key, "right")
-    if side not in ("left", "right"):
-        raise TokenizerError(f"{key}={side!r} is neither 'left' nor 'right'")
-    return str(side)
-
-
-def _number(value: Any, key: str) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise TokenizerError(f"tokenizer_config.json: {key}={value!r} is not a number of tokens")
-    return value
-
-
-def _named_templates(templates: Any) -> str | dict[str, str] | None:
-    """One template, or several by name: the file format stores several as a list of {"name", "template"}."""
-    if isinstance(templates, list):
-        try:
-            templates = {entry["name"]: entry["template"] for entry in templates}
-        except (TypeError, KeyError):
-            raise TokenizerError(
-                "chat_template: a list of templates needs a name and a template in each entry"
-            ) from None
-    if templates is None or isinstance(templates, str):
-        return templates
-    if not isinstance(templates, dict) or not all(isinstance(part, str) for pair in templates.items() for part in pair):
-        raise TokenizerError("chat_template must be text, or a table of names and texts")
-    return templates
-
-
-def _added_token(value: Any, key: str) -> AddedToken:
-    if isinstance(value, AddedToken):
-        return value
-    if isinstance(value, str):
-        return AddedToken(value, special=True)
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
-        return AddedToken(value["content"], **{flag: bool(value[flag]) for flag in flags if flag in value})
-    raise TokenizerError(f"tokenizer_config.json: {key}={value!r} is neither a token nor null")
-
-
-def _added_tokens_decoder(entries: Any) -> dict[int, AddedToken]:
-    if not isinstance(entries, Mapping | None):
-        raise TokenizerError("tokenizer_config.json: added_tokens_decoder is not a table of ids and tokens")
-    try:
-        return {
-            operator.index(int(i)): _added_token(token, "added_tokens_decoder") for i, token in (entries or {}).items()
-        }
-    except ValueError as error:
-        if isinstance(error, TokenizerError):
-            raise
-        raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder has a key that is no id: {error}") from error
-
-
-def _extra_special_tokens(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Special tokens beyond the usual roles: those with a role name of their own, and those without one."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    named = {
-        key: value
-        for key, value in config.items()
-        if key.endswith("_token") and key not in ROLES and isinstance(value, (str, AddedToken))
-    }
-    if isinstance(extra, Mapping):
-        return named | dict(extra), []
-    if not isinstance(extra, (list, tuple)):
-        raise TokenizerError("tokenizer_config.json: additional_special_tokens is not a list of tokens")
-    return named, list(extra)
-
-
-# --- checking what a call is given ------------------------------------------------------------------------------------
-
-
-def _check_text(text: Any, name: str, split: bool) -> bool:
-    """True for a batch. `split`: a text is itself a list of words."""
-    kind = "a list of words" if split else "a string"
-
-    def is_text(value: Any) -> bool:
-        return (
-            isinstance(value, (list, tuple)) and all(isinstance(w, str) for w in value)
-            if split
-            else isinstance(value, str)
-        )
-
-    if is_text(text) and not (split and not text):
-        return False
-    if not isinstance(text, (list, tuple)) or not all(map(is_text, text)):
-        raise InputError(f"{name} must be {kind} or a list of such, not {type(text).__name__}")
-    if not text:
-        raise InputError(f"{name} is an empty list: give at least one text")
-    return True
-
-
-def _check_pair(text: Any, pair: Any, batched: bool, split: bool) -> None:
-    if _check_text(pair, "text_pair", split) != batched:
-        raise InputError("text and text_pair must both be one text or both be lists")
-    if batched and len(text) != len(pair):
-        raise InputError(f"text has {len(text)} entries and text_pair has {len(pair)}: they must be pairs")
-
-
-def _array(name: str, rows: list[Any], kind: str) -> np.ndarray:
-    if kind != "np":
-        raise InputError(f"return_tensors={kind!r}: refllm works on NumPy arrays, so only 'np' and None are possible")
-    if len({len(row) for row in rows if isinstance(row, list)}) > 1:
-        raise InputError(f"{name}: the texts have different lengths, which no array can hold: pass padding=True")
-    return np.array(rows, dtype=np.int64)
-
-
-def _python_ids(ids: Any) -> Any:
-    """Token ids as an int, a list of ints, or a list of such lists; from lists, NumPy arrays and tensors."""
-    if isinstance(ids, Mapping):
-        ids = ids["input_ids"]
-    if hasattr(ids, "tolist"):
-        ids = ids.tolist()
-    if isinstance(ids, (list, tuple)):
-        return [_python_ids(item) for item in ids]
-    try:
-        index = operator.index(ids)
-    except TypeError:
-        raise InputError(f"a token id must be an integer, not {ids!r}") from None
-    if not 0 <= index < 2**32:
-        raise InputError(f"{index} is not a token id: ids are not negative and below 2**32")
-    return index

@@ -218,8 +218,8 @@ def matmul(a: np.ndarray, b: np.ndarray, bias: np.ndarray | None = None) -> np.n
     """a @ b + bias, [..., M, K] x [..., K, N] + [N] in float32, summed in the order of torch's product (MKL's).
 
     Each element is a chain of fused multiply-adds over k; the chains of blocks of 192 are added one after another, the
-    first onto the bias, and a K between 192 and 384 makes two equal blocks. Established for one thread, M >= 4, N >= 12 and K even or not between
-    192 and 384. K passes over the result, so for small shapes.
+    first onto the bias, and a K between 192 and 384 makes two equal blocks. Established for one thread, M >= 4, N >= 12
+    and a K that is even or not between 192 and 384. K passes over the result, so for small shapes.
     """
     K = a.shape[-1]
     block = max(1, -(-K // 2) if _INNER < K <= 2 * _INNER else _INNER)

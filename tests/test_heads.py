@@ -217,6 +217,14 @@ def test_the_attention_mask_does_not_move_the_end_of_a_row(name: str) -> None:
     assert np.abs(found.logits[1] - both(name, {"input_ids": ids[1:, :3]})[0].logits[0]).max() > 1e-6
 
 
+def test_a_row_of_padding_alone_is_judged_at_its_first_position() -> None:
+    """Equal tokens make equal rows, so a mask that hides the first position has to tell it from the others."""
+    ids, mask = np.full((2, 4), PAD), np.array([[0, 1, 1, 1], [1, 1, 1, 1]])
+    found, expected = both(SEQUENCE[1], {"input_ids": ids, "attention_mask": mask})
+    close(found.logits, expected.logits)
+    assert np.abs(found.logits[0] - found.logits[1]).max() > 1e-6
+
+
 def test_the_end_token_as_padding_is_skipped_too() -> None:
     name = SEQUENCE[1]
     found, expected = both(name, {"input_ids": np.array([[5, 6, 2, 2], [7, 2, 8, 2]])}, pad_token_id=2)

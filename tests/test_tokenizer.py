@@ -318,6 +318,13 @@ def test_what_transformers_saves_loads_here(name: str, tmp_path: Path) -> None:
     assert again.chat_template == ours(name).chat_template
 
 
+def with_greedy_end_of_text() -> str:
+    """tokenizer.json whose <|endoftext|> takes the blanks behind it along."""
+    table = json.loads((golden.path("stablelm-tiny-sequential") / "tokenizer.json").read_text(encoding="utf-8"))
+    table["added_tokens"][0]["rstrip"] = True
+    return json.dumps(table)
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "added_tokens_decoder": {
         "tokenizer_config.json": {
@@ -334,6 +341,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "special_tokens_map.json": {"bos_token": "matrix"},
     },
     "older files": {
+        "tokenizer.json": with_greedy_end_of_text(),
         "tokenizer_config.json": {"model_max_length": 77},
         "special_tokens_map.json": {
             "bos_token": {
@@ -399,7 +407,7 @@ def test_every_layout_of_the_configuration_is_read_as_in_transformers(files: dic
     assert (a.model_max_length, a.padding_side, a.truncation_side) == (
         (b.model_max_length, b.padding_side, b.truncation_side)
     )
-    text = "a matrix <bos>  x <|endoftext|>\n <|tool|> <|new|> <image> <audio> <one> <two> <extra> <plain> y<x> z ."
+    text = "a matrix <bos>  x <|endoftext|>  \n <|tool|> <|new|> <image> <audio> <one> <two> <extra> <plain> y<x> z ."
     text += " It 's , she do n't ? a ' b ! <e\u0301> <\u00e9>"
     assert plain(a(text)) == plain(b(text))
     assert plain(a([text, "q"], truncation=True)) == plain(b([text, "q"], truncation=True))
@@ -455,7 +463,10 @@ def cut(folder: Path, file: str, size: int) -> None:
 BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda f: f.rmdir(), "no such folder"),
     "empty folder": (lambda f: None, "no tokenizer.json"),
-    "sentencepiece only": (lambda f: (f / "tokenizer.model").write_bytes(b"\x0a"), "tokenizer.model, which must be"),
+    "sentencepiece only": (
+        lambda f: (f / "tokenizer.model").write_bytes(b"\x0a"),
+        "a tokenizer.model has to be converted",
+    ),
     "truncated": (lambda f: cut(f, "tokenizer.json", 9000), "not a tokenizer"),
     "empty file": (lambda f: cut(f, "tokenizer.json", 0), "not a tokenizer"),
     "not UTF-8": (lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe{}"), "not a tokenizer"),

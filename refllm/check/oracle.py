@@ -7,7 +7,8 @@ after.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,20 +16,15 @@ from refllm.cache import NoCache
 from refllm.check import limits
 from refllm.check.inputs import Inputs
 from refllm.check.measure import Measure, measure, ulp_histogram
+from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.prediction import Propagation, Uncertain, certain
+from refllm.check.taps import HEAD_TAPS
 from refllm.check.trace import Trace, config_hash
 from refllm.errors import InputError
 from refllm.masks import masking
 from refllm.model import Model
 from refllm.precision import Policy, largest, rounding
 from refllm.rope import RotaryEmbedding
-
-HEAD_TAPS = {
-    "causal_lm": "lm_head",
-    "sequence_classification": "score",
-    "token_classification": "score",
-    "question_answering": "qa_outputs",
-}
 
 
 @dataclass
@@ -162,3 +158,101 @@ def _require_same(model: Model, trace: Trace) -> None:
         raise InputError(f"trace of {trace.source}: it holds no values")
     if int(trace.inputs.input_ids.max()) >= model.config.vocab_size:
         raise InputError(f"trace of {trace.source}: token id {trace.inputs.input_ids.max()} is outside the vocabulary")
+
+
+@dataclass
+class Report:
+    """One candidate on one checkpoint and one input.
+
+    attribution: named value -> part of the predicted variance of the last value that comes from making it; the parts
+    sum to 1. notes: sentences a reader should know.
+    """
+
+    checkpoint: str
+    candidate: str
+    dtype: str
+    policy: str
+    inputs: str
+    tokens: int
+    taps: list[TapReport]
+    next_tokens: TokenReport | None
+    attribution: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """fails if any value or a next token fails; else untested if any value is; else holds."""
+        if any(tap.verdict == "fails" for tap in self.taps) or (self.next_tokens and self.next_tokens.defects):
+            return "fails"
+        return "untested" if any(tap.verdict == "untested" for tap in self.taps) else "holds"
+
+    @property
+    def first_failure(self) -> TapReport | None:
+        """Where to look: the first operator that is wrong on its own inputs, else the first value over its budget."""
+        defects = (tap for tap in self.taps if tap.defect_here)
+        return next(defects, None) or next((tap for tap in self.taps if tap.verdict == "fails"), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, verdicts included."""
+        first = self.first_failure
+        return {
+            "checkpoint": self.checkpoint,
+            "candidate": self.candidate,
+            "dtype": self.dtype,
+            "policy": self.policy,
+            "inputs": self.inputs,
+            "tokens": self.tokens,
+            "verdict": self.verdict,
+            "first_failure": None if first is None else first.name,
+            "taps": [
+                {
+                    "name": tap.name,
+                    "verdict": tap.verdict,
+                    "broken": tap.broken,
+                    "untested": tap.untested,
+                    "end_to_end": tap.end_to_end.to_dict(),
+                    "isolated": None if tap.isolated is None else tap.isolated.to_dict(),
+                    "ulps": tap.ulps,
+                }
+                for tap in self.taps
+            ],
+            "next_tokens": None
+            if self.next_tokens is None
+            else {**asdict(self.next_tokens), "unexplained": len(self.next_tokens.defects)},
+            "attribution": self.attribution,
+            "notes": self.notes,
+        }
+
+
+def judge(
+    model: Model,
+    trace: Trace,
+    policy: Policy,
+    *,
+    checkpoint: str = "",
+    step: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """The report on a trace. model: the checkpoint's, with weights on the grid of the trace's dtype.
+
+    Raises InputError where trace and model do not fit: another config, unknown names, other shapes.
+    """
+    collected = Judge(model, trace, policy)
+    taps = collected.run(step)
+    output, name = collected.output, HEAD_TAPS.get(model.head)
+    next_tokens = None
+    if output is not None and name == "lm_head" and name in trace.taps:
+        valid = trace.inputs.valid
+        logits = trace.taps[name][valid]
+        next_tokens = compare_tokens(output.value[valid], output.variance[valid], logits, np.argwhere(valid))
+    shares = {} if output is None else dict(sorted(output.shares.items(), key=lambda item: -item[1]))
+    return Report(
+        checkpoint=checkpoint,
+        candidate=trace.source,
+        dtype=trace.dtype,
+        policy=policy.name,
+        inputs=trace.inputs.label,
+        tokens=int(trace.inputs.valid.sum()),
+        taps=taps,
+        next_tokens=next_tokens,
+        attribution=shares,
+    )

@@ -1,19 +1,22 @@
-"""Runs a check: which checkpoints, which tokens, the exact run, the yardstick and the candidate, one report each."""
+"""Runs checks: which checkpoints, inputs and candidate; what `refllm check` and `refllm trace` call."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refllm.check.compare import Report, Verdict, compare_next_tokens, compare_traces
-from refllm.check.reference import ReferenceCandidate
-from refllm.check.taps import Candidate, Trace
+from refllm.check.candidates import DTYPES, open_candidate, record
+from refllm.check.inputs import Inputs, stressed
+from refllm.check.oracle import Report, judge
+from refllm.check.taps import Candidate
+from refllm.check.trace import Trace
 from refllm.errors import InputError
+from refllm.model import Model
+from refllm.precision import POLICIES, Policy
 
 Step = Callable[..., None]
-
-CANDIDATES = ("transformers",)
 
 # Long enough that the rules tell a wrong factor of 1.01 from rounding in bfloat16, and past the original context of the
 # embedded checkpoint with stretched positions.
@@ -24,6 +27,42 @@ down," her father used to say, "a number is a promise." So she wrote: 23:40, win
 morning the twelfth had gone. Nobody in the village had seen it, or nobody said so; the harbour master turned the page
 back and forth, as if the missing ship might have slipped between two lines, and asked her whether she had slept."""
 DEFAULT_LENGTH = 128
+
+
+POLICY_OF_ATTENTION = {"eager": "hf-eager", "sdpa": "hf-sdpa"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to check.
+
+    candidate: "transformers", "numpy", or a function as module:function. attention: of Transformers. policy: where the
+    candidate is expected to round; None follows the attention. stress: check the stressed inputs too
+    (`refllm.check.inputs.stressed`). tokens: the arguments prompt, ids and ids_file of `read_tokens`.
+    """
+
+    candidate: str = "transformers"
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    attention: str = "eager"
+    policy: str | None = None
+    stress: bool = False
+    tokens: dict[str, Any] = field(default_factory=lambda: {"prompt": None, "ids": None, "ids_file": None})
+
+    def __post_init__(self) -> None:
+        for dtype in self.dtypes:
+            if dtype not in DTYPES:
+                raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
+        if self.attention not in POLICY_OF_ATTENTION:
+            raise InputError(f"--attn {self.attention} is not known: use {' or '.join(POLICY_OF_ATTENTION)}")
+        find_policy(self.policy, self.attention)
+
+
+def find_policy(name: str | None, attention: str = "eager") -> Policy:
+    """The policy of that name; None takes that of the attention. Raises InputError for an unknown one."""
+    name = name or POLICY_OF_ATTENTION[attention]
+    if name not in POLICIES:
+        raise InputError(f"--policy {name} is not known: use {', '.join(POLICIES)}")
+    return POLICIES[name]
 
 
 def folders_to_check(checkpoint: Path | None) -> list[Path]:
@@ -37,111 +76,65 @@ def folders_to_check(checkpoint: Path | None) -> list[Path]:
     return [checkpoint]
 
 
-def check_all(
-    folders: list[Path],
-    *,
-    candidate: str,
-    dtypes: list[str],
-    policy: str,
-    attention: str,
-    tokens: dict[str, Any],
-    step: Step = lambda *_: None,
-) -> Iterator[Report]:
-    """One report per folder and precision, as they are done.
+def check_all(folders: list[Path], settings: Settings, step: Step = lambda *_: None) -> Iterator[Report]:
+    """One report per folder, precision and input, as they are done."""
+    if settings.candidate == "transformers":
+        from refllm.check.transformers_adapter import require_transformers
 
-    tokens: the arguments prompt, ids and ids_file of `read_tokens`. Raises InputError for an unknown candidate,
-    precision, policy or attention before anything runs.
-    """
-    from refllm.precision import POLICIES, check_dtype
-
-    _one_of("--candidate", candidate, CANDIDATES)
-    _one_of("--policy", policy, tuple(POLICIES))
-    _one_of("--attn", attention, ("eager", "sdpa"))
-    dtypes = [check_dtype(dtype) for dtype in dtypes]
-    from refllm.check.transformers_adapter import TransformersCandidate, require_transformers
-
-    require_transformers()
+        require_transformers()
     for folder in folders:
-        for dtype in dtypes:
-
-            def load(head: str, folder: Path = folder, dtype: str = dtype) -> Candidate:
-                return TransformersCandidate(folder, head=head, dtype=dtype, attention=attention)
-
-            yield check_checkpoint(folder, load, dtype=dtype, policy=policy, tokens=tokens, step=step)
+        for dtype in settings.dtypes:
+            yield from check_checkpoint(folder, dtype, settings, step)
 
 
-def check_checkpoint(
-    folder: Path,
-    load_candidate: Callable[[str], Candidate],
-    *,
-    dtype: str,
-    policy: str,
-    tokens: dict[str, Any],
+def check_checkpoint(folder: Path, dtype: str, settings: Settings, step: Step = lambda *_: None) -> Iterator[Report]:
+    """Reports on one candidate on one checkpoint in one precision, one per input."""
+    step(f"{folder.name}: loading")
+    model, notes, ids = prepare(folder, dtype, settings.tokens)
+    candidate = open_candidate(settings.candidate, folder, head=model.head, dtype=dtype, attention=settings.attention)
+    policy = find_policy(settings.policy, settings.attention)
+    for inputs in [Inputs(ids), *(stressed(ids) if settings.stress else [])]:
+        yield check_candidate(model, candidate, inputs, policy, folder.name, notes, step)
+
+
+def check_candidate(
+    model: Model,
+    candidate: Candidate,
+    inputs: Inputs,
+    policy: Policy,
+    checkpoint: str = "",
+    notes: list[str] | None = None,
     step: Step = lambda *_: None,
 ) -> Report:
-    """Checks one candidate, loaded by `load_candidate(head)`, on one checkpoint in one precision.
+    """One run of a candidate and its judgement. model: the checkpoint, weights on the grid of the candidate's dtype."""
+    where = f"{checkpoint} {candidate.dtype}, {inputs.label}"
+    step(f"{where}: {candidate.name}")
+    trace = record(candidate, model, inputs)
+    report = judge(model, trace, policy, checkpoint=checkpoint, step=lambda text: step(f"{where}: {text}"))
+    report.notes.extend(notes or [])
+    return report
 
-    The three runs follow each other, so that only one model is in memory at a time.
-    """
-    import refllm
 
-    name = folder.name
-    config = refllm.AutoConfig.from_pretrained(folder)
-    input_ids_BS, notes = tokens_for(folder, config, tokens)
-    step(f"{name}: exact run")
-    exact_model = refllm.load(folder, dtype="float64")
-    head = exact_model.head
-    if stored_dtypes(folder) != {dtype}:
-        round_weights(exact_model, dtype)
-    exact = ReferenceCandidate(exact_model).run(input_ids_BS)
-    del exact_model
-    step(f"{name}: reference in {dtype}")
-    yardstick = yardstick_trace(folder, head, dtype, policy, input_ids_BS)
-    step(f"{name}: candidate in {dtype}")
-    candidate = load_candidate(head)
-    trace = candidate.run(input_ids_BS)
-    next_tokens = (
-        compare_next_tokens(exact["lm_head"], yardstick["lm_head"], trace["lm_head"]) if head == "causal_lm" else None
+def prepare(folder: Path, dtype: str, tokens: dict[str, Any]) -> tuple[Model, list[str], np.ndarray]:
+    """The checkpoint with its weights rounded to `dtype`, notes for the reader, and the token ids [1, S]."""
+    from refllm.auto import load
+    from refllm.config import AutoConfig
+
+    ids, notes = tokens_for(folder, AutoConfig.from_pretrained(folder), tokens)
+    return load(folder, dtype=dtype), notes, ids
+
+
+def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: None) -> Trace:
+    """The named values of one run: `refllm trace`. Takes the first of the settings' dtypes."""
+    model, notes, ids = prepare(folder, settings.dtypes[0], settings.tokens)
+    step(f"{folder.name}: {settings.candidate}")
+    candidate = open_candidate(
+        settings.candidate, folder, head=model.head, dtype=settings.dtypes[0], attention=settings.attention
     )
-    return Report(
-        checkpoint=name,
-        candidate=candidate.name,
-        dtype=dtype,
-        policy=policy,
-        tokens=int(input_ids_BS.shape[1]),
-        taps=compare_traces(exact, yardstick, trace),
-        next_tokens=next_tokens,
-        notes=notes,
-    )
-
-
-def yardstick_trace(folder: Path, head: str, dtype: str, policy: str, input_ids_BS: np.ndarray) -> Trace:
-    """The reference's own run in the candidate's precision.
-
-    For float64 that is float32: a float64 model of Transformers still computes norms, rotation angles and softmax in
-    float32, so float32 is the precision it may be held to.
-    """
-    import refllm
-
-    model = refllm.load(folder, head=head, dtype="float32" if dtype == "float64" else dtype, policy=policy)
-    return ReferenceCandidate(model).run(input_ids_BS)
-
-
-def round_weights(model: Any, dtype: str) -> None:
-    """Puts an exact model's weights onto the grid of `dtype`, so that the check measures arithmetic and not storage."""
-    from refllm.precision import rounding
-
-    if dtype != "float64":
-        for values in model.weights.values():
-            values[...] = rounding(dtype)(values.astype(np.float32))
-
-
-def stored_dtypes(folder: Path) -> set[str]:
-    """The precisions of the tensors in the files."""
-    from refllm.checkpoint import Checkpoint
-
-    with Checkpoint.open(folder) as checkpoint:
-        return {checkpoint.dtype(name) for name in checkpoint.names}
+    trace = record(candidate, model, Inputs(ids))
+    policy = find_policy(settings.policy, settings.attention).name
+    trace.details |= {"checkpoint": folder.name, "policy": policy, "notes": "; ".join(notes)}
+    return trace
 
 
 def tokens_for(folder: Path, config: Any, tokens: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
@@ -162,12 +155,7 @@ def tokens_for(folder: Path, config: Any, tokens: dict[str, Any]) -> tuple[np.nd
     return default[:, :length], []
 
 
-def overall(reports: list[Report]) -> Verdict:
+def overall(reports: list[Report]) -> str:
     """fails if one fails, else untested if one is, else holds."""
     verdicts = {report.verdict for report in reports}
     return "fails" if "fails" in verdicts else "untested" if "untested" in verdicts else "holds"
-
-
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{option} {value} is not known: use {' or '.join(known)}")

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from refllm.check.taps import Trace, trace_of
+from refllm.check.inputs import Inputs
+from refllm.check.taps import Sink
+from refllm.check.transformers_taps import hooks
 from refllm.errors import InputError
 
 _AUTO_CLASS = {
@@ -33,43 +35,67 @@ def require_transformers() -> None:
 
 
 class TransformersCandidate:
-    """Transformers' own forward pass of a checkpoint.
+    """A Transformers model of any class, recorded by hooks (`refllm.check.transformers_taps`).
 
-    dtype: of weights and activations. attention: Transformers' `attn_implementation`; "eager" is the one whose
-    rounding points are written down, "sdpa" is fused.
+    attention: what it runs, "eager" or "sdpa"; only eager attention shows its weights.
     """
 
-    def __init__(self, folder: Path, *, head: str, dtype: str, attention: str = "eager") -> None:
+    def __init__(self, model: Any, attention: str | None = None) -> None:
         require_transformers()
         import torch
         import transformers
 
-        self.name = f"transformers {transformers.__version__} {attention}"
-        self.head = head
-        auto_class = getattr(transformers, _AUTO_CLASS[head])
+        self.model = model.eval()
+        self.attention = attention or getattr(model.config, "_attn_implementation", "eager")
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.name = f"transformers {transformers.__version__} {self.attention}"
+        self.details = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "threads": str(torch.get_num_threads()),
+        }
+
+    @classmethod
+    def load(cls, folder: Path, *, head: str, dtype: str, attention: str = "eager") -> "TransformersCandidate":
+        """The model in a checkpoint folder. attention: Transformers' `attn_implementation`."""
+        require_transformers()
+        import torch
+        import transformers
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.model: Any = auto_class.from_pretrained(
+            model = getattr(transformers, _AUTO_CLASS[head]).from_pretrained(
                 folder, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
-            ).eval()
+            )
+        return cls(model, attention)
 
-    def run(self, input_ids_BS: np.ndarray) -> Trace:
-        """See `Candidate.run`. Values of bfloat16 and float16 come back as float32, unchanged."""
+    def run(self, inputs: Inputs, sink: Sink) -> None:
+        """See `Candidate.run`."""
         import torch
 
-        with torch.inference_mode():
-            outputs = self.model(
-                input_ids=torch.from_numpy(np.asarray(input_ids_BS, dtype=np.int64)),
-                use_cache=False,
-                output_hidden_states=True,
-            )
-        for field in ("logits", "start_logits", "end_logits"):
-            if getattr(outputs, field, None) is not None:
-                setattr(outputs, field, _numpy(getattr(outputs, field)))
-        return trace_of([_numpy(value) for value in outputs.hidden_states], outputs, self.head)
+        device = next(self.model.parameters()).device
+        mask = inputs.attention_mask if inputs.attention_mask is not None else np.ones(inputs.input_ids.shape, np.int64)
+        cache = None
+        for piece in inputs.pieces():
+            arguments: dict[str, Any] = {
+                "attention_mask": _tensor(mask[:, : piece.stop], device),
+                "position_ids": _tensor(inputs.positions[:, piece], device),
+                "past_key_values": cache,
+                "use_cache": bool(inputs.chunks),
+            }
+            ids = _tensor(inputs.input_ids[:, piece], device)
+            with torch.inference_mode(), hooks(self.model, sink):
+                if inputs.embeds_scale is None:
+                    arguments["input_ids"] = ids
+                else:
+                    rows = self.model.get_input_embeddings().weight[ids]
+                    arguments["inputs_embeds"] = (rows.float() * inputs.embeds_scale).to(rows.dtype)
+                    sink("model.embed_tokens", arguments["inputs_embeds"])
+                out = self.model(**arguments)
+            cache = out.past_key_values if inputs.chunks else None
 
 
-def _numpy(tensor: Any) -> np.ndarray:
+def _tensor(array: np.ndarray, device: Any) -> Any:
     import torch
 
-    return (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()
+    return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device)

@@ -1,0 +1,134 @@
+"""Named values of a Transformers model, recorded by hooks: nothing of its computation is changed.
+
+The vocabulary is that of `refllm.check.taps`. What is not the output of a module is the input of one: the context is
+what o_proj receives, the activation what down_proj receives, the residual stream between attention and MLP what the
+second norm receives. Rotated queries and keys are seen where the model's module calls `apply_rotary_pos_emb`. Fused
+projections (qkv_proj, gate_up_proj) are split into the values that the others name.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+_BACKBONE = re.compile(r"^(?:model\.|transformer\.)?(?=(?:embed_tokens|layers|norm)\b)")
+_OUTPUTS = {
+    "input_layernorm",
+    "post_attention_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.q_layernorm",
+    "self_attn.k_layernorm",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+}
+_HEADS = ("lm_head", "score", "qa_outputs")
+
+Sink = Callable[[str, Any], None]
+
+
+@contextmanager
+def hooks(model: Any, sink: Sink) -> Iterator[None]:
+    """While open, sink(name, tensor) is called for every named value of `model`'s forward passes, in their order."""
+    with ExitStack() as stack:
+        recorder = _Hooks(model, sink)
+        for path, module in model.named_modules():
+            for handle in recorder.attach(tap_path(path), module):
+                stack.callback(handle.remove)
+        stack.enter_context(recorder.rotations())
+        yield
+
+
+def tap_path(path: str) -> str:
+    """A module's path with the prefix of the vocabulary: "transformer.layers.0" and "layers.0" are "model.layers.0"."""
+    return _BACKBONE.sub("model.", path)
+
+
+class _Hooks:
+    def __init__(self, model: Any, sink: Sink) -> None:
+        self.config, self.sink, self.layer = model.config, sink, ""
+        self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        self.head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
+        self.modeling = sys.modules[type(model).__module__]
+        self.normed: dict[str, Any] = {}
+
+    def attach(self, path: str, module: Any) -> Iterator[Any]:
+        layer, _, inner = _split(path)
+        if path in ("model.embed_tokens", "model.norm", *_HEADS) or inner in _OUTPUTS:
+            yield module.register_forward_hook(lambda _m, _i, out: self.sink(path, out))
+        elif layer and not inner:
+            yield module.register_forward_hook(lambda _m, _i, out: self.sink(path, _first(out)))
+        if inner == "self_attn":
+            yield module.register_forward_pre_hook(lambda *_: setattr(self, "layer", layer))
+            yield module.register_forward_hook(lambda _m, _i, out: self._probs(layer, out))
+        elif inner == "self_attn.o_proj":
+            yield module.register_forward_pre_hook(lambda _m, args: self._context(layer, args[0]))
+        elif inner == "mlp.down_proj":
+            yield module.register_forward_pre_hook(lambda _m, args: self.sink(f"{layer}.mlp.act", args[0]))
+        elif inner == "post_attention_layernorm":
+            yield module.register_forward_pre_hook(lambda _m, args: self.sink(f"{layer}.residual_mid", args[0]))
+        elif inner == "self_attn.qkv_proj":
+            yield module.register_forward_hook(lambda _m, _i, out: self._split_qkv(layer, out))
+        elif inner == "mlp.gate_up_proj":
+            yield module.register_forward_hook(lambda _m, _i, out: self._split_gate_up(layer, out))
+
+    def _probs(self, layer: str, out: Any) -> None:
+        if isinstance(out, tuple) and len(out) > 1 and out[1] is not None:
+            self.sink(f"{layer}.self_attn.probs", out[1])
+
+    def _context(self, layer: str, merged: Any) -> None:
+        heads = merged.reshape(*merged.shape[:2], self.heads, -1).transpose(1, 2)
+        self.sink(f"{layer}.self_attn.context", heads)
+
+    def _split_qkv(self, layer: str, out: Any) -> None:
+        sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
+        for name, part in zip("qkv", out.split(sizes, dim=-1), strict=True):
+            self.sink(f"{layer}.self_attn.{name}_proj", part)
+
+    def _split_gate_up(self, layer: str, out: Any) -> None:
+        for name, part in zip(("gate", "up"), out.chunk(2, dim=-1), strict=True):
+            self.sink(f"{layer}.mlp.{name}_proj", part)
+
+    @contextmanager
+    def rotations(self) -> Iterator[None]:
+        """Sees the rotated queries and keys. A partial rotation is given only the rotated dims, and so are we."""
+        original = getattr(self.modeling, "apply_rotary_pos_emb", None)
+        if original is None:
+            yield
+            return
+
+        def seen(q: Any, k: Any, *args: Any, **kwargs: Any) -> Any:
+            rotated = original(q, k, *args, **kwargs)
+            for name, value in zip("qk", rotated, strict=True):
+                self.sink(f"{self.layer}.self_attn.{name}_rope", value)
+            return rotated
+
+        self.modeling.apply_rotary_pos_emb = seen  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            self.modeling.apply_rotary_pos_emb = original  # type: ignore[attr-defined]
+
+
+def _split(path: str) -> tuple[str, str, str]:
+    """ "model.layers.3.mlp.up_proj" -> ("model.layers.3", ".", "mlp.up_proj"); other paths have no layer."""
+    match = re.match(r"(model\.layers\.\d+)(?:(\.)(.*))?$", path)
+    return (match[1], match[2] or "", match[3] or "") if match else ("", "", path)
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """A tensor as an array of its own: float32 for the narrow formats, which hold exactly what it held."""
+    import torch
+
+    tensor = tensor.detach().cpu()
+    return np.array((tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy())

@@ -1,0 +1,63 @@
+"""Checking what a tokenizer is called with: texts, pairs of texts, token ids. Misuse is an InputError."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from refllm.errors import InputError
+
+
+def check_text(text: Any, name: str, split: bool) -> bool:
+    """True for a batch. `split`: a text is itself a list of words."""
+    kind = "a list of words" if split else "a string"
+
+    def is_text(value: Any) -> bool:
+        if not split:
+            return isinstance(value, str)
+        return isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)
+
+    if is_text(text) and not (split and not text):
+        return False
+    if not isinstance(text, (list, tuple)) or not all(map(is_text, text)):
+        raise InputError(f"{name} must be {kind} or a list of such, not {type(text).__name__}")
+    if not text:
+        raise InputError(f"{name} is an empty list: give at least one text")
+    return True
+
+
+def check_pair(text: Any, pair: Any, batched: bool, split: bool) -> None:
+    """Refuse a second text that does not go with the first."""
+    if check_text(pair, "text_pair", split) != batched:
+        raise InputError("text and text_pair must both be one text or both be lists")
+    if batched and len(text) != len(pair):
+        raise InputError(f"text has {len(text)} entries and text_pair has {len(pair)}: they must be pairs")
+
+
+def as_array(name: str, rows: list[Any], kind: str) -> np.ndarray:
+    """Rows of equal length as int64 [B, S]; `kind` is the caller's `return_tensors`, `name` what the rows are."""
+    if kind != "np":
+        raise InputError(f"return_tensors={kind!r}: refllm works on NumPy arrays, so only 'np' and None are possible")
+    if len({len(row) for row in rows if isinstance(row, list)}) > 1:
+        raise InputError(f"{name}: the texts have different lengths, which no array can hold: pass padding=True")
+    return np.array(rows, dtype=np.int64)
+
+
+def as_ids(ids: Any) -> Any:
+    """Token ids as an int, a list of ints, or a list of such lists; from lists, NumPy arrays and tensors."""
+    if isinstance(ids, Mapping):
+        ids = ids["input_ids"]
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    if isinstance(ids, (list, tuple)):
+        return [as_ids(item) for item in ids]
+    try:
+        index = operator.index(ids)
+    except TypeError:
+        raise InputError(f"a token id must be an integer, not {ids!r}") from None
+    if not 0 <= index < 2**32:
+        raise InputError(f"{index} is not a token id: ids are not negative and below 2**32")
+    return index
