@@ -57,11 +57,7 @@ __all__ = ["__version__", *sorted(_HOME_OF)]
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'refllm' has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
-    if name != "pipeline":  # the module of that name is an attribute too, and imported submodules win
-        globals()[name] = value
-    else:
-        globals()["pipeline"] = value
+    value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
     return value
 
 

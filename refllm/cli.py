@@ -301,6 +301,23 @@ def bench_cpu(
     _write_json(result, json_file)
 
 
+@bench_app.command("memory")
+def bench_memory(
+    shape: Annotated[
+        str, typer.Option("--shape", help="Of the random weights: helium-1-preview-2b or helium-1m.")
+    ] = "helium-1-preview-2b",
+    tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 32,
+    json_file: Json = None,
+) -> None:
+    """Peak memory of loading and running a full-size model, with and without low_memory."""
+    from refllm import bench_memory as memory
+
+    with StatusLine(sys.stderr) as step:
+        result = memory.bench_memory(shape, tokens, step=step)
+    _console(quiet=_to_stdout(json_file)).print(memory.show_memory(result))
+    _write_json(result, json_file)
+
+
 def main() -> None:
     """Entry point of the `refllm` command: turns exceptions into one sentence and an exit code."""
     warnings.showwarning = _show_warning

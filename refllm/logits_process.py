@@ -145,7 +145,8 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor:
         if self.guidance_scale == 1:
             return scores_BV
         without_BV = log_softmax(self._unconditional_logits(ids_BT[:, -1:]))
-        return self.guidance_scale * (scores_BV - without_BV) + without_BV
+        with np.errstate(invalid="ignore", over="ignore"):
+            return self.guidance_scale * (scores_BV - without_BV) + without_BV
 
 
 class SequenceBiasLogitsProcessor:
@@ -378,7 +379,7 @@ class ExponentialDecayLengthPenalty:
         excess = ids_BT.shape[1] - self.start
         if excess <= 0:
             return scores_BV
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             change_BV = np.abs(scores_BV) * (self.factor**excess - 1)
         use_BV = np.isfinite(scores_BV) & _members(self.eos_ids, scores_BV.shape[-1])
         return scores_BV + np.where(use_BV, change_BV, scores_BV.dtype.type(0))

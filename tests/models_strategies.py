@@ -200,9 +200,9 @@ class Ids:
 
 
 @st.composite
-def inputs(draw: st.DrawFn, config: ModelConfig, longest: int = 24) -> Ids:
+def inputs(draw: st.DrawFn, config: ModelConfig, shortest: int = 1, longest: int = 24) -> Ids:
     rng = np.random.default_rng(draw(seeds))
-    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, longest))
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(shortest, longest))
     return Ids(rng.integers(0, config.vocab_size, (batch, length)), rng)
 
 

@@ -21,7 +21,7 @@ from refllm import families
 from refllm.auto import AutoModelForCausalLM, AutoModelForQuestionAnswering, load
 from refllm.errors import CheckpointError, ConfigError, InputError, RefllmError
 from refllm.model import Model
-from refllm.precision import arithmetic
+from refllm.precision import POLICIES, arithmetic
 
 IDS = np.array([[1, 2, 3], [4, 5, 6]])
 EMBEDS = np.ones((2, 3, 16))
@@ -273,8 +273,8 @@ def helium_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"dtype": "int8"}, ("dtype='int8'", "float64, float32, bfloat16, float16")),
         ({"dtype": None}, ("dtype=None", "float64, float32, bfloat16, float16")),
-        ({"policy": "eager"}, ("policy='eager'", "hf-eager, fused")),
-        ({"policy": 3}, ("policy=3", "hf-eager, fused")),
+        ({"policy": "eager"}, ("policy='eager'", *POLICIES)),
+        ({"policy": 3}, ("policy=3", *POLICIES)),
         (
             {"policy": "fused", "dtype": "float64"},
             ("policy='fused'", "dtype='float64' is exact", "leave the policy out"),

@@ -323,6 +323,20 @@ def test_resetting_does_not_make_a_cache_grow() -> None:
     assert keys.base.shape[2] == 64
 
 
+def test_a_failed_call_does_not_stretch_dynamic_rope() -> None:
+    """Its frequencies depend on the longest call so far, which a call that failed is not."""
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    model = tiny_model("LlamaForCausalLM", rope_parameters=rope, max_position_embeddings=8)
+    ids = np.arange(8)[None]
+    before = model(ids).logits
+    with pytest.raises(InputError), pytest.warns(UserWarning, match="beyond max_position_embeddings"):
+        model(np.ones((1, 12), int), past_key_values=StaticCache(None, 10))
+    np.testing.assert_array_equal(model(ids).logits, before)
+    with pytest.warns(UserWarning, match="beyond max_position_embeddings"):
+        model(np.ones((1, 12), int))
+    assert np.abs(model(ids).logits - before).max() > 1e-6
+
+
 def test_static_overflow_says_how_many_slots_there_are() -> None:
     with pytest.raises(InputError, match="cache: 5 tokens do not fit into the 4 slots it was made with"):
         model_of("Helium")(np.ones((1, 5), int), past_key_values=StaticCache(None, 4))

@@ -167,7 +167,7 @@ def test_a_label_that_is_no_class_is_an_error(name: str) -> None:
     "keep",
     [
         *(0, 1, 4, 6, 9, -2, -6),
-        *(np.array([0, 5, 2]), np.array([-1]), np.array([[0, 1], [5, 5]]), np.array([[True, False] * 3] * 2)),
+        *(np.array([0, 5, 2]), np.array([-1]), np.array([[4, 1], [5, 5]]), np.array([[True, False] * 3] * 2)),
     ],
     ids=str,
 )

@@ -24,13 +24,29 @@ def sampling(elements: int) -> float:
     return 5.0 / np.sqrt(2.0 * max(1, elements))
 
 
+def isolated_limit(found: Measure, dtype: str) -> float:
+    """Up to which `found.ratio` an operator's result holds on its own inputs."""
+    return ISOLATED[dtype] + sampling(found.elements)
+
+
+def row_limit(found: Measure, dtype: str) -> float:
+    """Up to which `found.row_ratio` does."""
+    return ROW[dtype] + sampling(found.row_length)
+
+
+def end_to_end_limit(found: Measure) -> float:
+    """Up to which `found.ratio` a value holds after all that came before."""
+    return END_TO_END + sampling(found.elements)
+
+
 def broken_isolated(found: Measure, dtype: str) -> list[str]:
+    """Names of the rules that an operator's result breaks on its own inputs."""
     rules = []
     if found.nonfinite:
         rules.append("NaN or infinity")
-    if found.ratio > ISOLATED[dtype] + sampling(found.elements):
+    if found.ratio > isolated_limit(found, dtype):
         rules.append("error")
-    if found.row_ratio > ROW[dtype] + sampling(found.row_length):
+    if found.row_ratio > row_limit(found, dtype):
         rules.append("one row")
     return rules
 
@@ -40,7 +56,7 @@ def broken(end_to_end: Measure, isolated: Measure | None, dtype: str) -> list[st
     rules = broken_isolated(isolated, dtype) if isolated is not None else []
     if end_to_end.nonfinite and "NaN or infinity" not in rules:
         rules.append("NaN or infinity")
-    if end_to_end.ratio > END_TO_END + sampling(end_to_end.elements):
+    if end_to_end.ratio > end_to_end_limit(end_to_end):
         rules.append("error end to end")
     return rules
 

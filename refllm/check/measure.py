@@ -9,7 +9,7 @@ from refllm.check.prediction import ulp
 
 # A row whose predicted error is far below the tensor's (its values happen to be tiny) is judged by a part of the
 # tensor's: a hidden rounding elsewhere in the kernel is of the tensor's size.
-_ROW_FLOOR = 0.05
+ROW_FLOOR = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,11 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
 
     overflow: the largest finite number of the candidate's format; exact values beyond it are infinite there.
     """
-    exact = np.where(np.abs(exact) > overflow, np.copysign(np.inf, exact), exact)
-    same_nonfinite = (candidate == exact) | (np.isnan(candidate) & np.isnan(exact))
-    finite = np.isfinite(candidate) & np.isfinite(exact)
-    wrong = ~finite & ~same_nonfinite
-    error = np.where(finite, candidate - np.where(finite, exact, 0), 0.0)
-    V = np.where(finite & np.isfinite(variance), variance, 0.0)
+    error, V, wrong, finite = errors(candidate, exact, variance, overflow)
     mean_square, mean_V = float(np.mean(error**2)), float(np.mean(V, dtype=np.float64))
-    row_V = np.maximum(V.mean(axis=-1, dtype=np.float64), _ROW_FLOOR * mean_V)
-    rows = _ratio(np.sqrt(np.mean(error**2, axis=-1)), np.sqrt(row_V))
-    z = _ratio(np.abs(error), np.sqrt(np.maximum(V, _ROW_FLOOR * mean_V)))
+    row_V = np.maximum(V.mean(axis=-1, dtype=np.float64), ROW_FLOOR * mean_V)
+    rows = ratio(np.sqrt(np.mean(error**2, axis=-1)), np.sqrt(row_V))
+    z = ratio(np.abs(error), np.sqrt(np.maximum(V, ROW_FLOOR * mean_V)))
     row = np.unravel_index(int(np.argmax(rows)), rows.shape) if rows.size else ()
     at = np.unravel_index(int(np.argmax(z)), z.shape)
     square = float(np.sum(np.where(finite, exact, 0.0) ** 2))
@@ -65,19 +60,32 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
         scale=float(np.sqrt(square / candidate.size)),
         rms_error=float(np.sqrt(mean_square)),
         rms_sigma=float(np.sqrt(mean_V)),
-        ratio=float(_ratio(np.sqrt(mean_square), np.sqrt(mean_V))),
+        ratio=float(ratio(np.sqrt(mean_square), np.sqrt(mean_V))),
         row_ratio=float(rows.max(initial=0.0)),
         row=tuple(int(i) for i in row),
         largest=float(z[at]),
         at=tuple(int(i) for i in at),
-        bias=float(_ratio(np.sum(error), np.sqrt(np.sum(V, dtype=np.float64)))),
+        bias=float(ratio(np.sum(error), np.sqrt(np.sum(V, dtype=np.float64)))),
         gain=float(np.sum(error * np.where(finite, exact, 0.0)) / square) if square else 0.0,
         nonfinite=int(np.count_nonzero(wrong)),
         nonfinite_at=tuple(int(i) for i in np.argwhere(wrong)[0]) if wrong.any() else (),
     )
 
 
-def _ratio(error: Any, sigma: Any) -> Any:
+def errors(
+    candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float = np.inf
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Error and its predicted variance, both 0 where they are undefined; which elements are NaN or infinite in one and
+    not in the other; and which are finite in both."""
+    exact = np.where(np.abs(exact) > overflow, np.copysign(np.inf, exact), exact)
+    same_nonfinite = (candidate == exact) | (np.isnan(candidate) & np.isnan(exact))
+    finite = np.isfinite(candidate) & np.isfinite(exact)
+    error = np.where(finite, candidate - np.where(finite, exact, 0), 0.0)
+    V = np.where(finite & np.isfinite(variance), variance, 0.0)
+    return error, V, ~finite & ~same_nonfinite, finite
+
+
+def ratio(error: Any, sigma: Any) -> Any:
     """error / sigma; 0 / 0 is 0, anything else / 0 infinite."""
     error, sigma = np.asarray(error, np.float64), np.asarray(sigma, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -6,20 +6,23 @@ every name, so that each operator is judged on the candidate's own inputs, and a
 after.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from refllm.cache import NoCache
 from refllm.check import limits
+from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
 from refllm.check.measure import Measure, measure, ulp_histogram
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.prediction import Propagation, Uncertain, certain
 from refllm.check.taps import HEAD_TAPS
 from refllm.check.trace import Trace, config_hash
+from refllm.config import ModelConfig
 from refllm.errors import InputError
 from refllm.masks import masking
 from refllm.model import Model
@@ -29,7 +32,11 @@ from refllm.rope import RotaryEmbedding
 
 @dataclass
 class TapReport:
-    """One named value. isolated is None where the candidate does not record an earlier value that it needs."""
+    """One named value. isolated is None where the candidate does not record an earlier value that it needs.
+
+    Indices in the measures are [batch row, position, channel] or [batch row, position, head, channel]. zmap: where the
+    error lies (`refllm.check.error_map`), isolated if there is such a measure.
+    """
 
     name: str
     end_to_end: Measure
@@ -37,6 +44,7 @@ class TapReport:
     untested: list[str] = field(default_factory=list)
     ulps: list[int] = field(default_factory=list)
     dtype: str = "float32"
+    zmap: np.ndarray | None = None
 
     @property
     def broken(self) -> list[str]:
@@ -89,6 +97,7 @@ class Judge:
         _require_same(model, trace)
         self.model, self.trace, self.policy = model, trace, policy
         self.valid = trace.inputs.valid
+        self.places = np.argwhere(self.valid)
         self.overflow = largest(trace.dtype)
         self.reports: dict[str, TapReport] = {}
         self.logits: Uncertain | None = None
@@ -112,9 +121,10 @@ class Judge:
             candidate = self._candidate(name, x)
             if candidate is not None:
                 exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
-                found = measure(self._rows(candidate), exact, variance, self.overflow)
+                found = self._measure(candidate, exact, variance)
                 ulps = ulp_histogram(self._rows(candidate), exact, self.trace.dtype)
-                self.reports[name] = TapReport(name, found, ulps=ulps, dtype=self.trace.dtype)
+                zmap = error_map(self._rows(candidate), exact, variance, self.overflow)
+                self.reports[name] = TapReport(name, found, ulps=ulps, dtype=self.trace.dtype, zmap=zmap)
             return x
 
         return at
@@ -125,11 +135,21 @@ class Judge:
             return x
         exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
         report = self.reports[name]
-        report.isolated = measure(self._rows(candidate), exact, variance, self.overflow)
+        report.isolated = self._measure(candidate, exact, variance)
+        report.zmap = error_map(self._rows(candidate), exact, variance, self.overflow)
         report.untested = limits.undetected(exact, variance, self.trace.dtype)
         taken = x.value.copy()
         taken[..., : candidate.shape[-1]] = candidate
         return Uncertain(np.where(np.isfinite(taken), taken, x.value), np.zeros(x.shape, np.float32))
+
+    def _measure(self, candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray) -> Measure:
+        """With indices that name the batch row and the position, padding counted."""
+        found = measure(self._rows(candidate), exact, variance, self.overflow)
+        places = {name: self._place(getattr(found, name)) for name in ("row", "at", "nonfinite_at")}
+        return replace(found, **places)  # type: ignore[arg-type]
+
+    def _place(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        return (*(int(i) for i in self.places[index[0]]), *index[1:]) if index else ()
 
     def _candidate(self, name: str, x: Uncertain) -> np.ndarray | None:
         candidate = self.trace.taps.get(name)
@@ -165,7 +185,7 @@ class Report:
     """One candidate on one checkpoint and one input.
 
     attribution: named value -> part of the predicted variance of the last value that comes from making it; the parts
-    sum to 1. notes: sentences a reader should know.
+    sum to 1. notes: sentences a reader should know. config: of the model, for the formulas in a report.
     """
 
     checkpoint: str
@@ -178,6 +198,7 @@ class Report:
     next_tokens: TokenReport | None
     attribution: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    config: ModelConfig | None = None
 
     @property
     def verdict(self) -> str:
@@ -193,9 +214,9 @@ class Report:
         return next(defects, None) or next((tap for tap in self.taps if tap.verdict == "fails"), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, verdicts included."""
+        """Plain values for JSON, verdicts included. Infinities and NaN are strings: float() reads every figure back."""
         first = self.first_failure
-        return {
+        values = {
             "checkpoint": self.checkpoint,
             "candidate": self.candidate,
             "dtype": self.dtype,
@@ -222,6 +243,16 @@ class Report:
             "attribution": self.attribution,
             "notes": self.notes,
         }
+        return {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """With "inf", "-inf" and "nan" for the numbers that JSON does not have, and lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def judge(
@@ -255,4 +286,5 @@ def judge(
         taps=taps,
         next_tokens=next_tokens,
         attribution=shares,
+        config=model.config,
     )

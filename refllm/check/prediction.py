@@ -112,16 +112,21 @@ class Propagation:
     def _noise(self, value: np.ndarray, point: str) -> np.ndarray | float:
         """Variance that rounding `value` at `point` adds."""
         if not self._rounds(point):
-            return self._inside(value)
+            return ulp(value, "float32") ** 2 / 12  # what is held in float32 here is no better than that
         return ulp(value, self.dtype) ** 2 / 12
 
     def _inside(self, value: np.ndarray, steps: float = 1) -> np.ndarray | float:
         """Variance of `steps` float32 roundings of about `value`, inside a kernel: nothing beside a narrower format."""
         return steps * ulp(value, "float32") ** 2 / 12 if self.dtype == "float32" else 0.0
 
-    def _sum_noise(self, terms: int, square_sum: Callable[[], np.ndarray]) -> np.ndarray | float:
-        """Variance of accumulating `terms` products in float32; square_sum() is the sum of their squares."""
-        if self.dtype != "float32":
+    def _sum_noise(
+        self, terms: int, square_sum: Callable[[], np.ndarray], point: str | None = None
+    ) -> np.ndarray | float:
+        """Variance of accumulating `terms` products in float32; square_sum() is the sum of their squares.
+
+        Nothing beside a narrower format to which the sum is rounded, at `point` if that is given.
+        """
+        if self.dtype != "float32" and (point is None or self._rounds(point)):
             return 0.0
         chain = min(terms, _CHAIN)
         return _MEAN_SQUARE_ULP * _FLOAT32_ULP**2 / 12 * (chain / 2 + terms / chain / 2) * square_sum()
@@ -276,7 +281,7 @@ class Propagation:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Variance of the scaled scores [S, T]: handed on by q, by k, and added by rounding."""
         square_q, square_k = (np.square(x.value).astype(np.float32) for x in (q, k))
-        added = self._sum_noise(q.shape[-1], lambda: square_q @ square_k.T)
+        added = self._sum_noise(q.shape[-1], lambda: square_q @ square_k.T, "attention.scores")
         added = scale**2 * (added + self._noise(scores / scale, "attention.scores"))
         below = scores - scores.max(axis=-1, keepdims=True, initial=-np.inf)  # what exp is taken of
         added = added + self._noise(scores, "attention.scaled") + self._inside(below)

@@ -98,4 +98,4 @@ class TransformersCandidate:
 def _tensor(array: np.ndarray, device: Any) -> Any:
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device)
+    return torch.from_numpy(np.array(array, np.int64)).to(device)

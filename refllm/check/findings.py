@@ -1,0 +1,268 @@
+"""What a report says, in words: the sentences that the terminal and the page share."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from refllm.check import formulas, limits
+from refllm.check.error_map import column_edges, row_edges
+from refllm.check.measure import Measure
+from refllm.check.oracle import Report, TapReport
+
+_LAST_AXIS = {"lm_head": "token id", "score": "class", "qa_outputs": "output", "scores": "key", "probs": "key"}
+_MOSTLY = 0.5  # of the squared error: from here on a common factor is worth naming
+_CLEAR_BIAS = 5.0  # standard errors
+
+
+@dataclass(frozen=True)
+class Group:
+    """The taps of one layer, or one tap outside the layers; in order of computation."""
+
+    label: str
+    layer: int | None
+    taps: list[TapReport]
+
+    @property
+    def verdict(self) -> str:
+        return worst_verdict([tap.verdict for tap in self.taps])
+
+    @property
+    def worst_isolated(self) -> TapReport | None:
+        """The tap closest to its limits, or furthest beyond them, on its own inputs."""
+        return max((tap for tap in self.taps if tap.isolated), key=isolated_severity, default=None)
+
+    @property
+    def worst_end_to_end(self) -> TapReport:
+        return max(self.taps, key=end_to_end_severity)
+
+
+def groups(report: Report) -> list[Group]:
+    """Layer by layer."""
+    found: list[Group] = []
+    for tap in report.taps:
+        layer, suffix = formulas.split(tap.name)
+        if layer is None or not found or found[-1].layer != layer:
+            found.append(Group(suffix if layer is None else f"layer {layer}", layer, []))
+        found[-1].taps.append(tap)
+    return found
+
+
+def worst_verdict(verdicts: Sequence[str]) -> str:
+    """fails if one fails, else untested if one is, else holds."""
+    return next((verdict for verdict in ("fails", "untested") if verdict in verdicts), "holds")
+
+
+def isolated_severity(tap: TapReport) -> float:
+    """Error over limit by the rule that is worst; 0 without an isolated measure, infinite for a NaN."""
+    found = tap.isolated
+    if found is None:
+        return 0.0
+    if found.nonfinite:
+        return math.inf
+    return max(
+        found.ratio / limits.isolated_limit(found, tap.dtype), found.row_ratio / limits.row_limit(found, tap.dtype)
+    )
+
+
+def end_to_end_severity(tap: TapReport) -> float:
+    """The same end to end."""
+    found = tap.end_to_end
+    return math.inf if found.nonfinite else found.ratio / limits.end_to_end_limit(found)
+
+
+def severity(tap: TapReport) -> tuple[bool, float, float]:
+    """For sorting, worst last: what fails on its own inputs is worse than what fails end to end only."""
+    return tap.defect_here, isolated_severity(tap), end_to_end_severity(tap)
+
+
+def figure(value: float) -> str:
+    """Three digits; infinities and NaN as such."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:.0f}"
+    if 1e-3 <= abs(value) < 1e4:
+        return f"{value:.{max(0, 2 - max(0, math.floor(math.log10(abs(value)))))}f}"
+    return f"{value:.1e}"
+
+
+def percent(share: float) -> str:
+    """A share of 1 in percent; "under 1 %" for what is little."""
+    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else "under 1 %"
+
+
+def count(n: int, noun: str) -> str:
+    """ "1 flip", "2 flips"."""
+    return f"{n:,} {noun}" + "s" * (n != 1)
+
+
+def place(name: str, index: tuple[int, ...]) -> str:
+    """An index [batch row, position(, head)(, channel)] of the tap `name` in words. The first sequence is not named."""
+    if not index:
+        return "nowhere"
+    has_heads = formulas.formula(name).operator in ("rope", "attention") or formulas.short(name) in (
+        "q_layernorm",
+        "k_layernorm",
+    )
+    has_heads = has_heads and len(index) > 2
+    words = [f"sequence {index[0]}"] if index[0] else []
+    words.append(f"position {index[1]}")
+    if has_heads:
+        words.append(f"head {index[2]}")
+    if len(index) > 2 + has_heads:
+        words.append(f"{_LAST_AXIS.get(formulas.short(name), 'channel')} {index[-1]}")
+    return ", ".join(words)
+
+
+def broken_in_words(tap: TapReport) -> list[str]:
+    """A sentence for each rule that the tap breaks, with the measured figure and the limit."""
+    said = []
+    isolated, end_to_end = tap.isolated, tap.end_to_end
+    for rule in tap.broken:
+        if rule == "NaN or infinity":
+            found = isolated if isolated is not None and isolated.nonfinite else end_to_end
+            are = "is" if found.nonfinite == 1 else "are"
+            said.append(
+                f"{found.nonfinite:,} of {count(found.elements, 'element')} {are} NaN or infinite on one side only, "
+                f"first at {place(tap.name, found.nonfinite_at)}"
+            )
+        elif rule == "error" and isolated is not None:
+            limit = limits.isolated_limit(isolated, tap.dtype)
+            said.append(f"on its own inputs the error is {figure(isolated.ratio)} sigma (limit {figure(limit)})")
+        elif rule == "one row" and isolated is not None:
+            limit = limits.row_limit(isolated, tap.dtype)
+            said.append(
+                f"worst row on its own inputs: {place(tap.name, isolated.row)}, {figure(isolated.row_ratio)} sigma "
+                f"(limit {figure(limit)})"
+            )
+        elif rule == "error end to end":
+            limit = limits.end_to_end_limit(end_to_end)
+            said.append(f"end to end the error is {figure(end_to_end.ratio)} sigma (limit {figure(limit)})")
+        else:
+            said.append(rule)
+    return said
+
+
+def hints(tap: TapReport) -> list[str]:
+    """What is peculiar about the error of a tap that fails on its own inputs: where it lies, and whether it has a
+    common factor or sign."""
+    found = tap.isolated
+    if not tap.defect_here or found is None:
+        return []
+    said = []
+    largest = f"largest single error: {place(tap.name, found.at)}, {figure(found.largest)} sigma"
+    said.append(largest)
+    said += _where(tap)
+    explained = (found.gain * found.scale / found.rms_error) ** 2 if found.rms_error else 0.0
+    if explained > _MOSTLY:
+        said.append(f"a common factor of {1 + found.gain:.4g} explains {percent(explained)} of the squared error")
+    elif abs(found.bias) > _CLEAR_BIAS:
+        said.append(f"the error has a sign: its mean is {figure(found.bias)} standard errors from 0")
+    return said
+
+
+def _where(tap: TapReport) -> list[str]:
+    """Which part of the value is wrong, where that is at most half of it."""
+    if tap.zmap is None or tap.isolated is None:
+        return []
+    wrong = tap.zmap > limits.ROW[tap.dtype]
+    positions, heads, channels = shape(tap)
+    of_heads, of_channels = column_edges(heads, channels)
+    wrong_heads = wrong.reshape(len(wrong), len(of_heads) - 1, len(of_channels) - 1)
+    said = []
+    for edges, bad, noun in (
+        (row_edges(positions), wrong_heads.any(axis=(1, 2)), "token"),
+        (of_heads, wrong_heads.any(axis=(0, 2)), "head"),
+        (of_channels, wrong_heads.any(axis=(0, 1)), _LAST_AXIS.get(formulas.short(tap.name), "channel")),
+    ):
+        if 0 < bad.sum() <= len(bad) / 2:
+            said.append(f"{noun}{_ranges(edges, bad)}")
+    return [f"only part of it is wrong: {', '.join(said)}"] if said else []
+
+
+def _ranges(edges: np.ndarray, bad: np.ndarray) -> str:
+    """ "s 0-3 and 8-11" of 16, for the blocks that are bad."""
+    changes = np.flatnonzero(np.diff(np.concatenate([[0], bad.astype(int), [0]])))
+    spans = [(int(edges[a]), int(edges[b]) - 1) for a, b in changes.reshape(-1, 2)]
+    words = [f"{a}" if a == b else f"{a}-{b}" for a, b in spans]
+    if len(words) > 3:
+        words = [*words[:2], f"{len(words) - 2} more ranges"]
+    plural = "" if len(spans) == 1 and spans[0][0] == spans[0][1] else "s"
+    return f"{plural} {' and '.join(words)} of {int(edges[-1])}"
+
+
+def shape(tap: TapReport) -> tuple[int, int, int]:
+    """Positions, heads (1 where the value is not split into heads) and channels of a tap."""
+    found: Measure = tap.isolated or tap.end_to_end
+    heads = found.heads
+    return found.elements // (heads * found.row_length), heads, found.row_length
+
+
+def before(report: Report, tap: TapReport) -> list[TapReport]:
+    """The taps of the same layer that come before this one; of the layer before, if it is the first."""
+    found = groups(report)
+    at = next(i for i, group in enumerate(found) if any(other is tap for other in group.taps))
+    earlier = found[at].taps[: next(i for i, other in enumerate(found[at].taps) if other is tap)]
+    return earlier or (found[at - 1].taps if at else [])
+
+
+def other_defects(report: Report) -> list[TapReport]:
+    """The operators, besides the first failure, that are wrong on their own inputs."""
+    first = report.first_failure
+    return [tap for tap in report.taps if tap.defect_here and tap is not first]
+
+
+def only_end_to_end(report: Report) -> int:
+    """How many taps are over budget end to end though their operators hold: consequences."""
+    return sum(tap.verdict == "fails" and not tap.defect_here for tap in report.taps)
+
+
+def untested(report: Report) -> list[str]:
+    """Which taps are untested, with the wrong answers that would pass: taps of the same name together."""
+    found: dict[tuple[str, str], list[int | None]] = {}
+    for tap in report.taps:
+        if tap.untested:
+            layer = formulas.split(tap.name)[0]
+            found.setdefault((formulas.short(tap.name), ", ".join(tap.untested)), []).append(layer)
+    said = []
+    for (name, passing), layers in found.items():
+        where = [str(layer) for layer in layers if layer is not None]
+        of = "" if not where else f" of layer{'s' * (len(where) > 1)} {', '.join(where)}"
+        said.append(f"{name}{of} ({passing} would pass)")
+    return said
+
+
+def tokens_in_words(report: Report) -> list[str]:
+    """Agreement of the next tokens, and how far the distributions are apart; [] where nothing was compared."""
+    tokens = report.next_tokens
+    if tokens is None:
+        return []
+    flips, defects = tokens.flips, tokens.defects
+    said = f"{tokens.positions - len(flips):,} of {tokens.positions:,} next tokens agree"
+    if flips:
+        worst = max(flip.sigmas for flip in flips)
+        what = f"{len(defects)} of {count(len(flips), 'flip')} not explained by rounding" if defects else ""
+        what = what or f"{count(len(flips), 'flip')} explained by rounding"
+        said += f"; {what}: largest margin {figure(worst)} sigma, limit {limits.FLIP:g}"
+    kl = f"KL {figure(tokens.kl)} +- {figure(tokens.kl_error)}, predicted {figure(tokens.kl_predicted)}"
+    return [said, kl]
+
+
+def by_operator(report: Report) -> dict[str, float]:
+    """Operator -> its part of the predicted variance of the last value, largest first."""
+    found: dict[str, float] = {}
+    for name, share in report.attribution.items():
+        kind = formulas.operator(name, report.config)
+        found[kind] = found.get(kind, 0.0) + share
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def by_layer(report: Report) -> dict[str, dict[str, float]]:
+    """Layer, or value outside the layers, in order of computation -> operator -> its part."""
+    found: dict[str, dict[str, float]] = {group.label: {} for group in groups(report)}
+    for name, share in report.attribution.items():
+        layer, suffix = formulas.split(name)
+        part = found.setdefault(suffix if layer is None else f"layer {layer}", {})
+        kind = formulas.operator(name, report.config)
+        part[kind] = part.get(kind, 0.0) + share
+    return {label: part for label, part in found.items() if part}
