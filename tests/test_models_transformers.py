@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models_strategies import (
@@ -34,7 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*beyond max_position_embeddings"),
     pytest.mark.filterwarnings("ignore:.*factor=.* is used, although"),
 ]
-transformers.logging.set_verbosity_error()
 
 EXACT = 1e-10
 LOSS = 1e-6  # Transformers casts logits to float32 before a token loss, whatever the model's dtype

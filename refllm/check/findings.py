@@ -10,6 +10,7 @@ from refllm.check import formulas, limits
 from refllm.check.error_map import column_edges, row_edges
 from refllm.check.measure import Measure
 from refllm.check.oracle import Report, TapReport
+from refllm.config import ModelConfig
 
 _LAST_AXIS = {"lm_head": "token id", "score": "class", "qa_outputs": "output", "scores": "key", "probs": "key"}
 _MOSTLY = 0.5  # of the squared error: from here on a common factor is worth naming
@@ -78,17 +79,17 @@ def severity(tap: TapReport) -> tuple[bool, float, float]:
 
 
 def figure(value: float) -> str:
-    """Three digits; infinities and NaN as such."""
+    """A figure in sigma, to two decimals or three digits; infinities and NaN as such."""
     if not math.isfinite(value) or value == 0:
         return f"{value:.0f}"
-    if 1e-3 <= abs(value) < 1e4:
+    if abs(value) < 1e4:
         return f"{value:.{max(0, 2 - max(0, math.floor(math.log10(abs(value)))))}f}"
     return f"{value:.1e}"
 
 
 def percent(share: float) -> str:
-    """A share of 1 in percent; "under 1 %" for what is little."""
-    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else "under 1 %"
+    """A share of 1 in percent; "<1%" for what is little."""
+    return f"{100 * share:.0f}%" if share >= 0.01 or share == 0 else "<1%"
 
 
 def count(n: int, noun: str) -> str:
@@ -97,21 +98,21 @@ def count(n: int, noun: str) -> str:
 
 
 def place(name: str, index: tuple[int, ...]) -> str:
-    """An index [batch row, position(, head)(, channel)] of the tap `name` in words. The first sequence is not named."""
-    if not index:
-        return "nowhere"
-    has_heads = formulas.formula(name).operator in ("rope", "attention") or formulas.short(name) in (
-        "q_layernorm",
-        "k_layernorm",
-    )
-    has_heads = has_heads and len(index) > 2
+    """The index of an element of the tap `name` in words: batch row, position, head where there are heads, channel."""
+    return f"{row_place(index[:-1])}, {last_axis(name)} {index[-1]}" if index else "nowhere"
+
+
+def row_place(index: tuple[int, ...]) -> str:
+    """The index of a row in words. The first sequence of a batch is not named."""
     words = [f"sequence {index[0]}"] if index[0] else []
     words.append(f"position {index[1]}")
-    if has_heads:
-        words.append(f"head {index[2]}")
-    if len(index) > 2 + has_heads:
-        words.append(f"{_LAST_AXIS.get(formulas.short(name), 'channel')} {index[-1]}")
+    words += [f"head {head}" for head in index[2:]]
     return ", ".join(words)
+
+
+def last_axis(name: str) -> str:
+    """What the last axis of the tap `name` counts."""
+    return _LAST_AXIS.get(formulas.short(name), "channel")
 
 
 def broken_in_words(tap: TapReport) -> list[str]:
@@ -132,7 +133,7 @@ def broken_in_words(tap: TapReport) -> list[str]:
         elif rule == "one row" and isolated is not None:
             limit = limits.row_limit(isolated, tap.dtype)
             said.append(
-                f"worst row on its own inputs: {place(tap.name, isolated.row)}, {figure(isolated.row_ratio)} sigma "
+                f"worst row on its own inputs: {row_place(isolated.row)}, {figure(isolated.row_ratio)} sigma "
                 f"(limit {figure(limit)})"
             )
         elif rule == "error end to end":
@@ -143,40 +144,50 @@ def broken_in_words(tap: TapReport) -> list[str]:
     return said
 
 
-def hints(tap: TapReport) -> list[str]:
+def hints(tap: TapReport, config: ModelConfig | None = None) -> list[str]:
     """What is peculiar about the error of a tap that fails on its own inputs: where it lies, and whether it has a
     common factor or sign."""
     found = tap.isolated
     if not tap.defect_here or found is None:
         return []
-    said = []
-    largest = f"largest single error: {place(tap.name, found.at)}, {figure(found.largest)} sigma"
-    said.append(largest)
-    said += _where(tap)
-    explained = (found.gain * found.scale / found.rms_error) ** 2 if found.rms_error else 0.0
-    if explained > _MOSTLY:
-        said.append(f"a common factor of {1 + found.gain:.4g} explains {percent(explained)} of the squared error")
-    elif abs(found.bias) > _CLEAR_BIAS:
-        said.append(f"the error has a sign: its mean is {figure(found.bias)} standard errors from 0")
+    said = [f"largest single error: {place(tap.name, found.at)}, {figure(found.largest)} sigma", *_where(tap, config)]
+    said += _character(found)
     return said
 
 
-def _where(tap: TapReport) -> list[str]:
+def _character(found: Measure) -> list[str]:
+    """Whether the result is unrelated to the right one, or its error is mostly a common factor, or of one sign."""
+    explained = (found.gain * found.scale / found.rms_error) ** 2 if found.rms_error else 0.0
+    if explained > 0.99 and found.gain < -0.99:
+        return ["it is zero, or nearly"]
+    if found.gain < -0.9:
+        return ["it has next to nothing in common with the right value: another value, or another order?"]
+    if explained > _MOSTLY:
+        return [f"a common factor of {1 + found.gain:.4g} explains {percent(explained)} of the squared error"]
+    if abs(found.bias) > _CLEAR_BIAS:
+        return [f"the error has a sign: its mean is {figure(found.bias)} standard errors from 0"]
+    return []
+
+
+def _where(tap: TapReport, config: ModelConfig | None) -> list[str]:
     """Which part of the value is wrong, where that is at most half of it."""
     if tap.zmap is None or tap.isolated is None:
         return []
     wrong = tap.zmap > limits.ROW[tap.dtype]
-    positions, heads, channels = shape(tap)
+    positions, heads, channels = tap.isolated.shape
     of_heads, of_channels = column_edges(heads, channels)
     wrong_heads = wrong.reshape(len(wrong), len(of_heads) - 1, len(of_channels) - 1)
     said = []
     for edges, bad, noun in (
         (row_edges(positions), wrong_heads.any(axis=(1, 2)), "token"),
         (of_heads, wrong_heads.any(axis=(0, 2)), "head"),
-        (of_channels, wrong_heads.any(axis=(0, 1)), _LAST_AXIS.get(formulas.short(tap.name), "channel")),
+        (of_channels, wrong_heads.any(axis=(0, 1)), last_axis(tap.name)),
     ):
         if 0 < bad.sum() <= len(bad) / 2:
             said.append(f"{noun}{_ranges(edges, bad)}")
+            if noun == "channel" and config is not None and formulas.short(tap.name) in ("q_proj", "k_proj", "v_proj"):
+                inside = np.flatnonzero(np.repeat(bad, np.diff(edges))) // config.head_dim  # type: ignore[attr-defined]
+                said[-1] += f" (head {', '.join(str(head) for head in sorted(set(inside.tolist())))})"
     return [f"only part of it is wrong: {', '.join(said)}"] if said else []
 
 
@@ -191,13 +202,6 @@ def _ranges(edges: np.ndarray, bad: np.ndarray) -> str:
     return f"{plural} {' and '.join(words)} of {int(edges[-1])}"
 
 
-def shape(tap: TapReport) -> tuple[int, int, int]:
-    """Positions, heads (1 where the value is not split into heads) and channels of a tap."""
-    found: Measure = tap.isolated or tap.end_to_end
-    heads = found.heads
-    return found.elements // (heads * found.row_length), heads, found.row_length
-
-
 def before(report: Report, tap: TapReport) -> list[TapReport]:
     """The taps of the same layer that come before this one; of the layer before, if it is the first."""
     found = groups(report)
@@ -207,14 +211,25 @@ def before(report: Report, tap: TapReport) -> list[TapReport]:
 
 
 def other_defects(report: Report) -> list[TapReport]:
-    """The operators, besides the first failure, that are wrong on their own inputs."""
+    """The operators, besides the first failure, that are wrong on their own inputs; not those that hand a NaN on."""
     first = report.first_failure
-    return [tap for tap in report.taps if tap.defect_here and tap is not first]
+    handed_on = first is not None and first.end_to_end.nonfinite
+    return [
+        tap
+        for tap in report.taps
+        if tap.defect_here and tap is not first and not (handed_on and broken_alone(tap) == ["NaN or infinity"])
+    ]
 
 
-def only_end_to_end(report: Report) -> int:
-    """How many taps are over budget end to end though their operators hold: consequences."""
-    return sum(tap.verdict == "fails" and not tap.defect_here for tap in report.taps)
+def broken_alone(tap: TapReport) -> list[str]:
+    """The rules that the tap breaks on its own inputs."""
+    return [] if tap.isolated is None else limits.broken_isolated(tap.isolated, tap.dtype)
+
+
+def consequences(report: Report) -> int:
+    """How many taps fail though their operators hold."""
+    wrong = [report.first_failure, *other_defects(report)]
+    return sum(tap.verdict == "fails" and not any(tap is other for other in wrong) for tap in report.taps)
 
 
 def untested(report: Report) -> list[str]:
@@ -238,14 +253,14 @@ def tokens_in_words(report: Report) -> list[str]:
     if tokens is None:
         return []
     flips, defects = tokens.flips, tokens.defects
-    said = f"{tokens.positions - len(flips):,} of {tokens.positions:,} next tokens agree"
+    said = f"{tokens.positions - len(flips):,} of {tokens.positions:,} agree"
     if flips:
         worst = max(flip.sigmas for flip in flips)
         what = f"{len(defects)} of {count(len(flips), 'flip')} not explained by rounding" if defects else ""
         what = what or f"{count(len(flips), 'flip')} explained by rounding"
         said += f"; {what}: largest margin {figure(worst)} sigma, limit {limits.FLIP:g}"
-    kl = f"KL {figure(tokens.kl)} +- {figure(tokens.kl_error)}, predicted {figure(tokens.kl_predicted)}"
-    return [said, kl]
+    kl = f"KL {tokens.kl:.3g} +- {tokens.kl_error:.2g}, predicted {tokens.kl_predicted:.3g}"
+    return [said, kl if math.isfinite(tokens.kl) else "KL is not finite: the candidate has logits that are not"]
 
 
 def by_operator(report: Report) -> dict[str, float]:

@@ -82,9 +82,15 @@ def split(name: str) -> tuple[int | None, str]:
 
 
 def short(name: str) -> str:
-    """The name of a tap within its layer: "q_proj", "act", "layer output"."""
+    """The name of a tap within its layer: "q_proj", "act", "output"."""
     suffix = split(name)[1]
-    return "layer output" if suffix == LAYER_OUTPUT else suffix.rpartition(".")[2]
+    return "output" if suffix == LAYER_OUTPUT else suffix.rpartition(".")[2]
+
+
+def spoken(name: str) -> str:
+    """ "layer 3 act", "layer 3 output", "norm"."""
+    layer = split(name)[0]
+    return short(name) if layer is None else f"layer {layer} {short(name)}"
 
 
 @dataclass(frozen=True)
@@ -165,14 +171,10 @@ _Definition = tuple[str, str, str, str] | None
 
 
 def _norms(suffix: str, f: _Family) -> _Definition:
-    mlp = "gate_proj and up_proj" if f.gated else "up_proj"
+    mlp, aside = "gate_proj and up_proj" if f.gated else "up_proj", "; no part of the residual stream"
     found = {
-        "input_layernorm": (
-            "x",
-            "q_proj, k_proj, v_proj" + f", {mlp}" * f.parallel,
-            "; no part of the residual stream",
-        ),
-        "post_attention_layernorm": ("x_mid", mlp, "; no part of the residual stream"),
+        "input_layernorm": ("x", "q_proj, k_proj, v_proj" + f", {mlp}" * f.parallel, aside),
+        "post_attention_layernorm": ("x_mid", mlp, aside),
         "norm": ("x", "the head", "; the last entry of Transformers' hidden_states"),
     }.get(suffix)
     if found is None:

@@ -1,5 +1,6 @@
 """How far a candidate's values are from the predicted ones, in sigma."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,17 @@ ROW_FLOOR = 0.05
 class Measure:
     """One tap against one prediction.
 
+    shape: positions, heads (1 where the value is not split into them), channels.
     ratio: rms error / rms of the predicted sigma; 0 where both are 0, infinite where only the prediction is.
     row_ratio, row: the worst row (last axis) by the same ratio, and its index. largest, at: the largest |error| / sigma
     of a single element, and its index. bias: mean error in standard errors; gain: the common factor that fits best,
     minus 1. nonfinite: elements that are NaN or infinite in one and not in the other, nonfinite_at: the first.
+    misrounded: the share of elements that are not, to the bit, what the policy's rounding points make of the same
+    inputs; 0 where that is not known.
     """
 
     elements: int
-    row_length: int
+    shape: tuple[int, int, int]
     scale: float
     rms_error: float
     rms_sigma: float
@@ -36,13 +40,14 @@ class Measure:
     gain: float
     nonfinite: int
     nonfinite_at: tuple[int, ...] = ()
+    misrounded: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
 def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float = np.inf) -> Measure:
-    """candidate [..., n] against the exact values and the variance of the predicted error.
+    """candidate [N, n] or [N, H, n] against the exact values and the variance of the predicted error.
 
     overflow: the largest finite number of the candidate's format; exact values beyond it are infinite there.
     """
@@ -56,7 +61,7 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
     square = float(np.sum(np.where(finite, exact, 0.0) ** 2))
     return Measure(
         elements=candidate.size,
-        row_length=candidate.shape[-1],
+        shape=(candidate.shape[0], math.prod(candidate.shape[1:-1]), candidate.shape[-1]),
         scale=float(np.sqrt(square / candidate.size)),
         rms_error=float(np.sqrt(mean_square)),
         rms_sigma=float(np.sqrt(mean_V)),

@@ -135,7 +135,9 @@ class Judge:
             return x
         exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
         report = self.reports[name]
-        report.isolated = self._measure(candidate, exact, variance)
+        report.isolated = replace(
+            self._measure(candidate, exact, variance), misrounded=self._misrounded(candidate, x.rounded)
+        )
         report.zmap = error_map(self._rows(candidate), exact, variance, self.overflow)
         report.untested = limits.undetected(exact, variance, self.trace.dtype)
         taken = x.value.copy()
@@ -147,6 +149,12 @@ class Judge:
         found = measure(self._rows(candidate), exact, variance, self.overflow)
         places = {name: self._place(getattr(found, name)) for name in ("row", "at", "nonfinite_at")}
         return replace(found, **places)  # type: ignore[arg-type]
+
+    def _misrounded(self, candidate: np.ndarray, rounded: np.ndarray | None) -> float:
+        if rounded is None:
+            return 0.0
+        found, policy = self._rows(candidate), self._rows(rounded, candidate)
+        return float(np.mean((found != policy) & ~(np.isnan(found) & np.isnan(policy))))
 
     def _place(self, index: tuple[int, ...]) -> tuple[int, ...]:
         return (*(int(i) for i in self.places[index[0]]), *index[1:]) if index else ()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from refllm import ops
-from refllm.precision import EXACT, Dtype, Policy
+from refllm.precision import EXACT, Arithmetic, Dtype, Policy
 
 _FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
 _LEAST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126}
@@ -27,6 +27,7 @@ _LEAST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126}
 _MEAN_SQUARE_ULP = 0.541
 _CHAIN = 256
 _FLOAT32_ULP = 2.0**-23
+_LANES = 16  # partial sums that every vectorised reduction keeps
 _ROOT_STEPS = 4  # float32 roundings of a norm's mean, of eps added, of the root and of its reciprocal
 
 
@@ -40,22 +41,27 @@ class Uncertain:
 
     shares: named value -> the part of the mean variance that was added by the operators up to that name and after the
     names before it. The parts sum to 1.
+    rounded: what an implementation has that rounds where the policy says, to the bit. It is known in the narrow formats
+    after operators whose float32 arithmetic is too exact to matter (norms, RoPE, activations, sums of two), as long as
+    their inputs are known; None elsewhere.
     """
 
     value: np.ndarray
     variance: np.ndarray
     shares: dict[str, float] = field(default_factory=dict)
+    rounded: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
     def __getitem__(self, index: Any) -> "Uncertain":
-        return Uncertain(self.value[index], self.variance[index], self.shares)
+        return self.map(lambda values: values[index])
 
     def map(self, view: Callable[[np.ndarray], np.ndarray]) -> "Uncertain":
         """The same numbers, moved: `view` is applied to values and variances."""
-        return Uncertain(view(self.value), view(self.variance), self.shares)
+        rounded = None if self.rounded is None else view(self.rounded)
+        return Uncertain(view(self.value), view(self.variance), self.shares, rounded)
 
     def named(self, name: str) -> "Uncertain":
         """The same value; what was added since the last name is attributed to this one."""
@@ -96,6 +102,8 @@ class Propagation:
     ) -> None:
         self.dtype, self.policy, self.at_tap, self.wants, self.scope = dtype, policy, at_tap, wants, scope
         self.ar = EXACT
+        # The order of sums does not matter here: it moves a float32 value by less than 1/1000 of a narrow ulp.
+        self._emulated = Arithmetic(dtype, replace(policy, torch_order=False))
 
     def within(self, scope: str) -> "Propagation":
         return Propagation(self.dtype, self.policy, self.at_tap, self.wants, f"{scope}.")
@@ -146,6 +154,22 @@ class Propagation:
             shares[HERE] = shares.get(HERE, 0.0) + max(0.0, 1.0 - sum(shares.values()))
         return Uncertain(value, variance, shares)
 
+    def _to_the_bit(self, function: Callable[..., np.ndarray], *inputs: Uncertain) -> np.ndarray | None:
+        """function(*arrays, ar=...) in the emulated format, if that is a narrow one and the inputs are known."""
+        if self.dtype == "float32":
+            return None
+        known = [self._known(x) for x in inputs]
+        if any(x is None for x in known):
+            return None
+        with np.errstate(over="ignore", invalid="ignore"):
+            return function(*known, ar=self._emulated)
+
+    @staticmethod
+    def _known(x: Uncertain) -> np.ndarray | None:
+        if x.rounded is not None:
+            return x.rounded
+        return None if x.variance.any() else x.value.astype(np.float32)
+
     # ------------------------------------------------------------------------------------------------ products and sums
 
     def linear(self, x: Uncertain, weight: np.ndarray, bias: np.ndarray | None = None) -> Uncertain:
@@ -163,7 +187,8 @@ class Propagation:
     def add(self, x: Uncertain, y: Uncertain) -> Uncertain:
         """V(a + b) = V_a + V_b."""
         value = x.value + y.value
-        return self._result(value, [(x, x.variance), (y, y.variance)], self._noise(value, "add"))
+        out = self._result(value, [(x, x.variance), (y, y.variance)], self._noise(value, "add"))
+        return replace(out, rounded=self._to_the_bit(ops.add, x, y))
 
     def split_heads(self, x: Uncertain, heads: int) -> Uncertain:
         return x.map(lambda a: ops.split_heads(a, heads))
@@ -179,7 +204,8 @@ class Propagation:
         y = x.value * scale
         handed_on = self._projected(x.variance, y, scale, centred=False)
         added = self._noise(y, "rms_norm.normalized") + self._inside(y, _ROOT_STEPS)
-        return self._weighted(x, y, handed_on, added, weight, None, "rms_norm")
+        out = self._weighted(x, y, handed_on, added, weight, None, "rms_norm")
+        return replace(out, rounded=self._to_the_bit(partial(ops.rms_norm, weight=weight, eps=eps), x))
 
     def layer_norm(self, x: Uncertain, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> Uncertain:
         """J_ij = (w_i / s) (delta_ij - (1 + y_i y_j) / n), with y = (x - mean) / s and s the standard deviation."""
@@ -187,7 +213,8 @@ class Propagation:
         scale = 1 / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + eps)
         y = centred * scale
         handed_on = self._projected(x.variance, y, scale, centred=True)
-        return self._weighted(x, y, handed_on, self._inside(y, _ROOT_STEPS), weight, bias, "layer_norm")
+        out = self._weighted(x, y, handed_on, self._inside(y, _ROOT_STEPS), weight, bias, "layer_norm")
+        return replace(out, rounded=self._to_the_bit(partial(ops.layer_norm, weight=weight, bias=bias, eps=eps), x))
 
     @staticmethod
     def _projected(variance: np.ndarray, y: np.ndarray, scale: np.ndarray, *, centred: bool) -> np.ndarray:
@@ -213,7 +240,18 @@ class Propagation:
         self, q: Uncertain, k: Uncertain, cos: Uncertain, sin: Uncertain, *, interleaved: bool
     ) -> tuple[Uncertain, Uncertain]:
         """V(a c - b s) = c^2 V_a + s^2 V_b + a^2 V_c + b^2 V_s."""
-        return self._rotate(q, cos, sin, interleaved), self._rotate(k, cos, sin, interleaved)
+        rotated = [self._rotate(x, cos, sin, interleaved) for x in (q, k)]
+        both = self._to_the_bit_pair(q, k, cos, sin, interleaved)
+        q_out, k_out = (replace(x, rounded=bits) for x, bits in zip(rotated, both, strict=True))
+        return q_out, k_out
+
+    def _to_the_bit_pair(
+        self, q: Uncertain, k: Uncertain, cos: Uncertain, sin: Uncertain, interleaved: bool
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        known = [self._known(x) for x in (q, k, cos, sin)]
+        if self.dtype == "float32" or any(x is None for x in known):
+            return None, None
+        return ops.rope(*known, interleaved=interleaved, ar=self._emulated)  # type: ignore[arg-type]
 
     def _rotate(self, x: Uncertain, cos: Uncertain, sin: Uncertain, interleaved: bool) -> Uncertain:
         half = cos.shape[-1]
@@ -260,16 +298,17 @@ class Propagation:
             probs = kept["probs"][b, h]
             squared = np.square(probs)
             by_q, by_k, here = self._score_variance(q[b, h], k[b, g], kept["scores"][b, h], D**-0.5)
-            weights = self._weight_noise(probs)
+            weights, of_total = self._weight_noise(probs), self._total_noise(probs)
             V_s[b, h] = by_q + by_k + here
-            V_p[b, h] = self._probs_variance(probs, V_s[b, h]) + weights
+            V_p[b, h] = self._probs_variance(probs, V_s[b, h]) + weights + squared * of_total
             parts += [float((squared * part).sum()) for part in (by_q, by_k, here)]
             value_v, o = v.value[b, g], value[b, h]
             A, square_v = squared * V_s[b, h], np.square(value_v)
             from_v[b, h] = squared @ v.variance[b, g]
             spread = A @ square_v - 2 * o * (A @ value_v) + o**2 * A.sum(axis=-1, keepdims=True)
             from_scores[b, h] = np.maximum(spread, 0)
-            added[b, h] = weights @ square_v + self._sum_noise(probs.shape[-1], partial(np.matmul, squared, square_v))
+            added[b, h] = weights @ square_v + o**2 * of_total
+            added[b, h] += self._sum_noise(probs.shape[-1], partial(np.matmul, squared, square_v))
         self.tap("self_attn.scores", self._result(kept["scores"], [], V_s))
         self.tap("self_attn.probs", self._result(kept["probs"], [], V_p))
         by_q, by_k, here = parts / max(parts.sum(), np.finfo(float).tiny)
@@ -296,6 +335,18 @@ class Propagation:
             noise = ulp(probs / largest, self.dtype) ** 2 / 12 * largest**2
         return np.broadcast_to(np.asarray(noise + self._inside(probs, 3), np.float32), probs.shape)
 
+    def _total_noise(self, probs: np.ndarray) -> np.ndarray | float:
+        """Relative variance of the softmax's denominator, which all weights of a row share: float32 only.
+
+        The denominator is 1 / (largest weight), as the largest exponential is 1. Every lane adds its part of the row
+        one by one, then the lanes are added; where one key has most of the weight each addition rounds at full size.
+        """
+        if self.dtype != "float32":
+            return 0.0
+        total = 1 / np.maximum(probs.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+        additions = probs.shape[-1] / _LANES + np.log2(_LANES)
+        return additions * (ulp(total, "float32") / total) ** 2 / 12
+
     @staticmethod
     def _probs_variance(probs: np.ndarray, V_s: np.ndarray) -> np.ndarray:
         """dP_i = P_i (ds_i - sum_j P_j ds_j)."""
@@ -308,14 +359,17 @@ class Propagation:
         """V(f(x)) = f'(x)^2 V_x."""
         value, slope = self._activated(x.value, name)
         added = self._inside(value, 2) + self._noise(value, "activation")
-        return self._result(value, [(x, slope**2 * x.variance)], added)
+        out = self._result(value, [(x, slope**2 * x.variance)], added)
+        return replace(out, rounded=self._to_the_bit(partial(ops.activation, name=name), x))
 
     def glu(self, gate: Uncertain, up: Uncertain, name: str) -> Uncertain:
         """V(f(g) u) = (f'(g) u)^2 V_g + f(g)^2 V_u."""
         act, slope = self._activated(gate.value, name)
         value = act * up.value
         added = up.value**2 * (self._noise(act, "glu.activation") + self._inside(act, 2)) + self._noise(value, "glu")
-        return self._result(value, [(gate, (slope * up.value) ** 2 * gate.variance), (up, act**2 * up.variance)], added)
+        inherited = [(gate, (slope * up.value) ** 2 * gate.variance), (up, act**2 * up.variance)]
+        out = self._result(value, inherited, added)
+        return replace(out, rounded=self._to_the_bit(partial(ops.glu, name=name), gate, up))
 
     @staticmethod
     def _activated(x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -329,4 +383,5 @@ class Propagation:
     def table(self, float32: np.ndarray) -> Uncertain:
         """A rotary table, made in float32 and rounded at `rope.table`."""
         noise = self._noise(float32, "rope.table") if self.dtype != "float32" else 0.0
-        return self._result(np.asarray(float32, np.float64), [], np.broadcast_to(noise, float32.shape))
+        out = self._result(np.asarray(float32, np.float64), [], np.broadcast_to(noise, float32.shape))
+        return replace(out, rounded=None if self.dtype == "float32" else self._emulated.round(float32, "rope.table"))

@@ -1,98 +1,270 @@
-"""Reports of a check as tables for a terminal."""
+"""Reports of a check for a terminal. Everything fits 100 columns; `show_report` gives one line per layer."""
 
+from rich import box
 from rich.console import Group, RenderableType
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from refllm.check.compare import Report, TapReport, TokenReport, Verdict
-from refllm.check.tolerance import RMS_FACTOR, ROW_FACTOR
+from refllm.check import findings, formulas, limits
+from refllm.check.findings import count, figure, percent
+from refllm.check.measure import Measure
+from refllm.check.next_tokens import Flip
+from refllm.check.oracle import Report, TapReport
 
-STYLE: dict[Verdict, str] = {"holds": "green", "fails": "bold red", "untested": "yellow"}
+WIDTH = 100
+STYLE = {"holds": "green", "fails": "bold red", "untested": "yellow"}
+_FLIPS_SHOWN = 3
+_CONTRIBUTORS = 6
 
 
-def show_report(report: Report) -> RenderableType:
-    """One checkpoint in one precision: a line per tap, then the next tokens, then what is wrong. Fits 80 columns."""
-    title = Text.assemble((report.checkpoint, "bold"), f"  {report.dtype}, {report.tokens} tokens: {report.candidate}")
-    table = _table("value", "error", "rounding", "ratio", "differ", "worst at", "")
-    for tap in report.taps:
-        table.add_row(*_tap_cells(tap))
-    lines: list[RenderableType] = [title, table]
-    if report.next_tokens is not None:
-        lines.append(_token_line(report.next_tokens))
-    lines += [Text(note, style="yellow") for note in report.notes]
-    for tap in report.taps:
-        if tap.reasons:
-            lines.append(Text(f"{tap.name} {tap.verdict}: {', '.join(tap.reasons)}", style=STYLE[tap.verdict]))
-    if report.first_failure is not None:
-        lines.append(Text(f"first failure: {report.first_failure.name}", style=STYLE["fails"]))
-    return Group(*lines, "")
+def show_report(report: Report, verbose: bool = False) -> RenderableType:
+    """One candidate on one checkpoint and input: what fails first, a line per layer (per tap if verbose), next tokens,
+    attribution, what is untested."""
+    parts: list[RenderableType] = [_title(report)]
+    if report.verdict == "fails":
+        parts.append(_failure(report))
+    parts += [_tap_table(report) if verbose else _layer_table(report), ""]
+    remarks = Table.grid(padding=(0, 2, 0, 0))
+    for label, said in [*_tokens(report), *_attribution(report), *_cautions(report)]:
+        remarks.add_row(Text(label, style="dim"), said)
+    return Group(*parts, remarks, "")
 
 
 def show_summary(reports: list[Report]) -> Table:
     """One line per report: the verdicts at a glance."""
-    table = _table("checkpoint", "precision", "ratio", "differ", "next tokens", "")
+    table = _table()
+    several = len({report.candidate for report in reports}) > 1
+    table.add_column("checkpoint", overflow="fold")
+    if several:
+        table.add_column("candidate", overflow="fold")
+    table.add_column("dtype", no_wrap=True)
+    table.add_column("input", overflow="fold")
+    for name in ("own\ninputs", "end\nto end", "flips"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", min_width=20)
     for report in reports:
-        tokens = report.next_tokens
-        table.add_row(
-            report.checkpoint,
-            report.dtype,
-            f"{max(tap.ratio for tap in report.taps):.2f}",
-            str(sum(tap.differing for tap in report.taps)),
-            "" if tokens is None else f"{tokens.positions - tokens.flips}/{tokens.positions}",
-            Text(report.verdict, style=STYLE[report.verdict]),
-        )
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in columns:
-        words = name in ("value", "worst at", "checkpoint", "precision", "")
-        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+        names = [report.checkpoint, *([report.candidate] if several else []), report.dtype, report.inputs]
+        table.add_row(*names, *_summary_figures(report), _verdict(report.verdict) + _where(report))
     return table
 
 
 def closing_line(reports: list[Report]) -> Text:
     """What the columns mean, and the verdict over all reports in one line."""
-    counts = {verdict: sum(report.verdict == verdict for report in reports) for verdict in STYLE}
-    worst: Verdict = next(v for v in ("fails", "untested", "holds") if counts[v])
-    words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    return Text.assemble(("\n" + LEGEND + "\n\n", "dim"), (f"{len(reports)} checked: {words}", STYLE[worst]))
+    verdicts = [report.verdict for report in reports]
+    worst = findings.worst_verdict(verdicts)
+    words = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in STYLE if verdict in verdicts)
+    return Text.assemble(("\n" + legend() + "\n\n", "dim"), (f"{len(reports)} checked: {words}", STYLE[worst]))
 
 
-LEGEND = f"""\
-error     distance from the exact float64 run: rms, relative to the value's rms
-rounding  the same for the reference in this precision: what rounding costs
-ratio     error / rounding; fails above {RMS_FACTOR:g} (of one position: above {ROW_FACTOR:g})
-differ    elements whose bits are not those of the reference in this precision"""
+def legend() -> str:
+    """The columns in words, with their limits."""
+    narrow, wide = limits.ISOLATED["bfloat16"], limits.ISOLATED["float32"]
+    row, wide_row = limits.ROW["bfloat16"], limits.ROW["float32"]
+    return f"""\
+sigma       predicted rounding error of a correct implementation that rounds where the policy says
+own inputs  rms error / rms sigma of an operator's result, given the candidate's own inputs: is this
+            operator wrong? Limit {narrow:g} (float32: {wide:g}), and more where there are few numbers
+worst row   the same of the worst position or head. Limit {row:g} (float32: {wide_row:g}), and more as above
+end to end  rms error / rms sigma after everything before it, from the token ids on. Limit {limits.END_TO_END:g}
+untested    a wrong answer such as zeros, or everything times 1.01, would hold here: no verdict"""
 
 
-def _tap_cells(tap: TapReport) -> list[str | Text]:
+def _title(report: Report) -> Text:
+    about = f"  {report.candidate}, {report.dtype}, policy {report.policy}, {report.inputs}, "
+    about += f"{count(report.tokens, 'token')}: "
+    return Text.assemble((report.checkpoint, "bold"), about, (report.verdict, STYLE[report.verdict]))
+
+
+def _verdict(verdict: str) -> Text:
+    return Text(verdict, style=STYLE[verdict])
+
+
+def _table() -> Table:
+    return Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+
+
+# -------------------------------------------------------------------------------------------------------- first failure
+
+
+def _failure(report: Report) -> RenderableType:
+    first = report.first_failure
+    if first is None:
+        body = Text("every value holds, but rounding does not explain the next tokens below")
+        return _panel("first failure: next tokens", [body])
+    formula = formulas.formula(first.name, report.config)
+    lines: list[RenderableType] = [
+        Text.assemble((formula.text, "bold"), f"    {formula.operator}, {formula.source}"),
+        Text(formula.convention, style="dim"),
+    ]
+    lines += [Text(said) for said in findings.broken_in_words(first)]
+    if first.defect_here:
+        lines += [Text(said) for said in findings.hints(first, report.config)]
+    else:
+        lines.append(Text("no operator is wrong on its own inputs: the error is built up by the values before"))
+    lines += [Text.assemble((f"{label}  ", "dim"), said) for label, said in context(report, first)]
+    return _panel(f"first failure: {first.name}", lines)
+
+
+def _panel(title: str, lines: list[RenderableType]) -> Panel:
+    return Panel(
+        Group(*lines), title=Text(title, style=STYLE["fails"]), title_align="left", box=box.ROUNDED, border_style="red"
+    )
+
+
+def context(report: Report, first: TapReport) -> list[tuple[str, str]]:
+    """What came before the first failure, which other operators are wrong, and what follows from it."""
+    said = []
+    before = findings.before(report, first)
+    innocent = [f"{formulas.short(tap.name)} {_isolated_figure(tap)}" for tap in before if tap.verdict != "fails"]
+    if innocent:
+        said.append(("innocent before it:", ", ".join(innocent)))
+    others = findings.other_defects(report)
+    if first.defect_here and others:
+        names = [f"{formulas.spoken(tap.name)} {_isolated_figure(tap)}" for tap in others[:3]]
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        said.append(("also wrong on own inputs:", ", ".join(names) + more))
+    consequences = findings.consequences(report)
+    if first.defect_here and consequences:
+        said.append(
+            ("consequences:", f"{count(consequences, 'later value')} over a limit, though their own operators hold")
+        )
+    return said
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def _layer_table(report: Report) -> Table:
+    table = _table()
+    table.add_column("", no_wrap=True, max_width=12)
+    table.add_column("own inputs", justify="right", no_wrap=True)
+    table.add_column("worst row", justify="right", no_wrap=True)
+    table.add_column("of", no_wrap=True, max_width=24)
+    table.add_column("end to end", justify="right", no_wrap=True)
+    table.add_column("of", no_wrap=True, max_width=16)
+    table.add_column("", no_wrap=True)
+    for group in findings.groups(report):
+        alone, after = group.worst_isolated, group.worst_end_to_end
+        one = len(group.taps) == 1
+        table.add_row(
+            group.label,
+            *(_isolated_cells(alone) if alone is not None else ["", ""]),
+            "" if one or alone is None else formulas.short(alone.name),
+            _end_to_end_cell(after),
+            "" if one else formulas.short(after.name),
+            _verdict(group.verdict),
+        )
+    return table
+
+
+def _tap_table(report: Report) -> Table:
+    table = _table()
+    table.add_column("value", no_wrap=True)
+    for name in ("own inputs", "worst row", "largest", "end to end", "rms", "bias", "gain"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for group in findings.groups(report):
+        if group.layer is not None:
+            table.add_row(Text(group.label, style="dim"))
+        for tap in group.taps:
+            name = formulas.short(tap.name)
+            table.add_row(f"  {name}" if group.layer is not None else name, *_tap_cells(tap), _verdict(tap.verdict))
+    return table
+
+
+def _tap_cells(tap: TapReport) -> list[Text]:
+    alone = tap.isolated or tap.end_to_end
+    ratio, row = _isolated_cells(tap)
+    plain = [figure(alone.largest), figure(tap.end_to_end.scale), figure(alone.bias), f"{alone.gain:+.1e}"]
+    largest, scale, bias, gain = (Text(cell) for cell in plain)
+    return [ratio, row, largest, _end_to_end_cell(tap), scale, bias, gain]
+
+
+def _isolated_cells(tap: TapReport) -> tuple[Text, Text]:
+    found = tap.isolated
+    if found is None:
+        return Text("-"), Text("-")
+    return (
+        _limited(found, found.ratio, limits.isolated_limit(found, tap.dtype)),
+        _limited(found, found.row_ratio, limits.row_limit(found, tap.dtype)),
+    )
+
+
+def _end_to_end_cell(tap: TapReport) -> Text:
+    return _limited(tap.end_to_end, tap.end_to_end.ratio, limits.end_to_end_limit(tap.end_to_end))
+
+
+def _limited(found: Measure, value: float, limit: float) -> Text:
+    """A figure, red if it is over its limit; NaN if the value has a NaN or infinity of its own."""
+    if found.nonfinite:
+        return Text("NaN", style=STYLE["fails"])
+    return Text(figure(value), style=STYLE["fails"] if value > limit else "")
+
+
+def _isolated_figure(tap: TapReport) -> str:
+    return "" if tap.isolated is None else figure(tap.isolated.ratio)
+
+
+def _summary_figures(report: Report) -> list[Text]:
+    alone = max((tap for tap in report.taps if tap.isolated), key=findings.isolated_severity, default=None)
+    after = max(report.taps, key=findings.end_to_end_severity)
+    tokens = report.next_tokens
+    flips = Text("") if tokens is None else Text(f"{len(tokens.flips)}/{tokens.positions}")
+    if tokens is not None and tokens.defects:
+        flips.stylize(STYLE["fails"])
+    return [_isolated_cells(alone)[0] if alone is not None else Text("-"), _end_to_end_cell(after), flips]
+
+
+def _where(report: Report) -> Text:
+    """The first failure in few words."""
+    if report.verdict != "fails":
+        return Text("")
+    first = report.first_failure
+    return Text(": next tokens" if first is None else f": {formulas.spoken(first.name)}")
+
+
+# ----------------------------------------------------------------------------------------------- next tokens and shares
+
+
+def _tokens(report: Report) -> list[tuple[str, Text]]:
+    if report.next_tokens is None:
+        return []
+    agree, kl = findings.tokens_in_words(report)
+    defects = report.next_tokens.defects
+    style = STYLE["fails"] if defects else ""
+    lines = [("next tokens", Text(agree, style=style)), ("", Text(kl))]
+    shown = sorted(defects, key=lambda flip: -flip.sigmas)[:_FLIPS_SHOWN]
+    return lines + [("", Text(flip_in_words(flip), style=style)) for flip in shown]
+
+
+def flip_in_words(flip: Flip) -> str:
+    """One changed token."""
+    where = findings.row_place((flip.row, flip.position))
+    return f"{where}: token {flip.exact} became {flip.candidate}, margin {figure(flip.sigmas)} sigma"
+
+
+def _attribution(report: Report) -> list[tuple[str, Text]]:
+    """Where the predicted error of the last value comes from."""
+    if not report.attribution or not report.taps:
+        return []
+    layers = {label: sum(part.values()) for label, part in findings.by_layer(report).items()}
     return [
-        tap.name,
-        _figure(tap.candidate.relative),
-        _figure(tap.yardstick.relative),
-        f"{tap.ratio:.2f}" if tap.yardstick.rms or tap.ratio else "",
-        str(tap.differing),
-        "" if tap.max_error == 0 else _place(tap.at),
-        Text(tap.verdict, style=STYLE[tap.verdict]),
+        ("sigma of", Text(f"{report.taps[-1].name} comes from {_shares(findings.by_operator(report))}")),
+        ("", Text(_shares(dict(sorted(layers.items(), key=lambda item: -item[1]))))),
+        ("", Text(_shares({formulas.spoken(name): share for name, share in report.attribution.items()}, 3))),
     ]
 
 
-def _figure(value: float) -> str:
-    return f"{value:.1e}" if value else "0"
+def _cautions(report: Report) -> list[tuple[str, Text]]:
+    """What is untested, and what a reader should know."""
+    said = [("untested", said) for said in findings.untested(report)] + [("note", note) for note in report.notes]
+    return [(label, Text(text, style=STYLE["untested"])) for label, text in said]
 
 
-def _place(at: tuple[int, ...]) -> str:
-    """Index of a value [B, S, n] in words; the batch is named only where there is more than one sequence."""
-    if len(at) == 3:
-        return (f"seq {at[0]}, " if at[0] else "") + f"pos {at[1]}, ch {at[2]}"
-    return f"{list(at)}" if at else ""
-
-
-def _token_line(tokens: TokenReport) -> Text:
-    line = f"next tokens: {tokens.positions - tokens.flips} of {tokens.positions} agree"
-    if tokens.flips:
-        line += f"; largest margin of a flip {tokens.worst_margin:.2g} (pos {tokens.worst_position}), "
-        line += f"limit {tokens.limit:.2g}"
-    return Text(line, style="" if tokens.verdict == "holds" else STYLE["fails"])
+def _shares(parts: dict[str, float], most: int = _CONTRIBUTORS) -> str:
+    """The largest parts, and the rest in one."""
+    shown = [(name, share) for name, share in parts.items() if share >= 0.005][:most]
+    rest = sum(parts.values()) - sum(share for _, share in shown)
+    said = [f"{name} {percent(share)}" for name, share in shown]
+    return ", ".join(said + ([f"others {percent(rest)}"] if rest >= 0.005 else []))

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from refllm.errors import InputError
-from refllm.parallel import for_each
+from refllm.parallel import for_each, threads
 from refllm.precision import EXACT, Arithmetic, largest
 
 _SCORES_PER_BLOCK = 1 << 18
 """Scores held at once, 1 MiB of float32: what a core's L2 cache keeps between the passes of a softmax."""
 _QUERIES_PER_BLOCK = 128
+_NUMBERS_WORTH_A_THREAD = 1 << 22
+"""Numbers in the keys, 16 MiB of float32, from which reading them on several threads pays for starting those."""
 
 Tap = Callable[[str, np.ndarray], np.ndarray]
 
@@ -75,7 +77,7 @@ def attention(
         if probs_BHST is not None:
             probs_BHST[b, heads, rows] = p_HST if total_HS1 is None else p_HST * total_HS1
 
-    for_each(attend, _blocks(B, K, S, g, T))
+    for_each(attend, _blocks(B, K, S, g, T, D))
     if scores_BHST is not None and probs_BHST is not None and tap is not None:
         tap("scores", scores_BHST)
         tap("probs", probs_BHST)
@@ -113,10 +115,13 @@ def softmax(x: np.ndarray, *, ar: Arithmetic = EXACT) -> np.ndarray:
     return ar.round(e * (1 / ar.softmax_sum(e)), "attention.weights")
 
 
-def _blocks(B: int, K: int, S: int, g: int, T: int) -> Iterator[tuple[int, slice, slice]]:
-    """(batch row, key/value heads, queries), few enough scores each to stay in cache."""
+def _blocks(B: int, K: int, S: int, g: int, T: int, D: int) -> Iterator[tuple[int, slice, slice]]:
+    """(batch row, key/value heads, queries): few enough scores each to stay in cache, one per thread at least if the
+    keys are many."""
     queries = max(1, min(_QUERIES_PER_BLOCK, S, _SCORES_PER_BLOCK // max(1, g * T)))
     groups = max(1, _SCORES_PER_BLOCK // max(1, g * T * queries))
+    if B * K * T * D >= _NUMBERS_WORTH_A_THREAD:
+        groups = min(groups, -(-B * K // threads()))
     for b in range(B):
         for group in range(0, K, groups):
             for start in range(0, S, queries):
