@@ -95,10 +95,11 @@ EVERY_FLAG: dict[str, tuple[dict[str, Any], ...]] = {
 
 @st.composite
 def rope_parameters(draw: st.DrawFn, rope_type: str, rotary_dim: int, max_positions: int) -> dict[str, Any]:
-    """Settings of one type, with original lengths so small that short inputs cross them."""
+    """Settings of one type. Original lengths are so small that short inputs cross them, or large enough that all pairs
+    turn within them."""
     values: dict[str, Any] = {"rope_type": rope_type, "rope_theta": draw(st.sampled_from([100.0, 10000.0, 100000.0]))}
     factor = st.sampled_from([1.5, 2.0, 8.0])
-    original = st.integers(4, max(4, max_positions))
+    original = st.integers(4, max(4, max_positions)) | st.sampled_from([64, 1000])
     some_factors = st.lists(st.floats(1.0, 6.0), min_size=rotary_dim // 2, max_size=rotary_dim // 2)
     if rope_type in ("linear", "dynamic", "yarn", "llama3"):
         values["factor"] = draw(factor)

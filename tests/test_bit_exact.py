@@ -136,6 +136,19 @@ def test_no_logit_differs_for_wide_models_and_long_sequences(dtype: str, seed: i
 
 
 @needs_known_order("bfloat16")
+@every_layer
+def test_policy_hf_sdpa_is_nearer_to_the_fused_attention_of_transformers(family: str, flags: dict[str, Any]) -> None:
+    """Not bit-equal (its kernel adds block by block), but more logits agree than under "hf-eager"."""
+    share = dict.fromkeys(("hf-sdpa", "hf-eager"), 0.0)
+    for policy in share:
+        for seed in range(4):
+            ours = build(model_class(family), small_config(family, **flags), seed, "bfloat16", policy)
+            theirs = to_torch(ours, dtype="bfloat16", attention="sdpa")
+            share[policy] += differing(ours, theirs, random_ids(seed, 2, 32), None, [slice(0, 32)]) / (4 * 2 * 32 * 96)
+    assert share["hf-sdpa"] < 0.95 * share["hf-eager"]
+
+
+@needs_known_order("bfloat16")
 def test_any_other_rounding_shows() -> None:
     """The comparison above is sharp: leaving out one rounding point of the policy changes logits."""
     from dataclasses import replace

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import combinations
 from typing import Any, ClassVar
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_every_tap_lies_on_the_grid(dtype: str, policy: str, data: st.DataObject
     recorder = Everything()
     out = model(data.draw(inputs(config)).ids, recorder=recorder)
     put_on_grid = rounding(dtype)
-    inside = ("self_attn.scores", "self_attn.probs") if policy == "fused" else ()
+    inside = () if POLICIES[policy].normalize_first else ("self_attn.scores", "self_attn.probs")
     for name, value in recorder.values.items():
         assert value.dtype == np.float32
         if not name.endswith(inside):
@@ -131,7 +132,7 @@ def test_given_embeddings_are_put_on_the_grid(dtype: str) -> None:
 def test_fused_is_as_accurate_as_eager_and_different(family: str, flags: dict[str, Any], dtype: str) -> None:
     """Error against exact mode with the same weights, over several models. Fused rounds less often."""
     config, cls, put_on_grid = small_config(family, **flags), model_class(family), rounding(dtype)
-    errors: dict[str, list[np.ndarray]] = {"hf-eager": [], "fused": []}
+    errors: dict[str, list[np.ndarray]] = {policy: [] for policy in POLICIES}
     scale = 0.0
     for seed in range(6):
         shapes = cls.tensors(config)
@@ -139,13 +140,14 @@ def test_fused_is_as_accurate_as_eager_and_different(family: str, flags: dict[st
         exact = build(cls, config, tensors)(random_ids(seed)).logits
         scale = max(scale, exact.std())
         logits = {policy: build(cls, config, tensors, dtype, policy)(random_ids(seed)).logits for policy in errors}
-        assert (logits["fused"] != logits["hf-eager"]).mean() > 0.2
+        for one, other in combinations(POLICIES, 2):
+            assert (logits[one] != logits[other]).mean() > 0.2
         for policy, values in logits.items():
             errors[policy].append(values - exact)
-    eager, fused = (float(np.sqrt(np.mean(np.square(errors[policy])))) for policy in ("hf-eager", "fused"))
-    assert fused <= 1.2 * eager
-    for error in (eager, fused):  # some dozen roundings on the way to a logit, so some units of error
+    rms = {policy: float(np.sqrt(np.mean(np.square(values)))) for policy, values in errors.items()}
+    for error in rms.values():  # some dozen roundings on the way to a logit, so some units of error
         assert UNIT[dtype] < error / scale < 10 * UNIT[dtype]
+        assert error <= 1.2 * rms["hf-eager"]
 
 
 def test_models_ask_for_the_documented_rounding_points_and_no_others() -> None:
@@ -176,13 +178,26 @@ def test_a_family_says_what_it_does_not_round() -> None:
 def test_masked_rows() -> None:
     """A query that sees nothing: the mean of all values in eager code, 0 in fused kernels and in exact mode."""
     mask = np.array([[0, 0, 1, 1, 1, 1]])
-    for dtype, policy in [("bfloat16", "hf-eager"), ("bfloat16", "fused"), ("float64", None), ("float32", None)]:
+    for dtype, policy in [*(("bfloat16", policy) for policy in POLICIES), ("float64", None), ("float32", None)]:
         recorder = Everything()
         model = build(model_class("llama"), small_config("llama"), 0, dtype, policy)
         model(random_ids(0, 1, 6), attention_mask=mask, recorder=recorder)
         weights = recorder.values["model.layers.0.self_attn.probs"][0, :, :2]
         expected = rounding("bfloat16")(np.float32(1 / 6)) if policy == "hf-eager" else 0
         np.testing.assert_array_equal(weights, expected)
+
+
+def test_fused_attention_rounds_its_weights_before_it_divides() -> None:
+    """o = round(round(e^(s - max)) v / sum e^(s - max)), checked in float64; only ties may fall otherwise."""
+    rng, put_on_grid = np.random.default_rng(0), rounding("bfloat16")
+    q, k, v = (put_on_grid(rng.standard_normal((2, 4, 40, 16)).astype(np.float32)) for _ in range(3))
+    ours = ops.attention(q, k, v, causal=False, ar=arithmetic("bfloat16", "fused"))
+
+    scores = q.astype(np.float64) @ k.swapaxes(-1, -2) / 4
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    for weights, share in ((put_on_grid(e.astype(np.float32)), (0.998, 1.0)), (e, (0.0, 0.9))):
+        expected = put_on_grid((weights @ v / e.sum(-1, keepdims=True)).astype(np.float32))
+        assert share[0] <= (ours == expected).mean() <= share[1]
 
 
 def test_a_policy_of_ones_own() -> None:
@@ -216,7 +231,7 @@ def test_names_of_dtypes_and_policies() -> None:
     [
         ("bf16", None, "dtype='bf16' is not known; use one of float64, float32, bfloat16, float16"),
         ("", None, "dtype='' is not known; use one of float64, float32, bfloat16, float16"),
-        ("bfloat16", "eager", "policy='eager' is not known; use one of hf-eager, fused"),
+        ("bfloat16", "eager", f"policy='eager' is not known; use one of {', '.join(POLICIES)}"),
         ("float64", "fused", "policy='fused' rounds, and dtype='float64' is exact; leave the policy out"),
     ],
 )

@@ -6,10 +6,11 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from refllm.check import findings, formulas, limits
+from refllm.check import findings, limits
 from refllm.check.error_map import column_edges
 from refllm.check.oracle import Report, TapReport
 
@@ -150,7 +151,7 @@ class HeatMap:
     positions: int
     across: str
     columns: list[str]
-    largest: float
+    largest: str
 
 
 def heat_map(tap: TapReport) -> HeatMap | None:
@@ -161,13 +162,17 @@ def heat_map(tap: TapReport) -> HeatMap | None:
     of_heads, _ = column_edges(heads, channels)
     noun = findings.last_axis(tap.name)
     if heads > 1:
-        columns = [f"{a}" if b == a + 1 else f"{a}-{b - 1}" for a, b in zip(of_heads, of_heads[1:], strict=False)]
+        columns = [f"{a}" if b == a + 1 else f"{a}-{b - 1}" for a, b in pairwise(of_heads)]
         across = f"heads, each {noun} 0 to {channels - 1}"
     else:
         columns = ["0", f"{channels - 1}"]
         across = f"{noun}s"
     image = png(colours(tap.zmap, limits.ROW[tap.dtype]))
-    return HeatMap(tap.name, image, positions, across, columns, float(tap.zmap.max()))
+    finite = tap.zmap[np.isfinite(tap.zmap)]
+    largest = f"{findings.figure(float(finite.max(initial=0)))} \N{GREEK SMALL LETTER SIGMA}"
+    if finite.size < tap.zmap.size:
+        largest = "NaN or infinity; else " + largest
+    return HeatMap(tap.name, image, positions, across, columns, largest)
 
 
 _CALM, _ALARM = (59, 111, 182), ((240, 160, 60), (214, 40, 40), (110, 0, 60))
@@ -248,8 +253,8 @@ def share_chart(report: Report) -> ShareChart | None:
             y -= height
             stacked.append((operator, round(y, 2), round(height, 2), share))
         x = _LEFT + i * step + (step - width) / 2
-        layer = formulas.split(f"model.{label.replace('layer ', 'layers.')}")[0]
-        shown = (i if layer is None else layer) % every == 0
+        number = label.removeprefix("layer ")
+        shown = not number.isdecimal() or int(number) % every == 0
         columns.append(Column(label, round(x, 2), round(width, 2), stacked, sum(parts.values()), shown))
     ticks = [(round(bottom - full * share, 2), findings.percent(share * top)) for share in (0.0, 0.5, 1.0)]
     return ShareChart(columns, ticks)

@@ -20,10 +20,10 @@ def error_map(
     mean_V = float(V.mean(dtype=np.float64)) if V.size else 0.0
     if not mean_V and not error.any() and not wrong.any():
         return None
-    square = np.where(wrong, np.inf, error**2)
-    sums = [_blocks(part) for part in (square, V, np.ones(V.shape))]
-    mean_square, block_V = sums[0] / sums[2], sums[1] / sums[2]
-    return np.asarray(ratio(np.sqrt(mean_square), np.sqrt(np.maximum(block_V, ROW_FLOOR * mean_V))), np.float32)
+    np.square(error, out=error)
+    error[wrong] = np.inf
+    rms_error, block_V = np.sqrt(_block_means(error)), _block_means(V)
+    return np.asarray(ratio(rms_error, np.sqrt(np.maximum(block_V, ROW_FLOOR * mean_V))), np.float32)
 
 
 def row_edges(positions: int) -> np.ndarray:
@@ -42,10 +42,11 @@ def _edges(n: int, most: int) -> np.ndarray:
     return np.minimum(np.arange(-(-n // size) + 1) * size, n)
 
 
-def _blocks(values: np.ndarray) -> np.ndarray:
-    """Sums over the blocks of [N, n] or [N, H, n]."""
-    values = values.astype(np.float64) if values.ndim == 3 else values[:, None, :].astype(np.float64)
+def _block_means(values: np.ndarray) -> np.ndarray:
+    """Means over the blocks of [N, n] or [N, H, n]."""
+    values = values if values.ndim == 3 else values[:, None, :]
     of_heads, of_channels = column_edges(values.shape[1], values.shape[2])
     for axis, edges in ((2, of_channels), (1, of_heads), (0, row_edges(len(values)))):
-        values = np.add.reduceat(values, edges[:-1], axis=axis)
+        sizes = np.diff(edges).reshape([-1 if i == axis else 1 for i in range(3)])
+        values = np.add.reduceat(values, edges[:-1], axis=axis, dtype=np.float64) / sizes
     return values.reshape(len(values), -1)

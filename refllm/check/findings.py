@@ -63,7 +63,9 @@ def isolated_severity(tap: TapReport) -> float:
     if found.nonfinite:
         return math.inf
     return max(
-        found.ratio / limits.isolated_limit(found, tap.dtype), found.row_ratio / limits.row_limit(found, tap.dtype)
+        found.ratio / limits.isolated_limit(found, tap.dtype),
+        found.row_ratio / limits.row_limit(found, tap.dtype),
+        found.misrounded / limits.misrounded_limit(found),
     )
 
 
@@ -136,6 +138,12 @@ def broken_in_words(tap: TapReport) -> list[str]:
                 f"worst row on its own inputs: {row_place(isolated.row)}, {figure(isolated.row_ratio)} sigma "
                 f"(limit {figure(limit)})"
             )
+        elif rule == "rounding points" and isolated is not None:
+            limit = limits.misrounded_limit(isolated)
+            said.append(
+                f"{percent(isolated.misrounded)} of its elements are not what the policy's rounding points give (limit "
+                f"{100 * limit:.2g}%): a rounding too many, or one that is missing"
+            )
         elif rule == "error end to end":
             limit = limits.end_to_end_limit(end_to_end)
             said.append(f"end to end the error is {figure(end_to_end.ratio)} sigma (limit {figure(limit)})")
@@ -149,6 +157,8 @@ def hints(tap: TapReport, config: ModelConfig | None = None) -> list[str]:
     common factor or sign."""
     found = tap.isolated
     if not tap.defect_here or found is None:
+        return []
+    if tap.broken == ["rounding points"]:
         return []
     said = [f"largest single error: {place(tap.name, found.at)}, {figure(found.largest)} sigma", *_where(tap, config)]
     said += _character(found)

@@ -1,5 +1,6 @@
 """Reports of a check as one page: a single file that needs no network, no script and no font of its own."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +43,12 @@ def render(reports: list[Report], details: Mapping[str, Any] | None = None, toke
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": findings.figure, "percent": findings.percent, "spoken": formulas.spoken}
+    environment.filters |= {
+        "figure": findings.figure,
+        "percent": findings.percent,
+        "spoken": formulas.spoken,
+        "signs": signs,
+    }
     verdicts = [report.verdict for report in reports]
     return environment.get_template(_TEMPLATE).render(
         sections=[_section(i, report, len(reports), token_text) for i, report in enumerate(reports)],
@@ -52,6 +58,11 @@ def render(reports: list[Report], details: Mapping[str, Any] | None = None, toke
         limits=limits,
         count=findings.count,
     )
+
+
+def signs(text: str) -> str:
+    """With the signs that a terminal may lack."""
+    return text.replace(" sigma", " \N{GREEK SMALL LETTER SIGMA}").replace("+-", "\N{PLUS-MINUS SIGN}")
 
 
 def _section(index: int, report: Report, reports: int, token_text: TokenText | None) -> dict[str, Any]:
@@ -65,12 +76,13 @@ def _section(index: int, report: Report, reports: int, token_text: TokenText | N
         "failure": _failure(report),
         "worst_isolated": None if alone is None else _row(0, alone, report),
         "worst_end_to_end": None if after is None else _row(0, after, report),
+        "kl_finite": report.next_tokens is not None and math.isfinite(report.next_tokens.kl),
         "tokens": findings.tokens_in_words(report),
         "flips": _flips(report, token_text),
         "chart": charts.layer_chart(report) if report.taps else None,
         "maps": _maps(report),
         "shares": charts.share_chart(report),
-        "operators": findings.by_operator(report),
+        "operators": {name: share for name, share in findings.by_operator(report).items() if share},
         "values": values,
         "groups": _groups(report),
         "untested": findings.untested(report),
@@ -186,11 +198,13 @@ def _figures(tap: TapReport) -> list[tuple[str, str, str]]:
         ("rms of the value", lambda m: f"{m.scale:.4g}"),
         ("bias, in standard errors", lambda m: findings.figure(m.bias)),
         ("gain (best common factor - 1)", lambda m: f"{m.gain:+.2e}"),
+        ("not as the policy rounds", lambda m: findings.percent(m.misrounded) if m.misrounded else ""),
         ("NaN or infinity", lambda m: _nonfinite(tap.name, m)),
         ("elements", lambda m: f"{m.elements:,}"),
     ]
     alone = tap.isolated
-    return [(name, "-" if alone is None else say(alone), say(tap.end_to_end)) for name, say in figures]
+    rows = [(name, "-" if alone is None else say(alone), say(tap.end_to_end)) for name, say in figures]
+    return [(name, own, "" if name.startswith("not as") else after) for name, own, after in rows]
 
 
 def _nonfinite(name: str, found: Measure) -> str:

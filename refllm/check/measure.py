@@ -24,6 +24,8 @@ class Measure:
     minus 1. nonfinite: elements that are NaN or infinite in one and not in the other, nonfinite_at: the first.
     misrounded: the share of elements that are not, to the bit, what the policy's rounding points make of the same
     inputs; 0 where that is not known.
+    honest: the ratio that the reference's own emulated run reaches (`refllm.check.second_opinion`); 0 where it was not
+    asked.
     """
 
     elements: int
@@ -41,6 +43,7 @@ class Measure:
     nonfinite: int
     nonfinite_at: tuple[int, ...] = ()
     misrounded: float = 0.0
+    honest: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))

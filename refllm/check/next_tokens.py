@@ -60,12 +60,12 @@ def compare_tokens(
         sigma = float(np.sqrt(variance_NV[n, a] + variance_NV[n, b]))
         sigmas = margin / sigma if sigma else (np.inf if margin else 0.0)
         flips.append(Flip(int(at_N2[n, 0]), int(at_N2[n, 1]), int(a), int(b), margin, sigmas))
-    log_p, log_q = _log_softmax(exact_NV), _log_softmax(candidate_NV)
-    p = np.exp(log_p)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # a candidate without finite logits is infinitely far away
+        log_p, log_q = _log_softmax(exact_NV), _log_softmax(candidate_NV)
+        p = np.exp(log_p)
         kl_N = np.where(p > 0, p * (log_p - log_q), 0.0).sum(axis=-1)
+        spread = float(kl_N.std(ddof=1) / np.sqrt(len(kl_N))) if len(kl_N) > 1 else 0.0
     mean_error = (p * variance_NV).sum(axis=-1) - (p**2 * variance_NV).sum(axis=-1)
-    spread = float(kl_N.std(ddof=1) / np.sqrt(len(kl_N))) if len(kl_N) > 1 else 0.0
     return TokenReport(len(rows), flips, float(kl_N.mean()), spread, float(mean_error.mean() / 2))
 
 

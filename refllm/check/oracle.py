@@ -20,6 +20,7 @@ from refllm.check.inputs import Inputs
 from refllm.check.measure import Measure, measure, ulp_histogram
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.prediction import Propagation, Uncertain, certain
+from refllm.check.second_opinion import honest_ratios
 from refllm.check.taps import HEAD_TAPS
 from refllm.check.trace import Trace, config_hash
 from refllm.config import ModelConfig
@@ -35,7 +36,7 @@ class TapReport:
     """One named value. isolated is None where the candidate does not record an earlier value that it needs.
 
     Indices in the measures are [batch row, position, channel] or [batch row, position, head, channel]. zmap: where the
-    error lies (`refllm.check.error_map`), isolated if there is such a measure.
+    error lies that the value's own operator made (`refllm.check.error_map`).
     """
 
     name: str
@@ -123,8 +124,7 @@ class Judge:
                 exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
                 found = self._measure(candidate, exact, variance)
                 ulps = ulp_histogram(self._rows(candidate), exact, self.trace.dtype)
-                zmap = error_map(self._rows(candidate), exact, variance, self.overflow)
-                self.reports[name] = TapReport(name, found, ulps=ulps, dtype=self.trace.dtype, zmap=zmap)
+                self.reports[name] = TapReport(name, found, ulps=ulps, dtype=self.trace.dtype)
             return x
 
         return at
@@ -263,6 +263,20 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _ask_again(model: Model, trace: Trace, policy: Policy, taps: list[TapReport], step: Callable[[str], None]) -> None:
+    """Measure an honest run where a value is over its end-to-end budget and no operator is wrong by itself."""
+    if any(tap.defect_here for tap in taps):
+        return
+    over = {tap.name: tap.end_to_end for tap in taps if tap.verdict == "fails" and not tap.end_to_end.nonfinite}
+    if not over:
+        return
+    step("an honest run, for comparison")
+    ratios = honest_ratios(model, trace.inputs, trace.dtype, policy, over)
+    for tap in taps:
+        if tap.name in ratios:
+            tap.end_to_end = replace(tap.end_to_end, honest=ratios[tap.name])
+
+
 def judge(
     model: Model,
     trace: Trace,
@@ -277,6 +291,7 @@ def judge(
     """
     collected = Judge(model, trace, policy)
     taps = collected.run(step)
+    _ask_again(model, trace, policy, taps, step)
     output, name = collected.output, HEAD_TAPS.get(model.head)
     next_tokens = None
     if output is not None and name == "lm_head" and name in trace.taps:

@@ -80,8 +80,6 @@ def _online(module: Any, q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any
 
 def _rounded_scores(module: Any, q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
     """A kernel whose scores are rounded to bfloat16 on their way to softmax, which is otherwise in float32."""
-    import torch
-
     k, v = repeated(module, k), repeated(module, v)
     scores = (q.float() @ k.float().transpose(2, 3) * scale).bfloat16().float() + mask
     weights = (scores - scores.amax(-1, keepdim=True)).exp()

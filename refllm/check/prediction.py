@@ -22,8 +22,7 @@ from refllm.precision import EXACT, Arithmetic, Dtype, Policy
 _FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
 _LEAST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126}
 
-# A float32 sum of n terms of random sign: its partial sums grow like sqrt(k), each is rounded, and the mean of
-# (ulp / value)^2 over a binade is 0.541 ulp(1)^2. Matrix products keep chains of about this many terms.
+# The mean of (ulp / value)^2 over a binade is 0.541 ulp(1)^2. Matrix products keep chains of about 256 terms.
 _MEAN_SQUARE_ULP = 0.541
 _CHAIN = 256
 _FLOAT32_ULP = 2.0**-23
@@ -87,6 +86,16 @@ def ulp(value: np.ndarray, dtype: Dtype) -> np.ndarray:
     return np.where(value == 0, 0, np.ldexp(np.float32(1), exponent)).astype(np.float32)
 
 
+def _activation_steps(name: str) -> int:
+    """Float32 roundings before the last one: of the exponential and of the sum; none where all is one product."""
+    return 0 if name in ("linear", "relu", "relu2", "relu6", "leaky_relu") else 2
+
+
+def _terms(x: np.ndarray) -> np.ndarray:
+    """How many products of a row of x with anything are not 0, at least 1: [..., n] -> [..., 1]."""
+    return np.maximum(np.count_nonzero(x, axis=-1, keepdims=True), 1)
+
+
 Substitute = Callable[[str, Uncertain], Uncertain]
 
 
@@ -128,16 +137,23 @@ class Propagation:
         return steps * ulp(value, "float32") ** 2 / 12 if self.dtype == "float32" else 0.0
 
     def _sum_noise(
-        self, terms: int, square_sum: Callable[[], np.ndarray], point: str | None = None
+        self, terms: np.ndarray, value: np.ndarray, square_sum: Callable[[], np.ndarray], point: str | None = None
     ) -> np.ndarray | float:
-        """Variance of accumulating `terms` products in float32; square_sum() is the sum of their squares.
+        """Variance of accumulating `terms` products other than 0 in float32 to `value`; square_sum(): of their squares.
 
         Nothing beside a narrower format to which the sum is rounded, at `point` if that is given.
+        Every addition rounds a partial sum. In random order the k-th of n partial sums has mean (k / n) s and variance
+        k (n - k) / n^2 (Q - s^2 / n), s the sum and Q the sum of squares: the mean of its square over k is
+        s^2 / 3 + (Q - s^2 / n) / 6. A sum is kept as m chains, and then the chains are added.
         """
         if self.dtype != "float32" and (point is None or self._rounds(point)):
             return 0.0
-        chain = min(terms, _CHAIN)
-        return _MEAN_SQUARE_ULP * _FLOAT32_ULP**2 / 12 * (chain / 2 + terms / chain / 2) * square_sum()
+        chain = np.minimum(terms, _CHAIN)
+        chains = terms / chain
+        square = np.square(value, dtype=np.float32)
+        drift, spread = square / 3, np.maximum(square_sum() - square / terms, 0) / 6
+        squares = chain * (drift / chains + spread) + (chains - 1) * (drift + spread)
+        return _MEAN_SQUARE_ULP * _FLOAT32_ULP**2 / 12 * squares
 
     @staticmethod
     def _result(value: np.ndarray, inherited: list[tuple[Uncertain, Any]], added: Any) -> Uncertain:
@@ -179,7 +195,8 @@ class Propagation:
         rows = x.variance.reshape(-1, x.shape[-1])
         variance = (rows @ square.T).reshape(value.shape)
         accumulated = self._sum_noise(
-            x.shape[-1],
+            _terms(x.value),
+            value,
             lambda: (np.square(x.value, dtype=np.float32).reshape(rows.shape) @ square.T).reshape(value.shape),
         )
         return self._result(value, [(x, variance)], accumulated + self._noise(value, "linear"))
@@ -308,7 +325,7 @@ class Propagation:
             spread = A @ square_v - 2 * o * (A @ value_v) + o**2 * A.sum(axis=-1, keepdims=True)
             from_scores[b, h] = np.maximum(spread, 0)
             added[b, h] = weights @ square_v + o**2 * of_total
-            added[b, h] += self._sum_noise(probs.shape[-1], partial(np.matmul, squared, square_v))
+            added[b, h] += self._sum_noise(_terms(probs), o, partial(np.matmul, squared, square_v))
         self.tap("self_attn.scores", self._result(kept["scores"], [], V_s))
         self.tap("self_attn.probs", self._result(kept["probs"], [], V_p))
         by_q, by_k, here = parts / max(parts.sum(), np.finfo(float).tiny)
@@ -320,7 +337,7 @@ class Propagation:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Variance of the scaled scores [S, T]: handed on by q, by k, and added by rounding."""
         square_q, square_k = (np.square(x.value).astype(np.float32) for x in (q, k))
-        added = self._sum_noise(q.shape[-1], lambda: square_q @ square_k.T, "attention.scores")
+        added = self._sum_noise(_terms(q.value), scores / scale, lambda: square_q @ square_k.T, "attention.scores")
         added = scale**2 * (added + self._noise(scores / scale, "attention.scores"))
         below = scores - scores.max(axis=-1, keepdims=True, initial=-np.inf)  # what exp is taken of
         added = added + self._noise(scores, "attention.scaled") + self._inside(below)
@@ -328,11 +345,18 @@ class Propagation:
         return scale**2 * (q.variance @ square_k.T), scale**2 * (square_q @ k.variance.T), added
 
     def _weight_noise(self, probs: np.ndarray) -> np.ndarray:
-        noise = self._noise(probs, "attention.weights")
-        if not self.policy.normalize_first and self._rounds("attention.weights"):
-            # Weights relative to the largest are rounded, and divided by their sum afterwards.
-            largest = np.maximum(probs.max(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
-            noise = ulp(probs / largest, self.dtype) ** 2 / 12 * largest**2
+        """Of rounding the softmax weights. What is 1 is exact, and what is close to it is rounded no further than to 1.
+
+        The weights that are rounded are normalised, or relative to the largest of the row and divided by their sum
+        afterwards (`Policy.normalize_first`).
+        """
+        noise: Any = 0.0
+        if self._rounds("attention.weights"):
+            largest = 1.0
+            if not self.policy.normalize_first:
+                largest = np.maximum(probs.max(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
+            weights = probs / largest
+            noise = np.minimum(ulp(weights, self.dtype) ** 2 / 12, (1 - weights) ** 2) * np.square(largest)
         return np.broadcast_to(np.asarray(noise + self._inside(probs, 3), np.float32), probs.shape)
 
     def _total_noise(self, probs: np.ndarray) -> np.ndarray | float:
@@ -358,7 +382,7 @@ class Propagation:
     def activation(self, x: Uncertain, name: str) -> Uncertain:
         """V(f(x)) = f'(x)^2 V_x."""
         value, slope = self._activated(x.value, name)
-        added = self._inside(value, 2) + self._noise(value, "activation")
+        added = self._inside(value, _activation_steps(name)) + self._noise(value, "activation")
         out = self._result(value, [(x, slope**2 * x.variance)], added)
         return replace(out, rounded=self._to_the_bit(partial(ops.activation, name=name), x))
 
@@ -366,7 +390,9 @@ class Propagation:
         """V(f(g) u) = (f'(g) u)^2 V_g + f(g)^2 V_u."""
         act, slope = self._activated(gate.value, name)
         value = act * up.value
-        added = up.value**2 * (self._noise(act, "glu.activation") + self._inside(act, 2)) + self._noise(value, "glu")
+        added = up.value**2 * (
+            self._noise(act, "glu.activation") + self._inside(act, _activation_steps(name))
+        ) + self._noise(value, "glu")
         inherited = [(gate, (slope * up.value) ** 2 * gate.variance), (up, act**2 * up.variance)]
         out = self._result(value, inherited, added)
         return replace(out, rounded=self._to_the_bit(partial(ops.glu, name=name), gate, up))

@@ -42,7 +42,7 @@ def show_summary(reports: list[Report]) -> Table:
     table.add_column("input", overflow="fold")
     for name in ("own\ninputs", "end\nto end", "flips"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", min_width=20)
+    table.add_column("", min_width=20, overflow="fold")
     for report in reports:
         names = [report.checkpoint, *([report.candidate] if several else []), report.dtype, report.inputs]
         table.add_row(*names, *_summary_figures(report), _verdict(report.verdict) + _where(report))
@@ -58,7 +58,7 @@ def closing_line(reports: list[Report]) -> Text:
 
 
 def legend() -> str:
-    """The columns in words, with their limits."""
+    """The columns in words, with their limits; `limits.MISROUNDED` shows in a failure's own words."""
     narrow, wide = limits.ISOLATED["bfloat16"], limits.ISOLATED["float32"]
     row, wide_row = limits.ROW["bfloat16"], limits.ROW["float32"]
     return f"""\
@@ -138,11 +138,11 @@ def context(report: Report, first: TapReport) -> list[tuple[str, str]]:
 def _layer_table(report: Report) -> Table:
     table = _table()
     table.add_column("", no_wrap=True, max_width=12)
-    table.add_column("own inputs", justify="right", no_wrap=True)
-    table.add_column("worst row", justify="right", no_wrap=True)
-    table.add_column("of", no_wrap=True, max_width=24)
-    table.add_column("end to end", justify="right", no_wrap=True)
-    table.add_column("of", no_wrap=True, max_width=16)
+    table.add_column("own\ninputs", justify="right", no_wrap=True)
+    table.add_column("worst\nrow", justify="right", no_wrap=True)
+    table.add_column("\nof", no_wrap=True)
+    table.add_column("end\nto end", justify="right", no_wrap=True)
+    table.add_column("\nof", no_wrap=True)
     table.add_column("", no_wrap=True)
     for group in findings.groups(report):
         alone, after = group.worst_isolated, group.worst_end_to_end
@@ -160,8 +160,8 @@ def _layer_table(report: Report) -> Table:
 
 def _tap_table(report: Report) -> Table:
     table = _table()
-    table.add_column("value", no_wrap=True)
-    for name in ("own inputs", "worst row", "largest", "end to end", "rms", "bias", "gain"):
+    table.add_column("\nvalue", no_wrap=True)
+    for name in ("own\ninputs", "worst\nrow", "\nlargest", "mis-\nrounded", "end\nto end", "\ngain"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for group in findings.groups(report):
@@ -176,9 +176,11 @@ def _tap_table(report: Report) -> Table:
 def _tap_cells(tap: TapReport) -> list[Text]:
     alone = tap.isolated or tap.end_to_end
     ratio, row = _isolated_cells(tap)
-    plain = [figure(alone.largest), figure(tap.end_to_end.scale), figure(alone.bias), f"{alone.gain:+.1e}"]
-    largest, scale, bias, gain = (Text(cell) for cell in plain)
-    return [ratio, row, largest, _end_to_end_cell(tap), scale, bias, gain]
+    largest, gain = Text(figure(alone.largest)), Text(f"{alone.gain:+.1e}")
+    over = alone.misrounded > limits.misrounded_limit(alone)
+    share = findings.percent(alone.misrounded) if alone.misrounded else ""
+    misrounded = Text(share, style=STYLE["fails"] if over else "")
+    return [ratio, row, largest, misrounded, _end_to_end_cell(tap), gain]
 
 
 def _isolated_cells(tap: TapReport) -> tuple[Text, Text]:
