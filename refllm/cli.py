@@ -92,10 +92,10 @@ def check(
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     dtypes = tuple(dtype or ("float32", "bfloat16"))
     settings = run.Settings(candidate, dtypes, attention, policy, stress, tokens)
-    console = _console(quiet=_to_stdout(json_file))
+    console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
     with StatusLine(sys.stderr) as step:
-        for report in run.check_all(run.folders_to_check(checkpoint), settings, step):
+        for report in run.check_all(folders, settings, step):
             reports.append(report)
             step.clear()
             console.print(show.show_report(report, verbose=taps))
@@ -106,7 +106,8 @@ def check(
     if html_file is not None:
         from refllm.check.html import write_html
 
-        write_html(html_file, reports)
+        command = " ".join(["refllm", *sys.argv[1:]])
+        write_html(html_file, reports, {"command": command}, run.token_texts(folders))
     if run.overall(reports) != "holds":
         raise typer.Exit(FINDING)
 

@@ -216,7 +216,7 @@ BAD_SETTINGS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("words", "values"), BAD_SETTINGS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("words", "values"), BAD_SETTINGS, ids=[words for words, _ in BAD_SETTINGS])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_wrong_call_is_refused_in_one_sentence_that_names_it(words: str, values: dict[str, Any]) -> None:
     model = TorchAdapter(tiny_model(), GenerationConfig(eos_token_id=2))

@@ -146,7 +146,8 @@ def broken_in_words(tap: TapReport) -> list[str]:
             )
         elif rule == "error end to end":
             limit = limits.end_to_end_limit(end_to_end)
-            said.append(f"end to end the error is {figure(end_to_end.ratio)} sigma (limit {figure(limit)})")
+            honest = f"; an honest run has {figure(end_to_end.honest)}" if end_to_end.honest else ""
+            said.append(f"end to end the error is {figure(end_to_end.ratio)} sigma (limit {figure(limit)}{honest})")
         else:
             said.append(rule)
     return said
@@ -187,16 +188,17 @@ def _where(tap: TapReport, config: ModelConfig | None) -> list[str]:
     positions, heads, channels = tap.isolated.shape
     of_heads, of_channels = column_edges(heads, channels)
     wrong_heads = wrong.reshape(len(wrong), len(of_heads) - 1, len(of_channels) - 1)
+    axes: list[tuple[np.ndarray, np.ndarray, str]] = [
+        (row_edges(positions), np.asarray(wrong_heads.any(axis=(1, 2))), "token"),
+        (of_heads, np.asarray(wrong_heads.any(axis=(0, 2))), "head"),
+        (of_channels, np.asarray(wrong_heads.any(axis=(0, 1))), last_axis(tap.name)),
+    ]
     said = []
-    for edges, bad, noun in (
-        (row_edges(positions), wrong_heads.any(axis=(1, 2)), "token"),
-        (of_heads, wrong_heads.any(axis=(0, 2)), "head"),
-        (of_channels, wrong_heads.any(axis=(0, 1)), last_axis(tap.name)),
-    ):
+    for edges, bad, noun in axes:
         if 0 < bad.sum() <= len(bad) / 2:
             said.append(f"{noun}{_ranges(edges, bad)}")
             if noun == "channel" and config is not None and formulas.short(tap.name) in ("q_proj", "k_proj", "v_proj"):
-                inside = np.flatnonzero(np.repeat(bad, np.diff(edges))) // config.head_dim  # type: ignore[attr-defined]
+                inside = np.flatnonzero(np.repeat(bad, np.diff(edges))) // config.head_dim
                 said[-1] += f" (head {', '.join(str(head) for head in sorted(set(inside.tolist())))})"
     return [f"only part of it is wrong: {', '.join(said)}"] if said else []
 

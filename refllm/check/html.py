@@ -10,6 +10,7 @@ from refllm.check import charts, findings, formulas, limits
 from refllm.check.measure import ULP_BINS, Measure
 from refllm.check.oracle import Report, TapReport
 from refllm.check.report import context
+from refllm.errors import InputError
 
 _TEMPLATE = "page.html"
 _MAPS, _FLIPS, _VALUES = 4, 100, 8
@@ -29,7 +30,11 @@ def write_html(
 
     details: name -> value, shown at the top (command line, versions, prompt). token_text: for the table of flips.
     """
-    Path(path).write_text(render(reports, details, token_text), encoding="utf-8")
+    page = render(reports, details, token_text)
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def render(reports: list[Report], details: Mapping[str, Any] | None = None, token_text: TokenText | None = None) -> str:
@@ -191,6 +196,7 @@ def _figures(tap: TapReport) -> list[tuple[str, str, str]]:
     """(what, own inputs, end to end) of everything that was measured."""
     figures: list[tuple[str, Callable[[Measure], str]]] = [
         ("rms error / rms sigma", lambda m: findings.figure(m.ratio)),
+        ("the same in an honest run", lambda m: findings.figure(m.honest) if m.honest else ""),
         ("worst row", lambda m: f"{findings.figure(m.row_ratio)} ({findings.row_place(m.row)})"),
         ("largest element", lambda m: f"{findings.figure(m.largest)} ({findings.place(tap.name, m.at)})"),
         ("rms error", lambda m: f"{m.rms_error:.3g}"),

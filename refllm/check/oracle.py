@@ -166,6 +166,8 @@ class Judge:
         partial = name.endswith("_rope") and candidate.shape[:-1] == x.shape[:-1] and candidate.shape[-1] <= x.shape[-1]
         if candidate.shape != x.shape and not partial:
             raise InputError(f"trace: {name} has shape {list(candidate.shape)}, expected {list(x.shape)}")
+        if name.endswith(".scores") and not self.valid.all():  # against keys of padding, which nobody attends to
+            candidate = np.where(self.valid[:, None, None, :], candidate, x.value)
         return candidate
 
     def _rows(self, values: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:

@@ -79,7 +79,7 @@ def attention_is(function: Attention) -> Plant:
     @contextmanager
     def plant(model: Any, layer: int) -> Iterator[None]:
         modeling, target = sys.modules[type(model).__module__], layer_of(model, layer).self_attn
-        original = modeling.eager_attention_forward  # type: ignore[attr-defined]
+        original = modeling.eager_attention_forward
 
         def chosen(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **options: Any) -> Any:
             if module is not target:
@@ -100,7 +100,7 @@ def fused_attention_is(function: Attention) -> Plant:
         import torch
 
         modeling, target = sys.modules[type(model).__module__], layer_of(model, layer).self_attn
-        interfaces = modeling.ALL_ATTENTION_FUNCTIONS  # type: ignore[attr-defined]
+        interfaces = modeling.ALL_ATTENTION_FUNCTIONS
         original = interfaces["sdpa"]
 
         def chosen(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
@@ -199,7 +199,7 @@ def rotation_is(function: Rotation) -> Plant:
     @contextmanager
     def plant(model: Any, layer: int) -> Iterator[None]:
         modeling, target = sys.modules[type(model).__module__], layer_of(model, layer).self_attn
-        original = modeling.apply_rotary_pos_emb  # type: ignore[attr-defined]
+        original = modeling.apply_rotary_pos_emb
         rotary, running = getattr(model, "model", model).rotary_emb, False
 
         def set_running(value: bool) -> Callable[..., None]:

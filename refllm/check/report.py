@@ -66,7 +66,8 @@ sigma       predicted rounding error of a correct implementation that rounds whe
 own inputs  rms error / rms sigma of an operator's result, given the candidate's own inputs: is this
             operator wrong? Limit {narrow:g} (float32: {wide:g}), and more where there are few numbers
 worst row   the same of the worst position or head. Limit {row:g} (float32: {wide_row:g}), and more as above
-end to end  rms error / rms sigma after everything before it, from the token ids on. Limit {limits.END_TO_END:g}
+end to end  rms error / rms sigma after everything before it, from the token ids on. Limit {limits.END_TO_END:g},
+            or {limits.END_TO_END:g} times what an honest run in the same format has, if that is more
 untested    a wrong answer such as zeros, or everything times 1.01, would hold here: no verdict"""
 
 

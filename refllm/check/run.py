@@ -155,6 +155,25 @@ def tokens_for(folder: Path, config: Any, tokens: dict[str, Any]) -> tuple[np.nd
     return default[:, :length], []
 
 
+def token_texts(folders: list[Path]) -> Callable[[Report, int], str]:
+    """(report, token id) -> text by the tokenizer of that report's checkpoint; empty where there is none."""
+    from refllm.errors import RefllmError
+    from refllm.tokenizer import AutoTokenizer
+
+    tokenizers: dict[str, Any] = {}
+    for folder in folders:
+        try:
+            tokenizers[folder.name] = AutoTokenizer.from_pretrained(folder)
+        except RefllmError:
+            continue
+
+    def text(report: Report, token: int) -> str:
+        tokenizer = tokenizers.get(report.checkpoint)
+        return "" if tokenizer is None else str(tokenizer.decode([token]))
+
+    return text
+
+
 def overall(reports: list[Report]) -> str:
     """fails if one fails, else untested if one is, else holds."""
     verdicts = {report.verdict for report in reports}

@@ -34,6 +34,7 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write to a file. Narrow values are stored in their own dtype, two bytes each."""
         import ml_dtypes
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         stored = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(self.dtype)
@@ -53,7 +54,10 @@ class Trace:
         }
         about |= {"chunks": self.inputs.chunks, "embeds_scale": self.inputs.embeds_scale, "label": self.inputs.label}
         metadata = {"format": FORMAT, "about": json.dumps(about), "details": json.dumps(self.details)}
-        save_file(tensors, str(path), metadata=metadata)
+        try:
+            save_file(tensors, str(path), metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} cannot be written: {error}") from None
 
     @staticmethod
     def load(path: str | Path) -> "Trace":

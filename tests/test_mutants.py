@@ -1,0 +1,131 @@
+"""The catalogue of mutants: plants change one layer, leave no trace, and are named; what is equivalent is shown to be.
+
+The whole table is made by `python -m refllm.check.validation`; a part of it runs here.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from refllm import golden
+from refllm.check.inputs import Inputs
+from refllm.check.mutants import Mutant, catalogue
+from refllm.check.validation import Pair, Run, Validation, sharpness
+from refllm.check.validation_page import calibration_rows, page
+from refllm.config import AutoConfig
+
+CHECKPOINTS = {name: Path(path) for name, path in golden.checkpoints().items()}
+CASES = [
+    pytest.param(name, mutant, id=f"{name}-{mutant.name}")
+    for name, folder in CHECKPOINTS.items()
+    for mutant in catalogue()
+    if mutant.applies(AutoConfig.from_pretrained(folder))
+]
+
+
+@functools.cache
+def opened(name: str, dtype: str, attention: str) -> Pair:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return Pair(CHECKPOINTS[name], dtype, attention)
+
+
+def logits(model: Any, ids: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids), use_cache=False).logits.float().numpy()
+
+
+def state(model: Any) -> dict[str, Any]:
+    """Everything of the modules that a plant may touch."""
+    return {
+        path: (sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for path, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize(("name", "mutant"), CASES)
+def test_a_plant_is_taken_out_again_bit_for_bit(name: str, mutant: Mutant) -> None:
+    model = opened(name, mutant.dtype, mutant.attention).candidate.model
+    ids = np.random.default_rng(0).integers(0, 600, (1, 37))
+    before, shape = logits(model, ids), state(model)
+    with mutant.planted(model, 1):
+        planted = logits(model, ids)
+    np.testing.assert_array_equal(logits(model, ids), before)
+    assert state(model) == shape
+    if not mutant.equivalent and mutant.name not in ("cache written before rotation", "wrong eps"):
+        assert not np.array_equal(planted, before)
+
+
+@pytest.mark.parametrize(
+    "mutant", [m for m in catalogue() if m.name in ("sign of sin", "scale missing", "layer skipped")], ids=str
+)
+def test_a_plant_is_taken_out_after_an_error_too(mutant: Mutant) -> None:
+    model = opened("llama-tiny", "bfloat16", "eager").candidate.model
+    ids = np.random.default_rng(0).integers(0, 600, (1, 9))
+    before, shape = logits(model, ids), state(model)
+    with pytest.raises(ZeroDivisionError), mutant.planted(model, 1):
+        raise ZeroDivisionError
+    np.testing.assert_array_equal(logits(model, ids), before)
+    assert state(model) == shape
+
+
+@pytest.mark.parametrize("mutant", [m for m in catalogue() if m.equivalent], ids=lambda mutant: mutant.name)
+def test_an_equivalent_mutant_leaves_the_logits_within_their_error(mutant: Mutant) -> None:
+    (case,) = sharpness({"llama-tiny": CHECKPOINTS["llama-tiny"]}, [mutant])
+    assert case.result_holds
+
+
+def test_names_are_unique_and_expected_values_exist() -> None:
+    names = [mutant.name for mutant in catalogue()]
+    assert len(set(names)) == len(names) > 40
+    for name in CHECKPOINTS:
+        pair = opened(name, "bfloat16", "eager")
+        known = {tap.name for tap in pair.check(Inputs(pair.tokens(0, length=9))).taps}
+        for mutant in catalogue():
+            if mutant.applies(pair.model.config):
+                assert known & set(mutant.reported_at(1)), (name, mutant.name)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_area_is_named_in_every_family(name: str) -> None:
+    """One mutant of each area, by the command's own code: plain inputs name layer and operator."""
+    wanted: dict[str, Mutant] = {}
+    config = AutoConfig.from_pretrained(CHECKPOINTS[name])
+    for mutant in catalogue():
+        if mutant.applies(config) and mutant.dtype == "bfloat16" and mutant.attention == "eager":
+            wanted.setdefault(mutant.area, mutant)
+    cases = sharpness({name: CHECKPOINTS[name]}, list(wanted.values()))
+    assert [case.plain.reported for case in cases if not case.plain.right] == []
+    assert len(cases) == 6
+
+
+def test_stressed_inputs_show_what_plain_ones_cannot() -> None:
+    mutant = next(m for m in catalogue() if m.name == "cache written before rotation")
+    (case,) = sharpness({"helium-tiny": CHECKPOINTS["helium-tiny"]}, [mutant])
+    assert case.plain.reported == ""
+    assert case.stressed is not None
+    assert case.stressed.right
+    assert case.stressed.inputs == "cached decode"
+
+
+def test_the_page_states_what_was_measured() -> None:
+    mutant = next(m for m in catalogue() if m.name == "sign of sin")
+    cases = sharpness({"llama-tiny": CHECKPOINTS["llama-tiny"]}, [mutant])
+    runs = [
+        Run("llama-tiny", "bfloat16", "eager", "tokens", 1, 0, "holds", "", {"lm_head": (1.0, 0.9)}),
+        Run("llama-tiny", "bfloat16", "eager", "tokens", 1, 1, "fails", "lm_head: error", {"lm_head": (3.0, 0.9)}),
+    ]
+    found = Validation(cases, [], runs, 1.0, {"torch": "2"})
+    assert not found.holds
+    text = page(found)
+    assert "1 of 1 found in the right operator" in text
+    assert "2 runs, 1 of them reported" in text
+    assert "lm_head, bfloat16, end to end: 1 of 2 values, 1.00 to 3.00" in text
+    json.dumps(found.to_dict())
+    assert {row["operator"] for row in calibration_rows(runs)} == {"lm_head", "all"}
