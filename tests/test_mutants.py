@@ -63,7 +63,9 @@ def test_a_plant_is_taken_out_again_bit_for_bit(name: str, mutant: Mutant) -> No
 
 
 @pytest.mark.parametrize(
-    "mutant", [m for m in catalogue() if m.name in ("sign of sin", "scale missing", "layer skipped")], ids=str
+    "mutant",
+    [m for m in catalogue() if m.name in ("sign of sin", "scale missing", "layer skipped")],
+    ids=lambda mutant: mutant.name,
 )
 def test_a_plant_is_taken_out_after_an_error_too(mutant: Mutant) -> None:
     model = opened("llama-tiny", "bfloat16", "eager").candidate.model

@@ -130,7 +130,7 @@ class FunctionCandidate:
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
         self.function, self.folder, self.head, self.dtype = function, folder, head, dtype
-        self.name: str = name or getattr(function, "__name__", type(function).__name__)
+        self.name = str(name or getattr(function, "__name__", type(function).__name__))
         self.details: dict[str, str] = {}
 
     def run(self, inputs: Inputs, sink: Sink) -> None:

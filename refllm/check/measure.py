@@ -19,9 +19,12 @@ class Measure:
 
     shape: positions, heads (1 where the value is not split into them), channels.
     ratio: rms error / rms of the predicted sigma; 0 where both are 0, infinite where only the prediction is.
-    row_ratio, row: the worst row (last axis) by the same ratio, and its index. largest, at: the largest |error| / sigma
-    of a single element, and its index. bias: mean error in standard errors; gain: the common factor that fits best,
-    minus 1. nonfinite: elements that are NaN or infinite in one and not in the other, nonfinite_at: the first.
+    row_ratio, row: the worst row (last axis) by the same ratio, and its index; worst beyond what chance allows
+    (`sampling`) for row_errors, the number of independent errors of one size that it is made of: (sum V)^2 / sum V^2
+    with V the predicted variances. A row of softmax weights may have hundreds of elements and one error.
+    largest, at: the largest |error| / sigma of a single element, and its index. bias: mean error in standard errors;
+    gain: the common factor that fits best, minus 1. nonfinite: elements that are NaN or infinite in one and not in the
+    other, nonfinite_at: the first.
     misrounded: the share of elements that are not, to the bit, what the policy's rounding points make of the same
     inputs; 0 where that is not known.
     honest: the ratio that the reference's own emulated run reaches (`refllm.check.second_opinion`); 0 where it was not
@@ -36,6 +39,7 @@ class Measure:
     ratio: float
     row_ratio: float
     row: tuple[int, ...]
+    row_errors: float
     largest: float
     at: tuple[int, ...]
     bias: float
@@ -59,7 +63,8 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
     row_V = np.maximum(V.mean(axis=-1, dtype=np.float64), ROW_FLOOR * mean_V)
     rows = ratio(np.sqrt(np.mean(error**2, axis=-1)), np.sqrt(row_V))
     z = ratio(np.abs(error), np.sqrt(np.maximum(V, ROW_FLOOR * mean_V)))
-    row = np.unravel_index(int(np.argmax(rows)), rows.shape) if rows.size else ()
+    count = _independent(V)
+    row = np.unravel_index(int(np.argmax(rows - sampling(count))), rows.shape)
     at = np.unravel_index(int(np.argmax(z)), z.shape)
     square = float(np.sum(np.where(finite, exact, 0.0) ** 2))
     return Measure(
@@ -69,7 +74,8 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
         rms_error=float(np.sqrt(mean_square)),
         rms_sigma=float(np.sqrt(mean_V)),
         ratio=float(ratio(np.sqrt(mean_square), np.sqrt(mean_V))),
-        row_ratio=float(rows.max(initial=0.0)),
+        row_ratio=float(rows[row]),
+        row_errors=float(count[row]),
         row=tuple(int(i) for i in row),
         largest=float(z[at]),
         at=tuple(int(i) for i in at),
@@ -78,6 +84,18 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
         nonfinite=int(np.count_nonzero(wrong)),
         nonfinite_at=tuple(int(i) for i in np.argwhere(wrong)[0]) if wrong.any() else (),
     )
+
+
+def sampling(count: Any) -> Any:
+    """How far the rms ratio of `count` independent errors may be above 1 by chance: 5 standard deviations."""
+    return 5.0 / np.sqrt(2.0 * np.maximum(1, count))
+
+
+def _independent(variance: np.ndarray) -> np.ndarray:
+    """[..., n] -> [...]: (sum V)^2 / sum V^2, n where all are 0."""
+    variance = variance.astype(np.float64)
+    total, squares = variance.sum(axis=-1), np.square(variance).sum(axis=-1)
+    return np.where(squares > 0, np.square(total) / np.where(squares > 0, squares, 1), variance.shape[-1])
 
 
 def errors(

@@ -26,6 +26,7 @@ _LEAST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126}
 _MEAN_SQUARE_ULP = 0.541
 _CHAIN = 256
 _FLOAT32_ULP = 2.0**-23
+_ROWS_AT_ONCE = 4096
 _LANES = 16  # partial sums that every vectorised reduction keeps
 _ROOT_STEPS = 4  # float32 roundings of a norm's mean, of eps added, of the root and of its reciprocal
 
@@ -190,16 +191,17 @@ class Propagation:
 
     def linear(self, x: Uncertain, weight: np.ndarray, bias: np.ndarray | None = None) -> Uncertain:
         """V(x W^T) = V_x (W*W)^T."""
-        value = ops.linear(x.value, weight, bias)
-        square = np.square(np.asarray(weight, np.float32))
-        rows = x.variance.reshape(-1, x.shape[-1])
-        variance = (rows @ square.T).reshape(value.shape)
-        accumulated = self._sum_noise(
-            _terms(x.value),
-            value,
-            lambda: (np.square(x.value, dtype=np.float32).reshape(rows.shape) @ square.T).reshape(value.shape),
-        )
-        return self._result(value, [(x, variance)], accumulated + self._noise(value, "linear"))
+        value = np.empty((*x.shape[:-1], len(weight)))
+        variance, added = (np.empty(value.shape, np.float32) for _ in range(2))
+        squared = np.square(x.value, dtype=np.float32)
+        # In blocks of rows of the weight, which is large in a head and would be copied as float64 whole.
+        for block in (slice(i, i + _ROWS_AT_ONCE) for i in range(0, len(weight), _ROWS_AT_ONCE)):
+            square = np.square(np.asarray(weight[block], np.float32)).T
+            value[..., block] = ops.linear(x.value, weight[block], None if bias is None else bias[block])
+            variance[..., block] = x.variance @ square
+            accumulated = self._sum_noise(_terms(x.value), value[..., block], partial(np.matmul, squared, square))
+            added[..., block] = accumulated + self._noise(value[..., block], "linear")
+        return self._result(value, [(x, variance)], added)
 
     def add(self, x: Uncertain, y: Uncertain) -> Uncertain:
         """V(a + b) = V_a + V_b."""
