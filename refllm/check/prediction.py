@@ -204,9 +204,17 @@ class Propagation:
         return self._result(value, [(x, variance)], added)
 
     def add(self, x: Uncertain, y: Uncertain) -> Uncertain:
-        """V(a + b) = V_a + V_b."""
+        """V(a + b) = V_a + V_b.
+
+        a and b lie on the format's grid, and so does their sum, on the finer of their two spacings g: it is rounded
+        only where its own spacing u is wider, and then halves of u occur, with the variance u^2 / 12 + g^2 / 6.
+        """
         value = x.value + y.value
-        out = self._result(value, [(x, x.variance), (y, y.variance)], self._noise(value, "add"))
+        added: Any = 0.0
+        if self._rounds("add"):
+            u, g = ulp(value, self.dtype), np.minimum(ulp(x.value, self.dtype), ulp(y.value, self.dtype))
+            added = np.where(u > g, u**2 / 12 + g**2 / 6, 0)
+        out = self._result(value, [(x, x.variance), (y, y.variance)], added)
         return replace(out, rounded=self._to_the_bit(ops.add, x, y))
 
     def split_heads(self, x: Uncertain, heads: int) -> Uncertain:

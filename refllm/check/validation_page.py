@@ -25,8 +25,6 @@ REASONS = {
 _NOTES = (
     "What is furthest from 1, and why:",
     "",
-    "- Residual sums in the narrow formats, isolated, up to about 1.1: the sum of two numbers of one format often lies",
-    "  half-way between two others, where the error is largest; the prediction takes all places as equally likely.",
     "- Values after attention, down to about 0.65: where softmax is nearly saturated, its weights and the scores that",
     "  have no influence round without effect, and errors that several heads share cancel.",
     "- Products in float32, isolated, down to about 0.65: torch adds in several lanes, a prediction for any",
