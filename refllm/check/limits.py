@@ -31,7 +31,7 @@ _MANY, _POSITIONS = 1 << 20, 64  # see `undetected`
 
 def isolated_limit(found: Measure, dtype: str) -> float:
     """Up to which `found.ratio` an operator's result holds on its own inputs."""
-    return float(ISOLATED[dtype] + sampling(found.elements))
+    return float(ISOLATED[dtype] + sampling(found.errors))
 
 
 def row_limit(found: Measure, dtype: str) -> float:
@@ -42,7 +42,7 @@ def row_limit(found: Measure, dtype: str) -> float:
 def end_to_end_limit(found: Measure) -> float:
     """Up to which `found.ratio` a value holds after all that came before: twice the prediction, or twice what an honest
     run reaches where that is more."""
-    return float(END_TO_END * max(1.0, found.honest) + sampling(found.elements))
+    return float(END_TO_END * max(1.0, found.honest) + sampling(found.errors))
 
 
 def misrounded_limit(found: Measure) -> float:

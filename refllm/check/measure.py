@@ -17,11 +17,12 @@ ROW_FLOOR = 0.05
 class Measure:
     """One tap against one prediction.
 
-    shape: positions, heads (1 where the value is not split into them), channels.
+    shape: positions, heads (1 where the value is not split into them), channels. errors: of how many independent errors
+    of one size the predicted error is made, (sum V)^2 / sum V^2 with V the variances.
     ratio: rms error / rms of the predicted sigma; 0 where both are 0, infinite where only the prediction is.
     row_ratio, row: the worst row (last axis) by the same ratio, and its index; worst beyond what chance allows
-    (`sampling`) for row_errors, the number of independent errors of one size that it is made of: (sum V)^2 / sum V^2
-    with V the predicted variances. A row of softmax weights may have hundreds of elements and one error.
+    (`sampling`) for row_errors, its number of independent errors. A row of softmax weights may have hundreds of
+    elements and one error.
     largest, at: the largest |error| / sigma of a single element, and its index. bias: mean error in standard errors;
     gain: the common factor that fits best, minus 1. nonfinite: elements that are NaN or infinite in one and not in the
     other, nonfinite_at: the first.
@@ -33,6 +34,7 @@ class Measure:
 
     elements: int
     shape: tuple[int, int, int]
+    errors: float
     scale: float
     rms_error: float
     rms_sigma: float
@@ -70,6 +72,7 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
     return Measure(
         elements=candidate.size,
         shape=(candidate.shape[0], math.prod(candidate.shape[1:-1]), candidate.shape[-1]),
+        errors=float(_independent(V.ravel())),
         scale=float(np.sqrt(square / candidate.size)),
         rms_error=float(np.sqrt(mean_square)),
         rms_sigma=float(np.sqrt(mean_V)),
