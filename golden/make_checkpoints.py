@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from refllm import families
-from refllm.checkpoint_writer import save_checkpoint
 from refllm.config import ArceeConfig, HeliumConfig, LlamaConfig, ModelConfig, StableLmConfig
-from refllm.generation_config import GenerationConfig
+from refllm.generation.config import GenerationConfig
+from refllm.storage.checkpoint_writer import save_checkpoint
 from refllm.tokenizer import Tokenizer
 
 from . import FOLDER, train_tokenizers

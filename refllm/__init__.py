@@ -45,7 +45,7 @@ _HOMES = {
         "StableLmForTokenClassification",
         "StableLmModel",
     ),
-    "refllm.generation_config": ("GenerationConfig",),
+    "refllm.generation.config": ("GenerationConfig",),
     "refllm.pipelines": ("pipeline",),
     "refllm.tokenizer": ("AutoTokenizer",),
 }

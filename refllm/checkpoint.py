@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from refllm.checkpoint_writer import save_checkpoint
 from refllm.errors import CheckpointError
-from refllm.safetensors_format import (
+from refllm.storage.checkpoint_writer import save_checkpoint
+from refllm.storage.safetensors_format import (
     MAX_HEADER_BYTES,
     WEIGHT_DTYPES,
     TensorInfo,
@@ -33,7 +33,7 @@ from refllm.safetensors_format import (
     quote,
     read_header,
 )
-from refllm.upcast import upcast
+from refllm.storage.upcast import upcast
 
 __all__ = ["Checkpoint", "save_checkpoint"]
 

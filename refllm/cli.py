@@ -289,7 +289,8 @@ def bench_cpu(
     json_file: Json = None,
 ) -> None:
     """Prefill and decode in float32 against Transformers: same weights, same threads, taking turns."""
-    from refllm import bench, bench_report
+    from refllm import bench
+    from refllm.bench import report as bench_report
 
     settings = bench.Settings(prompt_tokens, new_tokens, threads, repeats)
     with StatusLine(sys.stderr) as step:
@@ -311,7 +312,7 @@ def bench_memory(
     json_file: Json = None,
 ) -> None:
     """Peak memory of loading and running a full-size model, with and without low_memory."""
-    from refllm import bench_memory as memory
+    from refllm.bench import memory as memory
 
     with StatusLine(sys.stderr) as step:
         result = memory.bench_memory(shape, tokens, step=step)

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from refllm.errors import InputError, TokenizerError
-from refllm.streamers import BaseStreamer, TextStreamer
+from refllm.generation.streamers import BaseStreamer, TextStreamer
 from refllm.token_input import checked_ids, read_tokens
 
 

@@ -1,9 +1,9 @@
 """`generate`: text generation with a causal language model - greedy, sampling, beam search and beam sampling.
 
-Settings are described by `refllm.generation_config`, score processing by `refllm.processor_order`, the loops by
-`refllm.decoding` and `refllm.beam_search`. This module prepares the prompt: attention mask, positions, lengths, cache.
-The rules are those of `GenerationMixin.generate` of Transformers 5.23.0, so that the same model gives the same tokens
-(random draws excepted: those come from a NumPy generator).
+Settings are described by `refllm.generation.config`, score processing by `refllm.generation.processor_order`, the loops
+by `refllm.generation.decoding` and `refllm.generation.beam_search`. This module prepares the prompt: attention mask,
+positions, lengths, cache. The rules are those of `GenerationMixin.generate` of Transformers 5.23.0, so that the same
+model gives the same tokens (random draws excepted: those come from a NumPy generator).
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from refllm.beam_search import BeamSettings, beam_search
-from refllm.decoding import Decoder, GenerateOutput, Recorder, decode_loop
 from refllm.errors import InputError
-from refllm.generation_config import FIELDS, GenerationConfig
-from refllm.generation_values import refuse_unknown
-from refllm.logits_process import LogitsProcessor
-from refllm.processor_order import ProcessorInputs, make_processors
-from refllm.stopping import (
+from refllm.generation.beam_search import BeamSettings, beam_search
+from refllm.generation.config import FIELDS, GenerationConfig
+from refllm.generation.decoding import Decoder, GenerateOutput, Recorder, decode_loop
+from refllm.generation.logits_process import LogitsProcessor
+from refllm.generation.processor_order import ProcessorInputs, make_processors
+from refllm.generation.stopping import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
@@ -32,7 +31,8 @@ from refllm.stopping import (
     StoppingCriterion,
     StopStringCriteria,
 )
-from refllm.streamers import BaseStreamer, TextIteratorStreamer
+from refllm.generation.streamers import BaseStreamer, TextIteratorStreamer
+from refllm.generation.values import refuse_unknown
 
 
 @dataclass(frozen=True, kw_only=True)

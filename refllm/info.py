@@ -108,7 +108,7 @@ def describe(path: Path) -> Info:
 def _compare_with_files(path: Path, config: ModelConfig, head: str, shapes: dict[str, Shape]) -> Info:
     from refllm.auto import model_class
     from refllm.checkpoint import Checkpoint
-    from refllm.load_report import compare
+    from refllm.storage.load_report import compare
 
     cls = model_class(config, head)
     bare = cls.tensors(config)
@@ -123,7 +123,7 @@ def _compare_with_files(path: Path, config: ModelConfig, head: str, shapes: dict
 def expected_shapes(config: ModelConfig, head: str) -> dict[str, Shape]:
     """Name -> shape of every tensor of the model, under the names of a checkpoint file."""
     from refllm.auto import model_class
-    from refllm.load_report import file_name
+    from refllm.storage.load_report import file_name
 
     prefix = {"base": "", "question_answering": "transformer."}.get(head, "model.")
     named = model_class(config, head).tensors(config)

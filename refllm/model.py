@@ -21,7 +21,6 @@ import numpy as np
 
 from refllm.cache import DynamicCache, NoCache
 from refllm.checkpoint import Checkpoint
-from refllm.checkpoint_writer import save_checkpoint
 from refllm.config import ModelConfig
 from refllm.errors import CheckpointError, InputError
 from refllm.inputs import as_array, as_integers
@@ -31,6 +30,7 @@ from refllm.operators import Operators, Recorder
 from refllm.outputs import ModelOutput
 from refllm.precision import Arithmetic, Policy, arithmetic, rounding
 from refllm.rope import RotaryEmbedding
+from refllm.storage.checkpoint_writer import save_checkpoint
 from refllm.weights import Weights, fresh_weights, load_weights
 
 Progress = Callable[[int, int], None]
@@ -87,7 +87,7 @@ class Model:
             seed=seed,
             initializer_range=config.initializer_range,
         )
-        from refllm.generation_config import GenerationConfig
+        from refllm.generation.config import GenerationConfig
 
         return cls(config, weights, ar, GenerationConfig.from_checkpoint(Path(folder)))
 
@@ -149,7 +149,7 @@ class Model:
     def generation_config(self) -> Any:
         """The defaults of `generate`: of generation_config.json, else of config.json."""
         if self._generation_config is None:
-            from refllm.generation_config import GenerationConfig
+            from refllm.generation.config import GenerationConfig
 
             self._generation_config = GenerationConfig.from_model_config(self.config)
         return self._generation_config

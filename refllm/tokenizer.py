@@ -20,8 +20,8 @@ import tokenizers
 from tokenizers import AddedToken
 
 from refllm.errors import InputError, RefllmError, TokenizerError
-from refllm.tokenizer_arguments import as_array, as_ids, check_pair, check_text
-from refllm.tokenizer_entries import (
+from refllm.text.arguments import as_array, as_ids, check_pair, check_text
+from refllm.text.entries import (
     read_added_tokens,
     read_extra_tokens,
     read_number,
@@ -30,7 +30,7 @@ from refllm.tokenizer_entries import (
     read_token,
     with_stored_padding,
 )
-from refllm.tokenizer_files import ROLES, read_config, write_files
+from refllm.text.files import ROLES, read_config, write_files
 
 NO_LENGTH_LIMIT = int(1e30)
 """`model_max_length` of a tokenizer that states none; the value Transformers writes into files for the same meaning."""
@@ -491,7 +491,7 @@ class Tokenizer:
         for name in ("sanitize_control_tokens", "return_assistant_tokens_mask"):
             if variables.pop(name, False):
                 raise InputError(f"apply_chat_template: {name} is not supported")
-        from refllm.chat_template import render
+        from refllm.text.chat_template import render
 
         batched = isinstance(conversation, Sequence) and len(conversation) > 0 and isinstance(conversation[0], list)
         template = self.get_chat_template(chat_template, tools)

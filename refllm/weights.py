@@ -5,7 +5,7 @@
     weights.layer(3)["self_attn.q_proj.weight"]       [out, in], C-contiguous: y = x @ W.T
     weights.report                                    what was missing, unexpected, not finite
 
-Names are those of the pages, without the prefix of the file; `refllm.load_report` compares the two.
+Names are those of the pages, without the prefix of the file; `refllm.storage.load_report` compares the two.
 """
 
 import warnings
@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refllm.checkpoint import Checkpoint
-from refllm.fresh_tensors import default_threads, fresh_tensor
-from refllm.load_report import LoadReport, Shape, compare, file_name, require_usable, warn_about
-from refllm.safetensors_format import quote
-from refllm.upcast import blocks, upcast
+from refllm.storage.fresh_tensors import default_threads, fresh_tensor
+from refllm.storage.load_report import LoadReport, Shape, compare, file_name, require_usable, warn_about
+from refllm.storage.safetensors_format import quote
+from refllm.storage.upcast import blocks, upcast
 
 Round = Callable[[NDArray[Any]], NDArray[Any]]
 Progress = Callable[[int, int], None]

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from refllm.generate import GenerateOutput, generate
-from refllm.generation_config import GenerationConfig
+from refllm.generation.config import GenerationConfig
 
 
 class CacheAdapter:

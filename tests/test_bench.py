@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refllm import bench, bench_worker, cli
+from refllm import bench, cli
+from refllm.bench import worker as bench_worker
 from refllm.info import describe
 
 SMALL = bench.Settings(prompt_tokens=8, new_tokens=3, threads=1, repeats=2)
@@ -42,7 +43,7 @@ def test_benchmark_runs_end_to_end(result: dict[str, Any]) -> None:
 def test_report_names_the_figures(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from refllm.bench_report import show_bench
+    from refllm.bench.report import show_bench
 
     Console(width=160).print(show_bench(result))
     out = capsys.readouterr().out

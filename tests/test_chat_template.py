@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError, UndefinedError
 
-from refllm import golden, template_sandbox
-from refllm.chat_template import render
+from refllm import golden
 from refllm.errors import InputError, TokenizerError
+from refllm.text import template_sandbox
+from refllm.text.chat_template import render
 from refllm.tokenizer import AutoTokenizer
 
 WITH_TEMPLATE = ["arcee-tiny", "llama-tiny", "stablelm-tiny-parallel"]

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from refllm import checkpoint_writer
 from refllm.checkpoint import Checkpoint, save_checkpoint
 from refllm.errors import CheckpointError
-from refllm.safetensors_format import DTYPES, MAX_HEADER_BYTES, WEIGHT_DTYPES
+from refllm.storage import checkpoint_writer
+from refllm.storage.safetensors_format import DTYPES, MAX_HEADER_BYTES, WEIGHT_DTYPES
 
 INDEX = "model.safetensors.index.json"
 

@@ -13,12 +13,12 @@ from generation_adapter import CacheAdapter, TorchAdapter, both, tiny_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from refllm.beam_search import draw_without_replacement
-from refllm.decoding import GenerateOutput, draw
 from refllm.errors import InputError
 from refllm.generate import generate
-from refllm.generation_config import GenerationConfig
-from refllm.logits_process import softmax
+from refllm.generation.beam_search import draw_without_replacement
+from refllm.generation.config import GenerationConfig
+from refllm.generation.decoding import GenerateOutput, draw
+from refllm.generation.logits_process import softmax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import utils as hf_utils
 
 import refllm
-from refllm.decoding import GenerateOutput
 from refllm.errors import ConfigError, InputError
 from refllm.generate import generate
-from refllm.generation_config import GenerationConfig
+from refllm.generation.config import GenerationConfig
+from refllm.generation.decoding import GenerateOutput
 
 SHAPE = {
     "vocab_size": 61,

@@ -22,8 +22,8 @@ from transformers.generation.stopping_criteria import StopStringCriteria as Witn
 import refllm.tokenizer
 from refllm.errors import InputError
 from refllm.generate import generate, stream_text
-from refllm.stopping import StopStringCriteria, byte_of_character
-from refllm.streamers import BaseStreamer, TextIteratorStreamer, TextStreamer
+from refllm.generation.stopping import StopStringCriteria, byte_of_character
+from refllm.generation.streamers import BaseStreamer, TextIteratorStreamer, TextStreamer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

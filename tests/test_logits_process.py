@@ -15,12 +15,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-from refllm import logits_process as ours
-from refllm import logits_warpers as warpers
 from refllm.errors import InputError
-from refllm.generation_config import GenerationConfig
-from refllm.processor_order import ProcessorInputs, make_processors
-from refllm.watermark import WatermarkingConfig, WatermarkLogitsProcessor, permutation_head
+from refllm.generation import logits_process as ours
+from refllm.generation import logits_warpers as warpers
+from refllm.generation.config import GenerationConfig
+from refllm.generation.processor_order import ProcessorInputs, make_processors
+from refllm.generation.watermark import WatermarkingConfig, WatermarkLogitsProcessor, permutation_head
 
 EXAMPLES = settings(max_examples=60)
 

@@ -11,7 +11,7 @@ import transformers
 from refllm import golden
 from refllm.auto import load
 from refllm.errors import InputError, RefllmError, TokenizerError
-from refllm.generation_config import GenerationConfig
+from refllm.generation.config import GenerationConfig
 from refllm.pipelines import TextGenerationPipeline, pipeline
 from refllm.tokenizer import AutoTokenizer
 

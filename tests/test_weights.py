@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from refllm import fresh_tensors
 from refllm import weights as weights_module
 from refllm.checkpoint import Checkpoint, save_checkpoint
 from refllm.errors import CheckpointError
-from refllm.fresh_tensors import fresh_tensor
-from refllm.load_report import LoadReport, file_name, find_prefix
 from refllm.precision import rounding
+from refllm.storage import fresh_tensors
+from refllm.storage.fresh_tensors import fresh_tensor
+from refllm.storage.load_report import LoadReport, file_name, find_prefix
 from refllm.weights import Weights, fresh_weights, identity, init_weights, keeps_grid, load_weights
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")

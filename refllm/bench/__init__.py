@@ -86,7 +86,7 @@ def write_shape(shape: str, folder: Path, seed: int = 0) -> None:
 
 
 class Worker:
-    """A process that runs `refllm.bench_worker`. A context manager."""
+    """A process that runs `refllm.bench.worker`. A context manager."""
 
     def __init__(self, side: str, folder: Path, first_number: int, settings: Settings) -> None:
         self.side = side
@@ -94,7 +94,7 @@ class Worker:
         self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - lives as long as the process
         environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(settings.threads))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "refllm.bench_worker", side, str(folder), *numbers],
+            [sys.executable, "-m", "refllm.bench.worker", side, str(folder), *numbers],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -63,7 +63,7 @@ def bench_memory(
 def write_random(folder: Path, shape: dict[str, int], seed: int = 0) -> int:
     """A bfloat16 checkpoint of the shape, written in memory for one tensor. Returns the number of parameters."""
     import refllm
-    from refllm.checkpoint_writer import save_checkpoint
+    from refllm.storage.checkpoint_writer import save_checkpoint
     from refllm.weights import fresh_weights
 
     config = refllm.HeliumConfig(**shape, architectures=["HeliumForCausalLM"])
@@ -81,7 +81,7 @@ def _layer_parameters(shape: dict[str, int]) -> int:
 
 
 def _in_a_process(folder: str, mode: str, tokens: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "refllm.bench_memory", folder, mode, str(tokens)]
+    command = [sys.executable, "-m", "refllm.bench.memory", folder, mode, str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -92,7 +92,7 @@ def _in_a_process(folder: str, mode: str, tokens: int) -> dict[str, Any]:
 def _run(folder: str, mode: str, tokens: int) -> dict[str, Any]:
     """What the process of one mode does."""
     import refllm
-    from refllm.bench_worker import Peak, anonymous_bytes
+    from refllm.bench.worker import Peak, anonymous_bytes
 
     before, start = anonymous_bytes(), time.perf_counter()
     with Peak() as loading:

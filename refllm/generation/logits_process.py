@@ -3,8 +3,8 @@
 A processor is a callable (ids_BT, scores_BV) -> scores_BV. ids_BT int64 [B, T] are all tokens so far, prompt and its
 padding included; scores_BV float32 [B, V] are logits (beam search: log-probabilities). Inputs are never modified. To
 "drop" a token is to set its score to -inf. Names and rules are those of `transformers.generation.logits_process`
-(5.23.0). The processors that shape the distribution for sampling are in `refllm.logits_warpers`; the order in which all
-of them act is in `refllm.processor_order`.
+(5.23.0). The processors that shape the distribution for sampling are in `refllm.generation.logits_warpers`; the order
+in which all of them act is in `refllm.generation.processor_order`.
 
 A parameter out of its range raises InputError.
 """

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from refllm.errors import CheckpointError
-from refllm.safetensors_format import quote
+from refllm.storage.safetensors_format import quote
 
 Shape = tuple[int, ...]
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from refllm.config_values import show
 from refllm.errors import ConfigError, InputError
-from refllm.generation_values import read_setting, refuse_unknown
-from refllm.watermark import WatermarkingConfig
+from refllm.generation.values import read_setting, refuse_unknown
+from refllm.generation.watermark import WatermarkingConfig
 
 FILE_NAME = "generation_config.json"
 

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from refllm.errors import TokenizerError
-from refllm.tokenizer_files import ROLES
+from refllm.text.files import ROLES
 
 
 def with_stored_padding(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Logits warpers: the processors that shape the distribution before a token is drawn from it.
 
-Same calls and conventions as in `refllm.logits_process`. `min_tokens_to_keep` tokens survive every rule (1; with beams
-the number of end-of-sequence ids + 1, so that a beam can always go on). p is softmax(s). Names and rules are those of
-`transformers.generation.logits_process` (5.23.0). Among exactly equal scores its sort is unstable; here the lowest
-token id counts as the better one. A parameter out of its range raises InputError.
+Same calls and conventions as in `refllm.generation.logits_process`. `min_tokens_to_keep` tokens survive every rule (1;
+with beams the number of end-of-sequence ids + 1, so that a beam can always go on). p is softmax(s). Names and rules are
+those of `transformers.generation.logits_process` (5.23.0). Among exactly equal scores its sort is unstable; here the
+lowest token id counts as the better one. A parameter out of its range raises InputError.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from refllm.errors import InputError
-from refllm.logits_process import drop, log_softmax, softmax
+from refllm.generation.logits_process import drop, log_softmax, softmax
 
 TOP_H_CANDIDATES = 100
 """Top-H looks at this many tokens only (Transformers: `TopHLogitsWarper.top_n`)."""

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from refllm.errors import InputError
-from refllm.logits_process import LogitsProcessorList, softmax
-from refllm.stopping import StoppingCriteriaList
-from refllm.streamers import BaseStreamer
+from refllm.generation.logits_process import LogitsProcessorList, softmax
+from refllm.generation.stopping import StoppingCriteriaList
+from refllm.generation.streamers import BaseStreamer
 
 
 @dataclass(kw_only=True)

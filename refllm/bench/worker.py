@@ -1,6 +1,6 @@
 """One side of a benchmark, in a process of its own, so that its memory and its threads are its own.
 
-    python -m refllm.bench_worker SIDE FOLDER PROMPT_TOKENS NEW_TOKENS THREADS
+    python -m refllm.bench.worker SIDE FOLDER PROMPT_TOKENS NEW_TOKENS THREADS
 
 SIDE is `refllm`, `transformers` or `memory`. The process loads the checkpoint in float32, then answers each line on
 its standard input (`prefill`, `decode`, `outputs FILE`, `memory`) with one line of JSON.

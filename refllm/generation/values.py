@@ -14,7 +14,7 @@ from typing import Any
 
 from refllm.config_values import read_bool, read_choice, read_float, read_int, read_size, show
 from refllm.errors import ConfigError, InputError
-from refllm.watermark import WatermarkingConfig
+from refllm.generation.watermark import WatermarkingConfig
 
 Reader = Callable[[str, str, Any], Any]
 

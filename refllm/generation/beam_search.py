@@ -28,9 +28,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refllm.decoding import Decoder, GenerateOutput, Recorder
-from refllm.logits_process import LogitsProcessorList, log_softmax
-from refllm.stopping import StoppingCriteriaList
+from refllm.generation.decoding import Decoder, GenerateOutput, Recorder
+from refllm.generation.logits_process import LogitsProcessorList, log_softmax
+from refllm.generation.stopping import StoppingCriteriaList
 
 OUT = np.float32(-1e9)
 """The score of what must not win. In float32 the sum of it and any usual score is it again."""

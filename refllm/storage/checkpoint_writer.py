@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refllm.errors import CheckpointError
-from refllm.safetensors_format import DTYPES, FORMAT_NAMES, MAX_HEADER_BYTES, WEIGHT_DTYPES, is_text, quote
-from refllm.upcast import blocks
+from refllm.storage.safetensors_format import DTYPES, FORMAT_NAMES, MAX_HEADER_BYTES, WEIGHT_DTYPES, is_text, quote
+from refllm.storage.upcast import blocks
 
 WRITE_BLOCK = 1 << 20
 Shapes = Mapping[str, Sequence[int]]

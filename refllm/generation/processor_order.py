@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from refllm.errors import InputError
-from refllm.generation_config import GenerationConfig, as_ids
-from refllm.logits_process import (
+from refllm.generation.config import GenerationConfig, as_ids
+from refllm.generation.logits_process import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     ExponentialDecayLengthPenalty,
@@ -41,7 +41,7 @@ from refllm.logits_process import (
     SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-from refllm.logits_warpers import (
+from refllm.generation.logits_warpers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     MinPLogitsWarper,
@@ -51,7 +51,7 @@ from refllm.logits_warpers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from refllm.watermark import WatermarkLogitsProcessor
+from refllm.generation.watermark import WatermarkLogitsProcessor
 
 
 @dataclass(frozen=True, kw_only=True)

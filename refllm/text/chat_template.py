@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 
 from refllm.errors import InputError, TokenizerError
-from refllm.template_sandbox import ChatTemplateEnvironment, reset_budget
+from refllm.text.template_sandbox import ChatTemplateEnvironment, reset_budget
 
 MAX_TEMPLATE_CHARS = 1_000_000
 _END_MARK = "\ue000end-of-the-message-to-continue\ue001"  # private-use characters: no message contains them

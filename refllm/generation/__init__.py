@@ -1,0 +1,1 @@
+"""The parts of `refllm.generate`: settings, score processors, stopping rules, the loops."""

@@ -1,0 +1,1 @@
+"""The parts of `refllm.checkpoint` and `refllm.weights`: the safetensors format, conversion, writing, fresh tensors."""
