@@ -182,14 +182,14 @@ def test_nan_is_reported_at_its_position() -> None:
 # ------------------------------------------------------------------------------------------- a forward pass of your own
 
 
-def port(scale: float = 1.0, taps: bool = True) -> Callable[..., Any]:
+def port(scale: float = 1.0, taps: bool = True, dtype: str = "float32") -> Callable[..., Any]:
     """Somebody's port: their own code (here Transformers), which names the residual stream and returns logits."""
 
     def forward(checkpoint: str, input_ids: Any, attention_mask: Any, position_ids: Any, tap: Any) -> Any:
         import torch
         import transformers
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
         layer(model).self_attn.o_proj.weight.data *= scale
         with torch.no_grad():
             out = model(torch.from_numpy(input_ids), output_hidden_states=True)
@@ -203,6 +203,11 @@ def port(scale: float = 1.0, taps: bool = True) -> Callable[..., Any]:
 
 def test_port_that_is_right_passes_in_one_line() -> None:
     assert_matches(golden.path("llama-tiny"), port(), dtype="float32")
+
+
+def test_values_that_prove_nothing_are_named_in_a_warning() -> None:
+    with pytest.warns(UserWarning, match="untested"):
+        assert_matches(golden.path("llama-tiny"), port(dtype="bfloat16"), dtype="bfloat16", policy="hf-sdpa")
 
 
 @pytest.mark.parametrize("taps", [True, False])

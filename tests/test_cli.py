@@ -6,7 +6,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -286,7 +288,8 @@ def test_check_holds_and_says_so_in_json(refllm: Run, checkpoint: Path, tmp_path
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
-@pytest.mark.parametrize("line", re.findall(r"^    refllm ((?!bench).*)$", README, re.MULTILINE))
+# Not the benchmark, and not the line in which CHECKPOINT stands for the reader's own.
+@pytest.mark.parametrize("line", re.findall(r"^    refllm ((?!bench|.*CHECKPOINT).*)$", README, re.MULTILINE))
 def test_command_of_the_readme_runs(line: str, refllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)
     code, out, _ = refllm(*shlex.split(line))
@@ -297,9 +300,49 @@ def test_command_of_the_readme_runs(line: str, refllm: Run, monkeypatch: pytest.
 def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     from refllm import golden
 
-    program = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import" in code)
+    program = next(
+        code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "AutoModelForCausalLM" in code
+    )
     exec(program, {"folder": golden.path("llama-tiny")})
     assert "The residual stream" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*untested")
+def test_port_shown_in_the_readme_is_checked(tmp_path: Path) -> None:
+    """The forward pass and the test of the README, around a model of somebody else's that is right."""
+    from refllm import golden
+    from refllm.check import assert_matches
+
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    forward, test = (next(code for code in blocks if name in code) for name in ("def forward", "def test_my_port"))
+    names: dict[str, Any] = {}
+    exec(forward, names)
+    exec(test.replace('"path/to/checkpoint"', "folder"), names)
+    folder = golden.path("llama-tiny")
+
+    def my_forward(checkpoint: str, ids: Any, mask: Any, positions: Any, tap: Any) -> Any:
+        model = _port(checkpoint, ids)
+        names.update(embed=model.embed, layers=model.layers, norm=model.norm, lm_head=model.lm_head)
+        return names["forward"](checkpoint, ids, mask, positions, tap)
+
+    names.update(folder=folder, my_forward=my_forward, assert_matches=partial(assert_matches, policy="hf-eager"))
+    names["test_my_port"]()
+
+
+def _port(checkpoint: str, ids: Any) -> Any:
+    """Transformers taken apart into the four things that the README's forward pass calls."""
+    import torch
+    import transformers
+
+    whole = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, attn_implementation="eager"
+    ).requires_grad_(requires_grad=False)
+    backbone, length = whole.model, ids.shape[1]
+    rotary = backbone.rotary_emb(torch.zeros(1, dtype=torch.bfloat16), torch.arange(length)[None])
+    mask = torch.full((length, length), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16).triu(1)[None, None]
+    layers = [partial(layer, attention_mask=mask, position_embeddings=rotary) for layer in backbone.layers]
+    embed = lambda given: backbone.embed_tokens(torch.from_numpy(given))  # noqa: E731
+    return SimpleNamespace(embed=embed, layers=layers, norm=backbone.norm, lm_head=whole.lm_head)
 
 
 def test_block_shown_in_the_readme_is_the_page() -> None:
@@ -309,7 +352,7 @@ def test_block_shown_in_the_readme_is_the_page() -> None:
         text = re.sub(r"op\.tap\(\"[^\"]*\", (.*)\)$", r"\1", text, flags=re.MULTILINE)
         return [line.strip() for line in text.splitlines() if line.strip() and "op.tap" not in line]
 
-    shown = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import" not in code)
+    shown = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "# Attention" in code)
     page = (Path(__file__).resolve().parent.parent / "refllm" / "models" / "helium.py").read_text()
     start = bare(page).index("# Attention")
     assert bare(page)[start : start + len(bare(shown))] == bare(shown)

@@ -1,6 +1,7 @@
 """`compare` and `assert_matches`: the check as a Python call and as a test."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +48,20 @@ def compare(
 
 
 def assert_matches(checkpoint: str | os.PathLike[str], candidate: Any = "transformers", **options: Any) -> None:
-    """`compare`, for a test: raises AssertionError with the report unless everything holds."""
+    """`compare`, for a test: raises AssertionError with the report if anything fails.
+
+    Values at which a trivial wrong answer would hold too are no proof either way: a warning names them. Name more
+    values in between, or use more tokens, and they become testable.
+    """
     for report in compare(checkpoint, candidate, **options):
-        if report.verdict != "holds":
+        if report.verdict == "fails":
             raise AssertionError(_text(report))
+        untested = [tap.name for tap in report.taps if tap.untested]
+        if untested:
+            what = (
+                f"{report.checkpoint}, {report.inputs}: untested, for want of values in between: {', '.join(untested)}"
+            )
+            warnings.warn(what, UserWarning, stacklevel=2)
 
 
 def _candidate(candidate: Any, folder: Path, dtype: str | None, attention: str) -> Any:
