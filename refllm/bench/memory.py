@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from refllm import bench
 from refllm.errors import InputError
 
 GIB = 2**30
@@ -31,15 +32,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 20,
         "head_dim": 128,
     },
-    "helium-1m": {
-        "vocab_size": 2000,
-        "hidden_size": 128,
-        "intermediate_size": 352,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-    },
+    "helium-1m": bench.SHAPES["helium-1m"],
 }
 
 

@@ -93,7 +93,6 @@ class ReferenceCandidate:
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`."""
         cache = self.model.new_cache() if inputs.chunks else None
-        mask = inputs.attention_mask if inputs.attention_mask is not None else np.ones(inputs.input_ids.shape, np.int64)
         embeds = None
         if inputs.embeds_scale is not None:
             rows = self.model.weights.rows("embed_tokens.weight", inputs.input_ids)
@@ -102,7 +101,7 @@ class ReferenceCandidate:
             self.model(
                 input_ids=None if embeds is not None else inputs.input_ids[:, piece],
                 inputs_embeds=None if embeds is None else embeds[:, piece],
-                attention_mask=mask[:, : piece.stop],
+                attention_mask=inputs.mask[:, : piece.stop],
                 position_ids=inputs.positions[:, piece],
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -142,8 +141,7 @@ class FunctionCandidate:
             sink(name, value)
             return value
 
-        mask = inputs.attention_mask if inputs.attention_mask is not None else np.ones(inputs.input_ids.shape, np.int64)
-        logits = self.function(str(self.folder), inputs.input_ids, mask, np.array(inputs.positions), tap)
+        logits = self.function(str(self.folder), inputs.input_ids, inputs.mask, np.array(inputs.positions), tap)
         if logits is not None and self.head in HEAD_TAPS:
             sink(HEAD_TAPS[self.head], logits)
 

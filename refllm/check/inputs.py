@@ -37,9 +37,12 @@ class Inputs:
     @property
     def valid(self) -> np.ndarray:
         """[B, S] bool: positions that are not padding. Only these are compared."""
-        if self.attention_mask is None:
-            return np.ones(self.input_ids.shape, bool)
-        return self.attention_mask != 0
+        return self.mask != 0
+
+    @property
+    def mask(self) -> np.ndarray:
+        """[B, S] int: the attention mask, ones where none was given."""
+        return np.ones(self.input_ids.shape, np.int64) if self.attention_mask is None else self.attention_mask
 
     @property
     def positions(self) -> np.ndarray:

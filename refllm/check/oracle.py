@@ -80,9 +80,14 @@ def predict(
     if inputs.embeds_scale is not None:
         rows = rounding(dtype)(np.asarray(rows * inputs.embeds_scale, rows.dtype))
     x = op.tap("model.embed_tokens", certain(rows))
-    mask = inputs.attention_mask if inputs.attention_mask is not None else np.ones(ids.shape, np.int64)
     who = masking(
-        mask, None, batch=ids.shape[0], queries=ids.shape[1], cached=0, has_cache=False, heads=c.num_attention_heads
+        inputs.mask,
+        None,
+        batch=ids.shape[0],
+        queries=ids.shape[1],
+        cached=0,
+        has_cache=False,
+        heads=c.num_attention_heads,
     )
     x = model.page.forward(op, c, w, x, cos, sin, who, NoCache())
     name = HEAD_TAPS.get(model.head)

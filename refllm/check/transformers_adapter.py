@@ -74,11 +74,10 @@ class TransformersCandidate:
         import torch
 
         device = next(self.model.parameters()).device
-        mask = inputs.attention_mask if inputs.attention_mask is not None else np.ones(inputs.input_ids.shape, np.int64)
         cache = None
         for piece in inputs.pieces():
             arguments: dict[str, Any] = {
-                "attention_mask": _tensor(mask[:, : piece.stop], device),
+                "attention_mask": _tensor(inputs.mask[:, : piece.stop], device),
                 "position_ids": _tensor(inputs.positions[:, piece], device),
                 "past_key_values": cache,
                 "use_cache": bool(inputs.chunks),

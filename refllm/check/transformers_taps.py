@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
-
 _BACKBONE = re.compile(r"^(?:model\.|transformer\.)?(?=(?:embed_tokens|layers|norm)\b)")
 _OUTPUTS = {
     "input_layernorm",
@@ -56,7 +54,6 @@ class _Hooks:
         self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         self.head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
         self.modeling = sys.modules[type(model).__module__]
-        self.normed: dict[str, Any] = {}
 
     def attach(self, path: str, module: Any) -> Iterator[Any]:
         layer, _, inner = _split(path)
@@ -124,11 +121,3 @@ def _split(path: str) -> tuple[str, str, str]:
 
 def _first(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
-
-
-def to_numpy(tensor: Any) -> np.ndarray:
-    """A tensor as an array of its own: float32 for the narrow formats, which hold exactly what it held."""
-    import torch
-
-    tensor = tensor.detach().cpu()
-    return np.array((tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy())
