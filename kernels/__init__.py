@@ -1,1 +1,59 @@
-"""The fast path (Torch and Triton), imported as `refllm.kernels`."""
+"""The operators of `refllm.ops` on Torch tensors, by the same names and signatures; imported as `refllm.kernels`.
+
+    refllm.kernels.rms_norm(x, weight, eps)          # Triton: kernels/triton/rms_norm.py
+    refllm.kernels.plain.rms_norm(x, weight, eps)    # plain Torch: kernels/plain/norm.py
+
+Neither stands in for the other on its own: the caller chooses. Triton kernels need a GPU, or `interpreted()`:
+
+    with refllm.kernels.interpreted():               # the repaired interpreter: any Triton kernel, on the CPU
+        refllm.kernels.rms_norm(x, weight, eps)
+
+Nothing here is imported before it is used, so that this package can be imported without Torch and Triton.
+"""
+
+import importlib
+from typing import Any
+
+from refllm.errors import MissingExtraError
+
+OPERATORS = (
+    "rms_norm",
+    "add_rms_norm",
+    "layer_norm",
+    "add_layer_norm",
+    "rope",
+    "norm_rope",
+    "rms_norm_qkv_rope",
+    "attention",
+    "decode_attention",
+    "swiglu",
+    "relu2",
+    "cross_entropy",
+    "linear_cross_entropy",
+)
+"""The operators that exist as NumPy definition, as plain Torch and as Triton kernel."""
+
+__all__ = [*OPERATORS, "OPERATORS", "interpreted", "plain"]  # noqa: PLE0604  (OPERATORS holds strings)
+
+
+def __getattr__(name: str) -> Any:
+    if name in OPERATORS:
+        return getattr(_import("refllm.kernels.triton"), name)
+    if name == "interpreted":
+        return _import("refllm.kernels.interpreter").interpreted
+    if name == "plain":
+        return _import("refllm.kernels.plain")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "triton"):
+            raise
+        raise MissingExtraError(f"{module} needs {error.name}; install it with: pip install 'refllm[fast]'") from error

@@ -23,3 +23,7 @@ class TokenizerError(RefllmError):
 
 class InputError(RefllmError):
     """Arguments of a call that contradict each other or the model (token ids out of range, masks of a wrong shape)."""
+
+
+class MissingExtraError(RefllmError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""

@@ -1,6 +1,8 @@
 """Settings of the whole test run. Read before any test module, and so before NumPy and Torch start their threads."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 
 # The tests run in several processes, one per core: more threads in each would only take turns. Subprocesses inherit
 # this. Set and not defaulted, because Torch's sums depend on the number of threads.
@@ -19,6 +21,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+# A warm cache of compiled kernels would report what an earlier version of a kernel was.
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="refllm-triton-")
+
+import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 # "ci" draws the same examples on every run, so that a red run means a change; "long" looks for new ones.
@@ -28,3 +34,16 @@ settings.register_profile(
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", settings.get_profile("default"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def device() -> Iterator[str]:
+    """Where kernel tests run: on the repaired interpreter, or compiled on a GPU with REFLLM_TEST_DEVICE=cuda."""
+    where = os.environ.get("REFLLM_TEST_DEVICE", "cpu")
+    if where != "cpu":
+        yield where
+        return
+    from refllm import kernels
+
+    with kernels.interpreted():
+        yield where

@@ -1,0 +1,151 @@
+"""RMSNorm, alone and after a residual sum.
+
+    r = residual + x                          (add_rms_norm only; rounded to the dtype of x, and returned)
+    y = w * r / sqrt(mean(r^2) + eps)         mean over the last axis, in float32; rounded once, at the end
+
+Tiles: a program takes one row. Up to `ROW` columns are one tile that is read once; longer rows are walked over twice.
+Traffic: reads and writes E numbers each per row (twice that with the residual; a row over `ROW` is read twice).
+5 E flops per row: far below what memory allows, so the loads decide the speed.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from refllm.kernels import arguments
+from refllm.kernels.launch import Launch, on_device
+from refllm.kernels.targets import DEFAULT, Target, target_of
+from refllm.kernels.layout import rows
+
+ROW = 16_384
+"""Columns up to which a row stays in registers: at 16 warps 32 numbers per thread."""
+
+
+@triton.jit
+def _load(x_ptr, residual_ptr, columns, E, ADD: tl.constexpr):
+    """A tile of the row to be normed, in its own dtype; lanes past E are 0 and add nothing to the sum of squares."""
+    x = tl.load(x_ptr + columns, mask=columns < E, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + columns, mask=columns < E, other=0.0)
+        x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _store_normed(y_ptr, weight_ptr, r, scale, columns, E):
+    weight = tl.load(weight_ptr + columns, mask=columns < E, other=0.0).to(tl.float32)
+    y = weight * (r.to(tl.float32) * scale)
+    tl.store(y_ptr + columns, y.to(y_ptr.dtype.element_ty), mask=columns < E)
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, x_stride, residual_stride, E, eps,
+    ADD: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2^31 in large tensors
+    x_ptr += row * x_stride
+    y_ptr += row * E
+    if ADD:
+        residual_ptr += row * residual_stride
+        sum_ptr += row * E
+    columns = tl.arange(0, BLOCK_E)
+
+    if ONE_TILE:
+        r = _load(x_ptr, residual_ptr, columns, E, ADD)
+        if ADD:
+            tl.store(sum_ptr + columns, r, mask=columns < E)
+        r32 = r.to(tl.float32)
+        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(r32 * r32, 0) / E + eps))
+        _store_normed(y_ptr, weight_ptr, r, scale, columns, E)
+    else:
+        squares = tl.zeros([BLOCK_E], tl.float32)
+        for start in range(0, E, BLOCK_E):
+            r = _load(x_ptr, residual_ptr, start + columns, E, ADD)
+            if ADD:
+                tl.store(sum_ptr + start + columns, r, mask=start + columns < E)
+            r32 = r.to(tl.float32)
+            squares += r32 * r32
+        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 0) / E + eps))
+        for start in range(0, E, BLOCK_E):  # the residual sum again: a program must not read what it has just written
+            r = _load(x_ptr, residual_ptr, start + columns, E, ADD)
+            _store_normed(y_ptr, weight_ptr, r, scale, start + columns, E)
+
+
+def plan(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, target: Target = DEFAULT
+) -> tuple[Launch, torch.Tensor, torch.Tensor | None]:
+    """The launch, y, and residual + x (None without a residual). Both results are contiguous, shaped as x."""
+    y, total = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
+    x, E = rows(x), x.shape[-1]
+    if residual is not None:
+        total, residual = torch.empty_like(y), rows(residual)
+    block = min(ROW, max(256, triton.next_power_of_2(E)))
+    given = {
+        "x_ptr": x, "residual_ptr": residual, "weight_ptr": weight.contiguous(), "y_ptr": y, "sum_ptr": total,
+        "x_stride": x.stride(0), "residual_stride": 0 if residual is None else residual.stride(0), "E": E, "eps": eps,
+    }  # fmt: skip
+    constants = {"ADD": residual is not None, "ONE_TILE": block >= E, "BLOCK_E": block}
+    warps = min(16, max(1, block // (16 * target.warp_size)))
+    launch = Launch(rms_norm_kernel, (len(x),), given, constants, num_warps=warps, wide_loads=E % 8 == 0)
+    return launch, y, total
+
+
+def launches(target: Target) -> Iterator[tuple[str, Launch]]:
+    """Every configuration that ships, by a name for it: small, real and very long rows, in every dtype."""
+    for dtype in arguments.FLOATS:
+        for E in (64, 2048, 2560, 4096, 5120, 8192, 20_480):
+            x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((64, E), (E,)))
+            kind = str(dtype).removeprefix("torch.")
+            yield f"rms_norm {kind} E={E}", plan(x, None, weight, 1e-5, target)[0]
+            yield f"add_rms_norm {kind} E={E}", plan(x, x, weight, 1e-5, target)[0]
+
+
+@torch.library.custom_op("refllm::rms_norm", mutates_args=())
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    with on_device("rms_norm", x):
+        launch, y, _ = plan(x, None, weight, eps, target_of(x.device))
+        launch.run()
+    return y
+
+
+@torch.library.custom_op("refllm::add_rms_norm", mutates_args=())
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with on_device("add_rms_norm", x):
+        launch, y, total = plan(x, residual, weight, eps, target_of(x.device))
+        launch.run()
+    return y, total
+
+
+@_rms_norm.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@_add_rms_norm.register_fake
+def _(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """y = w * x / sqrt(mean(x^2) + eps) over the last axis: [..., E] -> [..., E], weight [E]. As `refllm.ops.rms_norm`.
+
+    weight may be float32 beside a narrower x. Raises InputError for arguments that do not fit together.
+    """
+    arguments.rms_norm("rms_norm", x, weight)
+    return _rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(r, weight, eps), r) with r = residual + x, rounded to their dtype. As `refllm.ops.add_rms_norm`."""
+    arguments.rms_norm("add_rms_norm", x, weight)
+    arguments.like("add_rms_norm", "residual", residual, tuple(x.shape), x)
+    return _add_rms_norm(x, residual, weight, eps)

@@ -1,0 +1,147 @@
+"""Does a kernel meet its contract? One judgement, used by the tests (interpreted) and on a GPU (compiled).
+
+The contract is the operator of `refllm.ops` with the same name. It is evaluated twice on the values that the kernel
+got: exactly (float64), and in the kernel's own precision under the policy `fused`, which is what a good kernel does. The
+error of that second evaluation is the unit: a kernel's root-mean-square error may be `LIMITS` times as large.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from refllm import ops
+from refllm.errors import RefllmError
+from refllm.precision import EXACT, FUSED, Arithmetic
+
+ELEMENTWISE_LIMIT, PRODUCT_LIMIT = 1.1, 1.25
+LIMITS = {
+    "attention": PRODUCT_LIMIT,
+    "decode_attention": PRODUCT_LIMIT,
+    "rms_norm_qkv_rope": PRODUCT_LIMIT,
+    "linear_cross_entropy": PRODUCT_LIMIT,
+}
+"""How many times the error of the contract in the same precision a kernel's error may be; others: ELEMENTWISE_LIMIT."""
+
+
+class ContractBrokenError(RefllmError):
+    """A kernel's result is not what its contract says."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One output of one call.
+
+    ratio: RMS error over that of the contract in the same precision. problem: what is wrong, "" if nothing.
+    worst: the index of the largest error.
+    """
+
+    operator: str
+    output: int
+    dtype: str
+    ratio: float
+    limit: float
+    worst: tuple[int, ...]
+    problem: str
+
+    @property
+    def holds(self) -> bool:
+        return not self.problem
+
+
+def judge(operator: str, results: Any, *arguments: Any, limit: float | None = None, **keywords: Any) -> list[Verdict]:
+    """One verdict per output of `operator` for what a kernel returned when it was called with these arguments.
+
+    results: a tensor or a tuple of tensors, as the kernel returned them. limit: another limit than `LIMITS` has.
+    """
+    results = results if isinstance(results, tuple) else (results,)
+    dtype = str(next(a.dtype for a in arguments if isinstance(a, torch.Tensor))).removeprefix("torch.")
+    exact = _evaluate(operator, EXACT, arguments, keywords)
+    contract = _evaluate(operator, Arithmetic(dtype, FUSED), arguments, keywords)
+    if len(exact) != len(results):
+        raise ContractBrokenError(f"{operator} returned {len(results)} results; its contract has {len(exact)}")
+    limit = limit or LIMITS.get(operator, ELEMENTWISE_LIMIT)
+    return [
+        _judge_output(operator, i, got, e, c, limit)
+        for i, (got, e, c) in enumerate(zip(results, exact, contract, strict=True))
+    ]
+
+
+def assert_meets_contract(
+    operator: str, results: Any, *arguments: Any, limit: float | None = None, **keywords: Any
+) -> None:
+    """Raises ContractBrokenError if any output fails `judge`."""
+    for verdict in judge(operator, results, *arguments, limit=limit, **keywords):
+        if verdict.problem:
+            raise ContractBrokenError(verdict.problem)
+
+
+def as_array(x: Any) -> Any:
+    """A tensor as an array of the same values (bfloat16 and float16 as float32); anything else as it is."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    x = x.detach().cpu()
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+
+
+def _evaluate(operator: str, ar: Arithmetic, arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[Any, ...]:
+    function: Callable[..., Any] = getattr(ops, operator)
+    with np.errstate(all="ignore"):
+        out = function(*map(as_array, arguments), **{k: as_array(v) for k, v in keywords.items()}, ar=ar)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _judge_output(operator: str, i: int, got: torch.Tensor, exact: Any, contract: Any, limit: float) -> Verdict:
+    dtype = str(got.dtype).removeprefix("torch.")
+    exact, contract = np.asarray(exact, np.float64), np.asarray(contract, np.float64)
+    name = f"{operator}, output {i}, {dtype}"
+
+    def verdict(problem: str, ratio: float = np.nan, worst: tuple[int, ...] = ()) -> Verdict:
+        return Verdict(operator, i, dtype, ratio, limit, worst, f"{name}: {problem}" if problem else "")
+
+    if tuple(got.shape) != exact.shape:
+        return verdict(f"shape {list(got.shape)}, expected {list(exact.shape)}")
+    y = np.asarray(as_array(got), np.float64)
+    # Where the format overflows is part of the format: compared with the contract in the same precision.
+    strange = _kind(y) != _kind(contract)
+    if strange.any():
+        at = tuple(int(k) for k in np.argwhere(strange)[0])
+        return verdict(f"{y[at]} at {at}, expected {contract[at]} ({int(strange.sum())} such elements)", worst=at)
+    finite = np.isfinite(y) & np.isfinite(exact)
+    if not finite.any():
+        return verdict("", 0.0)
+    error = np.where(finite, np.abs(y - np.where(finite, exact, 0)), 0)
+    worst = tuple(int(k) for k in np.unravel_index(error.argmax(), error.shape)) if error.ndim else ()
+    unit = max(_rms((contract - exact)[finite]), _rms(_rounding_error(exact[finite], dtype)))
+    size = _rms(error[finite])
+    ratio = size / unit if unit else (0.0 if size == 0 else np.inf)
+    if ratio <= limit:
+        return verdict("", ratio, worst)
+    return verdict(
+        f"RMS error {size:.3g} is {ratio:.3g} times that of the contract in the same precision (limit {limit}); "
+        f"largest at {worst}: {y[worst]:.6g}, exact {exact[worst]:.6g}",
+        ratio,
+        worst,
+    )
+
+
+def _kind(x: np.ndarray) -> np.ndarray:
+    """0 finite, 1 +inf, 2 -inf, 3 NaN."""
+    return np.select([np.isnan(x), x == np.inf, x == -np.inf], [3, 1, 2], 0)
+
+
+def _rms(x: np.ndarray) -> float:
+    """Root mean square, without overflow or underflow on the way."""
+    scale = float(np.abs(x).max(initial=0.0))
+    return scale * float(np.sqrt(np.mean((x / scale) ** 2))) if scale else 0.0
+
+
+def _rounding_error(exact: np.ndarray, dtype: str) -> np.ndarray:
+    """Standard deviation of one rounding to `dtype`: a twelfth of the spacing squared, as variance."""
+    info = ml_dtypes.finfo(dtype)
+    smallest = np.float64(info.smallest_normal)
+    spacing = np.exp2(np.floor(np.log2(np.maximum(np.abs(exact), smallest)))) * np.float64(info.eps)
+    return spacing / np.sqrt(12)
