@@ -10,7 +10,7 @@ BIN    := .venv/bin
 TORCH  := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help check test lint types format bench golden clean
+.PHONY: help check test lint types format bench gpu golden clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,15 @@ format: .venv/ready-to-test  ## let ruff lay out the code
 
 bench: .venv/ready-to-check  ## speed and memory on this CPU, against Transformers
 	$(BIN)/refllm bench cpu
+
+# On a machine that has torch, triton and a GPU already, with or without a network: installs nothing but this project,
+# into a folder of its own, and uses that machine's python3.
+GPU_PYTHON ?= python3
+GPU_FILE   ?= build/gpu.json
+gpu:  ## on a machine with a GPU: the kernels compiled, against their definitions; writes build/gpu.json
+	@rm -rf build/gpu build/lib
+	@$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --target build/gpu .
+	PYTHONPATH=build/gpu $(GPU_PYTHON) -P -m refllm.kernels.gpu --output $(GPU_FILE)
 
 golden: .venv/ready-to-check  ## make the embedded checkpoints again
 	$(BIN)/python -m refllm.golden.make_checkpoints

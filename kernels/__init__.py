@@ -33,7 +33,7 @@ OPERATORS = (
 )
 """The operators that exist as NumPy definition, as plain Torch and as Triton kernel."""
 
-__all__ = [*OPERATORS, "OPERATORS", "interpreted", "plain"]  # noqa: PLE0604  (OPERATORS holds strings)
+__all__ = [*OPERATORS, "OPERATORS", "fast_class", "interpreted", "patch", "plain", "register", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,6 +41,10 @@ def __getattr__(name: str) -> Any:
         return getattr(_import("refllm.kernels.triton"), name)
     if name == "interpreted":
         return _import("refllm.kernels.interpreter").interpreted
+    if name == "fast_class":
+        return _import("refllm.kernels.models.fast_model").fast_class
+    if name in ("patch", "unpatch", "register"):
+        return getattr(_import("refllm.kernels.transformers"), name)
     if name == "plain":
         return _import("refllm.kernels.plain")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -54,6 +58,8 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "triton"):
+        extra = {"torch": "fast", "triton": "fast", "transformers": "witness"}.get(error.name or "")
+        if extra is None:
             raise
-        raise MissingExtraError(f"{module} needs {error.name}; install it with: pip install 'refllm[fast]'") from error
+        command = f"pip install 'refllm[{extra}]'"
+        raise MissingExtraError(f"{module} needs {error.name}; install it with: {command}") from error

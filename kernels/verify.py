@@ -1,8 +1,8 @@
 """Does a kernel meet its contract? One judgement, used by the tests (interpreted) and on a GPU (compiled).
 
 The contract is the operator of `refllm.ops` with the same name. It is evaluated twice on the values that the kernel
-got: exactly (float64), and in the kernel's own precision under the policy `fused`, which is what a good kernel does. The
-error of that second evaluation is the unit: a kernel's root-mean-square error may be `LIMITS` times as large.
+got: exactly (float64), and in the kernel's own precision under the policy `fused`, which is what a good kernel does.
+The error of that second evaluation is the unit: a kernel's root-mean-square error may be `LIMITS` times as large.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,22 +52,39 @@ class Verdict:
         return not self.problem
 
 
-def judge(operator: str, results: Any, *arguments: Any, limit: float | None = None, **keywords: Any) -> list[Verdict]:
-    """One verdict per output of `operator` for what a kernel returned when it was called with these arguments.
+class Contract:
+    """What one call of an operator has to return: the definition, evaluated once, for any number of forms to meet.
 
-    results: a tensor or a tuple of tensors, as the kernel returned them. limit: another limit than `LIMITS` has.
+    operator: a name in `refllm.ops`. arguments, keywords: as the kernel gets them (tensors, numbers, None). The dtype
+    is that of the first tensor.
     """
-    results = results if isinstance(results, tuple) else (results,)
-    dtype = str(next(a.dtype for a in arguments if isinstance(a, torch.Tensor))).removeprefix("torch.")
-    exact = _evaluate(operator, EXACT, arguments, keywords)
-    contract = _evaluate(operator, Arithmetic(dtype, FUSED), arguments, keywords)
-    if len(exact) != len(results):
-        raise ContractBrokenError(f"{operator} returned {len(results)} results; its contract has {len(exact)}")
-    limit = limit or LIMITS.get(operator, ELEMENTWISE_LIMIT)
-    return [
-        _judge_output(operator, i, got, e, c, limit)
-        for i, (got, e, c) in enumerate(zip(results, exact, contract, strict=True))
-    ]
+
+    def __init__(self, operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> None:
+        self.operator = operator
+        dtype = str(next(a.dtype for a in arguments if isinstance(a, torch.Tensor))).removeprefix("torch.")
+        self.exact = _evaluate(operator, EXACT, arguments, keywords)
+        self.same_precision = _evaluate(operator, Arithmetic(dtype, FUSED), arguments, keywords)
+
+    def judge(self, results: Any, limit: float | None = None) -> list[Verdict]:
+        """One verdict per output. results: a tensor or a tuple of tensors, as the kernel returned them.
+
+        limit: another limit than `LIMITS` has. Raises ContractBrokenError for another number of results.
+        """
+        results = results if isinstance(results, tuple) else (results,)
+        if len(self.exact) != len(results):
+            raise ContractBrokenError(
+                f"{self.operator} returned {len(results)} results; its contract has {len(self.exact)}"
+            )
+        limit = limit or LIMITS.get(self.operator, ELEMENTWISE_LIMIT)
+        return [
+            _judge_output(self.operator, i, got, exact, same, limit)
+            for i, (got, exact, same) in enumerate(zip(results, self.exact, self.same_precision, strict=True))
+        ]
+
+
+def judge(operator: str, results: Any, *arguments: Any, limit: float | None = None, **keywords: Any) -> list[Verdict]:
+    """`Contract(operator, arguments, keywords).judge(results, limit)`: for one form alone."""
+    return Contract(operator, arguments, keywords).judge(results, limit)
 
 
 def assert_meets_contract(

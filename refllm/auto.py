@@ -11,7 +11,7 @@ from refllm.model import Model
 from refllm.models.heads import HEADS
 from refllm.precision import Policy
 
-BACKENDS = ("numpy",)
+BACKENDS = ("numpy", "torch", "triton")
 
 
 def load(
@@ -27,18 +27,16 @@ def load(
 
     head: "base", "causal_lm", "sequence_classification", "token_classification" or "question_answering"; None takes the
     first of `architectures` in config.json. dtype, policy: see `refllm.precision.arithmetic`. low_memory: convert
-    weights from the memory-mapped file layer by layer. backend, device: NumPy on the CPU is what there is.
+    weights from the memory-mapped file layer by layer. backend: "numpy" is the reference; "torch" and "triton" are the
+    fast models (`refllm.kernels.models`), on `device` ("cpu", "cuda", "cuda:1"; None: the first GPU, else the CPU).
     Raises ConfigError, CheckpointError or InputError, each with one sentence.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"backend={backend!r} is not known; use one of {', '.join(BACKENDS)}")
-    if device not in (None, "cpu"):
-        raise InputError(f"device={device!r}: the NumPy backend runs on the CPU; leave device out")
     cls = model_class(AutoConfig.from_pretrained(path), head)
     from refllm.progress import loading_bar
 
+    options = {"policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
     with loading_bar(sys.stderr) as progress:
-        return cls.from_pretrained(path, dtype=dtype, policy=policy, low_memory=low_memory, progress=progress)
+        return cls.from_pretrained(path, dtype=dtype, progress=progress, **options)
 
 
 def model_class(config: ModelConfig, head: str | None = None) -> type[Model]:

@@ -24,6 +24,8 @@ _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 bench_app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Measure speed and memory.")
 app.add_typer(bench_app, name="bench")
+kernels_app = typer.Typer(add_completion=False, rich_markup_mode=None, help="The Triton kernels, and yours.")
+app.add_typer(kernels_app, name="kernels")
 
 Folder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder with config.json and safetensors files.")]
 Prompt = Annotated[
@@ -38,6 +40,8 @@ Json = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="float64 (exact), float32, bfloat16 or float16.")]
 Policy = Annotated[str | None, typer.Option("--policy", help="Where an emulated precision rounds: hf-eager or fused.")]
+Backend = Annotated[str, typer.Option("--backend", help="numpy (the reference), torch or triton (the fast models).")]
+Device = Annotated[str | None, typer.Option("--device", help="Of torch and triton: cpu, cuda, cuda:1. Default: cuda.")]
 LowMemory = Annotated[bool, typer.Option("--low-memory", help="Read the weights layer by layer and keep none.")]
 
 
@@ -46,13 +50,10 @@ def describe() -> None:
     """The math of Helium, Llama, StableLM and Arcee in NumPy, and how far other implementations are from it."""
 
 
-Candidate = Annotated[
-    str,
-    typer.Option(
-        "--candidate",
-        help="transformers, numpy (the reference), or a forward pass: module:function, file.py:function.",
-    ),
-]
+_CANDIDATES = (
+    "torch, triton, transformers, numpy (the reference), or a forward pass: module:function, file.py:function."
+)
+Candidate = Annotated[str, typer.Option("--candidate", help=_CANDIDATES)]
 Attention = Annotated[str, typer.Option("--attn", help="Transformers' attention: eager or sdpa.")]
 Rounding = Annotated[
     str | None,
@@ -65,7 +66,14 @@ def check(
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="CHECKPOINT", help="Folder; without one, all embedded checkpoints.")
     ] = None,
-    candidate: Candidate = "transformers",
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--candidate",
+            help=f"{_CANDIDATES} Repeat for more. Default: transformers; without a CHECKPOINT torch, triton and "
+            "transformers.",
+        ),
+    ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option("--dtype", help="Precision; repeat for more. Default: float32, bfloat16.")
     ] = None,
@@ -91,16 +99,19 @@ def check(
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     dtypes = tuple(dtype or ("float32", "bfloat16"))
-    settings = run.Settings(candidate, dtypes, attention, policy, stress, tokens)
+    names, left_out = run.candidates_to_check(candidate, checkpoint)
+    settings = [run.Settings(name, dtypes, attention, policy, stress, tokens) for name in names]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
     with StatusLine(sys.stderr) as step:
-        for report in run.check_all(folders, settings, step):
+        for report in (report for one in settings for report in run.check_all(folders, one, step)):
             reports.append(report)
             step.clear()
             console.print(show.show_report(report, verbose=taps))
     if len(reports) > 1:
         console.print(show.show_summary(reports))
+    for sentence in left_out:
+        console.print(sentence)
     console.print(show.closing_line(reports))
     _write_json({"verdict": run.overall(reports), "reports": [report.to_dict() for report in reports]}, json_file)
     if html_file is not None:
@@ -185,6 +196,8 @@ def generate(
     dtype: Dtype = "float32",
     policy: Policy = None,
     low_memory: LowMemory = False,
+    backend: Backend = "numpy",
+    device: Device = None,
     json_file: Json = None,
 ) -> None:
     """Continue a prompt; the text appears as it is made."""
@@ -208,6 +221,8 @@ def generate(
             dtype=dtype,
             policy=policy,
             low_memory=low_memory,
+            backend=backend,
+            device=device,
             prompt=prompt,
             ids=ids,
             ids_file=ids_file,
@@ -235,6 +250,8 @@ def score(
     dtype: Dtype = "float32",
     policy: Policy = None,
     low_memory: LowMemory = False,
+    backend: Backend = "numpy",
+    device: Device = None,
     json_file: Json = None,
 ) -> None:
     """Log-likelihood, perplexity and bits per byte of a text."""
@@ -252,6 +269,8 @@ def score(
             dtype=dtype,
             policy=policy,
             low_memory=low_memory,
+            backend=backend,
+            device=device,
             step=step,
         )
     _console(quiet=_to_stdout(json_file)).print(work.show_score(result))
@@ -286,13 +305,15 @@ def bench_cpu(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1)] = 32,
     threads: Annotated[int, typer.Option("--threads", min=1)] = 2,
     repeats: Annotated[int, typer.Option("--repeats", min=1)] = 5,
+    backend: Annotated[str, typer.Option("--backend", help="Our side: numpy (the reference) or torch.")] = "numpy",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32; with --backend torch also bfloat16.")] = "float32",
     json_file: Json = None,
 ) -> None:
-    """Prefill and decode in float32 against Transformers: same weights, same threads, taking turns."""
+    """Prefill and decode against Transformers: same weights, same dtype, same threads, taking turns."""
     from refllm import bench
     from refllm.bench import report as bench_report
 
-    settings = bench.Settings(prompt_tokens, new_tokens, threads, repeats)
+    settings = bench.Settings(prompt_tokens, new_tokens, threads, repeats, backend, dtype)
     with StatusLine(sys.stderr) as step:
         try:
             result = bench.bench_checkpoint_or_shape(checkpoint, shape, settings, step)
@@ -318,6 +339,65 @@ def bench_memory(
         result = memory.bench_memory(shape, tokens, step=step)
     _console(quiet=_to_stdout(json_file)).print(memory.show_memory(result))
     _write_json(result, json_file)
+
+
+@kernels_app.command("list")
+def kernels_list(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Name every configuration.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Every kernel file: its operators, kernels and shipped configurations."""
+    from refllm.kernels.aot import commands, show
+
+    described = commands.describe()
+    _console(quiet=_to_stdout(json_file)).print(show.show_list(described, verbose))
+    _write_json({"kernels": described}, json_file)
+
+
+@kernels_app.command("check-aot")
+def kernels_check_aot(
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FILE.PY:KERNEL",
+            help="Your kernel instead of ours, also package.module:kernel. The file is imported. It may carry its "
+            "configurations: `def launches(target)` or a list LAUNCHES of pairs (name, refllm.kernels.launch.Launch).",
+        ),
+    ] = None,
+    targets: Annotated[
+        str, typer.Option("--target", metavar="A,B", help="Of sm_80, sm_90, sm_100, gfx942. Default: all.")
+    ] = "",
+    kernel: Annotated[str, typer.Option("--kernel", metavar="NAME", help="Only what has this in its name.")] = "",
+    arguments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arg",
+            metavar="NAME=TYPE",
+            help="An argument of your kernel: *bf16 (a tensor; *bf16:1 not aligned), i32 (i32:16: 16 divides it), i64, "
+            "fp32, or a value. Repeat for more.",
+        ),
+    ] = None,
+    constants: Annotated[
+        list[str] | None, typer.Option("--constant", metavar="NAME=VALUE", help="A tl.constexpr of your kernel.")
+    ] = None,
+    num_warps: Annotated[int, typer.Option("--num-warps", min=1, help="Of your kernel.")] = 4,
+    num_stages: Annotated[int, typer.Option("--num-stages", min=1, help="Of your kernel.")] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", min=0, help="Processes; 0: one per core.")] = 0,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Every configuration, not only the worst.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Compile kernels without a GPU; find spills, too much shared memory, missing tensor cores and slow loads."""
+    from refllm.kernels.aot import commands, show
+
+    settings = commands.Settings(targets, kernel, file, arguments or (), constants or (), num_warps, num_stages, jobs)
+    with StatusLine(sys.stderr) as step:
+        outcome = commands.check_aot(settings, step)
+    console = _console(quiet=_to_stdout(json_file))
+    console.print(show.show_checked(outcome.checked, verbose))
+    console.print(show.closing_line(outcome.checked, outcome.compiled, outcome.seconds))
+    _write_json(outcome.to_dict(), json_file)
+    if not outcome.holds:
+        raise typer.Exit(FINDING)
 
 
 def main() -> None:

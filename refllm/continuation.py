@@ -76,6 +76,8 @@ def prepare(
     dtype: str,
     policy: str | None,
     low_memory: bool,
+    backend: str = "numpy",
+    device: str | None = None,
     prompt: str | None,
     ids: str | None,
     ids_file: Path | None,
@@ -102,7 +104,9 @@ def prepare(
     if input_ids is None:
         raise InputError("nothing to continue: give --prompt, --ids or --ids-file")
     step("loading")
-    model = refllm.load(folder, head="causal_lm", dtype=dtype, policy=policy, low_memory=low_memory)
+    model = refllm.load(
+        folder, head="causal_lm", dtype=dtype, policy=policy, low_memory=low_memory, backend=backend, device=device
+    )
     return Task(model, tokenizer, input_ids)
 
 

@@ -419,11 +419,9 @@ def _cache(config: GenerationConfig, prompt: Prompt, model: Any) -> Any:
         return None
     if not static:
         return None
-    from refllm.cache import StaticCache
-
     assert config.max_length is not None
     length = config.max_length - 1 + (prompt.new - prompt.ids.shape[1] if prompt.embeds is not None else 0)
-    return StaticCache(config=model.config, max_cache_len=max(length, config.max_cache_len or 0))
+    return model.new_cache(max_cache_len=max(length, config.max_cache_len or 0))
 
 
 def _random(seed: int | np.random.Generator | None) -> np.random.Generator:

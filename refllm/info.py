@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refllm.config import AutoConfig, ModelConfig
+from refllm.kernels.fusions import fusions
 
 Shape = tuple[int, ...]
 
@@ -81,6 +82,7 @@ class Info:
             "parameters_by_group": self.groups,
             "weight_bytes": {dtype: self.parameters * size for dtype, size in BYTES.items()},
             "cache_bytes_per_token": {dtype: self.cache_numbers_per_token * size for dtype, size in BYTES.items()},
+            "fusions": [vars(fusion) for fusion in fusions(self.config)],
             "tensors": self.shapes,
             "stored": None
             if self.stored is None
@@ -184,11 +186,22 @@ def show_info(info: Info, *, tensors: bool = False) -> Any:
         facts.add_row(Text("keys without effect", style="dim"), ", ".join(info.config.unused_keys))
     facts.add_row(Text("files", style="dim"), _files_line(info))
     lines: list[Any] = [Text(f"{info.path} ({info.head})", style="bold"), facts]
+    lines += _fusion_lines(info.config)
     lines += [Text(finding, style="bold red") for finding in info.findings]
     lines += [Text(f"not used: {name}", style="yellow") for name in info.unexpected]
     if tensors:
         lines += ["", _tensor_table(info)]
     return Group(*lines)
+
+
+def _fusion_lines(config: ModelConfig) -> list[Any]:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for fusion in fusions(config):
+        table.add_row(f"  {fusion.operator}", fusion.fuses, Text(fusion.instead and f"not used: {fusion.instead}"))
+    return [Text("fused in the torch and triton backends", style="dim"), table]
 
 
 def _files_line(info: Info) -> str:

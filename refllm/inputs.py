@@ -26,3 +26,11 @@ def as_integers(name: str, value: Any) -> np.ndarray:
     if array.dtype.kind not in "iu":
         raise InputError(f"{name}: expected integers, found {array.dtype}")
     return array.astype(np.int64, copy=False)
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """An array, or a tensor of any dtype on any device, as an array; bfloat16 and float16 tensors become float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.element_size() == 2 and value.is_floating_point() else value.numpy()
+    return np.asarray(value)

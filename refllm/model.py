@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from refllm.cache import DynamicCache, NoCache
+from refllm.cache import DynamicCache, NoCache, StaticCache
 from refllm.checkpoint import Checkpoint
 from refllm.config import ModelConfig
 from refllm.errors import CheckpointError, InputError
@@ -66,20 +66,27 @@ class Model:
         low_memory: bool = False,
         progress: Progress | None = None,
         seed: int = 0,
-    ) -> Self:
+        backend: str = "numpy",
+        device: str | None = None,
+    ) -> "Model":
         """Read a checkpoint folder in Hugging Face format (config.json, model.safetensors or shards).
 
         dtype, policy: see `refllm.precision.arithmetic`. low_memory: weights stay in the memory-mapped file and are
         converted when used. progress: called with (bytes done, bytes in all). seed: for head tensors that the file
-        lacks, which are initialised at random with a warning.
+        lacks, which are initialised at random with a warning. backend, device: see `refllm.load`.
         Raises ConfigError or CheckpointError with what is wrong, or InputError for an unknown dtype or policy.
         """
+        if backend != "numpy":
+            fast = _fast_class(cls, backend, policy, low_memory)
+            return fast.load(folder, dtype=dtype, backend=backend, device=device, progress=progress, seed=seed)
+        if device not in (None, "cpu"):
+            raise InputError(f"device={device!r}: the NumPy backend runs on the CPU; leave device out")
         ar = arithmetic(dtype, policy)
         config = cls.config_class.from_pretrained(folder)
         weights = load_weights(
             Checkpoint.open(folder),
             cls.tensors(config),
-            optional_zero=_norm_biases(cls.tensors(config)),
+            optional_zero=norm_biases(cls.tensors(config)),
             tied=cls.tied(config),
             round=rounding(ar.dtype),
             low_memory=low_memory,
@@ -162,9 +169,9 @@ class Model:
         """Numbers in all tensors; a tied tensor counts once."""
         return sum(int(np.prod(shape)) for shape in self.tensors(self.config).values())
 
-    def new_cache(self) -> DynamicCache:
-        """An empty cache for this model."""
-        return DynamicCache(self.config)
+    def new_cache(self, max_cache_len: int | None = None) -> DynamicCache:
+        """An empty cache for this model; max_cache_len: one of that many slots, which does not grow."""
+        return DynamicCache(self.config) if max_cache_len is None else StaticCache(self.config, max_cache_len)
 
     # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -207,7 +214,7 @@ class Model:
         ids_BS = self._check_ids(input_ids, inputs_embeds)
         cache, cached = self._cache(past_key_values, use_cache)
         collector = _Collector(self.config.num_hidden_layers, output_hidden_states, output_attentions, recorder)
-        op, rotary = Operators(self.arithmetic, collector), copy(self.rotary)
+        op, rotary = self._operators(collector), copy(self.rotary)
         try:
             with np.errstate(over="ignore", invalid="ignore", under="ignore"):
                 x_BSE = self._embed(op, ids_BS, inputs_embeds)
@@ -229,6 +236,10 @@ class Model:
         from refllm.generate import generate
 
         return generate(self, input_ids, **options)
+
+    def _operators(self, recorder: Recorder) -> Any:
+        """What the page computes with. A backend other than NumPy has its own."""
+        return Operators(self.arithmetic, recorder)
 
     def _check_ids(self, input_ids: Any, inputs_embeds: Any) -> np.ndarray | None:
         if (input_ids is None) == (inputs_embeds is None):
@@ -361,6 +372,19 @@ class _Collector:
         return tuple(self._kept[name] for name in self._attention) or None
 
 
-def _norm_biases(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+def _fast_class(cls: type[Model], backend: str, policy: str | Policy | None, low_memory: bool) -> Any:
+    """The fast class of the same name, for a backend other than NumPy."""
+    if backend not in ("torch", "triton"):
+        raise InputError(f"backend={backend!r} is not known; use one of numpy, torch, triton")
+    if policy is not None and (policy if isinstance(policy, str) else policy.name) != "fused":
+        raise InputError(f"backend={backend!r} rounds as its kernels do (policy fused); leave policy out")
+    if low_memory:
+        raise InputError(f"low_memory is the NumPy backend's; backend={backend!r} holds its weights on the device")
+    from refllm import kernels
+
+    return kernels.fast_class(cls)
+
+
+def norm_biases(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     """LayerNorm biases, which some files leave out: StableLM-2-12B's config speaks of norms without bias."""
     return {name for name in shapes if name.endswith(".bias") and "norm" in name}

@@ -134,6 +134,8 @@ def score_source(
     dtype: str,
     policy: str | None,
     low_memory: bool,
+    backend: str = "numpy",
+    device: str | None = None,
     step: Step,
 ) -> Score:
     """Scores the one source that is given. Raises InputError if none or several are, and for what they hold."""
@@ -151,7 +153,9 @@ def score_source(
     if tokens is None:
         raise InputError("nothing to score: give --prompt, --ids, --ids-file or --file")
     step("loading")
-    model = refllm.load(folder, head="causal_lm", dtype=dtype, policy=policy, low_memory=low_memory)
+    model = refllm.load(
+        folder, head="causal_lm", dtype=dtype, policy=policy, low_memory=low_memory, backend=backend, device=device
+    )
     context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
     nll = score_tokens(model, tokens[0], context=context, stride=stride or max(1, context // 2), step=step)
     pieces = None

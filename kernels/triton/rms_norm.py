@@ -16,21 +16,30 @@ import triton.language as tl
 
 from refllm.kernels import arguments
 from refllm.kernels.launch import Launch, on_device
+from refllm.kernels.layout import CHUNK, chunk_length, rows
 from refllm.kernels.targets import DEFAULT, Target, target_of
-from refllm.kernels.layout import rows
 
 ROW = 16_384
-"""Columns up to which a row stays in registers: at 16 warps 32 numbers per thread."""
+"""Columns up to which a row is one tile: at 16 warps 32 numbers per thread. Longer rows take tiles of a quarter."""
 
 
 @triton.jit
-def _load(x_ptr, residual_ptr, columns, E, ADD: tl.constexpr):
-    """A tile of the row to be normed, in its own dtype; lanes past E are 0 and add nothing to the sum of squares."""
+def load_sum(x_ptr, residual_ptr, columns, E, ADD: tl.constexpr):
+    """A tile of the row to be normed, in its own dtype; lanes past E are 0."""
     x = tl.load(x_ptr + columns, mask=columns < E, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + columns, mask=columns < E, other=0.0)
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
     return x
+
+
+@triton.jit
+def inverse_root(x):
+    """1 / sqrt(x) in float32, as the root of 1 / x: taking the root halves the error before it, division would not.
+
+    x must be at least 2^-128, which any eps above 1e-38 sees to.
+    """
+    return tl.sqrt_rn(tl.div_rn(1.0, x))
 
 
 @triton.jit
@@ -40,38 +49,47 @@ def _store_normed(y_ptr, weight_ptr, r, scale, columns, E):
     tl.store(y_ptr + columns, y.to(y_ptr.dtype.element_ty), mask=columns < E)
 
 
-@triton.jit
+# Triton compiles a kernel anew for strides that 16 divides, and it then adds in another order. The stride of a lone row
+# is arbitrary, and its bits must be those that it has in a batch: so strides are exempt, and CHUNK, which divides the
+# row length as well, says what divides them.
+@triton.jit(do_not_specialize=["x_stride", "residual_stride"])
 def rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, x_stride, residual_stride, E, eps,
-    ADD: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_E: tl.constexpr,
+    ADD: tl.constexpr, ONE_TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2^31 in large tensors
-    x_ptr += row * x_stride
+    x_ptr += tl.multiple_of(row * x_stride, CHUNK)
     y_ptr += row * E
     if ADD:
-        residual_ptr += row * residual_stride
+        residual_ptr += tl.multiple_of(row * residual_stride, CHUNK)
         sum_ptr += row * E
     columns = tl.arange(0, BLOCK_E)
 
     if ONE_TILE:
-        r = _load(x_ptr, residual_ptr, columns, E, ADD)
+        r = load_sum(x_ptr, residual_ptr, columns, E, ADD)
         if ADD:
             tl.store(sum_ptr + columns, r, mask=columns < E)
         r32 = r.to(tl.float32)
-        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(r32 * r32, 0) / E + eps))
+        scale = inverse_root(tl.div_rn(tl.sum(r32 * r32, 0), E * 1.0) + eps)
         _store_normed(y_ptr, weight_ptr, r, scale, columns, E)
     else:
         squares = tl.zeros([BLOCK_E], tl.float32)
         for start in range(0, E, BLOCK_E):
-            r = _load(x_ptr, residual_ptr, start + columns, E, ADD)
+            r = load_sum(x_ptr, residual_ptr, start + columns, E, ADD)
             if ADD:
                 tl.store(sum_ptr + start + columns, r, mask=start + columns < E)
             r32 = r.to(tl.float32)
             squares += r32 * r32
-        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 0) / E + eps))
+        scale = inverse_root(tl.div_rn(tl.sum(squares, 0), E * 1.0) + eps)
         for start in range(0, E, BLOCK_E):  # the residual sum again: a program must not read what it has just written
-            r = _load(x_ptr, residual_ptr, start + columns, E, ADD)
+            r = load_sum(x_ptr, residual_ptr, start + columns, E, ADD)
             _store_normed(y_ptr, weight_ptr, r, scale, start + columns, E)
+
+
+def row_tile(E: int, target: Target) -> tuple[int, int]:
+    """Columns per tile and warps per program: 16 numbers per thread, so that a thread loads 16 bytes at a time."""
+    block = max(8 * target.warp_size, triton.next_power_of_2(E)) if E <= ROW else ROW // 4
+    return block, min(16, max(1, block // (16 * target.warp_size)))
 
 
 def plan(
@@ -82,21 +100,20 @@ def plan(
     x, E = rows(x), x.shape[-1]
     if residual is not None:
         total, residual = torch.empty_like(y), rows(residual)
-    block = min(ROW, max(256, triton.next_power_of_2(E)))
+    block, warps = row_tile(E, target)
+    chunk = CHUNK if chunk_length(E, x, residual) == CHUNK else 1  # of an E in run time Triton sees no other divisor
     given = {
         "x_ptr": x, "residual_ptr": residual, "weight_ptr": weight.contiguous(), "y_ptr": y, "sum_ptr": total,
         "x_stride": x.stride(0), "residual_stride": 0 if residual is None else residual.stride(0), "E": E, "eps": eps,
     }  # fmt: skip
-    constants = {"ADD": residual is not None, "ONE_TILE": block >= E, "BLOCK_E": block}
-    warps = min(16, max(1, block // (16 * target.warp_size)))
-    launch = Launch(rms_norm_kernel, (len(x),), given, constants, num_warps=warps, wide_loads=E % 8 == 0)
-    return launch, y, total
+    constants = {"ADD": residual is not None, "ONE_TILE": block >= E, "CHUNK": chunk, "BLOCK_E": block}
+    return Launch(rms_norm_kernel, (len(x),), given, constants, num_warps=warps, wide_loads=chunk == CHUNK), y, total
 
 
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
-    """Every configuration that ships, by a name for it: small, real and very long rows, in every dtype."""
+    """Every configuration that ships, by a name for it: small, real, ragged and very long rows, in every dtype."""
     for dtype in arguments.FLOATS:
-        for E in (64, 2048, 2560, 4096, 5120, 8192, 20_480):
+        for E in (64, 1000, 2048, 2560, 4096, 5120, 8192, 20_480):
             x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((64, E), (E,)))
             kind = str(dtype).removeprefix("torch.")
             yield f"rms_norm {kind} E={E}", plan(x, None, weight, 1e-5, target)[0]
@@ -127,9 +144,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @_add_rms_norm.register_fake
-def _(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -145,7 +160,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(r, weight, eps), r) with r = residual + x, rounded to their dtype. As `refllm.ops.add_rms_norm`."""
-    arguments.rms_norm("add_rms_norm", x, weight)
-    arguments.like("add_rms_norm", "residual", residual, tuple(x.shape), x)
+    """(rms_norm(r, weight, eps), r) with r = residual + x, rounded to their dtype. As `refllm.ops.add_rms_norm`.
+
+    residual has the shape and dtype of x. Raises InputError for arguments that do not fit together.
+    """
+    arguments.add_rms_norm("add_rms_norm", x, residual, weight)
     return _add_rms_norm(x, residual, weight, eps)

@@ -1,7 +1,8 @@
 """`refllm bench cpu`: speed and memory of the reference against Transformers, on the same weights and threads.
 
-Both sides run in float32, each in a process of its own, and take turns, so that neither is favoured by what the machine
-does meanwhile. Their outputs are compared before any time counts. Figures are medians; the spread is shown.
+Both sides run in the same dtype, each in a process of its own, and take turns, so that neither is favoured by what the
+machine does meanwhile. Our side is the reference (NumPy) or the torch backend. Their outputs are compared before any
+time counts. Figures are medians; the spread is shown.
 """
 
 import json
@@ -43,8 +44,10 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 
-# Float32 logits of two right implementations differ by a few roundings: far less than this. Any defect: far more.
-AGREEMENT = 1e-5
+# Logits of two right implementations differ by a few roundings: in float32 far less than this, in bfloat16 by a few
+# times 2^-8. Any defect: far more.
+AGREEMENT = {"float32": 1e-5, "bfloat16": 0.05}
+BACKENDS = ("numpy", "torch")
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -61,6 +64,14 @@ class Settings:
     new_tokens: int = 32
     threads: int = 2
     repeats: int = 5
+    backend: str = "numpy"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise InputError(f"--backend {self.backend} is not timed on a CPU: use {' or '.join(BACKENDS)}")
+        if self.dtype not in AGREEMENT or (self.backend == "numpy" and self.dtype != "float32"):
+            raise InputError(f"--dtype {self.dtype} is not timed: use float32, or bfloat16 with --backend torch")
 
 
 @dataclass(frozen=True)
@@ -91,10 +102,11 @@ class Worker:
     def __init__(self, side: str, folder: Path, first_number: int, settings: Settings) -> None:
         self.side = side
         numbers = [str(n) for n in (first_number, settings.new_tokens, settings.threads)]
+        how = [settings.dtype, settings.backend]
         self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - lives as long as the process
         environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(settings.threads))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "refllm.bench.worker", side, str(folder), *numbers],
+            [sys.executable, "-m", "refllm.bench.worker", side, str(folder), *numbers, *how],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -154,17 +166,16 @@ def bench_cpu(folder: Path, settings: Settings, step: Callable[[str], None] = la
     step: called with what is being done, for a progress display. Returns plain values for JSON, see `summary`. Raises
     BenchError if the outputs disagree by more than `AGREEMENT` (relative rms).
     """
-    weights = weight_bytes(folder)
+    weights = weight_bytes(folder, settings.dtype)
     step("loading refllm")
     with Worker("refllm", folder, settings.prompt_tokens, settings) as ours:
         step("loading transformers")
         with Worker("transformers", folder, settings.prompt_tokens, settings) as theirs:
             step("comparing outputs")
             difference, peaks = compare_outputs(ours, theirs)
-            if not difference <= AGREEMENT:
-                raise BenchError(
-                    f"the sides disagree by {difference:.2e} (relative rms, limit {AGREEMENT:.0e}): not timed"
-                )
+            limit = AGREEMENT[settings.dtype]
+            if not difference <= limit:
+                raise BenchError(f"the sides disagree by {difference:.2e} (relative rms, limit {limit:.0e}): not timed")
             with Worker("memory", folder, weights["read_per_token"], settings) as memory:
                 times = take_turns(ours, theirs, memory, settings.repeats, step)
     return summary(settings, weights, times, difference, {"refllm": ours.ready, "transformers": theirs.ready}, peaks)
@@ -198,12 +209,13 @@ def take_turns(
     return times
 
 
-def weight_bytes(folder: Path) -> dict[str, int]:
-    """Float32 bytes of all weights, and of those that one decode step reads (of the embedding table: one row)."""
+def weight_bytes(folder: Path, dtype: str = "float32") -> dict[str, int]:
+    """Bytes of all weights in `dtype`, and of those that one decode step reads (of the embedding table: one row)."""
     from refllm.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(folder)
-    sizes = {name: 4 * int(np.prod(checkpoint.shape(name))) for name in checkpoint.names}
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    sizes = {name: size * int(np.prod(checkpoint.shape(name))) for name in checkpoint.names}
     checkpoint.close()
     tied = "lm_head.weight" not in sizes
     table = 0 if tied else sizes.get("model.embed_tokens.weight", 0)

@@ -12,7 +12,8 @@ def show_bench(result: dict[str, Any]) -> RenderableType:
     settings, machine, weights = result["settings"], result["machine"], result["weights"]
     title = Text.assemble(
         (result["checkpoint"], "bold"),
-        f"  float32, {settings['threads']} threads, median of {settings['repeats']} (range), {machine['processor']}",
+        f"  {settings['dtype']}, backend {settings['backend']}, {settings['threads']} threads, ",
+        f"median of {settings['repeats']} (range), {machine['processor']}",
     )
     read = result["read_weights"]
     bound = (

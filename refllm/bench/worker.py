@@ -1,9 +1,9 @@
 """One side of a benchmark, in a process of its own, so that its memory and its threads are its own.
 
-    python -m refllm.bench.worker SIDE FOLDER PROMPT_TOKENS NEW_TOKENS THREADS
+    python -m refllm.bench.worker SIDE FOLDER PROMPT_TOKENS NEW_TOKENS THREADS DTYPE BACKEND
 
-SIDE is `refllm`, `transformers` or `memory`. The process loads the checkpoint in float32, then answers each line on
-its standard input (`prefill`, `decode`, `outputs FILE`, `memory`) with one line of JSON.
+SIDE is `refllm`, `transformers` or `memory`. The process loads the checkpoint in DTYPE, then answers each line on its
+standard input (`prefill`, `decode`, `outputs FILE`, `memory`) with one line of JSON.
 """
 
 import json
@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from refllm.inputs import to_numpy
+
 
 class Side(Protocol):
     """A model that can be timed."""
@@ -27,26 +29,31 @@ class Side(Protocol):
 
 
 class RefllmSide:
-    """The reference in float32."""
+    """The reference, or a fast model on the CPU."""
 
     @staticmethod
     def imports() -> None:
         """Everything that is imported before the clock and the memory count start."""
         import refllm.auto  # noqa: F401
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, dtype: str, backend: str) -> None:
         import refllm
 
-        self.model = refllm.load(folder, dtype="float32")
+        if backend != "numpy":
+            import torch
+
+            torch.set_num_threads(threads)
+        device = None if backend == "numpy" else "cpu"
+        self.model = refllm.load(folder, dtype=dtype, backend=backend, device=device)
 
     def forward(self, input_ids_BS: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
         """See `Side.forward`."""
         out = self.model(input_ids=input_ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1], out.past_key_values
+        return to_numpy(out.logits[:, -1]), out.past_key_values
 
 
 class TransformersSide:
-    """Transformers in float32 with its default (fused) attention."""
+    """Transformers with its default (fused) attention."""
 
     @staticmethod
     def imports() -> None:
@@ -56,14 +63,14 @@ class TransformersSide:
         require_transformers()
         from transformers import AutoModelForCausalLM  # noqa: F401
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, dtype: str, backend: str) -> None:
         import torch
         import transformers
 
         torch.set_num_threads(threads)
         self.torch = torch
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
+            folder, dtype=getattr(torch, dtype), local_files_only=True
         ).eval()
 
     def forward(self, input_ids_BS: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
@@ -71,7 +78,7 @@ class TransformersSide:
         with self.torch.inference_mode():
             ids = self.torch.from_numpy(input_ids_BS)
             out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            return out.logits[:, -1].numpy(), out.past_key_values
+            return to_numpy(out.logits[:, -1]), out.past_key_values
 
 
 class Work:
@@ -162,7 +169,9 @@ def read_seconds(size: int, threads: int) -> Callable[[], float]:
     return job
 
 
-def serve(side_name: str, folder: Path, prompt_tokens: int, new_tokens: int, threads: int) -> None:
+def serve(
+    side_name: str, folder: Path, prompt_tokens: int, new_tokens: int, threads: int, dtype: str, backend: str
+) -> None:
     """Loads, says so in a first line, then answers commands until standard input ends."""
     if side_name == "memory":
         job = read_seconds(prompt_tokens, threads)  # here the number is a size in bytes
@@ -176,7 +185,7 @@ def serve(side_name: str, folder: Path, prompt_tokens: int, new_tokens: int, thr
     before = anonymous_bytes()
     start = time.perf_counter()
     with Peak() as load_peak:
-        side = side_class(folder, threads)
+        side = side_class(folder, threads, dtype, backend)
     load_seconds = time.perf_counter() - start
     work = Work(side, vocab_size, prompt_tokens, new_tokens)
     answer({"ready": True, "load_seconds": load_seconds, "before_bytes": before, "load_peak_bytes": load_peak.bytes})
@@ -200,4 +209,4 @@ if __name__ == "__main__":
     # Whatever a library prints must not get between the answers.
     _OUT = os.dup(1)
     os.dup2(2, 1)
-    serve(sys.argv[1], Path(sys.argv[2]), *(int(number) for number in sys.argv[3:6]))
+    serve(sys.argv[1], Path(sys.argv[2]), *(int(number) for number in sys.argv[3:6]), *sys.argv[6:8])

@@ -13,10 +13,13 @@ from refllm.check.inputs import Inputs
 from refllm.check.taps import HEAD_TAPS, Candidate, Sink, as_array
 from refllm.check.trace import Trace, config_hash
 from refllm.errors import InputError
+from refllm.inputs import to_numpy
 from refllm.model import Model
 
 ATTENTION = ("eager", "sdpa")
 DTYPES = ("float32", "bfloat16", "float16")
+FAST = ("torch", "triton")
+"""The backends of the fast models."""
 Forward = Callable[..., Any]
 """A user's forward pass: f(checkpoint, input_ids, attention_mask, position_ids, tap) -> logits.
 
@@ -37,11 +40,13 @@ def open_candidate(name: str, folder: Path, *, head: str, dtype: str, attention:
         return TransformersCandidate.load(folder, head=head, dtype=dtype, attention=attention)
     if name == "numpy":
         return ReferenceCandidate.load(folder, head=head, dtype=dtype, attention=attention)
+    if name in FAST:
+        return ReferenceCandidate.fast(folder, head=head, dtype=dtype, backend=name)
     if ":" in name:
         return FunctionCandidate(find_function(name), folder, head=head, dtype=dtype, name=name)
     raise InputError(
-        f"--candidate {name} is not known: use transformers, numpy, or a forward pass of yours as module:function or "
-        "file.py:function"
+        f"--candidate {name} is not known: use torch, triton, transformers, numpy, or a forward pass of yours as "
+        "module:function or file.py:function"
     )
 
 
@@ -80,6 +85,7 @@ class ReferenceCandidate:
 
         self.model = model
         self.dtype = model.dtype
+        self.fused = hasattr(model, "backend")
         self.name = name or f"refllm {model.dtype}" + (f" {model.policy}" if model.policy else "")
         self.details = {"refllm": __version__, "numpy": np.__version__}
 
@@ -90,13 +96,21 @@ class ReferenceCandidate:
         policy = None if dtype == "float32" else "hf-eager" if attention == "eager" else "hf-sdpa"
         return cls(load(folder, head=head, dtype=dtype, policy=policy))
 
+    @classmethod
+    def fast(cls, folder: Path, *, head: str, dtype: str, backend: str) -> "ReferenceCandidate":
+        """The fast model of a backend, in the reference's place: it takes and names the same things."""
+        from refllm.auto import load
+
+        model = load(folder, head=head, dtype=dtype, backend=backend)
+        return cls(model, f"refllm {backend}, {dtype} on {model.device}")
+
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`."""
         cache = self.model.new_cache() if inputs.chunks else None
         embeds = None
         if inputs.embeds_scale is not None:
             rows = self.model.weights.rows("embed_tokens.weight", inputs.input_ids)
-            embeds = rows * np.asarray(inputs.embeds_scale, rows.dtype)
+            embeds = to_numpy(rows) * np.float32(inputs.embeds_scale)
         for piece in inputs.pieces():
             self.model(
                 input_ids=None if embeds is not None else inputs.input_ids[:, piece],
@@ -105,18 +119,18 @@ class ReferenceCandidate:
                 position_ids=inputs.positions[:, piece],
                 past_key_values=cache,
                 use_cache=cache is not None,
-                recorder=_Everything(sink),
+                recorder=_Everything(sink, fused_attention=self.fused),
             )
 
 
 class _Everything:
-    """A recorder that wants every value."""
+    """A recorder that wants every value, but not those that only a slower way of computing would show."""
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
+    def __init__(self, sink: Sink, fused_attention: bool) -> None:
+        self._sink, self._without = sink, (".scores", ".probs") if fused_attention else ()
 
     def wants(self, name: str) -> bool:
-        return True
+        return not name.endswith(self._without)
 
     def record(self, name: str, value: np.ndarray) -> None:
         self._sink(name, value)

@@ -27,7 +27,7 @@ from refllm.config import ModelConfig
 from refllm.errors import InputError
 from refllm.masks import masking
 from refllm.model import Model
-from refllm.precision import Policy, largest, rounding
+from refllm.precision import FUSED, Policy, largest, rounding
 from refllm.rope import RotaryEmbedding
 
 
@@ -137,7 +137,8 @@ class Judge:
     def _isolated(self, name: str, x: Uncertain) -> Uncertain:
         candidate = self._candidate(name, x)
         if candidate is None:
-            return x
+            # A value that is not shown may exist only inside a kernel: whether it was rounded there is not known.
+            return replace(x, rounded=None) if self.policy.name == FUSED.name else x
         exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
         report = self.reports[name]
         report.isolated = replace(

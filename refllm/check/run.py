@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refllm.check.candidates import DTYPES, open_candidate, record
+from refllm.check.candidates import DTYPES, FAST, open_candidate, record
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.oracle import Report, judge
 from refllm.check.taps import Candidate
@@ -36,9 +37,10 @@ POLICY_OF_ATTENTION = {"eager": "hf-eager", "sdpa": "hf-sdpa"}
 class Settings:
     """What to check.
 
-    candidate: "transformers", "numpy", or a function as module:function. attention: of Transformers. policy: where the
-    candidate is expected to round; None follows the attention. stress: check the stressed inputs too
-    (`refllm.check.inputs.stressed`). tokens: the arguments prompt, ids and ids_file of `read_tokens`.
+    candidate: "torch", "triton", "transformers", "numpy", or a function as module:function. attention: of Transformers.
+    policy: where the candidate is expected to round; None is fused for torch and triton, else follows the attention.
+    stress: check the stressed inputs too (`refllm.check.inputs.stressed`). tokens: the arguments prompt, ids and
+    ids_file of `read_tokens`.
     """
 
     candidate: str = "transformers"
@@ -55,6 +57,11 @@ class Settings:
         if self.attention not in POLICY_OF_ATTENTION:
             raise InputError(f"--attn {self.attention} is not known: use {' or '.join(POLICY_OF_ATTENTION)}")
         find_policy(self.policy, self.attention)
+
+    @property
+    def rounding(self) -> Policy:
+        """Where the candidate is expected to round."""
+        return find_policy(self.policy or ("fused" if self.candidate in FAST else None), self.attention)
 
 
 def find_policy(name: str | None, attention: str = "eager") -> Policy:
@@ -76,6 +83,24 @@ def folders_to_check(checkpoint: Path | None) -> list[Path]:
     return [checkpoint]
 
 
+def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tuple[list[str], list[str]]:
+    """The candidates asked for. By default Transformers, or for the embedded checkpoints everything that is installed;
+    then also a sentence for each that is not."""
+    if given or checkpoint is not None:
+        return given or ["transformers"], []
+    needs = {"torch": ("torch",), "triton": ("torch", "triton"), "transformers": ("torch", "transformers")}
+    missing = {name: [p for p in packages if find_spec(p) is None] for name, packages in needs.items()}
+    names = [name for name, packages in missing.items() if not packages]
+    if not names:
+        raise InputError("nothing to check: install torch and triton with: pip install 'refllm[fast]'")
+    extra = {"torch": "fast", "triton": "fast", "transformers": "witness"}
+    return names, [
+        f"not checked: {name}, because {packages[0]} is not installed (pip install 'refllm[{extra[name]}]')"
+        for name, packages in missing.items()
+        if packages
+    ]
+
+
 def check_all(folders: list[Path], settings: Settings, step: Step = lambda *_: None) -> Iterator[Report]:
     """One report per folder, precision and input, as they are done."""
     if settings.candidate == "transformers":
@@ -92,7 +117,7 @@ def check_checkpoint(folder: Path, dtype: str, settings: Settings, step: Step = 
     step(f"{folder.name}: loading")
     model, notes, ids = prepare(folder, dtype, settings.tokens)
     candidate = open_candidate(settings.candidate, folder, head=model.head, dtype=dtype, attention=settings.attention)
-    policy = find_policy(settings.policy, settings.attention)
+    policy = settings.rounding
     for inputs in [Inputs(ids), *(stressed(ids) if settings.stress else [])]:
         yield check_candidate(model, candidate, inputs, policy, folder.name, notes, step)
 
@@ -132,7 +157,7 @@ def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: No
         settings.candidate, folder, head=model.head, dtype=settings.dtypes[0], attention=settings.attention
     )
     trace = record(candidate, model, Inputs(ids))
-    policy = find_policy(settings.policy, settings.attention).name
+    policy = settings.rounding.name
     trace.details |= {"checkpoint": folder.name, "policy": policy, "notes": "; ".join(notes)}
     return trace
 

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 _BACKBONE = re.compile(r"^(?:model\.|transformer\.)?(?=(?:embed_tokens|layers|norm)\b)")
@@ -64,6 +65,7 @@ class _Hooks:
         if inner == "self_attn":
             yield module.register_forward_pre_hook(lambda *_: setattr(self, "layer", layer))
             yield module.register_forward_hook(lambda _m, _i, out: self._probs(layer, out))
+            yield from self._watch_patched(layer, module)
         elif inner == "self_attn.o_proj":
             yield module.register_forward_pre_hook(lambda _m, args: self._context(layer, args[0]))
         elif inner == "mlp.down_proj":
@@ -78,6 +80,22 @@ class _Hooks:
     def _probs(self, layer: str, out: Any) -> None:
         if isinstance(out, tuple) and len(out) > 1 and out[1] is not None:
             self.sink(f"{layer}.self_attn.probs", out[1])
+
+    def _watch_patched(self, layer: str, module: Any) -> Iterator[Any]:
+        """What only the stand-in of `refllm.kernels.patch` can show; nothing for a module that is not patched."""
+        stand_in: Any = getattr(module.__dict__.get("forward"), "__self__", None)
+        # Of a per-head norm and a rotation in one operator only the end is rounded; pages round in between, too.
+        if not hasattr(stand_in, "watchers") or getattr(module, "qk_layernorm", False):
+            return
+
+        def seen(q: Any, k: Any, v: Any) -> None:
+            self.sink(f"{layer}.self_attn.q_rope", q)
+            self.sink(f"{layer}.self_attn.k_rope", k)
+            if stand_in.fused:
+                self.sink(f"{layer}.self_attn.v_proj", v.transpose(1, 2).flatten(2))
+
+        stand_in.watchers.append(seen)
+        yield SimpleNamespace(remove=lambda: stand_in.watchers.remove(seen))
 
     def _context(self, layer: str, merged: Any) -> None:
         heads = merged.reshape(*merged.shape[:2], self.heads, -1).transpose(1, 2)

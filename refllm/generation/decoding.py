@@ -16,6 +16,7 @@ from refllm.errors import InputError
 from refllm.generation.logits_process import LogitsProcessorList, softmax
 from refllm.generation.stopping import StoppingCriteriaList
 from refllm.generation.streamers import BaseStreamer
+from refllm.inputs import to_numpy
 
 
 @dataclass(kw_only=True)
@@ -137,7 +138,7 @@ class Decoder:
         )
         if self.use_cache:
             self.cache = self.output.past_key_values
-        return np.asarray(self.output.logits)[:, -1].astype(np.float32)
+        return to_numpy(self.output.logits[:, -1]).astype(np.float32)
 
     def reorder(self, rows: np.ndarray) -> None:
         """Makes row i of the cache the former row rows[i]."""

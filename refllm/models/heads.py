@@ -77,7 +77,7 @@ def select(x_BSE, logits_to_keep):
     if keep.size and (keep.min() < -S or keep.max() >= S):
         bad = keep.max() if keep.max() >= S else keep.min()
         raise InputError(f"logits_to_keep: position {bad} is outside 0..{S - 1}, the positions of this call")
-    return x_BSE[:, keep] if keep.ndim == 1 else np.take_along_axis(x_BSE, keep[:, :, None] % S, axis=1)
+    return x_BSE[:, keep] if keep.ndim == 1 else x_BSE[np.arange(B)[:, None], keep]
 
 
 def causal_lm_loss(op, logits_BSV, labels_BS, *, shift_labels=None, num_items_in_batch=None, ignore_index=IGNORE_INDEX):

@@ -1,0 +1,167 @@
+"""Compiles many launches, in several processes, and judges every one."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+from refllm.errors import InputError
+from refllm.kernels.aot.compile_code import DoesNotCompile, Report, compile_launch, specialise
+from refllm.kernels.aot.gates import Finding, gates
+from refllm.kernels.aot.sources import Named, Source, kernel_name
+from refllm.kernels.launch import Launch
+from refllm.kernels.targets import Target, target
+
+FEW = 4
+"""Up to this many compilations are done in this process: another takes seconds to start."""
+
+Step = Callable[[str, float | None, float | None], None]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One named launch on one target. index: its place among those of its source. key: equal for equal results."""
+
+    source: Source
+    target: Target
+    index: int
+    name: str
+    launch: Launch
+    key: str
+
+    @property
+    def kernel(self) -> str:
+        return kernel_name(self.launch.kernel)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration that was compiled, with everything that is wrong with it. report: None if it does not compile."""
+
+    configuration: Configuration
+    report: Report | None
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Stable shape: module, kernel, configuration, target, report (null, or as the dataclass), findings."""
+        return {
+            "module": self.configuration.source.module,
+            "kernel": self.configuration.kernel,
+            "configuration": self.configuration.name,
+            "target": self.configuration.target.name,
+            "num_warps": self.configuration.launch.num_warps,
+            "num_stages": self.configuration.launch.num_stages,
+            "report": None if self.report is None else asdict(self.report),
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+def collect(sources: Iterable[Source], targets: Sequence[Target], wanted: str = "") -> list[Configuration]:
+    """Every launch of the sources on every target whose module, kernel or name contains `wanted`.
+
+    Raises InputError if there is none, and as the sources.
+    """
+    found = [
+        Configuration(source, gpu, index, name, launch, _key(source, gpu, name, launch))
+        for source in sources
+        for gpu in targets
+        for index, (name, launch) in enumerate(source.launches(gpu))
+        if any(wanted in text for text in (source.module, kernel_name(launch.kernel), name))
+    ]
+    if not found:
+        raise InputError(f"no configuration's name contains {wanted!r}" if wanted else "there are no configurations")
+    return found
+
+
+def check(configurations: Sequence[Configuration], jobs: int = 1, step: Step | None = None) -> list[Checked]:
+    """Compiles all of them (equal ones once) in `jobs` processes and judges each; in the order given.
+
+    step: told (what, done, of how many). Raises InputError if a user's kernel does not compile.
+    """
+    first = {configuration.key: configuration for configuration in reversed(configurations)}
+    results: dict[str, Report | DoesNotCompile] = {}
+    for configuration, result in _compile_all(list(first.values()), jobs):
+        results[configuration.key] = result
+        if step is not None:
+            step(f"{configuration.kernel} for {configuration.target.name}", len(results), len(first))
+    return [_judge(configuration, results[configuration.key]) for configuration in configurations]
+
+
+def cores() -> int:
+    """How many processes may compile at a time."""
+    return len(os.sched_getaffinity(0))
+
+
+def _key(source: Source, gpu: Target, name: str, launch: Launch) -> str:
+    try:
+        return specialise(launch, gpu).key
+    except InputError:
+        if not source.ours:
+            raise
+        return f"{source.module} {gpu.name} {name}"  # compiling it says the same, as a finding
+
+
+def _judge(configuration: Configuration, result: Report | DoesNotCompile) -> Checked:
+    if isinstance(result, Report):
+        launch = configuration.launch
+        if not configuration.source.ours:  # nobody said what to expect: a product in a loop should run ahead
+            launch = replace(launch, async_copies=launch.async_copies or any(dot.pipelined for dot in result.dots))
+        return Checked(configuration, result, tuple(gates(launch, result, configuration.target)))
+    if not configuration.source.ours:
+        raise result
+    return Checked(configuration, None, (Finding("compiles", str(result), 0, 1),))
+
+
+_Result = tuple[Configuration, Report | DoesNotCompile]
+
+
+def _compile_all(configurations: list[Configuration], jobs: int) -> Iterator[_Result]:
+    if jobs <= 1 or len(configurations) <= FEW:
+        for configuration in configurations:
+            yield configuration, _compile(configuration.launch, configuration.target)
+        return
+    left = {(c.source, c.target.name, c.index): c for c in configurations}
+    for place, result in _in_processes(list(left), min(jobs, len(left))):
+        yield left.pop(place), result
+    for place, configuration in left.items():  # a compiler process died: each of the rest in a process of its own
+        alone = dict(_in_processes([place], 1))
+        died = DoesNotCompile(f"{configuration.kernel} for {place[1]}: the compiler crashes")
+        yield configuration, alone.get(place, died)
+
+
+_Place = tuple[Source, str, int]
+
+
+def _in_processes(places: list[_Place], jobs: int) -> Iterator[tuple[_Place, Report | DoesNotCompile]]:
+    """Results as they come; ends early if a process dies. Processes are started afresh: a fork would copy threads."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running: dict[Future[Report | DoesNotCompile], _Place] = {}
+        try:
+            running = {pool.submit(_compile_at, *place): place for place in places}
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BrokenProcessPool:
+            return
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _compile(launch: Launch, gpu: Target) -> Report | DoesNotCompile:
+    try:
+        return compile_launch(launch, gpu)
+    except (DoesNotCompile, InputError) as error:
+        return DoesNotCompile(str(error))
+
+
+def _compile_at(source: Source, target_name: str, index: int) -> Report | DoesNotCompile:
+    """The work of another process: a launch cannot be sent there, so it is made again."""
+    return _compile(_launches(source, target_name)[index][1], target(target_name))
+
+
+@cache
+def _launches(source: Source, target_name: str) -> list[Named]:
+    return source.launches(target(target_name))

@@ -1,0 +1,77 @@
+"""Autotuned kernels without a GPU to time them on: the first configuration runs, or each of them, compared."""
+
+from typing import Any
+
+import torch
+
+from refllm.kernels.interpreter.errors import KernelError
+
+
+def run(tuner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], every: bool) -> Any:
+    """What Autotuner.run does, without timing.
+
+    every: run each distinct configuration on copies of all tensors first. Raises KernelError if two of them disagree
+    by more than torch.testing.assert_close allows for the type.
+    """
+    __tracebackhide__ = True
+    tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
+    try:
+        configs = tuner.prune_configs(kwargs) if len(tuner.configs) > 1 else tuner.configs
+        if every:
+            _compare(tuner, _distinct(configs), args, kwargs)
+        tuner.best_config = configs[0]
+        return _run_one(tuner, configs[0], args, kwargs)
+    finally:
+        tuner.nargs = None
+
+
+def _run_one(tuner: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    __tracebackhide__ = True
+    if config.pre_hook is not None:
+        names = dict(zip(tuner.arg_names, args, strict=False))
+        config.pre_hook({**names, **kwargs, **config.all_kwargs()})
+    return tuner.fn.run(*args, **kwargs, **config.all_kwargs())
+
+
+def _distinct(configs: list[Any]) -> list[Any]:
+    """Configurations that differ in more than warps and stages, which do not exist here."""
+    return list({str(sorted(c.kwargs.items(), key=str)): c for c in reversed(configs)}.values())[::-1]
+
+
+def _compare(tuner: Any, configs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    first: dict[str, torch.Tensor] = {}
+    for config in configs:
+        copies = _Copies()
+        own_args = tuple(copies.of(a) for a in args)
+        own_kwargs = {k: copies.of(v) for k, v in kwargs.items()}
+        _run_one(tuner, config, own_args, own_kwargs)
+        named = {**dict(zip(tuner.arg_names, own_args, strict=False)), **own_kwargs}
+        results = {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
+        if not first:
+            first = results
+        for name, result in results.items():
+            try:
+                torch.testing.assert_close(result, first[name], equal_nan=True)
+            except AssertionError as error:
+                reason = " ".join(str(error).split())
+                raise KernelError(
+                    f"{tuner.base_fn.__name__}: `{name}` differs between the configurations {configs[0]} and {config}: "
+                    f"{reason}"
+                ) from None
+
+
+class _Copies:
+    """Copies of tensors that share storage where the originals do."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def of(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in self.storages:
+            self.storages[storage.data_ptr()] = storage.clone()
+        copy = torch.empty(0, dtype=value.dtype)
+        copy.set_(self.storages[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
+        return copy

@@ -1,0 +1,165 @@
+"""`interpreted()`: within it, launches of Triton kernels on CPU tensors run on the interpreter.
+
+Only the entries to a launch are exchanged, at the level of Triton's classes, and put back at the end. So kernels of any
+library run, however they were imported, and compiling ahead of time works before, after and inside.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from refllm.kernels.interpreter.errors import KernelError
+from refllm.kernels.interpreter.settings import Settings
+
+_stack: list[Settings] = []
+_owner: int | None = None
+_undo: list[tuple[Any, str, Any]] = []
+_MISSING = object()
+
+
+def active() -> bool:
+    """Whether Triton kernels currently run on the interpreter."""
+    return bool(_stack)
+
+
+@contextlib.contextmanager
+def interpreted(
+    *,
+    bounds: bool | str = True,
+    overflow: bool = True,
+    races: bool = True,
+    poison: bool = True,
+    tf32: bool = True,
+    configs: str = "first",
+) -> Iterator[None]:
+    """Runs every Triton kernel that is launched on CPU tensors inside the `with` block, one program after the other.
+
+    bounds: an access outside the storage of the argument that its pointer came from raises OutOfBoundsError. "view"
+        allows only what the tensor itself spans, not the rest of its storage; False allows every argument's storage.
+    overflow: int32 arithmetic that overflows raises IntegerOverflowError.
+    races: two programs that store to one element, or one that loads what another stores, raise RaceError.
+    poison: torch.empty and its relatives return NaN, and loading such memory before it was written raises
+        UninitializedError; lanes that a load masks off without `other` are NaN.
+    tf32: tl.dot of float32 reads its operands as TF32 unless input_precision is "ieee", as on the tensor cores.
+    configs: which configurations of an autotuned kernel run: "first", or "all", each on copies, to compare them.
+
+    Contexts may be nested; the innermost decides. Raises KernelError if another thread is inside already, or if
+    TRITON_INTERPRET is set, which would break ahead-of-time compilation in this process.
+    """
+    settings = Settings(bounds, overflow, races, poison, tf32, configs)
+    if configs not in ("first", "all"):
+        raise KernelError(f'interpreted: configs={configs!r}; expected "first" or "all"')
+    if bounds not in (True, False, "view"):
+        raise KernelError(f'interpreted: bounds={bounds!r}; expected True, False or "view"')
+    _enter(settings)
+    try:
+        yield
+    finally:
+        _leave()
+
+
+def _enter(settings: Settings) -> None:
+    global _owner
+    if _stack and _owner != threading.get_ident():
+        raise KernelError("interpreted: another thread is inside; the interpreter runs one thread per process")
+    if not _stack:
+        _owner = threading.get_ident()
+        try:
+            _exchange()
+        except BaseException:
+            _restore()
+            raise
+    _stack.append(settings)
+
+
+def _leave() -> None:
+    _stack.pop()
+    if not _stack:
+        _restore()
+
+
+def _exchange() -> None:
+    import triton
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    if triton.knobs.runtime.interpret:
+        raise KernelError("interpreted: unset TRITON_INTERPRET; it keeps kernels from being compiled in this process")
+    import triton.language as tl
+
+    from refllm.kernels.interpreter import poison
+
+    _set(JITFunction, "run", _run_jit(JITFunction.run))
+    _set(Autotuner, "run", _run_autotuner(Autotuner.run))
+    _set(tl.dtype, "to_ir", _to_ir(tl.dtype.to_ir))
+    for owner, name in poison.ALLOCATORS:
+        if hasattr(owner, name):
+            original = getattr(owner, name)
+            _set(owner, name, _if_poison(original, poison.poisoning(original)))
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    _undo.append((owner, name, vars(owner).get(name, _MISSING)))
+    setattr(owner, name, value)
+
+
+def _restore() -> None:
+    while _undo:
+        owner, name, value = _undo.pop()
+        if value is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+
+
+def _run_jit(original: Callable[..., Any]) -> Callable[..., Any]:
+    from refllm.kernels.interpreter.launch import launch
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if warmup or _elsewhere((*args, *kwargs.values())):
+            return original(self, *args, grid=grid, warmup=warmup, **kwargs)
+        if threading.get_ident() != _owner:
+            raise KernelError(f"{self.__name__} is launched in a second thread; the interpreter runs one per process")
+        if getattr(self, "is_gluon", bool)():
+            raise KernelError(f"{self.__name__} is written in Gluon, which the interpreter cannot run")
+        launch(self, grid, args, kwargs, _stack[-1])
+        return None
+
+    return run
+
+
+def _elsewhere(values: tuple[Any, ...]) -> bool:
+    """Whether a launch belongs to a GPU: it has tensors there, and none on the CPU."""
+    devices = {v.device.type for v in values if hasattr(v, "data_ptr") and hasattr(v, "device")}
+    return bool(devices) and "cpu" not in devices and "meta" not in devices
+
+
+def _run_autotuner(original: Callable[..., Any]) -> Callable[..., Any]:
+    from refllm.kernels.interpreter import autotune
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if kwargs.get("warmup") or _elsewhere((*args, *kwargs.values())):
+            return original(self, *args, **kwargs)
+        return autotune.run(self, args, kwargs, _stack[-1].configs == "all")
+
+    return run
+
+
+def _to_ir(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Types for the NumPy builder are the types themselves; the compiler's builder is served as before."""
+    from refllm.kernels.interpreter.builder import Builder
+
+    def to_ir(self: Any, builder: Any) -> Any:
+        return self if isinstance(builder, Builder) else original(self, builder)
+
+    return to_ir
+
+
+def _if_poison(original: Callable[..., Any], poisoning: Callable[..., Any]) -> Callable[..., Any]:
+    def allocate(*args: Any, **kwargs: Any) -> Any:
+        return (poisoning if _stack and _stack[-1].poison else original)(*args, **kwargs)
+
+    return allocate

@@ -1,0 +1,27 @@
+"""What the interpreter raises. Each message is one sentence that names the kernel, the program and the line."""
+
+from refllm.errors import RefllmError
+
+
+class KernelError(RefllmError):
+    """A kernel did what it must not do on a GPU, or uses what the interpreter cannot run."""
+
+
+class OutOfBoundsError(KernelError, IndexError):
+    """A load, store or atomic touches memory outside the storage of the argument that its pointer came from."""
+
+
+class IntegerOverflowError(KernelError, ArithmeticError):
+    """Integer arithmetic, usually of an offset, left the range of its type."""
+
+
+class RaceError(KernelError):
+    """The result depends on the order in which programs, or lanes of one program, run."""
+
+
+class UninitializedError(KernelError):
+    """A kernel read memory that nobody wrote."""
+
+
+class DeviceAssertionError(KernelError, AssertionError):
+    """tl.device_assert, tl.assume, tl.static_assert or `assert` inside a kernel failed."""

@@ -1,0 +1,187 @@
+"""One launch of one kernel, interpreted: binds the arguments, runs every program of the grid, places the errors."""
+
+import traceback
+import types
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.jit import TensorWrapper
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from refllm.kernels.interpreter import compatibility, formats, operations
+from refllm.kernels.interpreter.builder import BUILDER, pointer
+from refllm.kernels.interpreter.errors import KernelError
+from refllm.kernels.interpreter.memory import Memory
+from refllm.kernels.interpreter.semantic import SEMANTIC, Tensor, make
+from refllm.kernels.interpreter.settings import Settings
+
+OPTIONS = compatibility.launch_options()
+GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
+"""Largest grid along x, y and z (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+
+
+def launch(jit: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings) -> None:
+    """Runs `jit[grid](*args, **kwargs)` on CPU tensors.
+
+    Raises KernelError for a launch that a GPU would refuse, and for whatever goes wrong inside the kernel.
+    """
+    __tracebackhide__ = True  # pytest shows the line that launched the kernel
+    name = jit.__name__
+    for hook in jit.pre_run_hooks:
+        hook(*args, **kwargs)
+    bound = _bind(jit, args, kwargs)
+    sizes = _grid(name, grid(dict(bound)) if callable(grid) else grid)
+    memory = Memory(settings.bounds, settings.races, settings.poison)
+    memory.grid = sizes
+    parameters = {p.name: p for p in jit.params}
+    converter = _Converter(name, memory)
+    function = operations.twin(jit)
+    previous = BUILDER.memory, BUILDER.check_overflow, BUILDER.tf32, BUILDER.poison
+    BUILDER.memory, BUILDER.check_overflow = memory, settings.overflow
+    BUILDER.tf32, BUILDER.poison = settings.tf32, settings.poison
+    BUILDER.grid_idx, BUILDER.grid_dim = (0, 0, 0), sizes
+    try:
+        with np.errstate(all="ignore"):
+            converted = {n: converter.argument(parameters[n], value) for n, value in bound.items()}
+            _run(function, converted, memory)
+    except KernelError as error:
+        raise _placed(name, error) from None
+    except Exception as error:
+        raise _placed(name, error) from error
+    finally:
+        BUILDER.memory, BUILDER.check_overflow, BUILDER.tf32, BUILDER.poison = previous
+
+
+def _run(function: types.FunctionType, arguments: dict[str, Any], memory: Memory) -> None:
+    x, y, z = BUILDER.grid_dim
+    for i in range(x):
+        for j in range(y):
+            for k in range(z):
+                BUILDER.grid_idx = (i, j, k)
+                memory.program = (i * y + j) * z + k
+                function(**arguments)
+    BUILDER.grid_idx = ()
+    memory.finish()
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _bind(jit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, defaults included, without the launch options."""
+    names = set(jit.arg_names)
+    unknown = [k for k in kwargs if k not in names and k not in OPTIONS]
+    if unknown:
+        raise KernelError(
+            f"{jit.__name__} has no argument `{unknown[0]}`, and it is no launch option either; its arguments are "
+            f"{', '.join(jit.arg_names)}"
+        )
+    try:
+        bound = jit.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in names})
+    except TypeError as error:
+        raise KernelError(f"{jit.__name__}: {error}") from None
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _grid(name: str, grid: Any) -> tuple[int, int, int]:
+    sizes = [int(n) for n in (grid if isinstance(grid, tuple | list) else (grid,))]
+    if not 1 <= len(sizes) <= 3:
+        raise KernelError(f"{name}: a grid has 1 to 3 axes, not {len(sizes)}")
+    for axis, (size, limit) in enumerate(zip(sizes, GRID_LIMITS, strict=False)):
+        if not 0 <= size <= limit:
+            raise KernelError(f"{name}: {size} programs along axis {axis} of the grid; a GPU allows 0 to {limit:,}")
+    sizes += [1] * (3 - len(sizes))
+    return sizes[0], sizes[1], sizes[2]
+
+
+class _Converter:
+    """Turns the arguments of a launch into what the kernel sees."""
+
+    def __init__(self, kernel: str, memory: Memory) -> None:
+        self.kernel, self.memory = kernel, memory
+
+    def argument(self, parameter: Any, value: Any) -> Any:
+        if parameter.is_constexpr:
+            return operations.unwrap(value)
+        annotated = parameter.annotation_type if isinstance(parameter.annotation_type, str) else ""
+        return self.value(parameter.name, value, annotated)
+
+    def value(self, name: str, value: Any, annotated: str = "") -> Any:
+        if isinstance(value, bool | int | float):
+            return _scalar(value, annotated)
+        if isinstance(value, tuple | list):
+            items = [self.value(f"{name}[{i}]", item) for i, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if isinstance(value, TensorDescriptor):
+            return self._descriptor(name, value)
+        if hasattr(value, "data_ptr"):
+            return self._tensor(name, value)
+        return operations.unwrap(value)
+
+    def _tensor(self, name: str, value: Any) -> Any:
+        base = value.base if isinstance(value, TensorWrapper) else value
+        if not isinstance(base, torch.Tensor) or base.device.type != "cpu":
+            where = getattr(base, "device", "no device")
+            raise KernelError(f"{self.kernel}: `{name}` is on {where}; the interpreter runs on tensors of the CPU")
+        dtype = tl.str_to_ty(triton.runtime.jit.mangle_type(value), None)
+        return Tensor(pointer(base.data_ptr(), dtype, self.memory.add(name, base)), dtype)
+
+    def _descriptor(self, name: str, value: TensorDescriptor) -> Any:
+        strides = [_scalar(int(s), "") for s in value.strides[:-1]] + [tl.constexpr(value.strides[-1])]
+        return SEMANTIC.make_tensor_descriptor(
+            self._tensor(name, value.base),
+            [_scalar(int(s), "") for s in value.shape],
+            strides,
+            [tl.constexpr(int(b)) for b in value.block_shape],
+            value.padding,
+        )
+
+
+def _scalar(value: bool | int | float, annotated: str) -> Any:
+    """A number as a launch passes it: float32, int1, or the narrowest of int32, int64 and uint64 that holds it."""
+    if annotated:
+        dtype = tl.str_to_ty(annotated, None)
+    elif isinstance(value, bool):
+        dtype = tl.int1
+    elif isinstance(value, float):
+        dtype = tl.float32
+    else:
+        dtype = tl.int32 if -(2**31) <= value < 2**31 else tl.int64 if value < 2**63 else tl.uint64
+    if dtype.is_floating():
+        data = np.array([value], np.float64)
+        with np.errstate(all="ignore"):
+            data = formats.narrow(data, dtype)
+    else:
+        data = np.array([value]).astype(formats.numpy_type(dtype))
+    return make(data, dtype, scalar=True)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def _placed(kernel: str, error: Exception) -> KernelError:
+    """The error with the kernel, the program and the line in front."""
+    grid = BUILDER.grid_dim
+    program = BUILDER.grid_idx[: 3 if grid[2] > 1 else 2 if grid[1] > 1 else 1]
+    place = kernel
+    if program:
+        place += f", program {program[0] if len(program) == 1 else program}{_line(error)}"
+    if isinstance(error, KernelError):
+        return type(error)(f"{place}: {error}")
+    reason = " ".join(str(error).split())
+    return KernelError(f"{place}: {type(error).__name__}{f': {reason}' if reason else ''}")
+
+
+def _line(error: Exception) -> str:
+    """The deepest line of a kernel that is not part of the Triton language itself."""
+    language = tl.__path__[0]
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if "_refllm_operations_" in code.co_freevars and not code.co_filename.startswith(language):
+            found = f", {code.co_filename.rsplit('/', 1)[-1]}:{line}"
+    return found

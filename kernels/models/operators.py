@@ -1,0 +1,145 @@
+"""What a page of `refllm.kernels.models.pages` calls: one backend's operators, products, and `tap` to name values.
+
+Every fusion is listed in `FUSIONS`. Where one cannot be used, the steps it would fuse are done one by one, and that is
+not silent: `fallbacks(config)` says which and why, and `refllm info` prints it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from refllm import kernels
+from refllm.kernels.models.activations import activation
+from refllm.operators import Recorder
+from refllm.precision import Arithmetic
+
+BACKENDS = ("torch", "triton")
+_DECODED_AT_ONCE = 8
+"""New tokens up to which `decode_attention` is meant: it shares out the keys, `attention` the queries."""
+
+
+class TorchOperators:
+    """The operators of one backend, bound to an arithmetic (for the rounding of tables) and a recorder.
+
+    backend: "triton" (`refllm.kernels`) or "torch" (`refllm.kernels.plain`). scope: what `tap` puts before a name.
+    """
+
+    def __init__(self, backend: str, ar: Arithmetic, recorder: Recorder | None = None, scope: str = "") -> None:
+        self.backend, self.ar, self.recorder, self.scope = backend, ar, recorder, scope
+        self._kernels: Any = kernels if backend == "triton" else kernels.plain
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name in kernels.OPERATORS:
+            return getattr(self._kernels, name)
+        raise AttributeError(f"there is no operator {name!r}")
+
+    def within(self, scope: str) -> "TorchOperators":
+        """The same operators, whose taps are named `scope` + "." + name."""
+        return TorchOperators(self.backend, self.ar, self.recorder, f"{scope}.")
+
+    def tap(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """`value`, shown to the recorder under its name."""
+        if self.recorder is not None and self.recorder.wants(self.scope + name):
+            self.recorder.record(self.scope + name, value)
+        return value
+
+    # The matrix products are the library's: cuBLAS on NVIDIA, hipBLASLt on AMD, oneDNN and MKL on the CPU.
+
+    @staticmethod
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + b: [..., I] -> [..., O]."""
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x + y, a step of the residual stream."""
+        return x + y
+
+    @staticmethod
+    def merged(x_BHSD: torch.Tensor) -> torch.Tensor:
+        """[B, H, S, D] -> [B, S, H * D]; a view where the heads lie beside each other."""
+        return x_BHSD.transpose(1, 2).flatten(2)
+
+    def glu(self, gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
+        """act(gate) * up: the fused operator for SiLU, two steps of Torch for every other activation."""
+        if name in ("silu", "swish"):
+            return self.swiglu(gate, up)
+        return (activation(gate.float(), name) * up.float()).to(up.dtype)
+
+    def activation(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """act(x): the fused operator for relu2, Torch for every other activation."""
+        return self.relu2(x) if name == "relu2" else activation(x.float(), name).to(x.dtype)
+
+    def attention(
+        self,
+        q_BHSD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        *,
+        causal: bool,
+        key_mask: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention under what `refllm.masks.masking` says. A mask of pairs of positions, or recorded weights, need it
+        in steps: no kernel takes the one or keeps the other."""
+        names = ("self_attn.scores", "self_attn.probs")
+        wanted = self.recorder is not None and any(self.recorder.wants(self.scope + name) for name in names)
+        B, _, S, _ = q_BHSD.shape
+        T = k_BKTD.shape[2]
+        if mask is None and not wanted and key_mask is None and causal and S <= _DECODED_AT_ONCE < T:
+            lengths_B = torch.full((B,), T, dtype=torch.int32, device=q_BHSD.device)
+            return self._kernels.decode_attention(q_BHSD, k_BKTD, v_BKTD, lengths_B)
+        if mask is None and not wanted:
+            return self._kernels.attention(q_BHSD, k_BKTD, v_BKTD, causal=causal, key_mask=key_mask)
+        return self._attention_in_steps(q_BHSD, k_BKTD, v_BKTD, causal, key_mask, mask)
+
+    def _attention_in_steps(
+        self,
+        q_BHSD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        causal: bool,
+        key_mask: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The definition, with scores and weights as whole tensors in float32: for masks of pairs and for recording."""
+        (S, T), groups = (q_BHSD.shape[2], k_BKTD.shape[2]), q_BHSD.shape[1] // k_BKTD.shape[1]
+        k_BHTD, v_BHTD = (x.repeat_interleave(groups, dim=1).float() for x in (k_BKTD, v_BKTD))
+        s_BHST = q_BHSD.float() @ k_BHTD.transpose(2, 3) * q_BHSD.shape[-1] ** -0.5
+        self.tap("self_attn.scores", s_BHST)
+        hidden = torch.zeros(1, 1, S, T, dtype=torch.bool, device=s_BHST.device)
+        if causal:
+            hidden = hidden | ~torch.ones(S, T, dtype=torch.bool, device=s_BHST.device).tril(T - S)
+        if key_mask is not None:
+            hidden = hidden | ~key_mask[:, None, None, :]
+        if mask is not None and mask.dtype == torch.bool:
+            hidden = hidden | ~mask
+        elif mask is not None:
+            s_BHST, hidden = s_BHST + mask, hidden | (mask == -torch.inf)
+        s_BHST = s_BHST.masked_fill(hidden, -torch.inf)
+        top = s_BHST.amax(dim=-1, keepdim=True)
+        e_BHST = torch.exp(s_BHST - top.masked_fill(top == -torch.inf, 0.0))
+        total = e_BHST.sum(dim=-1, keepdim=True)
+        scale = torch.where(total > 0, 1 / total, 0.0)  # a query with no key to attend to yields 0
+        self.tap("self_attn.probs", e_BHST * scale)
+        return (e_BHST.to(q_BHSD.dtype).float() @ v_BHTD * scale).to(q_BHSD.dtype)
+
+    # Of the heads.
+
+    def cross_entropy(self, logits: torch.Tensor, labels: Any, **options: Any) -> torch.Tensor:
+        """The operator, for labels that come as an array."""
+        return self._kernels.cross_entropy(logits, torch.as_tensor(labels, device=logits.device), **options)
+
+    @staticmethod
+    def mean_squared_error(x: torch.Tensor, target: Any) -> torch.Tensor:
+        """mean (x - target)^2, in float32."""
+        return F.mse_loss(x.float(), torch.as_tensor(np.asarray(target), device=x.device).float())
+
+    @staticmethod
+    def binary_cross_entropy(logits: torch.Tensor, target: Any) -> torch.Tensor:
+        """mean of -y log s(z) - (1 - y) log(1 - s(z)), in float32."""
+        y = torch.as_tensor(np.asarray(target), device=logits.device).float()
+        return F.binary_cross_entropy_with_logits(logits.float(), y)

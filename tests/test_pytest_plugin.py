@@ -1,0 +1,146 @@
+"""refllm.kernels.pytest_plugin, in pytest runs of its own: off unless asked for, and what it says when a kernel fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = """
+import pytest, torch, triton, triton.language as tl
+from refllm.kernels import interpreter
+
+@triton.jit
+def scale(x, y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
+
+def run(n=5, programs=1):
+    x, y = torch.arange(5.0), torch.empty(5)
+    scale[(programs,)](x, y, n, BLOCK=8)
+    return y
+"""
+
+
+def session(folder: Path, test: str, *arguments: str) -> tuple[int, str]:
+    """The exit code and the output of pytest on one file of tests."""
+    (folder / "test_it.py").write_text(KERNELS + test)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "refllm.kernels.pytest_plugin"]
+    result = subprocess.run(
+        [*command, *arguments, "test_it.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_imports_neither_torch_nor_triton(tmp_path: Path) -> None:
+    code = "import sys, pytest\n" + (
+        "class Look:\n"
+        "    def pytest_sessionfinish(self):\n"
+        "        print('LOADED', sorted({'torch', 'triton', 'numpy'} & set(sys.modules)),"
+        " 'refllm.kernels.pytest_plugin' in sys.modules)\n"
+        "pytest.main(['-q', '-p', 'no:cacheprovider', '-p', 'refllm.kernels.pytest_plugin', 'test_it.py'], [Look()])"
+    )
+    (tmp_path / "test_it.py").write_text("def test_nothing(): pass\n")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "LOADED [] True" in result.stdout
+
+
+def test_inactive_by_default_and_active_where_asked_for(tmp_path: Path) -> None:
+    test = """
+def test_default():
+    assert not interpreter.active()
+
+@pytest.mark.triton_interpreted
+def test_marked():
+    assert run().tolist() == [0, 2, 4, 6, 8]
+
+@pytest.fixture
+def result():
+    return run()
+
+@pytest.mark.triton_interpreted(races=False)
+def test_fixtures_of_a_marked_test_run_inside(result):
+    run(programs=1)
+    assert result.tolist() == [0, 2, 4, 6, 8]
+
+def test_fixture(triton_interpreter):
+    assert run().tolist() == [0, 2, 4, 6, 8]
+    with triton_interpreter(bounds="view"):
+        assert interpreter.active()
+
+def test_default_again():
+    assert not interpreter.active()
+"""
+    code, output = session(tmp_path, test, "--strict-markers")
+    assert code == 0, output
+    assert "5 passed" in output
+
+
+def test_option_runs_every_test_inside_and_says_so(tmp_path: Path) -> None:
+    test = """
+def test_plain():
+    assert run().tolist() == [0, 2, 4, 6, 8]
+"""
+    code, output = session(tmp_path, test, "--triton-interpret")
+    assert code == 0, output
+    assert "kernels run on the CPU, on the interpreter of refllm" in output
+    code, output = session(tmp_path, test)
+    assert code == 1, output
+    assert "interpreter of refllm" not in output
+
+
+def test_a_failure_is_one_sentence(tmp_path: Path) -> None:
+    test = """
+@pytest.mark.triton_interpreted
+def test_out_of_bounds():
+    run(n=7)
+
+@pytest.mark.triton_interpreted("view")
+def test_positional():
+    pass
+"""
+    code, output = session(tmp_path, test)
+    assert code == 1, output
+    sentences = [line for line in output.splitlines() if line.startswith("E ")]
+    assert len(sentences) == 1
+    assert "OutOfBoundsError: scale, program 0, test_it.py:8: tl.load through `x`: 2 of 7 active" in sentences[0]
+    assert "takes keywords only" in output
+    assert "memory.py" not in output  # no tour of the interpreter
+
+
+def test_works_under_xdist(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    test = """
+@pytest.mark.parametrize("i", range(4))
+def test_plain(i):
+    assert run().tolist() == [0, 2, 4, 6, 8]
+"""
+    code, output = session(tmp_path, test, "--triton-interpret", "-n", "2")
+    assert code == 0, output
+    assert "4 passed" in output
+
+
+def test_a_second_thread_is_refused(tmp_path: Path) -> None:
+    test = """
+import threading
+
+@pytest.mark.triton_interpreted
+def test_threads():
+    errors = []
+    def other(enter):
+        try:
+            if enter:
+                with interpreter.interpreted(): pass
+            else:
+                run()
+        except interpreter.KernelError as error:
+            errors.append(str(error))
+    for enter in (True, False):
+        thread = threading.Thread(target=other, args=(enter,)); thread.start(); thread.join()
+    assert "another thread is inside" in errors[0]
+    assert "second thread" in errors[1]
+"""
+    code, output = session(tmp_path, test)
+    assert code == 0, output
