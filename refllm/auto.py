@@ -34,7 +34,7 @@ def load(
     cls = model_class(AutoConfig.from_pretrained(path), head)
     from refllm.progress import loading_bar
 
-    options = {"policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
+    options: dict[str, Any] = {"policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
     with loading_bar(sys.stderr) as progress:
         return cls.from_pretrained(path, dtype=dtype, progress=progress, **options)
 

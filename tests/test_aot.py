@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from refllm.errors import InputError, MissingExtraError
-from refllm.kernels.aot import DoesNotCompile, Report, compile_code, compile_launch, gates
+from refllm.kernels.aot import DoesNotCompile, Report, batch, compile_code, compile_launch, disassemble, gates
 from refllm.kernels.aot.batch import Checked, check, collect
 from refllm.kernels.aot.gates import Finding
 from refllm.kernels.aot.machine_code import Resources, read_dots, read_ptxas_log, read_sass
@@ -260,9 +261,9 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         def nvdisasm(self) -> None:
             raise RuntimeError("Cannot find nvdisasm")
 
-    monkeypatch.setattr(compile_code.knobs, "nvidia", Without())
+    monkeypatch.setattr(disassemble.knobs, "nvidia", Without())
     with pytest.raises(MissingExtraError, match=r"has no nvdisasm.*TRITON_NVDISASM_PATH"):
-        compile_code._tool("nvdisasm")
+        disassemble.tool("nvdisasm")
 
 
 # --- the specialisation is that of a start
@@ -389,7 +390,10 @@ def carried(tmp_path: Path) -> Path:
     return path
 
 
-def test_equal_specialisations_are_compiled_once_and_processes_change_nothing(carried: Path) -> None:
+def test_equal_specialisations_are_compiled_once_and_processes_change_nothing(
+    carried: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "FEW", 0)
     configurations, steps = collect([FileSource(str(carried))], [TARGETS["sm_80"], TARGETS["gfx942"]]), []
     together = check(configurations, 2, lambda what, done, total: steps.append((what, done, total)))
     assert len(configurations) == 10
@@ -406,7 +410,8 @@ def test_equal_specialisations_are_compiled_once_and_processes_change_nothing(ca
     assert set(together[2].report.instructions.loads) == {4}
 
 
-def test_a_compiler_that_crashes_is_a_finding(tmp_path: Path) -> None:
+def test_a_compiler_that_crashes_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "FEW", 0)
     path = tmp_path / "dies.py"
     path.write_text(CARRIED.replace("DIES", "True"))
     rows = check(collect([FileSource(str(path), ours=True)], [TARGETS["sm_80"], TARGETS["gfx942"]]), 2)
@@ -417,6 +422,22 @@ def test_a_compiler_that_crashes_is_a_finding(tmp_path: Path) -> None:
 
 
 # --- reading
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_code_read_together_is_what_nvdisasm_lists_for_each_file(target: str, tmp_path: Path) -> None:
+    cubins = []
+    for launch in (product_launch(), scaled_launch(wide=True), scaled_launch()):
+        special = compile_code.specialise(launch, TARGETS[target])
+        compiled = triton.compile(special.source, target=special.gpu, options=special.options.__dict__)
+        cubins.append(compiled.asm["cubin"])
+    listed = []
+    for cubin in cubins:
+        (tmp_path / "one.cubin").write_bytes(cubin)
+        command = [disassemble.tool("nvdisasm"), "-c", str(tmp_path / "one.cubin")]
+        listed.append(disassemble.read_listing(subprocess.run(command, capture_output=True, text=True).stdout))
+    assert disassemble.opcodes_of(cubins, TARGETS[target]) == listed
+    assert all(len(opcodes) > 50 for opcodes in listed)
 
 
 def test_registers_are_the_most_and_spills_the_sum_over_functions() -> None:
@@ -435,7 +456,7 @@ ptxas info    : Used 32 registers, used 0 barriers
 def test_loads_are_counted_by_width() -> None:
     opcodes = ("LDG.E.128", "@P0 LDG.E.U16", "@!UP1 LDGSTS.E.BYPASS.LTC128B.64", "LDGSTS.E.LTC128B", "NOP", "BRA")
     listing = "".join(f"        /*{16 * i:04x}*/                   {op} R4 ;\n" for i, op in enumerate(opcodes))
-    mix = read_sass(listing)
+    mix = read_sass(disassemble.read_listing(listing))
     assert mix.loads == {2: 1, 4: 1, 8: 1, 16: 1}
     assert mix.wide_share == 16 / 30
     assert (mix.count, mix.code_bytes, mix.async_copies) == (5, 96, 2)

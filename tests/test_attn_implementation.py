@@ -390,9 +390,12 @@ class TestRefuses:
         with pytest.raises(InputError, match="not causal was given a causal mask"):
             run("refllm", *heads(9, 9), torch.ones(2, 9, dtype=torch.bool), is_causal=False)
 
-    def test_a_mask_of_three_axes(self) -> None:
-        with pytest.raises(InputError, match=r"attention_mask \[2, 9, 9\]; expected \[B, T\] or \[B, 1, S, T\]"):
-            run("refllm", *heads(9, 9), torch.ones(2, 9, 9, dtype=torch.bool))
+    @pytest.mark.parametrize(
+        "mask", [torch.ones(2, 9, 9, dtype=torch.bool), torch.ones(2, 9), torch.ones(2, 1, 9, 9, dtype=torch.int64)]
+    )
+    def test_other_masks(self, mask: torch.Tensor) -> None:
+        with pytest.raises(InputError, match=r"attention_mask is \[2, .*; expected bool, \[B, T\] or \[B, 1, S, T\]"):
+            run("refllm", *heads(9, 9), mask)
 
     def test_unknown_arguments_are_named(self) -> None:
         with pytest.warns(UserWarning, match="'fancy_new_option' is not known and is left out"):

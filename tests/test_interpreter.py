@@ -111,10 +111,8 @@ def test_float_to_integer_truncates_and_saturates() -> None:
 
 def test_8_bit_floats_round_to_even_and_saturate() -> None:
     x = torch.tensor([1.0, 1.0625, 1.1875, 1e6, -1e6, float("inf"), float("nan"), 2.0**-10])
-    for dtype, reference in (
-        (torch.float8_e4m3fn, ml_dtypes.float8_e4m3fn),
-        (torch.float8_e5m2, ml_dtypes.float8_e5m2),
-    ):
+    for name in ("float8_e4m3fn", "float8_e5m2"):
+        dtype, reference = getattr(torch, name), getattr(ml_dtypes, name)
         largest = float(ml_dtypes.finfo(reference).max)
         expected = np.clip(x.numpy(), -largest, largest).astype(reference).astype(np.float32)
         same_numbers(converted(x, dtype).float(), expected)
@@ -237,8 +235,8 @@ def test_infinities_in_split_products_stay_infinite() -> None:
 
 
 def test_a_dot_that_is_too_small_is_refused() -> None:
-    a = torch.ones(8, 8)
-    with pytest.raises(KernelError, match=r"product, program 0, test_interpreter.py:\d+: .*K >= 16"):
+    a = torch.ones(4, 4)
+    with pytest.raises(KernelError, match=r"product, program 0, test_interpreter.py:\d+: .*K >= (8|16)"):  # 8 in 3.9
         dotted(a, a, "ieee")
 
 
@@ -288,7 +286,7 @@ def scans(x, y, N: tl.constexpr):
     tl.store(y + i, tl.cumsum(v, 0))
     tl.store(y + N + i, tl.cumsum(v, 0, reverse=True))
     tl.store(y + 2 * N + i, tl.cumprod(v, 0))
-    factors, state = tl.associative_scan((v, v), 0, _linear)
+    _factors, state = tl.associative_scan((v, v), 0, _linear)
     tl.store(y + 3 * N + i, state)
     tl.store(y + 4 * N, tl.reduce(v, 0, _last))
     tl.store(y + 4 * N + 1, tl.argmax(v, 0))
@@ -538,7 +536,7 @@ def test_assertions() -> None:
             asserting[(1,)](x, n)
     with pytest.raises(DeviceAssertionError, match="n must be positive"):
         asserting[(1,)](x - 10, 0)
-    with pytest.raises(DeviceAssertionError, match="tl.assume"):
+    with pytest.raises(DeviceAssertionError, match=r"tl\.assume"):
         asserting[(1,)](x - 10, 1)
 
 
@@ -594,3 +592,101 @@ def test_random_numbers_do_not_count_as_overflow() -> None:
     assert 0.45 < out.mean() < 0.55
     assert out.min() >= 0
     assert out.max() < 1
+
+
+@triton.jit
+def _clipped(a, b):
+    return a if a > b else b * 2
+
+
+@triton.jit
+def shapes(x, y, order, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a, b = tl.load(x + i), tl.load(y + i)
+    pairs = tl.join(a, b)
+    left, right = tl.split(pairs)
+    tl.store(out + i, left - right)
+    tl.store(out + N + tl.arange(0, 2 * N), tl.interleave(a, b))
+    square = tl.reshape(a, (N // 4, 4))
+    tl.store(out + 3 * N + i, tl.ravel(tl.permute(square, (1, 0))))
+    tl.store(out + 4 * N + i, tl.ravel(square.T + tl.broadcast_to(tl.arange(0, 4)[:, None], (4, N // 4))))
+    tl.store(out + 5 * N + i, tl.gather(a, tl.load(order + i), 0))
+    tl.store(out + 6 * N + tl.arange(0, 4), tl.histogram(tl.load(order + i) % 4, 4))
+    tl.store(out + 7 * N + i, tl.where(i[:, None] == i[None, :], a[None, :], 0.0).sum(1))
+    if HAS_MAP:
+        tl.store(out + 8 * N + i, tl.map_elementwise(_clipped, a, b))
+
+
+HAS_MAP = tl.constexpr(hasattr(tl, "map_elementwise"))
+
+
+def test_shapes() -> None:
+    x, y = torch.arange(8.0), torch.arange(8.0).flip(0) / 2
+    order = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4], dtype=torch.int32)
+    out = torch.zeros(9, 8)
+    shapes[(1,)](x, y, order, out, N=8)
+    assert torch.equal(out[0], x - y)
+    assert torch.equal(out[1:3].flatten(), torch.stack([x, y], -1).flatten())
+    assert torch.equal(out[3], x.reshape(2, 4).T.flatten())
+    assert torch.equal(out[4], (x.reshape(2, 4).T + torch.arange(4)[:, None]).flatten())
+    assert torch.equal(out[5], x[order.long()])
+    assert out[6, :4].tolist() == [2, 2, 2, 2]
+    assert torch.equal(out[7], x)
+    if HAS_MAP:
+        assert torch.equal(out[8], torch.where(x > y, x, 2 * y))
+
+
+@triton.jit
+def batched(a, b, c, B: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = tl.arange(0, B)[:, None, None] * N * N + i[None, :, None] * N + i[None, None, :]
+    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at), input_precision="ieee"))
+
+
+def test_batched_dot() -> None:
+    a, b = (torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    c = torch.zeros(2, 16, 16)
+    batched[(1,)](a, b, c, B=2, N=16)
+    torch.testing.assert_close(c, a @ b)
+
+
+@triton.jit
+def integer_dot(a, b, c, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+
+
+def test_integer_dot_accumulates_in_int32() -> None:
+    a = torch.full((32, 32), -128, dtype=torch.int8)
+    c = torch.zeros(32, 32, dtype=torch.int32)
+    integer_dot[(1,)](a, a, c, N=32)
+    assert (c == 32 * 128 * 128).all()
+
+
+@triton.jit
+def printing(x):
+    tl.device_print("value", tl.load(x))
+    tl.static_print("constant")
+
+
+def test_printing(capsys: pytest.CaptureFixture[str]) -> None:
+    printing[(2,)](torch.tensor([1.5]))
+    assert capsys.readouterr().out.count("constant") == 2
+
+
+@triton.jit
+def block_pointers(x, y, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    source = tl.make_block_ptr(x, (M, N), (N, 1), (0, 0), (BM, BN), (1, 0))
+    target = tl.make_block_ptr(y, (M, N), (N, 1), (0, 0), (BM, BN), (1, 0))
+    for _ in range(0, N, BN):
+        tl.store(target, tl.load(source, boundary_check=(0, 1), padding_option="zero"), boundary_check=(0, 1))
+        source, target = tl.advance(source, (0, BN)), tl.advance(target, (0, BN))
+
+
+@pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")
+@pytest.mark.skipif(not hasattr(tl, "make_block_ptr"), reason="this version of Triton has no block pointers any more")
+def test_block_pointers() -> None:
+    x, y = torch.arange(21.0).reshape(3, 7), torch.zeros(3, 7)
+    block_pointers[(1,)](x, y, 3, 7, BM=4, BN=4)
+    assert torch.equal(x, y)

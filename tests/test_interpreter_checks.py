@@ -1,4 +1,4 @@
-"""What the repaired interpreter refuses: out of bounds, overflow, races, memory that nobody wrote, impossible launches."""
+"""What the repaired interpreter refuses: accesses out of bounds, overflow, races, memory that nobody wrote."""
 
 from typing import Any
 
@@ -171,7 +171,7 @@ def test_races_of_scattered_accesses() -> None:
         with pytest.raises(RaceError, match="programs 0 and 1 both store to element 5 of `y`"):
             scattered[(2,)](x, order, y, BLOCK=4)
         order[6], order[2] = 3, 7
-        with pytest.raises(RaceError, match="program 0, .*: tl.store through `y`: lanes of one program"):
+        with pytest.raises(RaceError, match=r"program 0, .*: tl\.store through `y`: lanes of one program"):
             neighbours_lanes[(1,)](x, order, y, BLOCK=4)
 
 
@@ -190,7 +190,7 @@ def test_many_scattered_reads_are_folded(monkeypatch: pytest.MonkeyPatch) -> Non
     with interpreted():
         scattered[(2,)](x, order, y, BLOCK=4)
         order[6] = 5
-        with pytest.raises(RaceError, match="program 1 loads element 5 of `x, y`|both store to element 5 of `x, y`"):
+        with pytest.raises(RaceError, match=r"program 1 loads element 5 of `x, y`|both store to element 5 of `x, y`"):
             scattered[(2,)](x, order, x, BLOCK=4)
         with pytest.raises(RaceError, match="program 0 loads element 0 of `x`, to which program 1 stores"):
             reads_first[(2,)](x, BLOCK=8)
@@ -267,7 +267,7 @@ def test_every_allocator_is_poisoned_inside_and_none_outside(allocate: Any) -> N
         assert allocate(torch.zeros(4)).isnan().all()
     with interpreted(poison=False):
         assert not unwritten(allocate(torch.zeros(4))).any()
-    with pytest.raises(KernelError, match="unwritten: torch.bool"):
+    with pytest.raises(KernelError, match=r"unwritten: torch\.bool"):
         unwritten(torch.zeros(1, dtype=torch.bool))
 
 
@@ -294,11 +294,11 @@ def test_launches_that_cannot_be() -> None:
     with interpreted():
         with pytest.raises(KernelError, match="65536 programs along axis 1 of the grid; a GPU allows 0 to 65,535"):
             copy[(1, 65536)](x, y, 4, 0, BLOCK=4)
-        with pytest.raises(KernelError, match="copy has no argument `BLOK`.* its arguments are x, y, n, offset, BLOCK"):
+        with pytest.raises(KernelError, match=r"no argument `BLOK`.* its arguments are x, y, n, offset, BLOCK"):
             copy[(1,)](x, y, 4, 0, BLOK=4)
         with pytest.raises(KernelError, match="copy: missing a required argument: 'BLOCK'"):
             copy[(1,)](x, y, 4, 0)
-        with pytest.raises(KernelError, match="copy, .*`x` is on meta; the interpreter runs on tensors of the CPU"):
+        with pytest.raises(KernelError, match=r"copy, .*`x` is on meta; the interpreter runs on tensors of the CPU"):
             copy[(1,)](x.to("meta"), y, 4, 0, BLOCK=4)
         with pytest.raises(
             KernelError, match=r"copy, program 0, .*:\d+: ValueError: arange's range must be a power of 2"

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,9 @@ def compile_it() -> str:
 
 
 @pytest.fixture
-def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles anew each time: a cache would report a stale success."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    yield
 
 
 def forget() -> None:

@@ -55,13 +55,13 @@ def check(form: Form, *arguments: torch.Tensor, **keywords: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------- values
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_meets_the_contract(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([F32, F16, BF16]), "dtype")
     K = data.draw(st.integers(1, 2), "K")
     shape = (
-        data.draw(st.integers(1, 3), "B"),
+        data.draw(st.integers(1, 2), "B"),
         K * data.draw(st.integers(1, 2), "group"),
         K,
         data.draw(st.integers(100, 140), "S"),  # an error is judged by its mean square: that takes a few hundred rows
@@ -390,7 +390,8 @@ def shipped_tiles() -> list[tuple[torch.dtype, Any]]:
         for dtype in (BF16, F32):
             for D in HEAD_DIMS:
                 tile = kernel.choose_tile(D, dtype, target)
-                found.setdefault((tile.M, tile.N, dtype), (dtype, target, D))
+                apart = kernel.constants_of(D, dtype, 1.0, target)
+                found.setdefault((tile.M, tile.N, dtype, apart["HIGH"] > 0, apart["CHAINED"]), (dtype, target, D))
     return list(found.values())
 
 

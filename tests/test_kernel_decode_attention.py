@@ -63,7 +63,7 @@ def check(form: Form, *arguments: torch.Tensor, **keywords: Any) -> torch.Tensor
 # ---------------------------------------------------------------------------------------------------------- values
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_meets_the_contract(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([F32, F16, BF16]), "dtype")

@@ -1,6 +1,7 @@
 """Cross-entropy, of logits and of a product that is never stored: both forms against the definition."""
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from refllm import kernels, ops
 from refllm.errors import InputError
 from refllm.kernels import arguments, interpreted
+from refllm.kernels.launch import Launch
 from refllm.kernels.targets import TARGETS
 from refllm.kernels.verify import assert_meets_contract
 
@@ -170,16 +172,30 @@ def test_the_sum_of_many_rows(device: str) -> None:
     assert abs(float(mean) / (float(losses.double().sum()) / (N - 1)) - 1) < 2e-7
 
 
-def test_an_ignored_row_is_not_read_and_offsets_pass_2_to_the_31(device: str) -> None:
-    """Rows 1 and 2 lie outside of all memory; the interpreter also raises where int32 overflows."""
-    logits = normal(device, torch.float32, 1, 40)
-    labels = torch.tensor([5, -100, -100], device=device)
-    far = logits.as_strided((1, 40), (2**30, 1))
-    launch = ce.plan(far, labels[:1], -100, "none")[0][0]
-    loss = torch.empty(3, device=device)
-    launch.arguments.update(labels_ptr=labels, label_stride=1, loss_ptr=loss)
-    type(launch)(launch.kernel, (3,), launch.arguments, launch.constants, num_warps=launch.num_warps).run()
-    assert torch.equal(loss, torch.cat([kernels.cross_entropy(logits, labels[:1], reduction="none"), loss[1:] * 0]))
+def _run(launch: Launch, programs: int, **arguments: Any) -> None:
+    replace(launch, grid=(programs,), arguments={**launch.arguments, **arguments}).run()
+
+
+@pytest.mark.parametrize("operator", ["cross_entropy", "linear_cross_entropy"])
+def test_an_ignored_row_is_not_read(device: str, operator: str) -> None:
+    """Rows 1 and 2 lie outside of all memory."""
+    x, w, labels = product(device, torch.float32, 1, 40, 24, ignored=None)
+    arrays = (x @ w.T,) if operator == "cross_entropy" else (x, w)
+    steps, _ = _plan_of(operator, arrays, labels)
+    loss, far = torch.empty(3, device=device), {"logits_stride": 2**30, "x_stride": 2**30, "N": 3}
+    given = {"labels_ptr": torch.cat([labels, labels.new_full((2,), -100)]), "loss_ptr": loss} | far
+    for step in steps:
+        programs = 1 if "x_ptr" in step.arguments else 3
+        _run(step, programs, **{name: x for name, x in given.items() if name in step.arguments})
+    assert torch.equal(loss, torch.cat([getattr(kernels, operator)(*arrays, labels, reduction="none"), loss[1:] * 0]))
+
+
+def test_offsets_past_2_to_the_31(device: str) -> None:
+    """The interpreter raises where int32 overflows; rows of no logits need no memory."""
+    labels, loss = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros(3, device=device)
+    launch = ce.plan(normal(device, torch.float32, 3, 40), labels, -100, "none")[0][0]
+    _run(launch, 3, logits_stride=2**30, V=0, loss_ptr=loss)
+    assert loss.isnan().all()
 
 
 @pytest.mark.parametrize("form", FORMS)

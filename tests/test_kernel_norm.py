@@ -100,7 +100,7 @@ def test_meets_contract_in_float32(form: str, operator: str, device: str) -> Non
 
 
 @form
-@pytest.mark.parametrize("E", [77, 769, 2048])
+@pytest.mark.parametrize("E", [77, 769, 2048, 17_000])
 def test_layer_norm_loses_nothing_to_a_mean_of_1000(form: str, device: str, E: int) -> None:
     """The contract in float32 is only as good as the rounding of its mean; a kernel centres twice and is far better."""
     x = draw(8, E, dtype=torch.float32, device=device, mean=1000.0)

@@ -1,4 +1,4 @@
-"""refllm.kernels.pytest_plugin, in pytest runs of its own: off unless asked for, and what it says when a kernel fails."""
+"""refllm.kernels.pytest_plugin, in pytest runs of its own: off unless asked for, and what it says on a failure."""
 
 import subprocess
 import sys

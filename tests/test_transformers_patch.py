@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from refllm import golden, kernels
 from refllm.check import assert_matches
+from refllm.check.transformers_taps import hooks
 from refllm.errors import InputError, RefllmError
 from refllm.kernels.transformers import attention, modules
 from refllm.kernels.transformers.patching import FAMILIES
@@ -111,6 +112,18 @@ class TestSameAnswers:
         kernels.patch(model, fuse_qkv=fuse_qkv)
         assert_matches(golden.path(name), model, policy="fused")
 
+    @pytest.mark.parametrize("fuse_qkv", [False, True])
+    def test_the_check_sees_rotated_heads(self, fuse_qkv: bool) -> None:
+        """No module's output shows them, and without them attention could not be judged on its own inputs."""
+        model, seen = load("llama-tiny"), []
+        kernels.patch(model, fuse_qkv=fuse_qkv)
+        with hooks(model, lambda name, _: seen.append(name)):
+            results(model, tokens(1, 9))
+        first = [name.removeprefix("model.layers.0.self_attn.") for name in seen if "layers.0.self_attn" in name]
+        projections = ["v_proj"] if fuse_qkv else ["k_proj", "q_proj", "v_proj"]
+        assert sorted(first) == sorted(["context", "k_rope", "o_proj", "q_rope", *projections])
+        assert not model.model.layers[0].self_attn.forward.__self__.watchers
+
     @pytest.mark.parametrize("name", CHECKPOINTS)
     def test_generates_the_same_tokens(self, name: str) -> None:
         model, ids = load(name), tokens(2, 9)
@@ -128,7 +141,7 @@ class TestSameAnswers:
     @pytest.mark.parametrize(("name", "fuse_qkv"), [*((name, False) for name in CHECKPOINTS), ("helium-tiny", True)])
     def test_generates_the_same_tokens_on_triton(self, device: str, name: str, fuse_qkv: bool) -> None:
         """Of the first layer alone: the interpreter takes its time."""
-        model, ids = load(name, num_hidden_layers=1).to(device), tokens(2, 9).to(device)
+        model, ids = load(name, num_hidden_layers=1).to(device), tokens(1, 9).to(device)
         options = {"attention_mask": padded(ids, "left"), "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
         expected, logits = model.generate(ids, **options), results(model, ids)["logits"]
         with kernels.patch(model, fuse_qkv=fuse_qkv):

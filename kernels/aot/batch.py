@@ -3,21 +3,24 @@
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from itertools import groupby
 from typing import Any
 
 from refllm.errors import InputError
-from refllm.kernels.aot.compile_code import DoesNotCompile, Report, compile_launch, specialise
+from refllm.kernels.aot.compile_code import DoesNotCompile, Report, Result, compile_launches, specialise
 from refllm.kernels.aot.gates import Finding, gates
-from refllm.kernels.aot.sources import Named, Source, kernel_name
+from refllm.kernels.aot.sources import Source, kernel_name
 from refllm.kernels.launch import Launch
 from refllm.kernels.targets import Target, target
 
-FEW = 4
+FEW = 8
 """Up to this many compilations are done in this process: another takes seconds to start."""
+
+CHUNK = 12
+"""Compilations that a process is given at a time: enough to share the start of nvdisasm, few enough to spread."""
 
 Step = Callable[[str, float | None, float | None], None]
 
@@ -83,7 +86,7 @@ def check(configurations: Sequence[Configuration], jobs: int = 1, step: Step | N
     step: told (what, done, of how many). Raises InputError if a user's kernel does not compile.
     """
     first = {configuration.key: configuration for configuration in reversed(configurations)}
-    results: dict[str, Report | DoesNotCompile] = {}
+    results: dict[str, Result] = {}
     for configuration, result in _compile_all(list(first.values()), jobs):
         results[configuration.key] = result
         if step is not None:
@@ -105,7 +108,7 @@ def _key(source: Source, gpu: Target, name: str, launch: Launch) -> str:
         return f"{source.module} {gpu.name} {name}"  # compiling it says the same, as a finding
 
 
-def _judge(configuration: Configuration, result: Report | DoesNotCompile) -> Checked:
+def _judge(configuration: Configuration, result: Result) -> Checked:
     if isinstance(result, Report):
         launch = configuration.launch
         if not configuration.source.ours:  # nobody said what to expect: a product in a loop should run ahead
@@ -116,52 +119,52 @@ def _judge(configuration: Configuration, result: Report | DoesNotCompile) -> Che
     return Checked(configuration, None, (Finding("compiles", str(result), 0, 1),))
 
 
-_Result = tuple[Configuration, Report | DoesNotCompile]
-
-
-def _compile_all(configurations: list[Configuration], jobs: int) -> Iterator[_Result]:
+def _compile_all(configurations: list[Configuration], jobs: int) -> Iterator[tuple[Configuration, Result]]:
+    chunks = list(_chunks(configurations))
     if jobs <= 1 or len(configurations) <= FEW:
-        for configuration in configurations:
-            yield configuration, _compile(configuration.launch, configuration.target)
+        for chunk in chunks:
+            results = compile_launches([configuration.launch for configuration in chunk], chunk[0].target)
+            yield from zip(chunk, results, strict=True)
         return
-    left = {(c.source, c.target.name, c.index): c for c in configurations}
-    for place, result in _in_processes(list(left), min(jobs, len(left))):
-        yield left.pop(place), result
-    for place, configuration in left.items():  # a compiler process died: each of the rest in a process of its own
-        alone = dict(_in_processes([place], 1))
-        died = DoesNotCompile(f"{configuration.kernel} for {place[1]}: the compiler crashes")
-        yield configuration, alone.get(place, died)
+    left = {configuration.key: configuration for configuration in configurations}
+    for configuration, result in _in_processes(chunks, min(jobs, len(chunks))):
+        del left[configuration.key]
+        yield configuration, result
+    for configuration in left.values():  # a compiler process died: each of the rest in a process of its own
+        died = DoesNotCompile(f"{configuration.kernel} for {configuration.target.name}: the compiler crashes")
+        alone = [result for _, result in _in_processes([[configuration]], 1)]
+        yield configuration, alone[0] if alone else died
 
 
-_Place = tuple[Source, str, int]
+def _chunks(configurations: Iterable[Configuration]) -> Iterator[list[Configuration]]:
+    """Up to CHUNK configurations of one source and target at a time."""
+
+    def place(configuration: Configuration) -> tuple[str, str]:
+        return configuration.source.module, configuration.target.name
+
+    for _, together in groupby(sorted(configurations, key=place), place):
+        listed = list(together)
+        yield from (listed[start : start + CHUNK] for start in range(0, len(listed), CHUNK))
 
 
-def _in_processes(places: list[_Place], jobs: int) -> Iterator[tuple[_Place, Report | DoesNotCompile]]:
+def _in_processes(chunks: list[list[Configuration]], jobs: int) -> Iterator[tuple[Configuration, Result]]:
     """Results as they come; ends early if a process dies. Processes are started afresh: a fork would copy threads."""
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running: dict[Future[Report | DoesNotCompile], _Place] = {}
         try:
-            running = {pool.submit(_compile_at, *place): place for place in places}
+            running = {
+                pool.submit(_compile_at, chunk[0].source, chunk[0].target.name, [each.index for each in chunk]): chunk
+                for chunk in chunks
+            }
             for future in as_completed(running):
-                yield running[future], future.result()
+                yield from zip(running[future], future.result(), strict=True)
         except BrokenProcessPool:
             return
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _compile(launch: Launch, gpu: Target) -> Report | DoesNotCompile:
-    try:
-        return compile_launch(launch, gpu)
-    except (DoesNotCompile, InputError) as error:
-        return DoesNotCompile(str(error))
-
-
-def _compile_at(source: Source, target_name: str, index: int) -> Report | DoesNotCompile:
-    """The work of another process: a launch cannot be sent there, so it is made again."""
-    return _compile(_launches(source, target_name)[index][1], target(target_name))
-
-
-@cache
-def _launches(source: Source, target_name: str) -> list[Named]:
-    return source.launches(target(target_name))
+def _compile_at(source: Source, target_name: str, indices: Sequence[int]) -> list[Result]:
+    """The work of another process: launches cannot be sent there, so they are made again."""
+    gpu = target(target_name)
+    named = source.launches(gpu)
+    return compile_launches([named[index][1] for index in indices], gpu)

@@ -9,11 +9,10 @@ import contextlib
 import io
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from refllm.errors import InputError, MissingExtraError, RefllmError
+from refllm.kernels.aot.disassemble import opcodes_of, tool
 from refllm.kernels.aot.machine_code import (
     Dot,
     Instructions,
@@ -65,6 +65,10 @@ class Report:
     seconds: float
 
 
+Result = Report | DoesNotCompile | InputError
+"""Of one among many compilations: the errors are about that launch alone."""
+
+
 @dataclass(frozen=True)
 class Specialisation:
     """What `triton.compile` takes, as a start of the launch would hand it over. key: equal for equal results."""
@@ -101,30 +105,71 @@ def compile_launch(launch: Launch, target: Target) -> Report:
 
     Raises DoesNotCompile if Triton refuses, InputError as `specialise`, MissingExtraError without Triton's tools.
     """
-    special = specialise(launch, target)
+    (result,) = compile_launches([launch], target)
+    if isinstance(result, RefllmError):
+        raise result
+    return result
+
+
+def compile_launches(launches: Sequence[Launch], target: Target) -> list[Result]:
+    """As `compile_launch` for each, in much less time than one by one; errors about a launch take its place."""
     if not target.is_amd:
-        _tool("ptxas_blackwell" if target.arch == 100 else "ptxas")
+        tool("ptxas_blackwell" if target.arch == 100 else "ptxas")
+    built = [_build(launch, target) for launch in launches]
+    compiled = [result for result in built if isinstance(result, _Built)]
+    codes = iter(_read(compiled, target))
+    return [_report(result, *next(codes), target) if isinstance(result, _Built) else result for result in built]
+
+
+@dataclass(frozen=True)
+class _Built:
+    """launch: as given. compiled: Triton's. log: what was printed meanwhile."""
+
+    launch: Launch
+    compiled: Any
+    log: str
+    seconds: float
+
+
+def _build(launch: Launch, target: Target) -> _Built | DoesNotCompile | InputError:
+    try:
+        special = specialise(launch, target)
+    except InputError as error:
+        return error
     started, printed = time.perf_counter(), list[str]()
     try:
         with _fresh_cache(), _captured(printed):
             compiled = triton.compile(special.source, target=special.gpu, options=special.options.__dict__)
     except Exception as error:  # Triton raises errors of many kinds, bare ones among them
-        raise DoesNotCompile(_why(special.source.fn, target, error, "\n".join(printed))) from None
-    seconds = time.perf_counter() - started
-    resources, instructions = _read_binary(compiled, "\n".join(printed), target)
-    columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    shared = compiled.metadata.shared
+        return DoesNotCompile(_why(special.source.fn, target, error, "\n".join(printed)))
+    return _Built(launch, compiled, "\n".join(printed), time.perf_counter() - started)
+
+
+def _read(built: list[_Built], target: Target) -> Iterator[tuple[Resources, Instructions]]:
+    if target.is_amd:
+        yield from (read_amdgcn(each.compiled.asm["amdgcn"]) for each in built)
+        return
+    for each, opcodes in zip(built, opcodes_of([each.compiled.asm["cubin"] for each in built], target), strict=True):
+        resources = read_ptxas_log(each.log)
+        if resources is None:
+            raise MissingExtraError(f"ptxas of triton {triton.__version__} says nothing about registers: {each.log}")
+        yield resources, read_sass(opcodes)
+
+
+def _report(built: _Built, resources: Resources, instructions: Instructions, target: Target) -> Report:
+    metadata, warps = built.compiled.metadata, built.launch.num_warps
+    columns = getattr(metadata, "tmem_size", None) or 0
     return Report(
-        kernel=special.source.fn.__name__,
+        kernel=built.compiled.src.fn.__name__,
         target=target.name,
-        num_warps=launch.num_warps,
+        num_warps=warps,
         resources=resources,
         instructions=instructions,
-        shared=shared,
+        shared=metadata.shared,
         tensor_memory=columns,
-        occupancy=occupancy(target, resources.registers, shared, launch.num_warps, columns),
-        dots=tuple(read_dots(compiled.asm["ttir"])),
-        seconds=seconds,
+        occupancy=occupancy(target, resources.registers, metadata.shared, warps, columns),
+        dots=tuple(read_dots(built.compiled.asm["ttir"])),
+        seconds=built.seconds,
     )
 
 
@@ -139,31 +184,6 @@ def _jit_function(kernel: Any) -> JITFunction:
         name = getattr(kernel, "__name__", repr(kernel))
         raise InputError(f"{name} is no @triton.jit function (or interpreted just now): it cannot be compiled")
     return inner
-
-
-def _read_binary(compiled: Any, log: str, target: Target) -> tuple[Resources, Instructions]:
-    if target.is_amd:
-        return read_amdgcn(compiled.asm["amdgcn"])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        listing = subprocess.run(
-            [_tool("nvdisasm"), "-c", "-ndf", file.name], capture_output=True, text=True, check=False
-        )
-    resources = read_ptxas_log(log)
-    if listing.returncode or resources is None:
-        raise MissingExtraError(f"the tools of triton {triton.__version__} do not answer: {listing.stderr or log}")
-    return resources, read_sass(listing.stdout)
-
-
-def _tool(name: str) -> str:
-    try:
-        return getattr(knobs.nvidia, name).path
-    except RuntimeError:
-        variable = f"TRITON_{name.upper()}_PATH"
-        raise MissingExtraError(
-            f"this build of Triton has no {name.replace('_', '-')}, which reading NVIDIA code needs; "
-            f"install the wheel from PyPI, or name the tool of a CUDA toolkit in {variable}"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -45,8 +45,9 @@ def _spills(launch: Launch, report: Report, target: Target) -> Iterator[Finding]
         unit = "scratch" if target.is_amd else "LDL and STL"
         yield Finding(
             "spills",
-            f"{spilled:,} bytes are spilled beside {report.resources.registers} registers ({report.instructions.local:,} "
-            f"{unit} instructions), where 0 may be: use smaller tiles, or more warps than {launch.num_warps}",
+            f"{spilled:,} bytes are spilled beside {report.resources.registers} registers "
+            f"({report.instructions.local:,} {unit} instructions), where 0 may be: use smaller tiles, or more warps "
+            f"than {launch.num_warps}",
             spilled,
             0,
         )

@@ -1,4 +1,4 @@
-"""Reads what a compiler made: the listing of instructions, the log of ptxas, the notes of LLVM for AMD.
+"""Reads what a compiler made: the instructions, the log of ptxas, the notes of LLVM for AMD.
 
 Every function takes text and returns numbers; nothing here runs a tool.
 """
@@ -6,6 +6,8 @@ Every function takes text and returns numbers; nothing here runs a tool.
 import re
 from collections import Counter
 from dataclasses import dataclass
+
+from refllm.kernels.aot.disassemble import INSTRUCTION
 
 # Opcodes by prefix. NVIDIA: CUDA Binary Utilities, "Instruction Set Reference" per architecture. AMD: CDNA3 ISA.
 _TENSOR_NVIDIA = re.compile(r"(UTC\w*MMA|[HQIB]GMMA|[HQIB]MMA)(\.|$)")
@@ -84,10 +86,9 @@ def read_ptxas_log(log: str) -> Resources | None:
     return Resources(max(registers), stack, spilled, "wgmma.mma_async instructions are serialized" in log)
 
 
-def read_sass(listing: str) -> Instructions:
-    """The listing of `nvdisasm -c`: lines such as `/*0a10*/  @!P0 LDG.E.128 R4, [R2] ;`."""
-    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE)
-    every = Counter(found)
+def read_sass(listed: list[str]) -> Instructions:
+    """The opcodes of one kernel in order, as `disassemble.opcodes_of` returns them."""
+    every = Counter(listed)
     opcodes = Counter({opcode: count for opcode, count in every.items() if opcode != "NOP"})
     loads: Counter[int] = Counter()
     for opcode, count in opcodes.items():
@@ -98,7 +99,7 @@ def read_sass(listing: str) -> Instructions:
         heads[opcode.split(".")[0]] += count
     return Instructions(
         count=opcodes.total(),
-        code_bytes=16 * every.total(),  # every instruction since Volta is 128 bits long (CUDA Binary Utilities)
+        code_bytes=INSTRUCTION * every.total(),
         classes={name: heads[name] for name in _CLASSES_NVIDIA if heads[name]},
         tensor=_matching(opcodes, _TENSOR_NVIDIA),
         fp64=_matching(opcodes, _FP64_NVIDIA),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorHandle
 
 from refllm.kernels.interpreter import compatibility, formats
 from refllm.kernels.interpreter.errors import DeviceAssertionError, KernelError
@@ -21,7 +21,7 @@ ORIGIN = "refllm.origin"
 
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift)
 
-_ATOMICS = {
+_ATOMICS: dict[Any, Any] = {
     ir.ATOMIC_OP.ADD: np.add,
     ir.ATOMIC_OP.FADD: np.add,
     ir.ATOMIC_OP.MIN: np.minimum,
@@ -63,13 +63,17 @@ class Builder(InterpreterBuilder):
         super().__init__()
         self.codegen_fns["min_dot_size"] = compatibility.smallest_dot()
         precisions = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
-        self.options = dataclasses.replace(self.options, debug=True, allowed_dot_input_precisions=precisions)
+        self.options = dataclasses.replace(InterpreterOptions(), debug=True, allowed_dot_input_precisions=precisions)
         self.memory: Memory | None = None
+        self.block_type: Any = tl.block_type  # semantic.py puts its own here, which remembers
         self.check_overflow = True
         self.tf32 = True
         self.poison = True
-        self.grid_idx = (0, 0, 0)
+        self.grid_idx: tuple[int, ...] = (0, 0, 0)
         self.grid_dim = (1, 1, 1)
+
+    def get_block_ty(self, dtype: Any, shape: Any) -> Any:
+        return self.block_type(dtype, [int(n) for n in shape])
 
     # -- arithmetic ------------------------------------------------------------------------------------------------
 
@@ -134,11 +138,11 @@ class Builder(InterpreterBuilder):
         # The ends of the ranges decide nearly always, and four reductions are cheaper than exact products.
         a, b, c, d = int(lhs.min()), int(lhs.max()), int(rhs.min()), int(rhs.max())
         if operation == "add":
-            ends = (a + c, b + d)
+            ends = [a + c, b + d]
         elif operation == "sub":
-            ends = (a - d, b - c)
+            ends = [a - d, b - c]
         else:
-            ends = (a * c, a * d, b * c, b * d)
+            ends = [a * c, a * d, b * c, b * d]
         if info.min <= min(ends) and max(ends) <= info.max:
             return False
         op = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation]

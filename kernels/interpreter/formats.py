@@ -19,7 +19,7 @@ EMULATED = {
 }
 """Formats held as integers, by Triton's name. (fp8e4b15, of Turing GPUs only, is left to Triton.)"""
 
-_CARRIER = {2: np.dtype(np.uint16), 1: np.dtype(np.uint8)}
+_CARRIER: dict[int, np.dtype] = {2: np.dtype(np.uint16), 1: np.dtype(np.uint8)}
 
 
 def is_emulated(dtype: Any) -> bool:

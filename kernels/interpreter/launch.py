@@ -1,7 +1,7 @@
 """One launch of one kernel, interpreted: binds the arguments, runs every program of the grid, places the errors."""
 
 import traceback
-import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def launch(jit: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
         BUILDER.memory, BUILDER.check_overflow, BUILDER.tf32, BUILDER.poison = previous
 
 
-def _run(function: types.FunctionType, arguments: dict[str, Any], memory: Memory) -> None:
+def _run(function: Callable[..., Any], arguments: dict[str, Any], memory: Memory) -> None:
     x, y, z = BUILDER.grid_dim
     for i in range(x):
         for j in range(y):

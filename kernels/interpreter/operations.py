@@ -77,22 +77,27 @@ def is_(left: Any, right: Any) -> bool:
 
 
 def is_not(left: Any, right: Any) -> bool:
+    """`is not`."""
     return unwrap(left) is not unwrap(right)
 
 
 def neg(value: Any) -> Any:
+    """-value."""
     return _bare(tensor.__neg__)(value, _semantic=SEMANTIC) if isinstance(value, tensor) else -value
 
 
 def pos(value: Any) -> Any:
+    """+value."""
     return value if isinstance(value, tensor) else +value
 
 
 def invert(value: Any) -> Any:
+    """~value."""
     return _bare(tensor.__invert__)(value, _semantic=SEMANTIC) if isinstance(value, tensor) else ~value
 
 
 def not_(value: Any) -> Any:
+    """`not value`, element by element for a block."""
     return _bare(tensor.__not__)(value, _semantic=SEMANTIC) if isinstance(value, tensor) else not unwrap(value)
 
 

@@ -131,7 +131,7 @@ class _Rewriter(ast.NodeTransformer):
                 f"{self.kernel}: this version of Triton does not compile the chained comparison `{ast.unparse(node)}`; "
                 f"write ({first} {_symbol(node.ops[0])} {ast.unparse(node.comparators[0])}) & ({last})"
             )
-        names = ast.Constant(tuple(_OPERATORS[type(op)] for op in node.ops))
+        names = ast.Tuple([ast.Constant(_OPERATORS[type(op)]) for op in node.ops], ast.Load())
         return self._call(node, "chain", names, *[self._thunk(v) for v in (node.left, *node.comparators)])
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:

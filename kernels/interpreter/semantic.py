@@ -53,10 +53,10 @@ def shape_of(type: Any) -> tuple[int, ...]:
     if not isinstance(type, tl.block_type):
         return ()
     try:
-        return type.refllm_shape  # type: ignore[no-any-return]
+        return type.refllm_shape
     except AttributeError:
         type.refllm_shape = tuple(int(n) for n in type.shape)
-        return type.refllm_shape  # type: ignore[no-any-return]
+        return type.refllm_shape
 
 
 def make(data: np.ndarray, dtype: Any, scalar: bool = False) -> Tensor:
@@ -75,16 +75,17 @@ class Semantic(TritonSemantic):
 
     def binary_op_type_checking_impl(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Converts two operands to their common type and shape."""
-        if (
-            isinstance(lhs, tl.tensor)
-            and isinstance(rhs, tl.tensor)
-            and lhs.dtype is rhs.dtype
-            and not lhs.dtype.is_ptr()
-        ):
-            # Division of 16-bit floats is done in float32; it is asked for with the last argument.
-            divides = kwargs.get("div_or_mod") or len(args) > 3
-            if not divides or lhs.dtype.primitive_bitwidth > 16 or lhs.dtype.is_int():
-                return self.broadcast_impl_value(lhs, rhs)
+        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor):
+            left, right = lhs.dtype, rhs.dtype
+            if left.is_ptr():
+                # Only an addition or subtraction allows a pointer, and says so with the first argument.
+                if args and args[0] and right.is_int():
+                    return self.broadcast_impl_value(lhs, rhs)
+            elif left is right:
+                # Division of 16-bit floats is done in float32; it is asked for with the last argument.
+                divides = kwargs.get("div_or_mod") or len(args) > 3
+                if not divides or left.primitive_bitwidth > 16 or left.is_int():
+                    return self.broadcast_impl_value(lhs, rhs)
         return super().binary_op_type_checking_impl(lhs, rhs, *args, **kwargs)
 
     def broadcast_impl_value(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
@@ -125,6 +126,16 @@ class Semantic(TritonSemantic):
         data = np.expand_dims(handle.data, axis)
         return Tensor(Handle(data, handle.dtype.scalar, handle.attr), block(input.dtype, data.shape))
 
+    def cast(self, input: Any, dst_ty: Any, fp_downcast_rounding: str | None = None) -> Any:
+        """A conversion. Those between standard floats need none of the questions that Triton's asks first."""
+        target = dst_ty.scalar
+        if input.dtype is target:
+            return input
+        standard = input.dtype.is_standard_floating() and target.is_standard_floating()
+        if not standard or fp_downcast_rounding is not None:
+            return super().cast(input, dst_ty, fp_downcast_rounding)
+        return Tensor(BUILDER.cast_impl(input.handle, target), block(target, shape_of(input.type)))
+
     def binary_op_sanitize_overflow_impl(self, lhs: Any, rhs: Any, binary_op: Any) -> None:
         """Raises IntegerOverflowError if an operation on integers leaves their type. Triton's own takes nine more."""
         if not BUILDER.check_overflow or lhs.dtype.int_bitwidth >= 64 or lhs.handle.data.dtype == np.bool_:
@@ -139,3 +150,4 @@ class Semantic(TritonSemantic):
 _WORDS = {"add": "an addition", "sub": "a subtraction", "mul": "a multiplication"}
 
 SEMANTIC = Semantic(BUILDER)
+BUILDER.block_type = block

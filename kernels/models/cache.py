@@ -80,9 +80,10 @@ class TorchLayerCache:
             grown[:, :, : self.length] = old[:, :, : self.length]
         return grown
 
-    def holds(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    def holds(self, keys: Any, values: Any) -> bool:
         """Whether these are the tensors of this layer, with a free slot after the last."""
-        return self._keys is keys and self._values is values and self.length < keys.shape[2]
+        same = self._keys is not None and self._keys is keys and self._values is values
+        return bool(same and self.length < keys.shape[2])
 
     def select(self, rows: np.ndarray) -> None:
         """Keep these batch rows, in this order; a row may occur more than once."""
@@ -155,6 +156,10 @@ class TorchCache(DynamicCache):
         if max_cache_len is not None and (not isinstance(max_cache_len, int | np.integer) or max_cache_len < 1):
             raise InputError(f"TorchCache: max_cache_len={max_cache_len!r} must be an integer of at least 1, or None")
         self.max_cache_len = max_cache_len
+
+    def layer(self, index: int) -> Any:
+        """The cache of one layer, made when first asked for: a `TorchLayerCache`."""
+        return super().layer(index)
 
     def _new_layer(self) -> Any:
         return TorchLayerCache(self.max_cache_len)

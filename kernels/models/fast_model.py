@@ -11,7 +11,6 @@ with other weights, operators, pages and cache behind it.
 import contextlib
 import os
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +157,8 @@ class FastModel(Model):
 
     def _decoded(self, call: dict[str, Any]) -> torch.Tensor | None:
         """The logits of a call that is one step of decoding (`refllm.kernels.models.decode`), else None."""
-        cache, ids, mask = (call.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+        cache: Any = call.get("past_key_values")
+        ids, mask = call.get("input_ids"), call.get("attention_mask")
         plain = {"past_key_values", "input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
         known = self.head == "causal_lm" and isinstance(cache, TorchCache) and call.keys() <= plain
         if not known or ids is None or np.shape(ids)[1:] != (1,) or call.get("use_cache") is False:
@@ -219,10 +219,16 @@ class FastModel(Model):
         return torch.from_numpy(np.ascontiguousarray(as_array("array", x))).to(self.device)
 
 
-@lru_cache
+_FAST_CLASSES: dict[Any, type[FastModel]] = {}
+
+
 def fast_class(reference: type[Model]) -> type[FastModel]:
     """The fast class for a family and head of the reference, by the same name."""
-    return type(reference.__name__, (FastModel, reference), {"__doc__": f"{reference.__name__} on Torch tensors."})
+    if reference not in _FAST_CLASSES:
+        _FAST_CLASSES[reference] = type(
+            reference.__name__, (FastModel, reference), {"__doc__": f"{reference.__name__} on Torch tensors."}
+        )
+    return _FAST_CLASSES[reference]
 
 
 def _check(dtype: str, backend: str, device: str | torch.device | None) -> tuple[str, torch.device]:

@@ -20,9 +20,10 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """o_BHSD = softmax(scale q k^T + mask) v; query head h reads key/value head h // (H / K).
 
-    As `refllm.ops.attention`. scale: D^-1/2 if None. causal: query s sees keys 0 .. T-S+s (aligned at the end). key_mask: bool [B, T], True =
-    attend. A query with no key to attend to yields 0 and lse = -inf. What a masked key or value holds, NaN included,
-    never reaches a valid row. With return_lse also lse_BHS, float32. o lies as [B, S, H, D] in memory.
+    As `refllm.ops.attention`. scale: D^-1/2 if None. causal: query s sees keys 0 .. T-S+s (aligned at the end).
+    key_mask: bool [B, T], True = attend. A query with no key to attend to yields 0 and lse = -inf. What a masked key
+    or value holds, NaN included, never reaches a valid row. With return_lse also lse_BHS, float32. o lies as
+    [B, S, H, D] in memory.
     Raises InputError for arguments that do not fit together.
     """
     arguments.attention("attention", q_BHSD, k_BKTD, v_BKTD, key_mask)

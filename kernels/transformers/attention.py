@@ -132,8 +132,14 @@ def _refuse(
             f"{where}: attention dropout of {dropout} in training mode; the operators are forward only, so call "
             "model.eval(), and the model under torch.no_grad()"
         )
-    if mask is not None and mask.ndim not in (2, 4):
-        raise InputError(f"{where}: attention_mask {list(mask.shape)}; expected [B, T] or [B, 1, S, T]")
+    known = (
+        mask is None or is_lengths(mask) or mask.dtype == torch.bool or (mask.ndim == 4 and mask.is_floating_point())
+    )
+    if mask is not None and not (known and mask.ndim in (2, 4)):
+        found = f"{list(mask.shape)} {mask.dtype}"
+        raise InputError(
+            f"{where}: attention_mask is {found}; expected bool, [B, T] or [B, 1, S, T], or float in pairs"
+        )
     in_pairs = mask is not None and mask.ndim == 4 and not is_lengths(mask)
     if in_pairs:
         return

@@ -40,19 +40,11 @@ def visible_keys(
 ) -> torch.Tensor | None:
     """The mask function of `attn_implementation="refllm"`, in the signature of `transformers.masking_utils`.
 
-    attention_mask: [B, n], nonzero = attend, or None. Sliding windows, packed sequences, blocks and bidirectional masks arrive as
-    another `mask_function` or an offset of the keys; they are answered in pairs. Raises InputError for a mask of other
-    shapes, and for a model that computes attention by itself: it would take our masks for something to add to scores.
+    attention_mask: [B, n], nonzero = attend, or None. Sliding windows, packed sequences, blocks and bidirectional masks
+    arrive as another `mask_function` or an offset of the keys; they are answered in pairs. Raises InputError for a mask
+    of other shapes, and for a model that computes attention by itself: it would add our masks to its scores.
     """
-    config: type = type(options.get("config"))
-    if not is_tracing() and not _looks_up_attention(config):
-        raise InputError(
-            f'attn_implementation="refllm": the model of {config.__name__} computes attention by '
-            "itself and takes no other; load it with attn_implementation='eager'"
-        )
-    if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size):
-        shape = list(attention_mask.shape)
-        raise InputError(f"attention_mask: shape {shape}; expected [{batch_size}, tokens] or [B, H, S, T]")
+    _check(type(options.get("config")), attention_mask, batch_size)
     attention_mask = None if attention_mask is None else attention_mask.bool()
     asked = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
@@ -74,6 +66,16 @@ def visible_keys(
     if keys is None or (not is_tracing(keys) and bool(keys.all())):
         return _unpadded(batch_size, q_length, kv_length, end, device)
     return _sized(keys, kv_length)[:, None, None] if q_length == 1 else keys
+
+
+def _check(config: type, mask: torch.Tensor | None, batch_size: int) -> None:
+    if not is_tracing() and not _looks_up_attention(config):
+        raise InputError(
+            f'attn_implementation="refllm": the model of {config.__name__} computes attention by itself and takes no '
+            'other; load it with attn_implementation="eager"'
+        )
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] != batch_size):
+        raise InputError(f"attention_mask: shape {list(mask.shape)}; expected [{batch_size}, tokens] or [B, H, S, T]")
 
 
 @functools.lru_cache(maxsize=256)
@@ -127,5 +129,5 @@ def pairs(mask: torch.Tensor | None, q_length: int, kv_length: int, causal: bool
 
 
 def is_lengths(mask: torch.Tensor | None) -> bool:
-    """Whether a mask is the form of integers."""
-    return mask is not None and mask.ndim == 4 and not mask.dtype.is_floating_point and mask.dtype != torch.bool
+    """Whether a mask is the form of integers, [B, 1, 1, 1]."""
+    return mask is not None and mask.shape[1:] == (1, 1, 1) and mask.dtype in (torch.int32, torch.int64)

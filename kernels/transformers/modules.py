@@ -92,7 +92,7 @@ class Attention(Swapped):
         super().__init__(module, backend)
         self.interleaved, self.fused = interleaved, fused
         self.watchers: list[Callable[..., None]] = []
-        """Called with the rotated dims of q and k, and v, each [B, heads, S, *]: no module's output shows them."""
+        """Called with rotated q and k, and v, each [B, heads, S, D]: no module's output shows them."""
 
     def forward(
         self,
@@ -109,8 +109,7 @@ class Attention(Swapped):
         heads = self._fused_heads if self.fused else self._heads
         q_BHSD, k_BKSD, v_BKSD = heads(hidden_states, cos, sin)
         for watcher in self.watchers:
-            R = 2 * cos.shape[-1]
-            watcher(q_BHSD[..., :R], k_BKSD[..., :R], v_BKSD)
+            watcher(q_BHSD, k_BKSD, v_BKSD)
         if past_key_values is not None:
             k_BKSD, v_BKSD = past_key_values.update(k_BKSD, v_BKSD, m.layer_idx)
         # By name, as the module itself does: set_attn_implementation keeps its meaning on a patched model.

@@ -5,9 +5,9 @@
 
 Tiles: a program takes BLOCK_M queries of one head and walks over the keys they may see, BLOCK_N at a time. Of each row
 it keeps the largest score so far (m), the sum of the weights relative to it (total) and their product with v (low and
-high, the two parts of the head dimension); when a tile brings a larger score, these fade by the difference. Weights are powers of two, e^x = 2^(x log2 e) with log2 e
-folded into the scale, because 2^x is what the hardware has. A head dimension that is no power of two is split, as in
-80 = 64 + 16: padding it to 128 would be 60 % more work.
+high); when a tile brings a larger score, these fade by the difference. Weights are powers of two, e^x = 2^(x log2 e)
+with log2 e folded into the scale, because 2^x is what the hardware has. A head dimension that is no power of two is
+held in two parts, low and high, as in 80 = 64 + 16: padding it to 128 would be 60 % more work.
 Masks: first the tiles that every query of the program sees in full, without any mask; then those on the diagonal and
 at the end. With a key mask all tiles are of the second kind.
 NaN: a product multiplies what a row may not see by 0, and NaN survives that. A program whose result is not finite
@@ -60,6 +60,7 @@ class Head(NamedTuple):
     """What is known when a kernel is compiled: the head dimension D and the two parts (LOW, HIGH) it is held in.
 
     SLICED: scores are summed over slices of D, because products of float32 need a register per number.
+    CHAINED: the products of both parts of D may go through one accumulator.
     NEGATE: the scale is negative. `scale` itself is then its absolute value.
     """
 
@@ -67,6 +68,7 @@ class Head(NamedTuple):
     LOW: Any
     HIGH: Any
     SLICED: Any
+    CHAINED: Any
     NEGATE: Any
 
 
@@ -103,22 +105,28 @@ def load_queries(ptr, offsets, inside, head):
 
 
 @triton.jit
+def _add_apart(acc, a, b):
+    """acc + a b, where the product is summed by itself. Of a sum Triton makes one product that starts from acc; the
+    difference from the negative product is the same number, and stays as it is written."""
+    return acc - tl.dot(-a, b, input_precision="ieee")
+
+
+@triton.jit
 def _scores(q, keys, n, inside, head, ALL: tl.constexpr):
-    """q k^T for the keys n, [queries, keys]. Sums over parts of D are added, never chained through one accumulator:
-    on sm_103 that gives wrong results (triton-lang/triton#10821)."""
+    """q k^T for the keys n, [queries, keys]."""
     offsets = n.to(tl.int64) * keys.k_stride
     if head.SLICED:
         s = tl.zeros([q.offsets.shape[0], n.shape[0]], tl.float32)
         for dim in range(0, head.D, SLICE):
             q_part = load_rows(q.ptr, q.offsets, q.inside, dim, head.D, SLICE, False)
             k_part = load_rows(keys.k_ptr, offsets, inside, dim, head.D, SLICE, False)
-            s += tl.dot(q_part, tl.trans(k_part), input_precision="ieee")
+            s = _add_apart(s, q_part, tl.trans(k_part))
     else:
         k = load_rows(keys.k_ptr, offsets, inside, 0, head.D, head.LOW, ALL)
-        s = tl.dot(q.low, tl.trans(k), input_precision="ieee")
+        s = tl.dot(q.low, tl.trans(k))
         if head.HIGH:
             k = load_rows(keys.k_ptr, offsets, inside, head.LOW, head.D, head.HIGH, ALL)
-            s += tl.dot(q.high, tl.trans(k), input_precision="ieee")
+            s = tl.dot(q.high, tl.trans(k), s) if head.CHAINED else _add_apart(s, q.high, tl.trans(k))
     return -s if head.NEGATE else s
 
 
@@ -141,11 +149,9 @@ def finite_or_zero(m):
 
 @triton.jit
 def _add_product(p, v, acc, head):
-    """acc + p v, with p rounded to the dtype of v. In float32 the product is summed by itself, because one long chain
-    of additions would round more than the definition does; tensor cores add to what they are given for free."""
-    if head.SLICED:
-        return acc + tl.dot(p, v, input_precision="ieee")
-    return tl.dot(p.to(v.dtype), v, acc)
+    """acc + p v, with p rounded to the dtype of v. In float32 one long chain of additions would round more than the
+    definition does, so tiles are summed by themselves; tensor cores add to what they are given for free."""
+    return _add_apart(acc, p, v) if head.SLICED else tl.dot(p.to(v.dtype), v, acc)
 
 
 @triton.jit
@@ -233,14 +239,14 @@ def attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, o_ptr, lse_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_row,
     H, group, S, T, tiles, scale, unit, unit_rest,
-    D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SLICED: tl.constexpr, NEGATE: tl.constexpr,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SLICED: tl.constexpr, CHAINED: tl.constexpr,
+    NEGATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     heads = tl.num_programs(0) // tiles
     first = (tiles - 1 - tl.program_id(0) // heads) * BLOCK_M  # late queries see the most keys: they start first
     b = (tl.program_id(0) % heads // H).to(tl.int64)  # int64: index * stride passes 2^31 in large tensors
     h = (tl.program_id(0) % heads % H).to(tl.int64)
-    head: tl.constexpr = Head(D, LOW, HIGH, SLICED, NEGATE)
+    head: tl.constexpr = Head(D, LOW, HIGH, SLICED, CHAINED, NEGATE)
     rows = first + tl.arange(0, BLOCK_M)
     inside = rows < S
     q = load_queries(q_ptr + b * q_batch + h * q_head, rows.to(tl.int64) * q_row, inside, head)
@@ -299,6 +305,14 @@ def fold(scale: float) -> dict[str, float]:
     return {"scale": folded, "unit": unit, "unit_rest": abs(scale) / folded - unit}
 
 
+def constants_of(D: int, dtype: torch.dtype, scale: float, target: Target) -> dict[str, Any]:
+    """What a `Head` is made of. Two products of a loop chained through one accumulator are wrong on sm_103, whose
+    configurations are those of sm_100 (triton-lang/triton#10821)."""
+    low, high = parts(D)
+    sliced, chained = dtype == torch.float32, target.name != "sm_100"
+    return {"D": D, "LOW": low, "HIGH": high, "SLICED": sliced, "CHAINED": chained, "NEGATE": scale < 0}
+
+
 class Tile(NamedTuple):
     """Queries and keys per step, warps per program, stages of the pipeline that loads keys and values."""
 
@@ -335,7 +349,6 @@ def plan(
     o = q.new_empty((B, S, H, D)).transpose(1, 2)
     lse = q.new_empty((B, H, S), dtype=torch.float32)
     q, k, v = dense(q), dense(k), dense(v)
-    low, high = parts(D)
     tile = tile or choose_tile(D, q.dtype, target)
     tiles = triton.cdiv(S, tile.M)
     mask = None if key_mask is None else key_mask.view(torch.uint8)
@@ -347,14 +360,11 @@ def plan(
         "mask_batch": 0 if mask is None else mask.stride(0), "mask_row": 0 if mask is None else mask.stride(1),
         "H": H, "group": H // K, "S": S, "T": T, "tiles": tiles, **fold(scale),
     }  # fmt: skip
-    sliced = q.dtype == torch.float32
-    constants = {
-        "D": D, "LOW": low, "HIGH": high, "SLICED": sliced, "NEGATE": scale < 0, "CAUSAL": causal,
-        "BLOCK_M": tile.M, "BLOCK_N": tile.N,
-    }  # fmt: skip
+    constants = {**constants_of(D, q.dtype, scale, target), "CAUSAL": causal, "BLOCK_M": tile.M, "BLOCK_N": tile.N}
+    narrow = q.dtype != torch.float32
     launch = Launch(
         attention_kernel, (tiles * B * H,), given, constants, num_warps=tile.warps, num_stages=tile.stages,
-        tensor_cores=not sliced, async_copies=not sliced and chunk_length(D, k, v) == CHUNK,
+        tensor_cores=narrow, async_copies=narrow and chunk_length(D, k, v) == CHUNK,
     )  # fmt: skip
     return launch, o, lse
 
@@ -414,10 +424,10 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """o_BHSD = softmax(scale q k^T + mask) v; query head h reads key/value head h // (H / K).
 
-    As `refllm.ops.attention`. scale: D^-1/2 if None. causal: query s sees keys 0 .. T-S+s (aligned at the end). key_mask: bool [B, T], True =
-    attend. A query with no key to attend to yields 0 and lse = -inf. What a masked key or value holds, NaN included,
-    never reaches a valid row. With return_lse also lse_BHS, float32. head_dim 8 to 256; any strides, copied only where
-    the last axis is not dense. o lies as [B, S, H, D] in memory.
+    As `refllm.ops.attention`. scale: D^-1/2 if None. causal: query s sees keys 0 .. T-S+s (aligned at the end).
+    key_mask: bool [B, T], True = attend. A query with no key to attend to yields 0 and lse = -inf. What a masked key
+    or value holds, NaN included, never reaches a valid row. With return_lse also lse_BHS, float32. head_dim 8 to 256;
+    any strides, copied only where the last axis is not dense. o lies as [B, S, H, D] in memory.
     Raises InputError for arguments that do not fit together.
     """
     arguments.attention("attention", q_BHSD, k_BKTD, v_BKTD, key_mask)

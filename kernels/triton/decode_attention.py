@@ -14,6 +14,7 @@ Source: Dao et al. 2023, "Flash-Decoding for long-context inference"; the rest a
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,6 +29,7 @@ from refllm.kernels.triton.attention import (
     Head,
     Keys,
     any_not_finite,
+    constants_of,
     finite_or_zero,
     fold,
     load_queries,
@@ -60,8 +62,8 @@ def split_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, acc_ptr, m_ptr, total_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, lengths_stride,
     K, group, S, N, splits, tiles, scale,
-    D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SLICED: tl.constexpr, NEGATE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SLICED: tl.constexpr, CHAINED: tl.constexpr,
+    NEGATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits % tiles
@@ -72,7 +74,7 @@ def split_kernel(
     if start >= length:
         return
 
-    head: tl.constexpr = Head(D, LOW, HIGH, SLICED, NEGATE)
+    head: tl.constexpr = Head(D, LOW, HIGH, SLICED, CHAINED, NEGATE)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # row i: token i % S of query head i // S of the group
     inside = rows < group * S
     q_offsets = (rows // S).to(tl.int64) * q_head + (rows % S).to(tl.int64) * q_row
@@ -111,7 +113,7 @@ def combine_kernel(
     acc_ptr, m_ptr, total_ptr, lengths_ptr, o_ptr, lengths_stride, K, group, S, N, splits,
     D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: o = sum of 2^(m_i - m) acc_i over sum of 2^(m_i - m) total_i, for its chunks i. NaN for a wrong length."""
+    """One row: o = sum of 2^(m_i - m) acc_i over sum of 2^(m_i - m) total_i, for its chunks i. NaN: a wrong length."""
     b = (tl.program_id(0) // (K * group * S)).to(tl.int64)
     kv = (tl.program_id(0) // (group * S) % K).to(tl.int64)
     row = tl.program_id(0) % (group * S)
@@ -147,6 +149,22 @@ def combine_kernel(
     tl.store(o_ptr + dims, o.to(o_ptr.dtype.element_ty), mask=dims < D)
 
 
+class Tile(NamedTuple):
+    """Slots per step, warps per program, stages of the pipeline that loads keys and values."""
+
+    N: int
+    warps: int
+    stages: int
+
+
+def choose_tile(D: int, dtype: torch.dtype) -> Tile:
+    """Up to 64 query rows go with each: as many slots as registers allow on every target."""
+    width = sum(parts(D))
+    if dtype == torch.float32:
+        return Tile(32, 8, 2)
+    return Tile(64, 4, 3) if width <= 128 else Tile(32, 8, 3)
+
+
 def plan(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, scale: float,
     target: Target = DEFAULT,
@@ -158,7 +176,6 @@ def plan(
     rows, splits = H // K * S, triton.cdiv(N, CHUNK)
     acc = q.new_empty((B, K, splits, rows, D), dtype=torch.float32)
     m, total = (q.new_empty((B, K, splits, rows), dtype=torch.float32) for _ in range(2))
-    low, high = parts(D)
     block = min(ROWS, max(16, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, block)
     shared = {"lengths_ptr": lengths, "lengths_stride": lengths.stride(0), "K": K, "group": H // K, "S": S, "N": N}
@@ -170,14 +187,14 @@ def plan(
         "v_batch": v_cache.stride(0), "v_head": v_cache.stride(1), "v_row": v_cache.stride(2),
         "scale": fold(scale)["scale"],
     }  # fmt: skip
-    sliced = q.dtype == torch.float32
+    tile = choose_tile(D, q.dtype)
     constants = {
-        "D": D, "LOW": low, "HIGH": high, "SLICED": sliced, "NEGATE": scale < 0, "CHUNK": CHUNK,
-        "BLOCK_M": block, "BLOCK_N": 32 if sliced else 64,
+        **constants_of(D, q.dtype, scale, target), "CHUNK": CHUNK, "BLOCK_M": block, "BLOCK_N": tile.N,
     }  # fmt: skip
+    narrow = q.dtype != torch.float32
     split = Launch(
-        split_kernel, (B * K * tiles * splits,), given, constants, num_warps=4, num_stages=3 if D <= 128 else 2,
-        tensor_cores=not sliced, async_copies=not sliced and chunk_length(D, k_cache, v_cache) == ALIGNED,
+        split_kernel, (B * K * tiles * splits,), given, constants, num_warps=tile.warps, num_stages=tile.stages,
+        tensor_cores=narrow, async_copies=narrow and chunk_length(D, k_cache, v_cache) == ALIGNED,
     )  # fmt: skip
     width = triton.next_power_of_2(D)
     constants = {"D": D, "WIDTH": width, "CHUNK": CHUNK, "BLOCK": COMBINED}
@@ -188,13 +205,10 @@ def plan(
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     """Every configuration that ships: each head dimension and each number of query rows, for caches [B, N, K, D]."""
     half, full = torch.bfloat16, torch.float32
-    for dtype, D, group, S in (
-        *((half, D, 4, 1) for D in (16, 40, 64, 80, 96, 128, 160, 192, 256)),
-        *((half, D, 4, S) for D in (80, 128, 256) for S in (8, 16)),
-        (torch.float16, 128, 4, 1),
-        *((full, D, 4, 1) for D in (64, 80, 160, 256)),
-        (full, 128, 8, 8),
-    ):
+    one_token = [(half, D, 4, 1) for D in (16, 40, 64, 80, 96, 128, 160, 192, 256)]
+    few_tokens = [(half, D, group, 8) for D in (80, 128, 160, 256) for group in (4, 8)]
+    others = [(torch.float16, 128, 4, 1), *((full, D, 4, 1) for D in (64, 80, 160, 256)), (full, 256, 8, 8)]
+    for dtype, D, group, S in (*one_token, *few_tokens, *others):
         q = torch.empty(2, S, 2 * group, D, dtype=dtype, device="meta").transpose(1, 2)
         cache = torch.empty(2, 4096, 2, D, dtype=dtype, device="meta").transpose(1, 2)
         lengths = torch.empty(2, dtype=torch.int64, device="meta")

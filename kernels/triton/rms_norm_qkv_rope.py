@@ -353,13 +353,13 @@ def _rms_norm_qkv_rope_cache(
 
 
 @_rms_norm_qkv_rope.register_fake
-def _(x, norm_weight, w_qkv, b_qkv, cos, sin, eps, num_heads, num_kv_heads, interleaved):  # type: ignore[no-untyped-def]
+def _(x, norm_weight, w_qkv, b_qkv, cos, sin, eps, num_heads, num_kv_heads, interleaved):
     D = w_qkv.shape[0] // (num_heads + 2 * num_kv_heads)
     return tuple(_heads(x, heads, D) for heads in (num_heads, num_kv_heads, num_kv_heads))
 
 
 @_rms_norm_qkv_rope_cache.register_fake
-def _(x, norm_weight, w_qkv, b_qkv, cos, sin, eps, num_heads, num_kv_heads, *_):  # type: ignore[no-untyped-def]
+def _(x, norm_weight, w_qkv, b_qkv, cos, sin, eps, num_heads, num_kv_heads, *_):
     return _heads(x, num_heads, w_qkv.shape[0] // (num_heads + 2 * num_kv_heads))
 
 

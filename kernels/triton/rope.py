@@ -27,8 +27,11 @@ TILE = 4096
 
 @triton.jit
 def head_rows(heads, b, s, stride_b, stride_h, stride_s, CHUNK: tl.constexpr):
-    """Where each head's row begins, in elements [heads]. CHUNK divides every stride."""
-    return tl.multiple_of(b * stride_b + s * stride_s + heads * stride_h, CHUNK)
+    """Where each head's row begins, in elements [heads]. Strides count in CHUNKs: so the compiler sees that it divides.
+
+    (tl.multiple_of would say it too, but the compiler for AMD forgets that where it makes 32-bit offsets of these.)
+    """
+    return (b * stride_b + s * stride_s + heads * stride_h) * CHUNK
 
 
 @triton.jit
@@ -86,9 +89,9 @@ def store_rest(y_ptr, rows, valid, rest, R: tl.constexpr, D: tl.constexpr, BLOCK
 
 @triton.jit
 def load_angles(table_ptr, b, s, stride_b, stride_s, HALF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """cos or sin of one token, [1, BLOCK] in float32. A table ends at HALF, and so does the load."""
+    """cos or sin of one token, [1, BLOCK] in float32. A table ends at HALF, and so does the load. Strides as above."""
     pairs = tl.arange(0, BLOCK)
-    row = tl.multiple_of(b * stride_b + s * stride_s, CHUNK)
+    row = (b * stride_b + s * stride_s) * CHUNK
     return tl.load(table_ptr + row + pairs, mask=pairs < HALF, other=0.0).to(tl.float32)[None, :]
 
 
@@ -139,7 +142,7 @@ def rope_kernel(
 def sizes_and_tiles(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, target: Target
 ) -> tuple[int, dict[str, int], dict[str, int], int]:
-    """Grid, run-time sizes and strides, tile sizes, and warps, for this kernel and that of norm_rope.py.
+    """Grid, run-time sizes and strides (in chunks), tile sizes, and warps, for this kernel and that of norm_rope.py.
 
     The heads of one token are shared out between as many programs as tiles of `TILE` numbers make them.
     """
@@ -148,13 +151,15 @@ def sizes_and_tiles(
     lanes = triton.next_power_of_2(2 * block + (rest if 2 * half < D else 0))
     shares = triton.cdiv(max(H, K, 1), max(1, TILE // lanes))
     block_h, block_k = (triton.next_power_of_2(max(1, triton.cdiv(heads, shares))) for heads in (H, K))
+    chunk, table_chunk = chunk_length(D, q, k), chunk_length(half, cos, sin)
     sizes = {"S": S, "H": H, "K": K}
     for name, x in (("q", q), ("k", k)):
-        sizes |= zip((f"{name}_stride_b", f"{name}_stride_h", f"{name}_stride_s"), x.stride(), strict=False)
+        sizes |= {f"{name}_stride_{axis}": x.stride(i) // chunk for i, axis in enumerate("bhs")}
     for name, x in (("cos", cos), ("sin", sin)):
-        sizes |= {f"{name}_stride_b": x.stride(0) if x.ndim == 3 else 0, f"{name}_stride_s": x.stride(-2)}
+        strides = x.stride(0) if x.ndim == 3 else 0, x.stride(-2)  # one table for all sequences: stride 0
+        sizes |= {f"{name}_stride_{axis}": stride // table_chunk for axis, stride in zip("bs", strides, strict=True)}
     tiles = {
-        "D": D, "HALF": half, "CHUNK": chunk_length(D, q, k), "TABLE_CHUNK": chunk_length(half, cos, sin),
+        "D": D, "HALF": half, "CHUNK": chunk, "TABLE_CHUNK": table_chunk,
         "SHARES": shares, "BLOCK_H": block_h, "BLOCK_K": block_k, "BLOCK": block, "BLOCK_REST": rest,
     }  # fmt: skip
     warps = min(4, max(1, max(block_h, block_k) * lanes // (32 * target.warp_size)))

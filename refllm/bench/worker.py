@@ -209,4 +209,5 @@ if __name__ == "__main__":
     # Whatever a library prints must not get between the answers.
     _OUT = os.dup(1)
     os.dup2(2, 1)
-    serve(sys.argv[1], Path(sys.argv[2]), *(int(number) for number in sys.argv[3:6]), *sys.argv[6:8])
+    side, folder, prompt, new, threads, dtype, backend = sys.argv[1:]
+    serve(side, Path(folder), int(prompt), int(new), int(threads), dtype, backend)

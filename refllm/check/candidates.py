@@ -101,7 +101,7 @@ class ReferenceCandidate:
         """The fast model of a backend, in the reference's place: it takes and names the same things."""
         from refllm.auto import load
 
-        model = load(folder, head=head, dtype=dtype, backend=backend)
+        model: Any = load(folder, head=head, dtype=dtype, backend=backend)
         return cls(model, f"refllm {backend}, {dtype} on {model.device}")
 
     def run(self, inputs: Inputs, sink: Sink) -> None:

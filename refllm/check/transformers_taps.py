@@ -84,8 +84,7 @@ class _Hooks:
     def _watch_patched(self, layer: str, module: Any) -> Iterator[Any]:
         """What only the stand-in of `refllm.kernels.patch` can show; nothing for a module that is not patched."""
         stand_in: Any = getattr(module.__dict__.get("forward"), "__self__", None)
-        # Of a per-head norm and a rotation in one operator only the end is rounded; pages round in between, too.
-        if not hasattr(stand_in, "watchers") or getattr(module, "qk_layernorm", False):
+        if not hasattr(stand_in, "watchers"):
             return
 
         def seen(q: Any, k: Any, v: Any) -> None:
