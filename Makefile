@@ -8,6 +8,8 @@ JOBS   ?= $(shell .venv/bin/python -c 'import os; print(min(8, len(os.sched_geta
 BIN    := .venv/bin
 # Torch in a pip call of its own, before the rest: on a machine without a GPU this takes the small build.
 TORCH  := torch==2.13.0
+# The Triton that belongs to it. Elsewhere than on Linux there is none, and the checks that need it say so.
+TRITON := triton==3.7.1; platform_system == "Linux"
 
 .DEFAULT_GOAL := help
 .PHONY: help check test lint types format bench gpu golden clean
@@ -15,7 +17,7 @@ TORCH  := torch==2.13.0
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-check: .venv/ready-to-check  ## the main job: every embedded checkpoint, Transformers against the reference
+check: .venv/ready-to-check  ## the main job: every embedded checkpoint; Torch, Triton and Transformers against it
 	$(BIN)/refllm check
 
 test: .venv/ready-to-test  ## all tests
@@ -56,7 +58,7 @@ clean:  ## remove everything that make made
 	@echo "setting up .venv (once; takes a minute or a few)"
 	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet $(TORCH)
-	@$(BIN)/python -m pip install --quiet --editable '.[witness]'
+	@$(BIN)/python -m pip install --quiet --editable '.[fast,witness]' '$(TRITON)'
 	@touch $@
 
 .venv/ready-to-test: .venv/ready-to-check

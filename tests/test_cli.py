@@ -288,8 +288,8 @@ def test_check_holds_and_says_so_in_json(refllm: Run, checkpoint: Path, tmp_path
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
-# Not the benchmark, and not the line in which CHECKPOINT stands for the reader's own.
-@pytest.mark.parametrize("line", re.findall(r"^    refllm ((?!bench|.*CHECKPOINT).*)$", README, re.MULTILINE))
+# Not the benchmark, and not the lines in which CHECKPOINT or FILE.PY stands for the reader's own.
+@pytest.mark.parametrize("line", re.findall(r"^    refllm ((?!bench|.*CHECKPOINT|.*FILE).*)$", README, re.MULTILINE))
 def test_command_of_the_readme_runs(line: str, refllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)
     code, out, _ = refllm(*shlex.split(line))
@@ -300,11 +300,42 @@ def test_command_of_the_readme_runs(line: str, refllm: Run, monkeypatch: pytest.
 def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     from refllm import golden
 
-    program = next(
-        code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "AutoModelForCausalLM" in code
-    )
-    exec(program, {"folder": golden.path("llama-tiny")})
+    exec(_block("AutoTokenizer"), {"folder": golden.path("llama-tiny")})
     assert "The residual stream" in capsys.readouterr().out
+
+
+def test_kernel_test_of_the_readme_tells_a_right_kernel_from_a_wrong_one() -> None:
+    from refllm import kernels
+    from refllm.kernels.verify import ContractBrokenError
+
+    names: dict[str, Any] = {"my_rms_norm": kernels.rms_norm}
+    exec(_block("def test_my_rms_norm"), names)
+    names["test_my_rms_norm"]()
+    names["my_rms_norm"] = lambda x, weight, eps: kernels.rms_norm(x, weight, 1e-1)
+    with pytest.raises(ContractBrokenError, match="times that of the contract"):
+        names["test_my_rms_norm"]()
+
+
+def test_fast_model_of_the_readme_runs() -> None:
+    from refllm import golden
+
+    names: dict[str, Any] = {"folder": golden.path("llama-tiny"), "ids": np.arange(4, 9)[None]}
+    exec(_block('backend="torch"'), names)
+    assert 5 < names["tokens"].shape[1] <= 25
+
+
+def test_patch_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    from refllm import golden
+
+    exec(_block("kernels.patch"), {"folder": golden.path("llama-tiny"), "ids": np.arange(4, 9)[None]})
+    shown = capsys.readouterr().out
+    assert "swapped" in shown
+    assert "torch.Size([1, 5," in shown
+
+
+def _block(contents: str) -> str:
+    """The first piece of Python in the README that has this in it."""
+    return next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if contents in code)
 
 
 @pytest.mark.filterwarnings("ignore:.*untested")

@@ -340,3 +340,32 @@ def test_what_cannot_run_is_said() -> None:
             assembly[(1,)](torch.zeros(1))
         with pytest.raises(KernelError, match=r"two_targets: Triton does not compile the double assignment `a = b ="):
             two_targets[(1,)](torch.zeros(1))
+
+
+PLAIN = 2.0
+
+
+@triton.jit
+def reads_a_plain_global(x, USE: tl.constexpr):
+    if USE:
+        tl.store(x, PLAIN)
+    else:
+        tl.store(x, 1.0)
+
+
+def test_a_global_that_the_compiler_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
+    with interpreted():
+        reads_a_plain_global[(1,)](x, USE=False)
+        with pytest.raises(KernelError, match=r"`PLAIN` is a plain float; write PLAIN = tl\.constexpr"):
+            reads_a_plain_global[(1,)](x, USE=True)
+        monkeypatch.setenv("TRITON_ALLOW_NON_CONSTEXPR_GLOBALS", "1")
+        reads_a_plain_global[(1,)](x, USE=True)
+    assert x.item() == 2
+
+
+def test_numbers_of_numpy_are_not_arguments() -> None:
+    import numpy as np
+
+    with interpreted(), pytest.raises(KernelError, match=r"copy, .*`n` is a numpy\.int64"):
+        copy[(1,)](torch.zeros(4), torch.zeros(4), np.int64(4), 0, BLOCK=4)

@@ -96,7 +96,7 @@ def test_meets_the_contract_for_split_head_dims_in_float32(form: Form, D: int, d
 @FORMS
 @pytest.mark.parametrize(
     ("S", "T"),
-    [(1, 1), (1, 2), (2, 1), (127, 127), (128, 128), (129, 129), (127, 129), (129, 127), (128, 257), (257, 2)],
+    [(1, 1), (1, 2), (2, 1), (127, 127), (128, 128), (129, 129), (127, 129), (129, 127), (128, 257), (257, 2), (2, 64), (2, 65)],
 )  # fmt: skip
 def test_meets_the_contract_at_the_edges_of_tiles(form: Form, S: int, T: int, device: str) -> None:
     q, k, v = draw((1, 1, 1, S, T, 16), F16, device, seed=S)
@@ -237,6 +237,16 @@ def test_later_keys_and_values_never_reach_an_earlier_row(form: Form, value: flo
     torch.testing.assert_close(o[:, :, :7], clean[:, :, :7], rtol=2e-2, atol=1e-3)
     assert same(lse[:, :, :7], clean_lse[:, :, :7])
     assert o[:, :, 7:].isnan().any(-1).all(), "they do reach the rows that see them"
+
+
+@FORMS
+@pytest.mark.parametrize("dim", [0, 31, 32, 39])
+def test_one_nan_in_any_dim_of_a_later_value_never_reaches_an_earlier_row(form: Form, dim: int, device: str) -> None:
+    q, k, v = draw((1, 1, 1, 12, 20, 40), BF16, device)
+    v[:, :, 15, dim] = NAN
+    o = check(form, q, k, v)
+    assert o[:, :, :7].isfinite().all()
+    assert int(o.isnan().sum()) == 5
 
 
 @FORMS

@@ -11,8 +11,8 @@ libdevice.py); memory.py checks every access. launch.py runs a grid, autotune.py
 poison.py fills new memory, and context.py switches it on.
 
 What it does not show: speed, registers and shared memory; the order of a GPU's sums; approximate division and
-exponentials; what the compiler refuses (types that change in a loop, variables defined on one path only). Compile your
-kernels ahead of time as well: that is the type checker.
+exponentials; products and sums that the compiler fuses into one rounding; what the compiler refuses (types that change
+in a loop, variables defined on one path only). Compile your kernels ahead of time as well: that is the type checker.
 """
 
 from typing import TYPE_CHECKING, Any

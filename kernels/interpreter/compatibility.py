@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import triton
 import triton.language as tl
 from triton.compiler import code_generator
 from triton.runtime import jit
@@ -18,6 +19,11 @@ base_value: Any = tl.core.base_value
 
 CHAINED_COMPARISONS = "simultaneous multiple comparison" not in inspect.getsource(code_generator)
 """Whether a < b < c compiles. A version that cannot do it says so with these words."""
+
+
+def plain_globals_allowed() -> bool:
+    """Whether kernels may read global variables that are not tl.constexpr (TRITON_ALLOW_NON_CONSTEXPR_GLOBALS)."""
+    return bool(triton.knobs.compilation.allow_non_constexpr_globals)
 
 
 def launch_options() -> frozenset[str]:

@@ -120,6 +120,8 @@ class _Converter:
             return self._descriptor(name, value)
         if hasattr(value, "data_ptr"):
             return self._tensor(name, value)
+        if isinstance(value, np.generic):
+            raise KernelError(f"`{name}` is a numpy.{type(value).__name__}; a launch takes numbers of Python")
         return operations.unwrap(value)
 
     def _tensor(self, name: str, value: Any) -> Any:

@@ -2,6 +2,9 @@
 
 Every pointer carries the argument that it came from, so that an offset that misses its own tensor is found even if it
 hits another one. An access is turned into indices of one storage, and all its checks are a few NumPy operations.
+
+Not judged: an atomic of one program beside a plain access of another. An atomic on a single address orders the programs
+that meet there, whatever it is used for, so that locks and counters of arrivals do not look like races.
 """
 
 import bisect

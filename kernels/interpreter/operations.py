@@ -174,6 +174,15 @@ def constant(value: Any) -> Any:
     return unwrap(value)
 
 
+def plain_global(name: str, value: Any) -> Any:
+    """A number or string from outside the kernel. Raises KernelError unless this is allowed, as the compiler does."""
+    if compatibility.plain_globals_allowed():
+        return value
+    raise KernelError(
+        f"the global variable `{name}` is a plain {type(value).__name__}; write {name} = tl.constexpr(...)"
+    )
+
+
 def attribute(value: Any, name: str) -> Any:
     """`value.name` for a value of the kernel: methods that are jit functions are bound to it."""
     if isinstance(value, tensor):

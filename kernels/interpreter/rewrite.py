@@ -56,7 +56,9 @@ def rewrite(jit: Any) -> types.FunctionType:
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
     free = function.__code__.co_freevars
-    _Rewriter(jit.__name__, definition).visit(definition)
+    scope = jit.get_capture_scope()
+    plain = {name for name, value in scope.items() if isinstance(value, bool | int | float | str)}
+    _Rewriter(jit.__name__, definition, plain).visit(definition)
     maker = ast.parse(f"def {_MAKER}({', '.join([*free, _OPERATIONS])}): pass").body[0]
     assert isinstance(maker, ast.FunctionDef)
     maker.body = [definition]
@@ -83,13 +85,15 @@ def _nested(code: types.CodeType, name: str) -> types.CodeType:
 
 
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self, kernel: str, definition: ast.FunctionDef) -> None:
+    def __init__(self, kernel: str, definition: ast.FunctionDef, plain: set[str]) -> None:
         self.kernel = kernel
         arguments = definition.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
         self.locals = {argument.arg for argument in every if argument} | {
             node.id for node in ast.walk(definition) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
         }
+
+        self.plain = plain - self.locals
 
     def _call(self, node: ast.AST, operation: str, *arguments: ast.expr) -> ast.expr:
         function = ast.Attribute(ast.Name(_OPERATIONS, ast.Load()), operation, ast.Load())
@@ -141,6 +145,12 @@ class _Rewriter(ast.NodeTransformer):
     def _thunk(self, value: ast.expr) -> ast.expr:
         nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
         return ast.copy_location(ast.Lambda(nothing, self.visit(value)), value)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if node.id not in self.plain:
+            return node
+        # An error only where it is read: the compiler does not look into a branch that is switched off.
+        return self._call(node, "plain_global", ast.Constant(node.id), node)
 
     # -- calls, attributes, indices --------------------------------------------------------------------------------
 
