@@ -1,4 +1,5 @@
-"""What `make gpu` runs: every operator, compiled, against its definition, and the kernel tests; one JSON file out.
+"""What `make gpu` runs, compiled: every operator against its definition, the fast models, the kernel tests; one JSON
+file out.
 
     python -m refllm.kernels.gpu [-o FILE] [--device cuda|cpu] [--no-tests]
 
@@ -6,6 +7,8 @@ The file holds
     machine: GPU, driver, versions, date, command
     operators: one row per output of every call of `refllm.kernels.cases`: layer, dtype, form (triton or plain), ratio
         of its error to the contract's in the same precision, limit, problem ("" if it holds)
+    models: one row per checkpoint, backend and dtype: the verdict of the check, and whether decoding on a graph gives
+        the tokens of decoding without; embedded checkpoints and random ones of real layer shapes
     tests: what pytest counted over the kernel tests, and the failures with their messages
     verdict: "holds" or "fails"
 
@@ -33,14 +36,16 @@ import refllm
 from refllm import kernels
 from refllm.errors import InputError, RefllmError
 from refllm.kernels.cases import LAYERS, REDUCED, Case, cases
+from refllm.kernels.end_to_end import check_models
 from refllm.kernels.verify import Contract
 from refllm.status_line import StatusLine
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = {"cuda": 129, "cpu": 5}
 """Positions per call: over one tile of 128 by one; few where the interpreter runs."""
-TEST_SECONDS = 420
-"""Limit for the kernel tests: with the operators (about a minute) the whole run ends well inside ten minutes."""
+MODEL_TOKENS = {"cuda": 96, "cpu": 12}
+TEST_SECONDS = 300
+"""Limit for the kernel tests, so that the whole run ends inside ten minutes."""
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -126,14 +131,16 @@ def run(device: str, tests: Path | None, scratch: Path) -> dict[str, Any]:
     start = time.perf_counter()
     with StatusLine(sys.stderr) as step:
         operators = list(check_operators(device, step))
+        models = list(check_models(device, DTYPES[:2], step, real=device == "cuda", tokens=MODEL_TOKENS[device]))
         step("the kernel tests")
         tested = run_tests(device, tests, scratch) if tests is not None else None
-    bad = [row for row in operators if row["problem"]]
+    bad = [row for row in operators + models if row["problem"]]
     return {
         "verdict": "fails" if bad or (tested is not None and tested["problem"]) else "holds",
         "machine": machine(device),
         "seconds": round(time.perf_counter() - start, 1),
         "operators": operators,
+        "models": models,
         "tests": tested,
     }
 
@@ -152,6 +159,9 @@ def summary(result: dict[str, Any]) -> str:
     for row in result["operators"]:
         if row["problem"]:
             lines.append(f"{row['layer']}, {row['form']} {row['operator']} {row['case']}: {row['problem']}")
+    for row in result["models"]:
+        name = f"{row['checkpoint']}, {row['backend']}, {row['dtype']}, {row['what']}"
+        lines.append(f"{name}: {row['problem'] or 'holds'}")
     tested = result["tests"]
     if tested is not None:
         lines.append(f"tests: {tested.get('counts', {})} {tested['problem']}")

@@ -293,6 +293,8 @@ def scans(x, y, N: tl.constexpr):
     tl.store(y + 4 * N, tl.reduce(v, 0, _last))
     tl.store(y + 4 * N + 1, tl.argmax(v, 0))
     tl.store(y + 4 * N + 2, tl.argmin(v, 0))
+    _factor, last_state = tl.reduce((v, v), 0, _linear)
+    tl.store(y + 4 * N + 3, last_state)
     tl.store(y + 5 * N + i, tl.sort(v, descending=True))
     tl.store(y + 6 * N + i, tl.flip(v, 0))
     tl.store(y + 7 * N + i, tl.softmax(v))
@@ -310,7 +312,7 @@ def test_scans_and_reductions_keep_the_order_of_their_operands() -> None:
         state = state * v + v
         expected.append(state)
     torch.testing.assert_close(y[3], torch.tensor(expected))
-    assert y[4, :3].tolist() == [0.25, 2, 1]
+    assert y[4, :4].tolist() == [0.25, 2, 1, y[3, -1]]
     assert y[5].tolist() == sorted(x.tolist(), reverse=True)
     torch.testing.assert_close(y[6], x.flip(0))
     torch.testing.assert_close(y[7], torch.softmax(x, 0))
@@ -356,6 +358,7 @@ def test_the_other_atomics() -> None:
 @triton.jit
 def loops(n, step, out):
     total = 0
+    tl.static_assert(total.dtype == tl.int32)  # a variable, unlike a tl.constexpr, is a tensor
     for i in range(0, n, step):
         total += i.to(tl.int64)
     for j in tl.static_range(3):
