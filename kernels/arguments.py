@@ -11,6 +11,7 @@ import torch
 from refllm.errors import InputError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What kernels compute with."""
 
 
 def describe(x: Any) -> str:

@@ -5,13 +5,16 @@ The `plan` function of every kernel file returns a `Launch`. Running it starts t
 gate inspects is what users run.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from refllm.errors import InputError
 from refllm.kernels import interpreter
+
+Shape = TypeVar("Shape")
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,12 @@ class _Nothing:
 
 
 _nothing = _Nothing()
+
+
+def shipped(shapes: Iterable[Shape], of_other_dtypes: Iterable[Shape]) -> Iterator[tuple[torch.dtype, Shape]]:
+    """(dtype, shape) for what a kernel file ships: bfloat16 with every shape, float16 and float32 with some.
+
+    float16 has the tiles of bfloat16 everywhere, and its instructions but for the format in their names.
+    """
+    yield from ((torch.bfloat16, shape) for shape in shapes)
+    yield from ((dtype, shape) for dtype in (torch.float16, torch.float32) for shape in of_other_dtypes)

@@ -133,7 +133,7 @@ def _judge_output(operator: str, i: int, got: torch.Tensor, exact: Any, contract
         return verdict("", 0.0)
     error = np.where(finite, np.abs(y - np.where(finite, exact, 0)), 0)
     worst = tuple(int(k) for k in np.unravel_index(error.argmax(), error.shape)) if error.ndim else ()
-    unit = max(_rms((contract - exact)[finite]), _rms(_rounding_error(exact[finite], dtype)))
+    unit = max(_rms(contract[finite] - exact[finite]), _rms(_rounding_error(exact[finite], dtype)))
     size = _rms(error[finite])
     ratio = size / unit if unit else (0.0 if size == 0 else np.inf)
     limit = limit * _chance(finite, dtype)

@@ -96,13 +96,23 @@ def test_meets_the_contract_for_split_head_dims_in_float32(form: Form, D: int, d
 @FORMS
 @pytest.mark.parametrize(
     ("S", "T"),
-    [(1, 1), (1, 2), (2, 1), (127, 127), (128, 128), (129, 129), (127, 129), (129, 127), (128, 257), (257, 2), (2, 64), (2, 65)],
-)  # fmt: skip
+    [
+        *((1, 1), (1, 2), (2, 1), (127, 127), (128, 128), (129, 129), (127, 129), (129, 127), (128, 257), (257, 2)),
+        *((2, 64), (2, 65)),  # the first query sees all but one key of a tile, and all of it
+    ],
+)
 def test_meets_the_contract_at_the_edges_of_tiles(form: Form, S: int, T: int, device: str) -> None:
     q, k, v = draw((1, 1, 1, S, T, 16), F16, device, seed=S)
     check(form, q, k, v)
     if S != T:
         check(form, q, k, v, causal=False)
+
+
+@FORMS
+@pytest.mark.parametrize("scale", [0.7, -0.4, 0.0, 2])
+def test_meets_the_contract_for_scales_of_any_sign(form: Form, scale: float, device: str) -> None:
+    q, k, v = draw((1, 2, 1, 70, 90, 24), BF16, device)
+    check(form, q, k, v, scale=scale)
 
 
 @FORMS

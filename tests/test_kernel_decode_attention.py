@@ -191,6 +191,14 @@ def test_values_that_are_not_finite_reach_exactly_the_rows_that_see_them(
 
 
 @FORMS
+def test_a_weight_of_exactly_zero_silences_a_whole_chunk(form: Form, device: str) -> None:
+    q, k, v, lengths = draw((2, 1, 2, 600, 16), [600, 300], F32, device)
+    q[..., 0], k[..., 0] = 1, 0
+    k[:, :, :CHUNK, 0], v[:, :, 10] = -1e4, NAN  # e^-2500 is 0
+    assert check(form, q, k, v, lengths).isfinite().all()
+
+
+@FORMS
 @pytest.mark.parametrize("score", [NAN, INF, -INF])
 @pytest.mark.parametrize("slot", [3, 299])
 def test_scores_that_are_not_finite_act_as_in_the_definition(form: Form, score: float, slot: int, device: str) -> None:

@@ -15,7 +15,7 @@ def show_checked(checked: Sequence[Checked], verbose: bool = False) -> Renderabl
     """The worst configuration per kernel and target, or every one; below it all findings, equal ones once."""
     configuration = "configuration" if verbose else "worst of"
     columns = ("kernel", "target", configuration, "regs", "spilled", "shared", "programs", "tensor", "async", "16-byte")
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for index, name in enumerate((*columns, "instr.")):
         table.add_column(name, justify="left" if index < 3 else "right", no_wrap=index < 2)
     for rows in _by_kernel(checked):
@@ -32,13 +32,20 @@ def closing_line(checked: Sequence[Checked], compiled: int, seconds: float) -> s
 
 
 def _by_kernel(checked: Sequence[Checked]) -> Iterator[list[Checked]]:
-    def place(row: Checked) -> tuple[str, str, str]:
-        return row.configuration.source.module, row.configuration.kernel, row.configuration.target.name
+    """The rows of one kernel and target together, in the order of kernels and then of targets."""
 
-    order: dict[tuple[str, str, str], int] = {}
+    def kernel(row: Checked) -> tuple[str, str]:
+        return row.configuration.source.module, row.configuration.kernel
+
+    order: dict[object, int] = {}
     for row in checked:
-        order.setdefault(place(row), len(order))
-    for _, rows in groupby(sorted(checked, key=lambda row: order[place(row)]), place):
+        order.setdefault(kernel(row), len(order))
+        order.setdefault(row.configuration.target, len(order))
+
+    def place(row: Checked) -> tuple[int, int]:
+        return order[kernel(row)], order[row.configuration.target]
+
+    for _, rows in groupby(sorted(checked, key=place), place):
         yield list(rows)
 
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from refllm.kernels import arguments
-from refllm.kernels.launch import Launch, on_device
+from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import CHUNK, chunk_length
 from refllm.kernels.targets import DEFAULT, Target, target_of
 
@@ -160,13 +160,12 @@ def plan_reduction(
 
 
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
-    """Every configuration that ships, by a name for it: tiny, real and ragged vocabularies, in every dtype."""
-    for dtype in arguments.FLOATS:
-        for V in (32, 1000, 32_000, 128_256, 151_937):
-            logits = torch.empty((64, V), dtype=dtype, device="meta")
-            labels = torch.empty(64, dtype=torch.int64, device="meta")
-            steps, _ = plan(logits, labels, -100, "none", target)
-            yield f"cross_entropy {str(dtype).removeprefix('torch.')} V={V}", steps[0]
+    """Every configuration that ships, by a name for it: tiny, real and ragged vocabularies."""
+    for dtype, V in shipped((32, 1000, 32_000, 128_256, 151_937), (128_256,)):
+        logits = torch.empty((64, V), dtype=dtype, device="meta")
+        labels = torch.empty(64, dtype=torch.int64, device="meta")
+        steps, _ = plan(logits, labels, -100, "none", target)
+        yield f"cross_entropy {str(dtype).removeprefix('torch.')} V={V}", steps[0]
     losses, labels = torch.empty(64, device="meta"), torch.empty(64, dtype=torch.int64, device="meta")
     for reduction in ("mean", "sum"):
         yield f"cross_entropy {reduction}", plan_reduction(losses, labels, -100, reduction)[0][0]

@@ -34,7 +34,6 @@ from refllm.kernels.triton.attention import (
     fold,
     load_queries,
     load_rows,
-    parts,
     store_carefully,
     store_rows,
     walk,
@@ -44,8 +43,8 @@ CHUNK = 256
 """Slots per program: 8 heads and 4096 slots fill the 132 multiprocessors of an H100 with a single sequence, and the
 workspace is 2 % of the cache (g = 4, one token)."""
 ROWS = 64
-"""Query rows per program at most; g S beyond that reads the cache more than once."""
-COMBINED = 32
+"""Query rows per program at most (float32: 16); g S beyond that reads the cache more than once."""
+COMBINED = 16
 """Chunks that are added up at a time."""
 
 
@@ -150,19 +149,20 @@ def combine_kernel(
 
 
 class Tile(NamedTuple):
-    """Slots per step, warps per program, stages of the pipeline that loads keys and values."""
+    """Query rows of a program, slots per step, warps, stages of the pipeline that loads keys and values."""
 
+    M: int
     N: int
     warps: int
     stages: int
 
 
-def choose_tile(D: int, dtype: torch.dtype) -> Tile:
-    """Up to 64 query rows go with each: as many slots as registers allow on every target."""
-    width = sum(parts(D))
+def choose_tile(rows: int, dtype: torch.dtype, target: Target) -> Tile:
+    """For `rows` = g S query rows: small tiles, so that several programs per multiprocessor keep the memory busy."""
     if dtype == torch.float32:
-        return Tile(32, 8, 2)
-    return Tile(64, 4, 3) if width <= 128 else Tile(32, 8, 3)
+        return Tile(16, 32, 4, 2)
+    M = min(ROWS, max(16, triton.next_power_of_2(rows)))
+    return Tile(M, 32, 8 if M == ROWS else 4, 2 if target.is_amd else 3)
 
 
 def plan(
@@ -176,8 +176,8 @@ def plan(
     rows, splits = H // K * S, triton.cdiv(N, CHUNK)
     acc = q.new_empty((B, K, splits, rows, D), dtype=torch.float32)
     m, total = (q.new_empty((B, K, splits, rows), dtype=torch.float32) for _ in range(2))
-    block = min(ROWS, max(16, triton.next_power_of_2(rows)))
-    tiles = triton.cdiv(rows, block)
+    tile = choose_tile(rows, q.dtype, target)
+    tiles = triton.cdiv(rows, tile.M)
     shared = {"lengths_ptr": lengths, "lengths_stride": lengths.stride(0), "K": K, "group": H // K, "S": S, "N": N}
     workspace = {"acc_ptr": acc, "m_ptr": m, "total_ptr": total, "splits": splits}
     given = {
@@ -187,13 +187,15 @@ def plan(
         "v_batch": v_cache.stride(0), "v_head": v_cache.stride(1), "v_row": v_cache.stride(2),
         "scale": fold(scale)["scale"],
     }  # fmt: skip
-    tile = choose_tile(D, q.dtype)
     constants = {
-        **constants_of(D, q.dtype, scale, target), "CHUNK": CHUNK, "BLOCK_M": block, "BLOCK_N": tile.N,
+        **constants_of(D, q.dtype, scale, target), "CHUNK": CHUNK, "BLOCK_M": tile.M, "BLOCK_N": tile.N,
     }  # fmt: skip
     narrow = q.dtype != torch.float32
+    # Left alone, ptxas spills a few registers to fit one more program per multiprocessor; under a limit it does not.
+    options = {} if target.is_amd else {"maxnreg": 255}
     split = Launch(
         split_kernel, (B * K * tiles * splits,), given, constants, num_warps=tile.warps, num_stages=tile.stages,
+        options=options,
         tensor_cores=narrow, async_copies=narrow and chunk_length(D, k_cache, v_cache) == ALIGNED,
     )  # fmt: skip
     width = triton.next_power_of_2(D)
@@ -206,8 +208,8 @@ def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     """Every configuration that ships: each head dimension and each number of query rows, for caches [B, N, K, D]."""
     half, full = torch.bfloat16, torch.float32
     one_token = [(half, D, 4, 1) for D in (16, 40, 64, 80, 96, 128, 160, 192, 256)]
-    few_tokens = [(half, D, group, 8) for D in (80, 128, 160, 256) for group in (4, 8)]
-    others = [(torch.float16, 128, 4, 1), *((full, D, 4, 1) for D in (64, 80, 160, 256)), (full, 256, 8, 8)]
+    few_tokens = [(half, 128, 4, 8), (half, 80, 8, 8), (half, 256, 8, 8)]
+    others = [(torch.float16, 128, 4, 1), (full, 80, 4, 1), (full, 256, 4, 1), (full, 256, 8, 8)]
     for dtype, D, group, S in (*one_token, *few_tokens, *others):
         q = torch.empty(2, S, 2 * group, D, dtype=dtype, device="meta").transpose(1, 2)
         cache = torch.empty(2, 4096, 2, D, dtype=dtype, device="meta").transpose(1, 2)
