@@ -5,6 +5,7 @@ Part of `make gpu`; the tests run it reduced, interpreted.
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ def check_models(
             for backend in BACKENDS if only in name else ():
                 for dtype in dtypes:
                     step(f"{name}: {backend}, {dtype}")
-                    yield _judged(name, backend, dtype, lambda p=path, b=backend, d=dtype: _check(p, b, d, tokens))
-                yield _judged(name, backend, "float32", lambda p=path, b=backend: _decodes(p, b, device))
+                    yield _judged(name, backend, dtype, partial(_check, path, backend, dtype, tokens))
+                yield _judged(name, backend, "float32", partial(_decodes, path, backend, device))
 
 
 def _judged(name: str, backend: str, dtype: str, run: Callable[[], Row]) -> Row:
