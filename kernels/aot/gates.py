@@ -40,7 +40,7 @@ def _threads(launch: Launch, report: Report, target: Target) -> Iterator[Finding
 
 
 def _spills(launch: Launch, report: Report, target: Target) -> Iterator[Finding]:
-    """Seen with ptxas 12.8 to 13: it spills a little below 255 registers if one more program fits in exchange."""
+    """ptxas (seen: 12.8, 13.1) may spill with registers left, if one more program fits for it; maxnreg forbids that."""
     spilled = report.resources.spill_bytes
     if spilled:
         by_choice = not target.is_amd and report.resources.registers < 255

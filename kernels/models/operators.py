@@ -4,7 +4,7 @@ Every fusion is listed in `FUSIONS`. Where one cannot be used, the steps it woul
 not silent: `fallbacks(config)` says which and why, and `refllm info` prints it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from refllm import kernels
+from refllm.kernels.models import torch_forms
 from refllm.kernels.models.activations import activation
 from refllm.operators import Recorder
 from refllm.precision import Arithmetic
@@ -24,12 +25,13 @@ _DECODED_AT_ONCE = 8
 class TorchOperators:
     """The operators of one backend, bound to an arithmetic (for the rounding of tables) and a recorder.
 
-    backend: "triton" (`refllm.kernels`) or "torch" (`refllm.kernels.plain`). scope: what `tap` puts before a name.
+    backend: "triton" (`refllm.kernels`) or "torch" (`refllm.kernels.models.torch_forms`). scope: what `tap` puts
+    before a name.
     """
 
     def __init__(self, backend: str, ar: Arithmetic, recorder: Recorder | None = None, scope: str = "") -> None:
         self.backend, self.ar, self.recorder, self.scope = backend, ar, recorder, scope
-        self._kernels: Any = kernels if backend == "triton" else kernels.plain
+        self._kernels: Any = kernels if backend == "triton" else torch_forms
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name in kernels.OPERATORS:
@@ -51,7 +53,17 @@ class TorchOperators:
     @staticmethod
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + b: [..., I] -> [..., O]."""
-        return F.linear(x, weight, bias)
+        # As a matrix: of a part of a batch Torch makes a batched product, for which it copies the weight.
+        return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+    def gate_and_up(self, x: torch.Tensor, w: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two projections of a gated MLP: one product on a GPU; two on a CPU, where a result that is twice as wide
+        costs more in fresh memory than the second call."""
+        if x.device.type == "cpu":
+            gate, up = (self.linear(x, w[f"mlp.{n}_proj.weight"], w.get(f"mlp.{n}_proj.bias")) for n in ("gate", "up"))
+        else:
+            gate, up = self.linear(x, w["mlp.gate_up.weight"], w.get("mlp.gate_up.bias")).chunk(2, dim=-1)
+        return gate, up
 
     @staticmethod
     def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -89,7 +101,14 @@ class TorchOperators:
         wanted = self.recorder is not None and any(self.recorder.wants(self.scope + name) for name in names)
         B, _, S, _ = q_BHSD.shape
         T = k_BKTD.shape[2]
-        if mask is None and not wanted and key_mask is None and causal and S <= _DECODED_AT_ONCE < T:
+        if (
+            mask is None
+            and not wanted
+            and key_mask is None
+            and causal
+            and self.backend == "triton"
+            and S <= _DECODED_AT_ONCE < T
+        ):
             lengths_B = torch.full((B,), T, dtype=torch.int32, device=q_BHSD.device)
             return self._kernels.decode_attention(q_BHSD, k_BKTD, v_BKTD, lengths_B)
         if mask is None and not wanted:

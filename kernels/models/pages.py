@@ -80,8 +80,8 @@ def _attend(op, w, q_BHSD, k_BKSD, v_BKSD, masking, cache):
 
 
 def gated_mlp(op, c, w, b_BSE):
-    """down(act(gate(b)) * up(b)): gate and up are one product."""
-    gate_BSF, up_BSF = op.linear(b_BSE, w["mlp.gate_up.weight"], w.get("mlp.gate_up.bias")).chunk(2, dim=-1)
+    """down(act(gate(b)) * up(b))"""
+    gate_BSF, up_BSF = op.gate_and_up(b_BSE, w)
     op.tap("mlp.gate_proj", gate_BSF)
     op.tap("mlp.up_proj", up_BSF)
     h_BSF = op.tap("mlp.act", op.glu(gate_BSF, up_BSF, c.hidden_act))
