@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from refllm import bench, cli
 from refllm.bench import worker as bench_worker
+from refllm.errors import InputError
 from refllm.info import describe
 
 SMALL = bench.Settings(prompt_tokens=8, new_tokens=3, threads=1, repeats=2)
@@ -81,6 +83,21 @@ def test_disagreement_is_a_finding_and_nothing_is_timed(
         cli.main()
     assert ended.value.code == 1
     assert "not timed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torch_backend_is_timed_too(checkpoint: Path, dtype: str) -> None:
+    settings = replace(SMALL, backend="torch", dtype=dtype)
+    result = bench.bench_checkpoint_or_shape(checkpoint, "helium-1m", settings)
+    assert result["settings"]["backend"] == "torch"
+    assert result["output_difference"] < bench.AGREEMENT[dtype]
+    assert result["weights"]["total"] == describe(checkpoint).parameters * {"float32": 4, "bfloat16": 2}[dtype]
+
+
+@pytest.mark.parametrize(("options", "named"), [({"backend": "triton"}, "triton"), ({"dtype": "bfloat16"}, "bfloat16")])
+def test_what_is_not_timed_is_refused(options: dict[str, str], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        replace(SMALL, **options)
 
 
 def test_side_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:

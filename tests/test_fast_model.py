@@ -312,3 +312,32 @@ def test_a_cache_of_another_backend_is_refused() -> None:
     _, fast = pair("HeliumForCausalLM", "torch")
     with pytest.raises(InputError, match="needs the cache that its new_cache"):
         fast(input_ids=ids(1, 2), past_key_values=DynamicCache())
+
+
+def test_out_of_memory_is_one_sentence_and_the_cache_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = pair("HeliumForCausalLM", "torch")
+    store = fast.new_cache()
+    fast(input_ids=ids(1, 3), past_key_values=store)
+
+    def no_memory(*_: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("refllm.models.heads.causal_lm", no_memory)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
+    with pytest.raises(InputError, match=r"out of memory on .* \(1\.0 of 8\.0 GiB free\); use a shorter input"):
+        fast(input_ids=ids(1, 2), past_key_values=store)
+    assert store.get_seq_length() == 3
+
+
+def test_one_row_is_shared_out_among_threads_and_the_same_product() -> None:
+    from refllm.kernels.models.operators import TorchOperators
+
+    x, weight, bias = torch.randn(1, 1, 96), torch.randn(64, 96), torch.randn(64)
+    close(TorchOperators.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 3):  # 64 rows fall into two parts, not into three
+            torch.set_num_threads(count)
+            close(TorchOperators.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    finally:
+        torch.set_num_threads(threads)

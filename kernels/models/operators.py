@@ -54,7 +54,13 @@ class TorchOperators:
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + b: [..., I] -> [..., O]."""
         # As a matrix: of a part of a batch Torch makes a batched product, for which it copies the weight.
-        return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) == 1 and x.device.type == "cpu" and x.dtype == torch.float32:
+            y = _one_row(rows, weight)
+            y = y if bias is None else y + bias
+        else:
+            y = F.linear(rows, weight, bias)
+        return y.view(*x.shape[:-1], len(weight))
 
     def gate_and_up(self, x: torch.Tensor, w: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The two projections of a gated MLP: one product on a GPU; two on a CPU, where a result that is twice as wide
@@ -162,3 +168,16 @@ class TorchOperators:
         """mean of -y log s(z) - (1 - y) log(1 - s(z)), in float32."""
         y = torch.as_tensor(np.asarray(target), device=logits.device).float()
         return F.binary_cross_entropy_with_logits(logits.float(), y)
+
+
+def _one_row(x_1I: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x W^T for one row on a CPU, [1, O]: a part of the weight for each thread.
+
+    Torch does a product of one row on one thread. Reading 0.4 GB of weights on 2 cores of an AMD EPYC: 29 ms as
+    `linear`, 17 ms as a batch of two products, which it shares out.
+    """
+    threads = torch.get_num_threads()
+    if len(weight_OI) % threads:
+        return F.linear(x_1I, weight_OI)
+    parts = weight_OI.unflatten(0, (threads, -1))
+    return torch.bmm(parts, x_1I.t().expand(threads, -1, -1)).view(1, -1)
