@@ -32,9 +32,12 @@ class RefllmSide:
     """The reference, or a fast model on the CPU."""
 
     @staticmethod
-    def imports() -> None:
+    def imports(backend: str) -> None:
         """Everything that is imported before the clock and the memory count start."""
-        import refllm.auto  # noqa: F401
+        import refllm.auto
+
+        if backend != "numpy":
+            import refllm.kernels.models.fast_model  # noqa: F401
 
     def __init__(self, folder: Path, threads: int, dtype: str, backend: str) -> None:
         import refllm
@@ -56,7 +59,7 @@ class TransformersSide:
     """Transformers with its default (fused) attention."""
 
     @staticmethod
-    def imports() -> None:
+    def imports(backend: str) -> None:
         """Everything that is imported before the clock and the memory count start."""
         from refllm.check.transformers_adapter import require_transformers
 
@@ -181,7 +184,7 @@ def serve(
         return
     side_class: Any = {"refllm": RefllmSide, "transformers": TransformersSide}[side_name]
     vocab_size = int(json.loads((folder / "config.json").read_text())["vocab_size"])
-    side_class.imports()
+    side_class.imports(backend)
     before = anonymous_bytes()
     start = time.perf_counter()
     with Peak() as load_peak:
