@@ -42,6 +42,8 @@ bench: .venv/ready-to-check  ## speed and memory on this CPU, against Transforme
 GPU_PYTHON ?= python3
 GPU_FILE   ?= build/gpu.json
 gpu:  ## on a machine with a GPU: the kernels compiled, against their definitions; writes build/gpu.json
+	@$(GPU_PYTHON) -c 'import torch, triton; assert torch.cuda.is_available()' 2>/dev/null || { echo \
+		"make gpu needs a python3 that has torch and triton and sees a GPU; name another with GPU_PYTHON=..." >&2; exit 2; }
 	@rm -rf build/gpu build/lib
 	@$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --target build/gpu .
 	PYTHONPATH=build/gpu $(GPU_PYTHON) -P -m refllm.kernels.gpu --output $(GPU_FILE)

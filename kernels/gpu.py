@@ -25,6 +25,7 @@ import sys
 import time
 import xml.etree.ElementTree as xml
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = {"cuda": 129, "cpu": 5}
 """Positions per call: over one tile of 128 by one; few where the interpreter runs."""
 MODEL_TOKENS = {"cuda": 96, "cpu": 12}
+PROCESSES = 8
 TEST_SECONDS = 300
 """Limit for the kernel tests, so that the whole run ends inside ten minutes."""
 
@@ -101,6 +103,8 @@ def run_tests(device: str, folder: Path, report: Path) -> dict[str, Any]:
             f"{folder}: no test_kernel_*.py here; run this from the root of the project, or with --no-tests"
         )
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *files]
+    if find_spec("xdist") is not None:  # most of the time is compilation, on the CPU
+        command += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
     environment = {**os.environ, "REFLLM_TEST_DEVICE": device, "HYPOTHESIS_PROFILE": "ci"}
     try:
         done = subprocess.run(

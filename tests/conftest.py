@@ -26,6 +26,7 @@ os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="refllm-triton-")
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from where_kernels_run import DEVICE, running  # noqa: E402
 
 # "ci" draws the same examples on every run, so that a red run means a change; "long" looks for new ones.
 settings.register_profile(
@@ -38,12 +39,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 @pytest.fixture
 def device() -> Iterator[str]:
-    """Where kernel tests run: on the repaired interpreter, or compiled on a GPU with REFLLM_TEST_DEVICE=cuda."""
-    where = os.environ.get("REFLLM_TEST_DEVICE", "cpu")
-    if where != "cpu":
-        yield where
-        return
-    from refllm import kernels
-
-    with kernels.interpreted():
-        yield where
+    """Where the tensors of a kernel test go; kernels run there for as long as the test lasts."""
+    with running():
+        yield DEVICE

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from where_kernels_run import DEVICE, running
 
 from refllm import kernels
 from refllm.errors import InputError
@@ -71,9 +72,10 @@ def test_meets_the_contract(data: st.DataObject) -> None:
     )
     causal, masked = data.draw(st.booleans(), "causal"), data.draw(st.booleans(), "masked")
     scale = data.draw(st.sampled_from([None, 0.7, -0.4, 0.0]), "scale")
-    with kernels.interpreted():
-        q, k, v = draw(shape, dtype, "cpu")
-        key_mask = torch.rand(shape[0], shape[4], generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
+    with running():
+        q, k, v = draw(shape, dtype, DEVICE)
+        seen = torch.rand(shape[0], shape[4], generator=torch.Generator().manual_seed(1)) > 0.3
+        key_mask = seen.to(DEVICE) if masked else None
         keywords = {"scale": scale, "causal": causal, "key_mask": key_mask, "return_lse": True}
         contract = Contract("attention", (q, k, v), keywords)
         for form in (plain.attention, compiled.attention):

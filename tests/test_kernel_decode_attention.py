@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from where_kernels_run import DEVICE, running
 
 from refllm import kernels
 from refllm.errors import InputError
@@ -75,8 +76,8 @@ def test_meets_the_contract(data: st.DataObject) -> None:
     length = st.just(0) | st.integers(0 if small else 200, N)
     lengths = data.draw(st.lists(length, min_size=3, max_size=4), "lengths")
     scale = data.draw(st.sampled_from([None, 0.7, -0.4]), "scale")
-    with kernels.interpreted():
-        arguments = draw((K * group, K, S, N, D), lengths, dtype, "cpu")
+    with running():
+        arguments = draw((K * group, K, S, N, D), lengths, dtype, DEVICE)
         for form in (plain.decode_attention, compiled.decode_attention):
             check(form, *arguments, scale=scale)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from where_kernels_run import DEVICE, running
 
 from refllm import kernels, ops
 from refllm.errors import InputError
@@ -56,11 +57,11 @@ def test_cross_entropy_meets_contract(data: st.DataObject) -> None:
     scale = data.draw(st.sampled_from([1.0, 5.0, 30.0]), "scale")
     ignore_index = data.draw(st.sampled_from([-100, 1, -1]), "ignore_index")
     seed = data.draw(st.integers(0, 1000), "seed")
-    logits = normal("cpu", dtype, 60, V, scale=scale, seed=seed)
-    labels = draw_labels("cpu", 60, V, ignored=ignore_index, seed=seed)
+    logits = normal(DEVICE, dtype, 60, V, scale=scale, seed=seed)
+    labels = draw_labels(DEVICE, 60, V, ignored=ignore_index, seed=seed)
     labels = labels.to(data.draw(st.sampled_from([torch.int32, torch.int64]), "labels"))
     keywords = {"ignore_index": ignore_index, "reduction": "none"}
-    with interpreted():
+    with running():
         loss = kernels.cross_entropy(logits, labels, **keywords)
     assert loss.dtype == torch.float32
     assert (loss[labels == ignore_index] == 0).all()
@@ -240,7 +241,7 @@ def test_a_label_outside_the_vocabulary_is_nan_where_it_cannot_be_refused(device
 @given(data=st.data())
 def test_linear_cross_entropy_meets_contract(data: st.DataObject) -> None:
     x, w, labels = product(
-        "cpu",
+        DEVICE,
         data.draw(st.sampled_from(DTYPES), "dtype"),
         data.draw(st.sampled_from([60, 129]), "N"),
         data.draw(st.sampled_from([1, 2, 127, 129, 255, 257, 1023, 1025]), "V"),
@@ -251,7 +252,7 @@ def test_linear_cross_entropy_meets_contract(data: st.DataObject) -> None:
     ignore_index = int(labels[0])
     labels = labels.to(data.draw(st.sampled_from([torch.int32, torch.int64]), "labels"))
     keywords = {"ignore_index": ignore_index, "reduction": "none"}
-    with interpreted():
+    with running():
         loss = kernels.linear_cross_entropy(x, w, labels, **keywords)
     assert loss.dtype == torch.float32
     assert_meets_contract("linear_cross_entropy", loss, x, w, labels, **keywords)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from where_kernels_run import DEVICE, running
 
 from refllm import kernels
 from refllm.errors import InputError
@@ -73,7 +74,7 @@ def _bits(x: torch.Tensor) -> torch.dtype:
 def test_meets_contract(data: st.DataObject) -> None:
     D = data.draw(st.sampled_from([8, 16, 24, 40]), "D")
     arrays, keywords = problem(
-        "cpu",
+        DEVICE,
         data.draw(st.sampled_from(DTYPES), "dtype"),
         data.draw(st.sampled_from(TOKENS), "tokens"),
         data.draw(st.sampled_from([16, 40, 65, 144]), "E"),
@@ -85,7 +86,7 @@ def test_meets_contract(data: st.DataObject) -> None:
         interleaved=data.draw(st.booleans(), "interleaved"),
         seed=data.draw(st.integers(0, 1000), "seed"),
     )
-    with interpreted():
+    with running():
         check(arrays, keywords)
 
 
