@@ -242,6 +242,7 @@ def attention_kernel(
     D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SLICED: tl.constexpr, CHAINED: tl.constexpr,
     NEGATE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program: BLOCK_M queries of one head, over the keys that they may see."""
     heads = tl.num_programs(0) // tiles
     first = (tiles - 1 - tl.program_id(0) // heads) * BLOCK_M  # late queries see the most keys: they start first
     b = (tl.program_id(0) % heads // H).to(tl.int64)  # int64: index * stride passes 2^31 in large tensors

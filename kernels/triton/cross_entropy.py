@@ -82,6 +82,7 @@ def cross_entropy_kernel(
     logits_ptr, labels_ptr, loss_ptr, logits_stride, column_stride, label_stride, ignore_index, V,
     DENSE: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr,
 ):  # fmt: skip
+    """A program: the loss of one row; an ignored row reads no logits."""
     row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2^31 in large tensors
     label = tl.load(labels_ptr + row * label_stride).to(tl.int64)
     if label == ignore_index:

@@ -64,6 +64,7 @@ def split_kernel(
     D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SLICED: tl.constexpr, CHAINED: tl.constexpr,
     NEGATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program: the query rows of one key/value head, over one chunk of its keys."""
     split = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits % tiles
     b = (tl.program_id(0) // splits // tiles // K).to(tl.int64)

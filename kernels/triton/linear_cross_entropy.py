@@ -109,6 +109,7 @@ def partials_kernel(
 def merge_kernel(
     max_ptr, sum_ptr, own_ptr, labels_ptr, loss_ptr, label_stride, ignore_index, V, chunks, BLOCK: tl.constexpr
 ):
+    """A program: the loss of one row, from the partial results of all its chunks."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row * label_stride).to(tl.int64)
     if label == ignore_index:

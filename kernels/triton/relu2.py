@@ -24,6 +24,7 @@ WARPS = 4
 
 @triton.jit
 def relu2_kernel(x_ptr, y_ptr, x_stride, F, BLOCK_F: tl.constexpr):
+    """A program: a piece of one row."""
     tiles = tl.cdiv(F, BLOCK_F)
     row = (tl.program_id(0) // tiles).to(tl.int64)  # int64: row * stride passes 2^31 in large tensors
     columns = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)

@@ -57,6 +57,7 @@ def rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, x_stride, residual_stride, E, eps,
     ADD: tl.constexpr, ONE_TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """A program: one row."""
     row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2^31 in large tensors
     x_ptr += tl.multiple_of(row * x_stride, CHUNK)
     y_ptr += row * E

@@ -146,6 +146,7 @@ def rms_norm_qkv_rope_kernel(
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """A program: one tile of tokens by rotary pairs, from the norm to the stores."""
     width = (num_heads + 2 * num_kv_heads) * HEAD_DIM
     tiles_m, tiles_c = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_C)
     pid = tl.program_id(0)

@@ -122,6 +122,7 @@ def rope_kernel(
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, CHUNK: tl.constexpr, TABLE_CHUNK: tl.constexpr,
     SHARES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
+    """A program: some heads of one token, rotated."""
     token = (tl.program_id(0) // SHARES).to(tl.int64)  # int64: token * stride passes 2^31 in large tensors
     share = (tl.program_id(0) % SHARES).to(tl.int64)
     b, s = token // S, token % S

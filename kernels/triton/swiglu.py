@@ -45,6 +45,7 @@ def swiglu_kernel(
     gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, F,
     PRECISE: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    """A program: a piece of one row."""
     tiles = tl.cdiv(F, BLOCK_F)
     row = (tl.program_id(0) // tiles).to(tl.int64)  # int64: row * stride passes 2^31 in large tensors
     columns = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
