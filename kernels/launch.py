@@ -5,6 +5,7 @@ The `plan` function of every kernel file returns a `Launch`. Running it starts t
 gate inspects is what users run.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -59,20 +60,11 @@ def on_device(operator: str, tensor: torch.Tensor) -> Any:
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
     if tensor.device.type == "cpu" and interpreter.active():
-        return _nothing
+        return contextlib.nullcontext()
     raise InputError(
         f"{operator}: the tensors are on {tensor.device}, and a Triton kernel runs on a GPU; move them to cuda, call "
         f"refllm.kernels.plain.{operator}, or run this inside `with refllm.kernels.interpreted():`"
     )
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-_nothing = _Nothing()
 
 
 def shipped(shapes: Iterable[Shape], of_other_dtypes: Iterable[Shape]) -> Iterator[tuple[torch.dtype, Shape]]:

@@ -15,6 +15,7 @@ import torch
 
 from refllm import ops
 from refllm.errors import RefllmError
+from refllm.inputs import to_numpy
 from refllm.precision import EXACT, FUSED, Arithmetic
 
 ELEMENTWISE_LIMIT, PRODUCT_LIMIT = 1.1, 1.25
@@ -99,10 +100,7 @@ def assert_meets_contract(
 
 def as_array(x: Any) -> Any:
     """A tensor as an array of the same values (bfloat16 and float16 as float32); anything else as it is."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    x = x.detach().cpu()
-    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+    return to_numpy(x) if isinstance(x, torch.Tensor) else x
 
 
 def _evaluate(operator: str, ar: Arithmetic, arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[Any, ...]:

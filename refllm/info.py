@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refllm.config import AutoConfig, ModelConfig
-from refllm.kernels.fusions import fusions
+from refllm.kernels.fusions import ALWAYS_IN_STEPS, fusions
 
 Shape = tuple[int, ...]
 
@@ -201,6 +201,8 @@ def _fusion_lines(config: ModelConfig) -> list[Any]:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for fusion in fusions(config):
         table.add_row(f"  {fusion.operator}", fusion.fuses, Text(fusion.instead and f"not used: {fusion.instead}"))
+    for asked, instead in ALWAYS_IN_STEPS.items():
+        table.add_row("  attention", f"for {asked}", Text(f"not used: {instead}"))
     return [Text("fused in the torch and triton backends", style="dim"), table]
 
 

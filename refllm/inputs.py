@@ -29,8 +29,8 @@ def as_integers(name: str, value: Any) -> np.ndarray:
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """An array, or a tensor of any dtype on any device, as an array; bfloat16 and float16 tensors become float32."""
+    """An array, or a tensor of any dtype on any device, as an array; narrow floats become float32."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        value = value.float().numpy() if value.element_size() == 2 and value.is_floating_point() else value.numpy()
+        value = (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
     return np.asarray(value)

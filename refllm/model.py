@@ -292,9 +292,14 @@ class Model:
             has_cache=cache is not None,
             heads=self.config.num_attention_heads,
         )
+        return self._run_page(op, x_BSE, positions_BS, who_sees_whom, cache)
+
+    def _run_page(
+        self, op: Any, x_BSE: Any, positions_BS: np.ndarray, masking: dict[str, Any], cache: DynamicCache | None
+    ) -> Any:
         cos, sin = (op.ar.round(table, "rope.table") for table in self.rotary.tables(positions_BS))
         store = NoCache() if cache is None else cache  # not `cache or`: an empty cache has length 0
-        return self.page.forward(op, self.config, self.weights, x_BSE, cos, sin, who_sees_whom, store)
+        return self.page.forward(op, self.config, self.weights, x_BSE, cos, sin, masking, store)
 
     def _positions(self, position_ids: Any, B: int, S: int, cached: int) -> np.ndarray:
         default = np.arange(cached, cached + S)[None]

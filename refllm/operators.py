@@ -31,7 +31,25 @@ class Recorder(Protocol):
         ...
 
 
-class Operators:
+class Taps:
+    """Shows values to a recorder under their names. scope: what is put before a name, such as "model.layers.3."."""
+
+    recorder: Recorder | None
+    scope: str
+
+    def tap(self, name: str, value: Any) -> Any:
+        """`value`, shown to the recorder under its name."""
+        if self.wanted(name):
+            assert self.recorder is not None
+            self.recorder.record(self.scope + name, value)
+        return value
+
+    def wanted(self, *names: str) -> bool:
+        """Whether there is a recorder who wants one of these values."""
+        return self.recorder is not None and any(self.recorder.wants(self.scope + name) for name in names)
+
+
+class Operators(Taps):
     """Every function of `refllm.ops`, bound to one `Arithmetic`, and `tap`.
 
     scope: what `tap` puts before a name, such as "model.layers.3.".
@@ -59,16 +77,9 @@ class Operators:
         """The same operators, whose taps are named `scope` + "." + name."""
         return Operators(self.ar, self.recorder, f"{scope}.")
 
-    def tap(self, name: str, value: np.ndarray) -> np.ndarray:
-        """`value`, shown to the recorder under its name."""
-        if self.recorder is not None and self.recorder.wants(self.scope + name):
-            self.recorder.record(self.scope + name, value)
-        return value
-
     def _attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, **masking: Any) -> np.ndarray:
         """`ops.attention`; scores and weights are kept as whole arrays only for a recorder who wants them."""
-        names = ("self_attn.scores", "self_attn.probs")
-        wanted = self.recorder is not None and any(self.recorder.wants(self.scope + name) for name in names)
+        wanted = self.wanted("self_attn.scores", "self_attn.probs")
         tap = (lambda name, value: self.tap(f"self_attn.{name}", value)) if wanted else None
         o_BHSD = ops.attention(q, k, v, tap=tap, ar=self.ar, **masking)
         assert isinstance(o_BHSD, np.ndarray)

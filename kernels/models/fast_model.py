@@ -22,13 +22,12 @@ from refllm.cache import DynamicCache
 from refllm.checkpoint import Checkpoint
 from refllm.config import ModelConfig
 from refllm.errors import InputError
-from refllm.inputs import as_array
+from refllm.inputs import as_array, to_numpy
 from refllm.kernels.models import pages
 from refllm.kernels.models.cache import NoCache, TorchCache
 from refllm.kernels.models.decode import DecodeStep
 from refllm.kernels.models.operators import BACKENDS, TorchOperators
 from refllm.kernels.models.weights import TorchWeights, to_device
-from refllm.masks import masking
 from refllm.model import Model, norm_biases
 from refllm.operators import Recorder
 from refllm.outputs import ModelOutput
@@ -174,7 +173,7 @@ class FastModel(Model):
         return self._step.run(ids_B1, positions)
 
     def _operators(self, recorder: Recorder) -> Any:
-        return TorchOperators(self.backend, self.arithmetic, recorder)
+        return TorchOperators(self.backend, recorder)
 
     def _cache(self, past: Any, use_cache: bool | None) -> tuple[DynamicCache | None, int]:
         if past is not None and not isinstance(past, TorchCache):
@@ -189,22 +188,11 @@ class FastModel(Model):
             return op.tap("model.embed_tokens", self.weights.rows("embed_tokens.weight", ids_BS))
         return op.tap("model.embed_tokens", self._tensor(inputs_embeds).to(self.torch_dtype))
 
-    def _backbone(self, op: Any, x_BSE: Any, mask: Any, position_ids: Any, cache: Any, cached: int) -> Any:
-        B, S, _ = x_BSE.shape
-        positions_BS = self._positions(position_ids, B, S, cached)
-        who_sees_whom = masking(
-            mask,
-            None if position_ids is None else positions_BS,
-            batch=B,
-            queries=S,
-            cached=cached,
-            has_cache=cache is not None,
-            heads=self.config.num_attention_heads,
-        )
+    def _run_page(self, op: Any, x_BSE: Any, positions_BS: np.ndarray, masking: dict[str, Any], cache: Any) -> Any:
         cos, sin = self.tables(positions_BS)
-        arrays = {name: self._tensor(x) if isinstance(x, np.ndarray) else x for name, x in who_sees_whom.items()}
+        on_device = {name: self._tensor(x) if isinstance(x, np.ndarray) else x for name, x in masking.items()}
         store = NoCache() if cache is None else cache  # not `cache or`: an empty cache has length 0
-        return pages.forward(op, self.config, self.weights, x_BSE, cos, sin, arrays, store)
+        return pages.forward(op, self.config, self.weights, x_BSE, cos, sin, on_device, store)
 
     def tables(self, positions_BS: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, S, R/2] for these positions, in the model's dtype, on its device."""
@@ -213,7 +201,7 @@ class FastModel(Model):
 
     def plain_operators(self) -> TorchOperators:
         """The backend's operators, with nobody recording."""
-        return TorchOperators(self.backend, self.arithmetic)
+        return TorchOperators(self.backend)
 
     def _tensor(self, x: Any) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(as_array("array", x))).to(self.device)
@@ -268,7 +256,4 @@ def _memory_of(device: torch.device, what: str) -> Any:
 
 def _from_tensor(value: Any) -> Any:
     """Tensors as arrays, which is what the checks of the reference read; anything else as it is."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    value = value.detach().cpu()
-    return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
+    return to_numpy(value) if isinstance(value, torch.Tensor) else value

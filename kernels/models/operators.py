@@ -1,7 +1,7 @@
 """What a page of `refllm.kernels.models.pages` calls: one backend's operators, products, and `tap` to name values.
 
-Every fusion is listed in `FUSIONS`. Where one cannot be used, the steps it would fuse are done one by one, and that is
-not silent: `fallbacks(config)` says which and why, and `refllm info` prints it.
+Where a fusion cannot be used, the steps it would fuse are done one by one, and that is not silent:
+`refllm.kernels.fusions` says which and why, and `refllm info` prints it.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,23 +14,22 @@ import torch.nn.functional as F
 from refllm import kernels
 from refllm.kernels.models import torch_forms
 from refllm.kernels.models.activations import activation
-from refllm.operators import Recorder
-from refllm.precision import Arithmetic
+from refllm.operators import Recorder, Taps
 
 BACKENDS = ("torch", "triton")
 _DECODED_AT_ONCE = 8
 """New tokens up to which `decode_attention` is meant: it shares out the keys, `attention` the queries."""
 
 
-class TorchOperators:
-    """The operators of one backend, bound to an arithmetic (for the rounding of tables) and a recorder.
+class TorchOperators(Taps):
+    """The operators of one backend, and `tap`.
 
     backend: "triton" (`refllm.kernels`) or "torch" (`refllm.kernels.models.torch_forms`). scope: what `tap` puts
     before a name.
     """
 
-    def __init__(self, backend: str, ar: Arithmetic, recorder: Recorder | None = None, scope: str = "") -> None:
-        self.backend, self.ar, self.recorder, self.scope = backend, ar, recorder, scope
+    def __init__(self, backend: str, recorder: Recorder | None = None, scope: str = "") -> None:
+        self.backend, self.recorder, self.scope = backend, recorder, scope
         self._kernels: Any = kernels if backend == "triton" else torch_forms
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -40,13 +39,7 @@ class TorchOperators:
 
     def within(self, scope: str) -> "TorchOperators":
         """The same operators, whose taps are named `scope` + "." + name."""
-        return TorchOperators(self.backend, self.ar, self.recorder, f"{scope}.")
-
-    def tap(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """`value`, shown to the recorder under its name."""
-        if self.recorder is not None and self.recorder.wants(self.scope + name):
-            self.recorder.record(self.scope + name, value)
-        return value
+        return TorchOperators(self.backend, self.recorder, f"{scope}.")
 
     # The matrix products are the library's: cuBLAS on NVIDIA, hipBLASLt on AMD, oneDNN and MKL on the CPU.
 
@@ -103,8 +96,7 @@ class TorchOperators:
     ) -> torch.Tensor:
         """Attention under what `refllm.masks.masking` says. A mask of pairs of positions, or recorded weights, need it
         in steps: no kernel takes the one or keeps the other."""
-        names = ("self_attn.scores", "self_attn.probs")
-        wanted = self.recorder is not None and any(self.recorder.wants(self.scope + name) for name in names)
+        wanted = self.wanted("self_attn.scores", "self_attn.probs")
         B, _, S, _ = q_BHSD.shape
         T = k_BKTD.shape[2]
         if (

@@ -30,6 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from refllm.check.inputs import Inputs
+from refllm.inputs import to_numpy
 
 Sink = Callable[[str, Any], None]
 """Takes a tap's name and its value: an array, or a tensor of Torch on any device."""
@@ -63,8 +64,5 @@ class Candidate(Protocol):
 
 def as_array(value: Any) -> np.ndarray:
     """A copy of a tap's value as NumPy; narrow formats become float32, which holds them exactly."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float().numpy() if value.element_size() < 4 else value.numpy()
-    array = np.array(value)
+    array = np.array(to_numpy(value))
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
