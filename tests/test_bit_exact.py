@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_strategies import EVERY_FLAG, FAMILIES, build, key_masks, model_class, seeds, small_config
 from this_cpu import every_dtype, needs_known_order
 from witness import numpy_of, to_torch
+
+from refllm.strategies.models import key_masks, seeds
+from refllm.strategies.small_models import EVERY_FLAG, FAMILIES, build, model_class, small_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*beyond max_position_embeddings", "ignore:.*factor=.* is used")
 

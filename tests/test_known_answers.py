@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models_strategies import build, model_class
 
 from refllm.config import CONFIG_CLASSES
+from refllm.strategies.small_models import build, model_class
 
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 MASK = np.array([[0, 0, 1, 1, 1, 1, 1, 1]])

@@ -12,22 +12,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models_strategies import (
-    FAMILIES,
-    ROPE_TYPES,
-    build,
-    configs,
-    cuts,
-    inputs,
-    key_masks,
-    model_class,
-    seeds,
-    small_config,
-)
 from witness import numpy_of, to_torch
 
 from refllm import families
 from refllm.cache import StaticCache
+from refllm.strategies.models import ROPE_TYPES, configs, cuts, inputs, key_masks, seeds
+from refllm.strategies.small_models import FAMILIES, build, model_class, small_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*beyond max_position_embeddings"),

@@ -9,21 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_strategies import (
-    EVERY_FLAG,
-    FAMILIES,
-    build,
-    configs,
-    inputs,
-    model_class,
-    random_tensors,
-    seeds,
-    small_config,
-)
 
 from refllm import ops, precision
 from refllm.errors import InputError
 from refllm.precision import DTYPES, EXACT, FUSED, HF_EAGER, NATIVE, POLICIES, Arithmetic, arithmetic, rounding
+from refllm.strategies.models import configs, inputs, seeds
+from refllm.strategies.small_models import EVERY_FLAG, FAMILIES, build, model_class, random_tensors, small_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*beyond max_position_embeddings"),

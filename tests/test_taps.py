@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_strategies import EVERY_FLAG, FAMILIES, build, model_class, small_config
 from suffixes import Suffixes
 from witness import numpy_of, to_torch
 
 import refllm
 from refllm import ops
 from refllm.models import arcee, stablelm
+from refllm.strategies.small_models import EVERY_FLAG, FAMILIES, build, model_class, small_config
 
 ROOT = Path(refllm.__file__).resolve().parent
 LAYERS = [(family, flags) for family in FAMILIES for flags in ({}, *EVERY_FLAG[family])]

@@ -1,4 +1,7 @@
-"""Small random models of every family and random inputs for them, for tests that hold for all of them."""
+"""Hypothesis strategies for whole models: configs of every family, masks, packed positions, splits of the cache.
+
+Models for these configs come from `refllm.strategies.small_models.build`.
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,87 +10,12 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from refllm import families
 from refllm.config import CONFIG_CLASSES, ModelConfig
-from refllm.model import Model
 from refllm.ops import ACTIVATIONS
-from refllm.precision import arithmetic, rounding
-from refllm.weights import Weights
+from refllm.strategies.small_models import FAMILIES
 
-FAMILIES = ("helium", "llama", "stablelm", "arcee")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-HEADS = ("base", "causal_lm", "sequence_classification", "token_classification", "question_answering")
 seeds = st.integers(0, 2**31)
-
-
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
-def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Weights as in a trained model: products keep their scale, norms are near 1, biases are small and not 0."""
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for name, shape in shapes.items():
-        x = rng.standard_normal(shape)
-        if "norm" in name and name.endswith(".weight"):
-            x = 1 + 0.3 * x
-        elif name.endswith(".bias"):
-            x = 0.3 * x
-        elif name != "embed_tokens.weight":
-            x = 1.2 * x / np.sqrt(shape[-1])
-        tensors[name] = x
-    return tensors
-
-
-def build(
-    cls: type[Model],
-    config: ModelConfig,
-    tensors: dict[str, np.ndarray] | int,
-    dtype: str = "float64",
-    policy: str | None = None,
-) -> Any:
-    """A model with the given tensors, or with random ones from a seed, rounded to `dtype`."""
-    if isinstance(tensors, int):
-        tensors = random_tensors(cls.tensors(config), tensors)
-    ar, put_on_grid = arithmetic(dtype, policy), rounding(dtype)
-    kept = {name: put_on_grid(x.astype(np.float64 if ar.exact else np.float32)) for name, x in tensors.items()}
-    return cls(config, Weights(cls.tensors(config), kept, tied=cls.tied(config)), ar)
-
-
-def model_class(family: str, head: str = "causal_lm") -> type[Model]:
-    cls = families.find(family, head)
-    assert cls is not None, (family, head)
-    return cls
-
-
-def small_config(family: str, **values: Any) -> ModelConfig:
-    """A config of sizes that can be told apart; fields as given, else plain."""
-    plain: dict[str, Any] = {
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 112,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    plain |= {"helium": {"head_dim": 12}, "llama": {"head_dim": 20}, "arcee": {"head_dim": 20}}.get(family, {})
-    plain |= {"rope_parameters": {"partial_rotary_factor": 0.5}} if family == "stablelm" else {}
-    return CONFIG_CLASSES[family](**(plain | values))
-
-
-EVERY_FLAG: dict[str, tuple[dict[str, Any], ...]] = {
-    "helium": ({"attention_bias": True, "mlp_bias": True},),
-    "llama": ({"attention_bias": True, "mlp_bias": True},),
-    "arcee": ({"attention_bias": True, "mlp_bias": True},),
-    "stablelm": (
-        {"use_qkv_bias": True},
-        {"use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True},
-    ),
-}
-"""Per family the flags that add tensors or change the layer, all on; StableLM's two kinds of layer."""
 
 
 # ---------------------------------------------------------------------------------------------------------- configs
@@ -197,13 +125,15 @@ class Ids:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.ids.shape  # type: ignore[return-value]
+        """(B, S)."""
+        return self.ids.shape
 
 
 @st.composite
 def inputs(draw: st.DrawFn, config: ModelConfig, shortest: int = 1, longest: int = 24) -> Ids:
+    """Random tokens [B, S], with B = 1..3."""
+    length, batch = draw(st.integers(shortest, longest)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(seeds))
-    batch, length = draw(st.integers(1, 3)), draw(st.integers(shortest, longest))
     return Ids(rng.integers(0, config.vocab_size, (batch, length)), rng)
 
 
@@ -224,6 +154,27 @@ def key_masks(draw: st.DrawFn, batch: int, keys: int) -> np.ndarray:
 
 
 @st.composite
+def paddings(draw: st.DrawFn, batch: int, keys: int, sides: tuple[str, ...] = ("left", "right")) -> np.ndarray:
+    """[B, T], 1 = attend: padding on one side, another length in every row, and at least one token in each."""
+    mask = np.ones((batch, keys), np.int64)
+    side = draw(st.sampled_from(sides))
+    for row in mask:
+        n = draw(st.integers(0, keys - 1))
+        row[slice(n) if side == "left" else slice(keys - n, None)] = 0
+    return mask
+
+
+@st.composite
+def packed_positions(draw: st.DrawFn, batch: int, length: int) -> np.ndarray:
+    """[B, S]: in every row one or more sequences, one after the other, each counted from 0."""
+    rows = []
+    for _ in range(batch):
+        edges = [0, *sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=3)) - {length}), length]
+        rows.append(np.concatenate([np.arange(b - a) for a, b in pairwise(edges)]))
+    return np.array(rows)
+
+
+@st.composite
 def cuts(draw: st.DrawFn, length: int) -> list[slice]:
     """A sequence of `length` in consecutive pieces: whole, token by token, or anything between."""
     inner = draw(st.sets(st.integers(1, max(1, length - 1)), max_size=min(5, length)))
@@ -231,3 +182,41 @@ def cuts(draw: st.DrawFn, length: int) -> list[slice]:
         inner |= set(range(max(1, length - 3), length))
     edges = [0, *sorted(x for x in inner if x < length), length]
     return [slice(a, b) for a, b in pairwise(edges)]
+
+
+@dataclass
+class WholeInput:
+    """One input of a model: ids [B, S], attention_mask [B, S] or None, position_ids [B, S] or None, and the pieces in
+    which a cache may get it. config: what it is for."""
+
+    config: ModelConfig
+    ids: np.ndarray
+    attention_mask: np.ndarray | None
+    position_ids: np.ndarray | None
+    pieces: list[slice]
+
+    def arguments(self) -> dict[str, Any]:
+        """What a model is called with, without a cache."""
+        given = {"input_ids": self.ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@st.composite
+def whole_inputs(draw: st.DrawFn, config: ModelConfig | None = None, longest: int = 24) -> WholeInput:
+    """A config (of any family if None) and an input for it: plain, padded, with holes in the mask, packed, or at
+    positions in any order. It shrinks to one token without a mask."""
+    config = draw(configs()) if config is None else config
+    length, batch = draw(st.integers(1, longest)), draw(st.integers(1, 3))
+    kind = draw(st.sampled_from(["plain", "padded", "holes", "packed", "any positions"]))
+    mask = positions = None
+    if kind == "padded":
+        mask = draw(paddings(batch, length))
+    elif kind == "holes":
+        mask = draw(key_masks(batch, length))
+    elif kind == "packed":
+        positions = draw(packed_positions(batch, length))
+    pieces = draw(cuts(length))
+    rng = np.random.default_rng(draw(seeds))
+    if kind == "any positions":
+        positions = rng.integers(0, 2000, (batch, length))
+    return WholeInput(config, rng.integers(0, config.vocab_size, (batch, length)), mask, positions, pieces)

@@ -1,0 +1,42 @@
+"""Inputs that break operators: Hypothesis strategies for every operator and model, and short lists of fixed calls.
+
+    from refllm.strategies import calls, corners
+    @given(calls("rms_norm", dtype="bfloat16"))      # drawn: shapes, layouts, masks, planted values, scales, seeds
+    def test_mine(call): ...
+    for call in corners("rms_norm", "bfloat16"):     # fixed: the calls that kill most known bugs, cheapest first
+        arguments, keywords = call.tensors()
+
+A `Call` is a recipe of numbers and names: it makes arrays, tensors, or the Python lines of a reproduction. Only what
+draws needs Hypothesis; `Array`, `Call` and `corners` do not. Strategies for whole models: `refllm.strategies.models`.
+"""
+
+import importlib
+from typing import Any
+
+from refllm.errors import MissingExtraError
+
+_WHERE = {
+    "Array": "refllm.strategies.arrays",
+    "Call": "refllm.strategies.call",
+    "corners": "refllm.strategies.fixed",
+    "calls": "refllm.strategies.operators",
+    "families": "refllm.strategies.operators",
+}
+
+__all__ = ["Array", "Call", "calls", "corners", "families"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        command = "pip install 'refllm[check]'"
+        raise MissingExtraError(f"refllm.strategies.{name} needs hypothesis; install it with: {command}") from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

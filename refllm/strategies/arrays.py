@@ -1,0 +1,255 @@
+"""The recipe of one array: nothing but numbers and names, from which the values, a tensor or its source are made.
+
+The bulk of the values comes from NumPy and a seed; a few are planted by hand. The same recipe lies in memory in any
+`layout`, and then everything between its elements holds NaN, so that who reads beside them is seen.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refllm.errors import InputError
+from refllm.precision import rounding
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+FAMILIES = ("normal", "uniform", "zeros", "ones", "ramp", "index", "eighths", "integers", "cos", "sin")
+"""What an `Array`'s values may be; its docstring says what each is."""
+LAYOUTS = ("dense", "wider", "shifted", "gaps", "step", "transposed", "heads", "expanded", "far")
+"""How its elements may lie in memory; its docstring says what each is."""
+
+Index = tuple[Any, ...]
+"""Where a value is planted: per axis an integer, or (start, stop) or (start, stop, step) with None as in a slice; axes
+that are not named are taken whole."""
+FIRST_DIM: Index = ((None, None), (None, None), (None, None), 0)
+"""Of an array [B, heads, positions, D]: dim 0 of all heads and positions."""
+
+_PADDING = {"int64": -(2**40), "bool": True}
+_FAR = 2**30
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a call.
+
+    shape, dtype: of the tensor; dtype is one of `FLOATS`, "int64" or "bool".
+    values: base values x, then x * scale + mean, then rounded to dtype.
+        normal: N(0, 1) from seed. uniform: [0, 1) from seed. zeros, ones. ramp: 0 .. 1 in order, all distinct.
+        index: 0 .. n-1 along the last axis. integers: 0 .. scale-1 from seed (+ mean).
+        cos, sin: the rotary tables [S, R/2] or [B, S, R/2] with base 10000 * scale, at the positions `mean` + 0 .. S-1
+        if seed is 0, else at `mean` + integers below 5000 from seed: another order in every row of the batch.
+    planted: (index, value) pairs, written in order after all that.
+    layout: of the tensor. dense. wider: a view of [..., 2 n + 3], the first n of its last axis. shifted: the same, from
+        element 1 on. gaps: every second row of the second-to-last axis. step: every second element of the last one.
+        transposed: the last two axes change places in memory. heads: axes 1 and 2 do (tokens before heads). expanded:
+        stride 0 on the first axis, whose entries are all the first. far: the first axis longer than 1 has a stride
+        of 2^30 (less if it is longer than 3), so that its last entry lies at 2^31 elements or beyond.
+        NaN (in integers -2^40, in booleans True) lies between the elements, except where that would fill gigabytes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: str = "normal"
+    scale: float = 1.0
+    mean: float = 0.0
+    seed: int = 0
+    planted: tuple[tuple[Index, float], ...] = ()
+    layout: str = "dense"
+
+    def __post_init__(self) -> None:
+        if self.values not in FAMILIES or self.layout not in LAYOUTS or self.dtype not in (*FLOATS, *_PADDING):
+            raise InputError(
+                f"Array: values={self.values!r}, layout={self.layout!r} or dtype={self.dtype!r} is unknown"
+            )
+        needed = {"gaps": 2, "transposed": 2, "heads": 3, "expanded": 1, "far": 2, "wider": 1, "shifted": 1, "step": 1}
+        if len(self.shape) < needed.get(self.layout, 0):
+            raise InputError(f"Array: layout={self.layout!r} needs {needed[self.layout]} axes, found {self.shape}")
+
+    def array(self) -> np.ndarray:
+        """The values: on the grid of dtype, held in float32 (float64 for float64), or int64, or bool."""
+        x = self._base()
+        if self.dtype == "float64":
+            x = x.astype(np.float64)
+        elif self.dtype in FLOATS:
+            with np.errstate(over="ignore", under="ignore"):
+                x = rounding(self.dtype)(x.astype(np.float32))
+        else:
+            x = x.astype(self.dtype)
+        return x if x.shape == self.shape else np.array(np.broadcast_to(x, self.shape))
+
+    def tensor(self, device: str = "cpu") -> Any:
+        """A torch tensor of that shape, dtype and layout, of its own memory."""
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        x = torch.from_numpy(self.array()).to(device=device, dtype=dtype)
+        if self.layout == "dense":
+            return x
+        if self.layout == "expanded":
+            dense = torch.contiguous_format if x.numel() else torch.preserve_format  # also along axes of length 1
+            return x[:1].clone(memory_format=dense).expand(self.shape)
+        if self.layout == "far":
+            return _far(x)
+        base_shape, view = self._placement()
+        base = torch.full(base_shape, _PADDING.get(self.dtype, float("nan")), dtype=dtype, device=device)
+        out = view(base)
+        out.copy_(x)
+        return out
+
+    def code(self, name: str) -> list[str]:
+        """Python lines that make the same tensor as `name`, bit for bit; they need numpy as np and torch."""
+        lines = [f"{name} = {self._base_code()}"]
+        if self.scale != 1 and self.values not in ("integers", "cos", "sin"):
+            lines[0] += f" * {self.scale!r}"
+        if self.mean and self.values not in ("cos", "sin"):
+            lines[0] += f" + {self.mean!r}"
+        lines[:0] = self._positions_code(name)
+        lines += [f"{name}[{_index_code(index)}] = {_number_code(value)}" for index, value in self.planted]
+        if self.dtype in FLOATS:
+            cast = "" if self.dtype == "float64" else ".astype(np.float32)"
+            lines.append(f"{name} = torch.from_numpy({name}{cast}).to(torch.{self.dtype})")
+        else:
+            lines.append(
+                f"{name} = torch.from_numpy({name}.astype(np.{'int64' if self.dtype == 'int64' else 'bool_'}))"
+            )
+        return lines + self._placement_code(name)
+
+    # ------------------------------------------------------------------------------------------------------- values
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """The shape of what is made: of an expanded array its first entry alone."""
+        return (min(1, self.shape[0]), *self.shape[1:]) if self.layout == "expanded" else self.shape
+
+    def _base(self) -> np.ndarray:
+        shape, rng = self._shape, np.random.default_rng(self.seed)
+        if self.values in ("cos", "sin"):
+            x = getattr(np, self.values)(self._positions(rng)[..., None] * self._frequencies())
+        elif self.values == "integers":
+            x = rng.integers(0, max(1, int(self.scale)), shape).astype(np.float64)
+        else:
+            x = {
+                "normal": lambda: rng.standard_normal(shape),
+                "uniform": lambda: rng.random(shape),
+                "zeros": lambda: np.zeros(shape),
+                "ones": lambda: np.ones(shape),
+                "ramp": lambda: np.linspace(0, 1, int(np.prod(shape))).reshape(shape),
+                "index": lambda: np.zeros(shape) + np.arange(shape[-1]),
+                "eighths": lambda: rng.integers(-8, 9, shape) / 8,
+            }[self.values]()
+            x = x * self.scale if self.scale != 1 else x
+        if self.mean and self.values not in ("cos", "sin"):
+            x = x + self.mean
+        for index, value in self.planted:
+            x[tuple(slice(*i) if isinstance(i, tuple) else i for i in index)] = value
+        return x
+
+    def _positions(self, rng: np.random.Generator) -> np.ndarray:
+        shape = self._shape[:-1]
+        return self.mean + (rng.integers(0, 5000, shape) if self.seed else np.zeros(shape) + np.arange(shape[-1]))
+
+    def _frequencies(self) -> np.ndarray:
+        half = self.shape[-1]
+        return (1e4 * self.scale) ** (-np.arange(half) / max(1, half))
+
+    def _base_code(self) -> str:
+        shape, rng = self._shape, f"np.random.default_rng({self.seed})"
+        half = self.shape[-1] if self.shape else 0
+        table = f"positions[..., None] * {1e4 * self.scale!r} ** (-np.arange({half}) / {max(1, half)})"
+        return {
+            "normal": f"{rng}.standard_normal({shape})",
+            "uniform": f"{rng}.random({shape})",
+            "zeros": f"np.zeros({shape})",
+            "ones": f"np.ones({shape})",
+            "ramp": f"np.linspace(0, 1, {int(np.prod(shape))}).reshape({shape})",
+            "index": f"np.zeros({shape}) + np.arange({half})",
+            "eighths": f"{rng}.integers(-8, 9, {shape}) / 8",
+            "integers": f"{rng}.integers(0, {max(1, int(self.scale))}, {shape}).astype(np.float64)",
+            "cos": f"np.cos({table})",
+            "sin": f"np.sin({table})",
+        }[self.values]
+
+    def _positions_code(self, name: str) -> list[str]:
+        if self.values not in ("cos", "sin"):
+            return []
+        shape = self._shape[:-1]
+        drawn = f"np.random.default_rng({self.seed}).integers(0, 5000, {shape})"
+        return [
+            f"positions = {self.mean!r} + {drawn if self.seed else f'(np.zeros({shape}) + np.arange({shape[-1]}))'}"
+        ]
+
+    # ------------------------------------------------------------------------------------------------------- layout
+
+    def _placement(self) -> tuple[tuple[int, ...], Any]:
+        """The shape of the memory, and the function from it to the view that is the array."""
+        *front, n = self.shape
+        if self.layout in ("wider", "shifted"):
+            first = int(self.layout == "shifted")
+            return (*front, 2 * n + 3), lambda base: base[..., first : first + n]
+        if self.layout == "step":
+            return (*front, 2 * n), lambda base: base[..., ::2]
+        if self.layout == "gaps":
+            return (*front[:-1], 2 * front[-1], n), lambda base: base[..., ::2, :]
+        if self.layout == "transposed":
+            return (*front[:-1], n, front[-1]), lambda base: base.transpose(-1, -2)
+        swapped = (self.shape[0], self.shape[2], self.shape[1], *self.shape[3:])
+        return swapped, lambda base: base.transpose(1, 2)
+
+    def _placement_code(self, name: str) -> list[str]:
+        if self.layout == "dense":
+            return []
+        if self.layout == "expanded":
+            return [f"{name} = {name}[:1].clone().expand({self.shape})"]
+        if self.layout == "far":
+            strides = _far_strides(self.shape)
+            return [
+                f"memory = torch.UntypedStorage({_far_size(self.shape, strides)} * {name}.element_size())",
+                f"far = torch.empty(0, dtype={name}.dtype).set_(memory, 0, {self.shape}, {strides})",
+                f"{name} = far.copy_({name})",
+            ]
+        n = self.shape[-1]
+        view = {
+            "wider": f"[..., :{n}]",
+            "shifted": f"[..., 1:{1 + n}]",
+            "step": "[..., ::2]",
+            "gaps": "[..., ::2, :]",
+            "transposed": ".transpose(-1, -2)",
+            "heads": ".transpose(1, 2)",
+        }[self.layout]
+        padding = _number_code(_PADDING.get(self.dtype, float("nan")))
+        base = f"torch.full({self._placement()[0]}, {padding}, dtype=torch.{self.dtype})"
+        return [f"{name} = {base}{view}.copy_({name})"]
+
+
+def _far_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Dense but for the first axis longer than 1, whose last entry lies at 2^31 if it has three or more."""
+    axis = next((i for i, n in enumerate(shape[:-1]) if n > 1), 0)
+    apart = min(_FAR, -(-(2**31) // (16 * max(1, shape[axis] - 1))) * 16)
+    inner = [int(np.prod(shape[i + 1 :])) for i in range(axis + 1, len(shape))]
+    return (*[apart] * (axis + 1), *inner)
+
+
+def _far_size(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return 1 + sum(max(0, n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+
+
+def _far(x: Any) -> Any:
+    """x in the layout `far`. Only the pages that are touched take memory."""
+    import torch
+
+    strides = _far_strides(tuple(x.shape))
+    memory = torch.UntypedStorage(_far_size(tuple(x.shape), strides) * x.element_size(), device=x.device)
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(memory, 0, x.shape, strides).copy_(x)
+
+
+def _number_code(value: Any) -> str:
+    number = value if isinstance(value, bool) else float(value)
+    return repr(number) if np.isfinite(number) else f'float("{number}")'
+
+
+def _index_code(index: Index) -> str:
+    if not index:
+        return "..."
+    return ", ".join(
+        ":".join("" if i is None else str(i) for i in part) if isinstance(part, tuple) else str(part) for part in index
+    )

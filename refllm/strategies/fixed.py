@@ -1,0 +1,23 @@
+"""A short fixed list of calls per operator, cheapest first: together they kill most known bugs.
+
+Each names in its family what it is for. Sizes are the smallest at which a bug shows: one row more than a block has, one
+key more than a tile, three batch rows with different data.
+"""
+
+from collections.abc import Callable, Iterator
+
+from refllm.errors import InputError
+from refllm.strategies import corners_heads, corners_rows, corners_tiles
+from refllm.strategies.call import Call
+
+_Listed = Callable[[str, str, str], Iterator[Call]]
+CORNERS: dict[str, _Listed] = {**corners_rows.CORNERS, **corners_heads.CORNERS}
+"""Per operator the function (operator, dtype, policy) -> its calls."""
+
+
+def corners(operator: str, dtype: str = "bfloat16", policy: str = "fused") -> list[Call]:
+    """The fixed calls of an operator, valid under the policy; InputError for an operator that is not known."""
+    if operator not in CORNERS:
+        raise InputError(f"operator {operator!r} is not known; use one of {', '.join(CORNERS)}")
+    more = corners_tiles.CORNERS.get(operator)
+    return [*CORNERS[operator](operator, dtype, policy), *(more(operator, dtype, policy) if more else ())]

@@ -1,0 +1,43 @@
+"""Calls of the norms, alone and after the residual sum."""
+
+from hypothesis import strategies as st
+
+from refllm.strategies.arrays import Array
+from refllm.strategies.call import Call
+from refllm.strategies.draws import VALUES, Seeds, layouts, row_shape, seeded, values, weights
+
+FAMILIES = VALUES
+EPSILONS = (1e-5, 1e-6, 0.01, 0.0)
+
+
+def norm(draw: st.DrawFn, operator: str, dtype: str, policy: str, family: str | None) -> Call:
+    """rms_norm, add_rms_norm, layer_norm or add_layer_norm: [..., E] with weight [E] and bias [E] or None.
+
+    eps 0 comes with values whose squares are neither 0 nor lost in float32.
+    """
+    shape = row_shape(draw)
+    family = family or draw(st.sampled_from(FAMILIES))
+    with_bias = "layer" in operator and draw(st.booleans())
+    lie = layouts(draw, shape, shape, shape[-1:], shape[-1:])
+    x = values(draw, family, shape, dtype, lie[0])
+    residual = _residual(x, family, shape, dtype, lie[1])
+    eps = draw(st.sampled_from(EPSILONS[: 4 if _eps_may_be_0(family, operator, shape) else 3]))
+    seeds = Seeds(draw)
+    x, residual, weight, bias = seeded(
+        seeds, x, residual, weights(shape[-1:], dtype, lie[2]), Array(shape[-1:], dtype, layout=lie[3])
+    )
+    first = [x, residual, weight] if operator.startswith("add") else [x, weight]
+    last = [bias if with_bias else None, eps] if "layer" in operator else [eps]
+    return Call(operator, dtype, (*first, *last), family=family)
+
+
+def _residual(x: Array, family: str, shape: tuple[int, ...], dtype: str, layout: str) -> Array:
+    """What x is added to: of its size, and 0 where the sum is to be what x is."""
+    if family in ("zero rows", "subnormal", "all equal"):
+        return Array(shape, dtype, "zeros", layout=layout)
+    return Array(shape, dtype, scale=x.scale, layout=layout)
+
+
+def _eps_may_be_0(family: str, operator: str, shape: tuple[int, ...]) -> bool:
+    # One element has no variance, and two may be equal.
+    return family in ("plain", "outlier 10000") and ("layer" not in operator or shape[-1] > 8)
