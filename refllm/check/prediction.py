@@ -28,6 +28,8 @@ _CHAIN = 256
 _FLOAT32_ULP = 2.0**-23
 _ROWS_AT_ONCE = 4096
 _LANES = 16  # partial sums that every vectorised reduction keeps
+_ONE_PLUS_NOTHING = 17.4  # -log of half a float32 ulp of 1
+_VANISHED = 2.0**-121  # about the largest |silu(x)| for which e^-x is beyond float32, so that the result is 0
 _ROOT_STEPS = 4  # float32 roundings of a norm's mean, of eps added, of the root and of its reciprocal
 
 
@@ -80,21 +82,40 @@ def certain(value: np.ndarray) -> Uncertain:
     return Uncertain(value, np.zeros(value.shape, np.float32))
 
 
-def ulp(value: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """Distance of neighbouring numbers of `dtype` at `value`, float32; 0 where the value is 0."""
+def ulp(value: np.ndarray, dtype: Dtype, width: type[np.floating] = np.float32) -> np.ndarray:
+    """Distance of neighbouring numbers of `dtype` at `value`, as `width`; 0 where the value is 0."""
     _, exponent = np.frexp(value)  # |value| in [0.5, 1) * 2^exponent
     exponent = np.maximum(exponent - 1, _LEAST_EXPONENT[dtype]) - _FRACTION_BITS[dtype]
-    return np.where(value == 0, 0, np.ldexp(np.float32(1), exponent)).astype(np.float32)
+    return np.where(value == 0, 0, np.ldexp(width(1), exponent)).astype(width)
 
 
-def _activation_steps(name: str) -> int:
-    """Float32 roundings before the last one: of the exponential and of the sum; none where all is one product."""
-    return 0 if name in ("linear", "relu", "relu2", "relu6", "leaky_relu") else 2
+def _activation_steps(name: str, x: np.ndarray) -> Any:
+    """Float32 roundings before the last one: of the exponential and of the sum; none where all is one product, or where
+    1 + e^-x is 1."""
+    if name in ("linear", "relu", "relu2", "relu6", "leaky_relu"):
+        return 0
+    return np.where(x > _ONE_PLUS_NOTHING, 0, 2) if name in ("silu", "swish") else 2
 
 
 def _terms(x: np.ndarray) -> np.ndarray:
     """How many products of a row of x with anything are not 0, at least 1: [..., n] -> [..., 1]."""
     return np.maximum(np.count_nonzero(x, axis=-1, keepdims=True), 1)
+
+
+def sum_noise(terms: int, total: Any, largest: Any, spread: Any = 0.0, left_over: float = 0.0) -> Any:
+    """Variance of the float32 sum of `terms` numbers: [...] -> [...]. total: the sum. largest: the number farthest out.
+    spread: the sum of squares of the numbers less their mean; 0 where all have one sign. left_over: how many numbers do
+    not fill a vector and are added to the whole one by one.
+
+    Numbers are added one by one in chains of at most 16, then chains are added in pairs (NumPy, Torch and GPUs differ
+    in details). All additions after the largest number round at its size; without it partial sums are a part of the
+    total, of the same part of the spread, or both.
+    """
+    chain = min(_LANES, -(-terms // _LANES))
+    levels = np.log2(max(1, terms) / max(1, chain))
+    squares = np.square(total - largest) * (chain**2 / (3 * max(1, terms)) + 2 + left_over)
+    squares = squares + np.square(largest) * (chain + levels) + spread * (chain / 2 + levels)
+    return squares * _MEAN_SQUARE_ULP * _FLOAT32_ULP**2 / 12
 
 
 Substitute = Callable[[str, Uncertain], Uncertain]
@@ -106,6 +127,10 @@ class Propagation:
     at_tap: called with (name, value) at every named value; what it returns is passed on in its place. It sees the
     predicted error, and it can put a candidate's own value there, so that the next operator is judged alone.
     """
+
+    width: type[np.floating] = np.float32
+    """What variances are held in. float32 is enough for the values of a model; the square of a float32 ulp of 1e-20 is
+    not a float32 any more (`refllm.check.predict_operator`)."""
 
     def __init__(
         self, dtype: Dtype, policy: Policy, at_tap: Substitute, wants: Callable[[str], bool], scope: str = ""
@@ -124,18 +149,21 @@ class Propagation:
 
     # --------------------------------------------------------------------------------------------------------- rounding
 
+    def _ulp(self, value: np.ndarray, dtype: Dtype) -> np.ndarray:
+        return ulp(value, dtype, self.width)
+
     def _rounds(self, point: str) -> bool:
         return self.dtype == "float32" or point in self.policy.points
 
     def _noise(self, value: np.ndarray, point: str) -> np.ndarray | float:
         """Variance that rounding `value` at `point` adds."""
         if not self._rounds(point):
-            return ulp(value, "float32") ** 2 / 12  # what is held in float32 here is no better than that
-        return ulp(value, self.dtype) ** 2 / 12
+            return self._ulp(value, "float32") ** 2 / 12  # what is held in float32 here is no better than that
+        return self._ulp(value, self.dtype) ** 2 / 12
 
-    def _inside(self, value: np.ndarray, steps: float = 1) -> np.ndarray | float:
+    def _inside(self, value: np.ndarray, steps: Any = 1) -> np.ndarray | float:
         """Variance of `steps` float32 roundings of about `value`, inside a kernel: nothing beside a narrower format."""
-        return steps * ulp(value, "float32") ** 2 / 12 if self.dtype == "float32" else 0.0
+        return steps * self._ulp(value, "float32") ** 2 / 12 if self.dtype == "float32" else 0.0
 
     def _sum_noise(
         self, terms: np.ndarray, value: np.ndarray, square_sum: Callable[[], np.ndarray], point: str | None = None
@@ -149,18 +177,20 @@ class Propagation:
         """
         if self.dtype != "float32" and (point is None or self._rounds(point)):
             return 0.0
+        return self._accumulated(terms, value, square_sum())
+
+    def _accumulated(self, terms: np.ndarray, value: np.ndarray, square_sum: np.ndarray) -> np.ndarray:
         chain = np.minimum(terms, _CHAIN)
         chains = terms / chain
-        square = np.square(value, dtype=np.float32)
-        drift, spread = square / 3, np.maximum(square_sum() - square / terms, 0) / 6
+        square = np.square(value, dtype=self.width)
+        drift, spread = square / 3, np.maximum(square_sum - square / terms, 0) / 6
         squares = chain * (drift / chains + spread) + (chains - 1) * (drift + spread)
         return _MEAN_SQUARE_ULP * _FLOAT32_ULP**2 / 12 * squares
 
-    @staticmethod
-    def _result(value: np.ndarray, inherited: list[tuple[Uncertain, Any]], added: Any) -> Uncertain:
+    def _result(self, value: np.ndarray, inherited: list[tuple[Uncertain, Any]], added: Any) -> Uncertain:
         """value with the variance that its inputs hand on, (input, variance) each, and the variance added here."""
-        parts = [np.asarray(variance, np.float32) for _, variance in inherited]
-        variance = sum(parts, start=np.zeros(value.shape, np.float32)) + np.asarray(added, np.float32)
+        parts = [np.asarray(variance, self.width) for _, variance in inherited]
+        variance = sum(parts, start=np.zeros(value.shape, self.width)) + np.asarray(added, self.width)
         total = float(variance.mean(dtype=np.float64)) if variance.size else 0.0
         shares: dict[str, float] = {}
         if total > 0:
@@ -192,28 +222,33 @@ class Propagation:
     def linear(self, x: Uncertain, weight: np.ndarray, bias: np.ndarray | None = None) -> Uncertain:
         """V(x W^T) = V_x (W*W)^T."""
         value = np.empty((*x.shape[:-1], len(weight)))
-        variance, added = (np.empty(value.shape, np.float32) for _ in range(2))
-        squared = np.square(x.value, dtype=np.float32)
+        variance, added = (np.empty(value.shape, self.width) for _ in range(2))
+        squared = np.square(x.value, dtype=self.width)
         # In blocks of rows of the weight, which is large in a head and would be copied as float64 whole.
         for block in (slice(i, i + _ROWS_AT_ONCE) for i in range(0, len(weight), _ROWS_AT_ONCE)):
-            square = np.square(np.asarray(weight[block], np.float32)).T
+            square = np.square(np.asarray(weight[block], self.width)).T
             value[..., block] = ops.linear(x.value, weight[block], None if bias is None else bias[block])
             variance[..., block] = x.variance @ square
-            accumulated = self._sum_noise(_terms(x.value), value[..., block], partial(np.matmul, squared, square))
-            added[..., block] = accumulated + self._noise(value[..., block], "linear")
+            product = value[..., block] if bias is None else value[..., block] - bias[block]
+            accumulated = self._sum_noise(_terms(x.value), product, partial(np.matmul, squared, square))
+            before_bias = 0.0 if bias is None else self._inside(product)
+            added[..., block] = accumulated + before_bias + self._noise(value[..., block], "linear")
         return self._result(value, [(x, variance)], added)
 
     def add(self, x: Uncertain, y: Uncertain) -> Uncertain:
         """V(a + b) = V_a + V_b.
 
         a and b lie on the format's grid, and so does their sum, on the finer of their two spacings g: it is rounded
-        only where its own spacing u is wider, and then halves of u occur, with the variance u^2 / 12 + g^2 / 6.
+        only where its own spacing u is wider, and then halves of u occur, with the variance u^2 / 12 + g^2 / 6. It is
+        never off by more than the smaller of the two, since the other one alone lies on the grid.
         """
         value = x.value + y.value
         added: Any = 0.0
         if self._rounds("add"):
-            u, g = ulp(value, self.dtype), np.minimum(ulp(x.value, self.dtype), ulp(y.value, self.dtype))
-            added = np.where(u > g, u**2 / 12 + g**2 / 6, 0)
+            u, v, w = (self._ulp(a, self.dtype) for a in (value, x.value, y.value))
+            g = np.minimum(v, w)
+            smaller = np.minimum(np.abs(x.value), np.abs(y.value))
+            added = np.where(u > g, np.minimum(u**2 / 12 + g**2 / 6, np.square(smaller)), 0)
         out = self._result(value, [(x, x.variance), (y, y.variance)], added)
         return replace(out, rounded=self._to_the_bit(ops.add, x, y))
 
@@ -236,12 +271,23 @@ class Propagation:
 
     def layer_norm(self, x: Uncertain, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> Uncertain:
         """J_ij = (w_i / s) (delta_ij - (1 + y_i y_j) / n), with y = (x - mean) / s and s the standard deviation."""
-        centred = x.value - x.value.mean(axis=-1, keepdims=True)
+        mean = x.value.mean(axis=-1, keepdims=True)
+        centred = x.value - mean
         scale = 1 / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + eps)
         y = centred * scale
         handed_on = self._projected(x.variance, y, scale, centred=True)
-        out = self._weighted(x, y, handed_on, self._inside(y, _ROOT_STEPS), weight, bias, "layer_norm")
+        added = self._inside(y, _ROOT_STEPS) + np.square(scale) * self._mean_noise(x.value, mean)
+        out = self._weighted(x, y, handed_on, added, weight, bias, "layer_norm")
         return replace(out, rounded=self._to_the_bit(partial(ops.layer_norm, weight=weight, bias=bias, eps=eps), x))
+
+    def _mean_noise(self, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """Of the mean of a row of x in float32, whatever the format. All of the row shift by it; beside a mean of 1000
+        standard deviations it is what limits a LayerNorm."""
+        n = x.shape[-1]
+        far = np.take_along_axis(x, np.abs(x).argmax(axis=-1, keepdims=True), axis=-1)
+        spread = np.square(x - mean).sum(axis=-1, keepdims=True) - np.square(far - mean)
+        summed = sum_noise(n, mean * n, far, spread) / n**2
+        return np.asarray(summed + self._ulp(mean, "float32") ** 2 / 12, self.width)
 
     @staticmethod
     def _projected(variance: np.ndarray, y: np.ndarray, scale: np.ndarray, *, centred: bool) -> np.ndarray:
@@ -287,7 +333,7 @@ class Propagation:
             first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
         a, b = x[..., first], x[..., second]
         c, s = (t.map(lambda table: table[..., None, :, :]) for t in (cos, sin))
-        value, inherited, added = x.value.copy(), x.variance.copy(), np.zeros(x.shape, np.float32)
+        value, inherited, added = x.value.copy(), x.variance.copy(), np.zeros(x.shape, self.width)
         for lanes, (u, v, sign) in ((first, (a, b, -1)), (second, (b, a, 1))):
             one, two = u.value * c.value, sign * v.value * s.value
             value[..., lanes] = one + two
@@ -308,28 +354,36 @@ class Propagation:
         V_s = scale^2 (V_q k^2 + q^2 V_k) and what rounding the scores adds; V_P is the rounding of the weights.
         Centring v by o, which the derivative of softmax does, is what keeps the prediction tight.
         """
+        return self.attention_and_lse(q, k, v, **masking)[0]
+
+    def attention_and_lse(
+        self, q: Uncertain, k: Uncertain, v: Uncertain, *, scale: float | None = None, **masking: Any
+    ) -> tuple[Uncertain, Uncertain]:
+        """`attention`, and the logarithm of the softmax's denominator: V(lse) = sum_j P_j^2 V_sj, and float32 noise."""
         (B, H, S, D), K = q.shape, k.shape[1]
+        scale = D**-0.5 if scale is None else scale
         kept: dict[str, np.ndarray] = {}
 
         def keep(name: str, values: np.ndarray) -> np.ndarray:
             kept[name] = values
             return values
 
-        value = ops.attention(q.value, k.value, v.value, tap=keep, **masking)
-        assert isinstance(value, np.ndarray)
-        from_v, from_scores, added = (np.empty(value.shape, np.float32) for _ in range(3))
-        V_s, V_p = (np.empty((B, H, S, k.shape[2]), np.float32) for _ in range(2))
+        value, lse = ops.attention(q.value, k.value, v.value, tap=keep, return_lse=True, scale=scale, **masking)
+        from_v, from_scores, added = (np.empty(value.shape, self.width) for _ in range(3))
+        V_s, V_p = (np.empty((B, H, S, k.shape[2]), self.width) for _ in range(2))
+        V_lse = np.empty((B, H, S), self.width)
         parts = np.zeros(3)  # of the scores' variance: handed on by q, by k, added here
         for b, h in np.ndindex(B, H):
             g = h * K // H
             probs = kept["probs"][b, h]
             squared = np.square(probs)
-            by_q, by_k, here = self._score_variance(q[b, h], k[b, g], kept["scores"][b, h], D**-0.5)
+            by_q, by_k, here = self._score_variance(q[b, h], k[b, g], kept["scores"][b, h], probs, scale)
             weights, of_total = self._weight_noise(probs), self._total_noise(probs)
             V_s[b, h] = by_q + by_k + here
             V_p[b, h] = self._probs_variance(probs, V_s[b, h]) + weights + squared * of_total
             parts += [float((squared * part).sum()) for part in (by_q, by_k, here)]
             value_v, o = v.value[b, g], value[b, h]
+            V_lse[b, h] = (squared * V_s[b, h]).sum(axis=-1) + self._log_noise(probs, lse[b, h])
             A, square_v = squared * V_s[b, h], np.square(value_v)
             from_v[b, h] = squared @ v.variance[b, g]
             spread = A @ square_v - 2 * o * (A @ value_v) + o**2 * A.sum(axis=-1, keepdims=True)
@@ -340,18 +394,22 @@ class Propagation:
         self.tap("self_attn.probs", self._result(kept["probs"], [], V_p))
         by_q, by_k, here = parts / max(parts.sum(), np.finfo(float).tiny)
         inherited = [(v, from_v), (q, from_scores * by_q), (k, from_scores * by_k)]
-        return self._result(value, inherited, added + from_scores * here + self._noise(value, "attention"))
+        out = self._result(value, inherited, added + from_scores * here + self._noise(value, "attention"))
+        return out, self._result(lse, [], V_lse)
 
     def _score_variance(
-        self, q: Uncertain, k: Uncertain, scores: np.ndarray, scale: float
+        self, q: Uncertain, k: Uncertain, scores: np.ndarray, probs: np.ndarray, scale: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Variance of the scaled scores [S, T]: handed on by q, by k, and added by rounding."""
-        square_q, square_k = (np.square(x.value).astype(np.float32) for x in (q, k))
-        added = self._sum_noise(_terms(q.value), scores / scale, lambda: square_q @ square_k.T, "attention.scores")
-        added = scale**2 * (added + self._noise(scores / scale, "attention.scores"))
-        below = scores - scores.max(axis=-1, keepdims=True, initial=-np.inf)  # what exp is taken of
+        """Variance of the scaled scores [S, T]: handed on by q, by k, and added by rounding. probs: their softmax."""
+        square_q, square_k = (np.square(x.value).astype(self.width) for x in (q, k))
+        product = scores / (scale or 1.0)
+        added = self._sum_noise(_terms(q.value), product, lambda: square_q @ square_k.T, "attention.scores")
+        added = scale**2 * (added + self._noise(product, "attention.scores"))
+        # What exp is taken of: the score less the largest one that the row sees.
+        largest = np.maximum(probs.max(axis=-1, keepdims=True, initial=0), np.finfo(np.float64).tiny)
+        below = np.log(np.where(probs > 0, probs / largest, 1))
         added = added + self._noise(scores, "attention.scaled") + self._inside(below)
-        added = np.broadcast_to(np.asarray(added, np.float32), scores.shape)
+        added = np.broadcast_to(np.asarray(added, self.width), scores.shape)
         return scale**2 * (q.variance @ square_k.T), scale**2 * (square_q @ k.variance.T), added
 
     def _weight_noise(self, probs: np.ndarray) -> np.ndarray:
@@ -364,10 +422,10 @@ class Propagation:
         if self._rounds("attention.weights"):
             largest = 1.0
             if not self.policy.normalize_first:
-                largest = np.maximum(probs.max(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
+                largest = np.maximum(probs.max(axis=-1, keepdims=True, initial=0), np.finfo(np.float64).tiny)
             weights = probs / largest
-            noise = np.minimum(ulp(weights, self.dtype) ** 2 / 12, (1 - weights) ** 2) * np.square(largest)
-        return np.broadcast_to(np.asarray(noise + self._inside(probs, 3), np.float32), probs.shape)
+            noise = np.minimum(self._ulp(weights, self.dtype) ** 2 / 12, (1 - weights) ** 2) * np.square(largest)
+        return np.broadcast_to(np.asarray(noise + self._inside(probs, 3), self.width), probs.shape)
 
     def _total_noise(self, probs: np.ndarray) -> np.ndarray | float:
         """Relative variance of the softmax's denominator, which all weights of a row share: float32 only.
@@ -377,35 +435,56 @@ class Propagation:
         """
         if self.dtype != "float32":
             return 0.0
-        total = 1 / np.maximum(probs.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+        total = 1 / np.maximum(probs.max(axis=-1, keepdims=True, initial=0), np.finfo(self.width).tiny)
         additions = probs.shape[-1] / _LANES + np.log2(_LANES)
-        return additions * (ulp(total, "float32") / total) ** 2 / 12
+        return additions * (self._ulp(total, "float32") / total) ** 2 / 12
 
-    @staticmethod
-    def _probs_variance(probs: np.ndarray, V_s: np.ndarray) -> np.ndarray:
+    def _log_noise(self, probs: np.ndarray, lse: np.ndarray) -> np.ndarray:
+        """Of log(sum e^below) + largest score in float32, whatever the format: of the sum, of the logarithm, of both
+        together. lse [...] of weights [..., T]; 0 where there is no key."""
+        weights = probs.max(axis=-1, initial=0)
+        denominator = 1 / np.where(weights > 0, weights, 1)
+        log = np.log(denominator)
+        noise = sum_noise(probs.shape[-1], 1.0, weights)
+        noise = noise + (self._ulp(log, "float32") ** 2 + self._ulp(lse - log, "float32") ** 2) / 12
+        return np.where(weights > 0, noise + self._ulp(lse, "float32") ** 2 / 12, 0)
+
+    def _probs_variance(self, probs: np.ndarray, V_s: np.ndarray) -> np.ndarray:
         """dP_i = P_i (ds_i - sum_j P_j ds_j)."""
         shared = (np.square(probs) * V_s).sum(axis=-1, keepdims=True)
-        return np.asarray(np.square(probs) * np.maximum(V_s * (1 - 2 * probs) + shared, 0), np.float32)
+        return np.asarray(np.square(probs) * np.maximum(V_s * (1 - 2 * probs) + shared, 0), self.width)
 
     # -------------------------------------------------------------------------------------------------------------- MLP
 
     def activation(self, x: Uncertain, name: str) -> Uncertain:
         """V(f(x)) = f'(x)^2 V_x."""
         value, slope = self._activated(x.value, name)
-        added = self._inside(value, _activation_steps(name)) + self._noise(value, "activation")
-        out = self._result(value, [(x, slope**2 * x.variance)], added)
+        added = self._activation_noise(x.value, value, name) + self._noise(value, "activation")
+        handed_on = slope**2 * x.variance + (self._kink(x) if name == "relu2" else 0.0)
+        out = self._result(value, [(x, handed_on)], added)
         return replace(out, rounded=self._to_the_bit(partial(ops.activation, name=name), x))
+
+    @staticmethod
+    def _kink(x: Uncertain) -> np.ndarray:
+        """Of max(x, 0)^2 to second order. Just below 0 the slope is 0, and yet an error of x may carry it over: at 0
+        itself the square of its square has the mean 1.5 V^2, and farther off such an error is rarer."""
+        distance = np.square(x.value) / np.maximum(2 * x.variance, np.finfo(np.float32).tiny)
+        return np.asarray(1.5 * np.square(x.variance) * np.exp(-np.minimum(distance, 80)), x.variance.dtype)
 
     def glu(self, gate: Uncertain, up: Uncertain, name: str) -> Uncertain:
         """V(f(g) u) = (f'(g) u)^2 V_g + f(g)^2 V_u."""
         act, slope = self._activated(gate.value, name)
         value = act * up.value
         added = up.value**2 * (
-            self._noise(act, "glu.activation") + self._inside(act, _activation_steps(name))
+            self._noise(act, "glu.activation") + self._activation_noise(gate.value, act, name)
         ) + self._noise(value, "glu")
         inherited = [(gate, (slope * up.value) ** 2 * gate.variance), (up, act**2 * up.variance)]
         out = self._result(value, inherited, added)
         return replace(out, rounded=self._to_the_bit(partial(ops.glu, name=name), gate, up))
+
+    def _activation_noise(self, x: np.ndarray, act: np.ndarray, name: str) -> Any:
+        vanished = np.where(np.abs(act) < _VANISHED, np.square(act), 0)
+        return vanished + self._inside(act, _activation_steps(name, x))
 
     @staticmethod
     def _activated(x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
