@@ -88,7 +88,7 @@ class TorchLayerCache:
     def select(self, rows: np.ndarray) -> None:
         """Keep these batch rows, in this order; a row may occur more than once."""
         if self._keys is not None and self._values is not None:
-            index = torch.as_tensor(rows, device=self._keys.device)
+            index = torch.as_tensor(np.ascontiguousarray(rows), device=self._keys.device)
             if len(index) == len(self._keys):  # in place: a recorded step goes on with the same tensors
                 self._keys.copy_(self._keys[index])
                 self._values.copy_(self._values[index])

@@ -71,7 +71,8 @@ def rms_norm_qkv_rope(
     )
     B, S, _ = x_BSE.shape
     qkv = F.linear(rms_norm(x_BSE, norm_weight, eps), w_qkv, b_qkv)
-    heads = qkv.view(B, S, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)
+    parts = num_heads + 2 * num_kv_heads
+    heads = qkv.view(B, S, parts, w_qkv.shape[0] // parts).transpose(1, 2)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     q, k = rope(q, k, cos, sin, interleaved=interleaved)
     if cache is None:
