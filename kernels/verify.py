@@ -3,29 +3,35 @@
 The contract is the operator of `refllm.ops` with the same name. It is evaluated twice on the values that the kernel
 got: exactly (float64), and in the kernel's own precision under the policy `fused`, which is what a good kernel does.
 The error of that second evaluation is the unit: a kernel's root-mean-square error may be `LIMITS` times as large.
+
+These are two rules of `refllm.opcheck.judge`, which `refllm check-op` asks more of: for single calls of any size.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 
 from refllm import ops
 from refllm.errors import RefllmError
 from refllm.inputs import to_numpy
+from refllm.opcheck.judge import errors, kind, rms, rounding_error
+from refllm.opcheck.limits import ELEMENTWISE_LIMIT, LIMITS, PRODUCT_LIMIT, chance, rms_limit
 from refllm.precision import EXACT, FUSED, Arithmetic
 
-ELEMENTWISE_LIMIT, PRODUCT_LIMIT = 1.1, 1.25
-LIMITS = {
-    "attention": PRODUCT_LIMIT,
-    "decode_attention": PRODUCT_LIMIT,
-    "rms_norm_qkv_rope": PRODUCT_LIMIT,
-    "linear_cross_entropy": PRODUCT_LIMIT,
-}
-"""How many times the error of the contract in the same precision a kernel's error may be; others: ELEMENTWISE_LIMIT."""
+__all__ = [
+    "ELEMENTWISE_LIMIT",
+    "LIMITS",
+    "PRODUCT_LIMIT",
+    "Contract",
+    "ContractBrokenError",
+    "Verdict",
+    "as_array",
+    "assert_meets_contract",
+    "judge",
+]
 
 
 class ContractBrokenError(RefllmError):
@@ -77,7 +83,7 @@ class Contract:
             raise ContractBrokenError(
                 f"{self.operator} returned {len(results)} results; its contract has {len(self.exact)}"
             )
-        limit = limit or LIMITS.get(self.operator, ELEMENTWISE_LIMIT)
+        limit = limit or rms_limit(self.operator)
         return [
             _judge_output(self.operator, i, got, exact, same, limit)
             for i, (got, exact, same) in enumerate(zip(results, self.exact, self.same_precision, strict=True))
@@ -122,17 +128,16 @@ def _judge_output(operator: str, i: int, got: torch.Tensor, exact: Any, contract
         return verdict(f"shape {list(got.shape)}, expected {list(exact.shape)}")
     y = np.asarray(as_array(got), np.float64)
     # Where the format overflows is part of the format: compared with the contract in the same precision.
-    strange = _kind(y) != _kind(contract)
+    strange = kind(y) != kind(contract)
     if strange.any():
         at = tuple(int(k) for k in np.argwhere(strange)[0])
         return verdict(f"{y[at]} at {at}, expected {contract[at]} ({int(strange.sum())} such elements)", worst=at)
-    finite = np.isfinite(y) & np.isfinite(exact)
+    error, finite = errors(y, exact)
     if not finite.any():
         return verdict("", 0.0)
-    error = np.where(finite, np.abs(y - np.where(finite, exact, 0)), 0)
     worst = tuple(int(k) for k in np.unravel_index(error.argmax(), error.shape)) if error.ndim else ()
-    unit = max(_rms(contract[finite] - exact[finite]), _rms(_rounding_error(exact[finite], dtype)))
-    size = _rms(error[finite])
+    unit = max(rms(contract[finite] - exact[finite]), rms(rounding_error(exact[finite], dtype)))
+    size = rms(error[finite])
     ratio = size / unit if unit else (0.0 if size == 0 else np.inf)
     limit = limit * _chance(finite, dtype)
     if ratio <= limit:
@@ -146,7 +151,7 @@ def _judge_output(operator: str, i: int, got: torch.Tensor, exact: Any, contract
 
 
 def _chance(finite: np.ndarray, dtype: str) -> float:
-    """How much larger one of two equal RMS errors may come out by chance: 5 standard deviations of their ratio.
+    """How much larger one of two equal RMS errors may come out by chance (`refllm.opcheck.limits.chance`).
 
     In the narrow formats nearly all error is the last rounding, which both evaluations share: nothing is granted. In
     float32 the order of additions counts as much, it differs, and its error is common to a row (the sum of a norm, of a
@@ -154,24 +159,5 @@ def _chance(finite: np.ndarray, dtype: str) -> float:
     """
     if dtype != "float32":
         return 1.0
-    rows = int(finite.reshape(-1, finite.shape[-1]).any(axis=-1).sum()) if finite.ndim > 1 else int(finite.sum())
-    return 1 + 5 / float(np.sqrt(rows))  # sqrt(1/2n + 1/2n): each RMS of n errors has a relative spread of 1/sqrt(2n)
-
-
-def _kind(x: np.ndarray) -> np.ndarray:
-    """0 finite, 1 +inf, 2 -inf, 3 NaN."""
-    return np.select([np.isnan(x), x == np.inf, x == -np.inf], [3, 1, 2], 0)
-
-
-def _rms(x: np.ndarray) -> float:
-    """Root mean square, without overflow or underflow on the way."""
-    scale = float(np.abs(x).max(initial=0.0))
-    return scale * float(np.sqrt(np.mean((x / scale) ** 2))) if scale else 0.0
-
-
-def _rounding_error(exact: np.ndarray, dtype: str) -> np.ndarray:
-    """Standard deviation of one rounding to `dtype`: a twelfth of the spacing squared, as variance."""
-    info = ml_dtypes.finfo(dtype)
-    smallest = np.float64(info.smallest_normal)
-    spacing = np.exp2(np.floor(np.log2(np.maximum(np.abs(exact), smallest)))) * np.float64(info.eps)
-    return spacing / np.sqrt(12)
+    rows = finite.reshape(-1, finite.shape[-1]).any(axis=-1) if finite.ndim > 1 else finite
+    return chance(int(rows.sum()))

@@ -1,0 +1,96 @@
+"""`refllm check-op`: somebody's operator against its contract."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
+from refllm.errors import InputError
+from refllm.status_line import StatusLine
+
+
+def check_op(
+    operator: Annotated[str | None, typer.Argument(metavar="OP", help="The operator; --list shows all.")] = None,
+    candidate: Annotated[
+        str | None,
+        typer.Option("--candidate", help="Yours: module:function or file.py:function, with the operator's signature."),
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="List the operators with their signatures.")] = False,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="Of the activations; repeat for more. Default: bfloat16.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="Where it may round: fused (once, at the end) or hf-eager (everywhere).")
+    ] = "fused",
+    device: Annotated[str, typer.Option("--device", help="cpu (Triton kernels are interpreted) or cuda.")] = "cpu",
+    arrays: Annotated[str, typer.Option("--arrays", help="What it takes and returns: torch or numpy.")] = "torch",
+    max_examples: Annotated[
+        int, typer.Option("--max-examples", min=0, help="Calls to draw after the fixed ones.")
+    ] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", metavar="S", help="Seconds after which a call hangs.")
+    ] = 10.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option("--seconds", metavar="S", help="For the whole search. Default: 25; interpreted: 100."),
+    ] = None,
+    bitwise: Annotated[
+        bool, typer.Option("--bitwise", help="A row alone must have the bits that it has in a batch.")
+    ] = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            metavar="NAME",
+            help="What yours lacks: an optional argument (key_mask), or mixed_dtypes; repeat.",
+        ),
+    ] = None,
+    repro: Annotated[
+        Path | None, typer.Option("--repro", metavar="F", help="Write a program that shows the failure by itself.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Search for an input on which your operator breaks its contract; make it small and say what is wrong."""
+    from refllm.opcheck import api, report
+
+    screen = console(quiet=to_stdout(json_file))
+    if list_all:
+        screen.print(report.show_operators())
+        return
+    if operator is None or candidate is None:
+        raise InputError("check-op needs an operator and --candidate; refllm check-op --list shows the operators")
+    reports: list[api.OpReport] = []
+    with StatusLine(sys.stderr) as step:
+        for one in dtype or ["bfloat16"]:
+            reports.append(
+                api.check_op(
+                    operator,
+                    candidate,
+                    dtype=one,
+                    policy=policy,
+                    device=device,
+                    arrays=arrays,
+                    max_examples=max_examples,
+                    seed=seed,
+                    time_limit=time_limit,
+                    seconds=seconds,
+                    bitwise=bitwise,
+                    without=without or (),
+                    repro=repro if not any(r.repro for r in reports) else None,
+                    progress=lambda text, done, total: step(text, done, total or None),
+                )
+            )
+            step.clear()
+            screen.print(report.show_report(reports[-1], with_repro=repro is None))
+    write_json(_together([r.to_dict() for r in reports]), json_file)
+    if any(r.verdict == "fail" for r in reports):
+        raise typer.Exit(FINDING)
+
+
+def _together(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first that failed, else the first; and all of them if there are several."""
+    shown = next((r for r in reports if r["verdict"] == "fail"), reports[0])
+    return shown if len(reports) == 1 else {**shown, "reports": reports}

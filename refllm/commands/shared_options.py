@@ -1,0 +1,42 @@
+"""What commands share: exit codes, options, where tables go, and the JSON file."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from refllm.errors import InputError
+
+HOLDS, FINDING, WRONG_USE = 0, 1, 2
+
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON; - is standard output.")
+]
+
+
+def console(quiet: bool) -> Any:
+    """Where tables go. Not wrapped to the width of a terminal that is not there."""
+    from rich.console import Console
+
+    return Console(quiet=quiet, highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+
+
+def to_stdout(json_file: Path | None) -> bool:
+    """Whether the JSON is what goes to standard output, and nothing else may."""
+    return json_file is not None and str(json_file) == "-"
+
+
+def write_json(values: Any, json_file: Path | None) -> None:
+    """Writes the result where `--json` says, if it does. Raises InputError for a file that cannot be written."""
+    if json_file is None:
+        return
+    from refllm.json_text import json_text
+
+    if to_stdout(json_file):
+        print(json_text(values))
+        return
+    try:
+        json_file.write_text(json_text(values) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--json {json_file} cannot be written: {error.strerror or error}") from None

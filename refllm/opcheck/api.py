@@ -1,0 +1,261 @@
+"""`check_op` and `assert_operator`: the search as a Python call and as a test."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from refllm.errors import InputError, RefllmError
+from refllm.opcheck import candidate as candidates
+from refllm.opcheck import search
+from refllm.opcheck.examine import Examiner, Finding
+from refllm.opcheck.expected import find_dtype, find_policy
+from refllm.opcheck.guess import Guess, guess, ragged
+from refllm.opcheck.judge import Judgement
+from refllm.opcheck.observe import Task
+from refllm.opcheck.repro import reproduction
+from refllm.opcheck.shrink import shrink as make_small
+from refllm.opcheck.signatures import signature
+from refllm.opcheck.without import calls_without, find_left_out
+from refllm.opcheck.worker import InProcess, Worker
+from refllm.strategies.call import Call
+
+SECONDS, SECONDS_INTERPRETED = 25.0, 100.0
+"""For the whole of a search: of plain functions, and where Triton kernels are interpreted."""
+_FOR_SHRINKING = 0.4
+"""Of the time, what is kept for making a finding small."""
+_HANG_LIMITS = (0.5, 10.0)
+"""Seconds after which a call counts as hanging while one that hangs is made smaller: at least, and all calls together
+at most this many times the limit of the search."""
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """What `check_op` found.
+
+    verdict: "pass" or "fail". property: the broken one (`examine.PROPERTIES`), "" if none. finding: on the smallest
+    call found; first: as it was found. worst: of all examples. examples: calls examined; shrinking: those after the
+    finding. ended: why the search stopped early, "" if it did not. untested: trivial wrong answers that every example
+    would have let pass. guesses: the known bugs that it looks like. repro: a program that shows the
+    failure, "" if nothing failed. without: the optional arguments that no call had.
+    """
+
+    op: str
+    candidate: str
+    dtype: str
+    policy: str
+    device: str
+    verdict: str
+    property: str
+    finding: Finding | None
+    first: Finding | None
+    worst: Judgement | None
+    guesses: tuple[Guess, ...]
+    examples: int
+    shrinking: int
+    seconds: float
+    seed: int
+    ended: str
+    untested: tuple[str, ...]
+    repro: str
+    repro_file: str = ""
+    without: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: op, verdict, dtype, policy, examples, worst, counterexample, repro and more."""
+        from refllm.opcheck.report import report_dict
+
+        return report_dict(self)
+
+    def __str__(self) -> str:
+        from refllm.opcheck.report import report_text
+
+        return report_text(self)
+
+
+def check_op(
+    operator: str,
+    candidate: Any,
+    *,
+    dtype: str = "bfloat16",
+    policy: str = "fused",
+    device: str = "cpu",
+    arrays: str = "torch",
+    calls: Any = None,
+    max_examples: int = 100,
+    seed: int = 0,
+    time_limit: float = 10.0,
+    seconds: float | None = None,
+    isolate: bool = True,
+    shrink: bool = True,
+    bitwise: bool = False,
+    without: str | Sequence[str] = (),
+    repro: str | os.PathLike[str] | None = None,
+    progress: search.Progress = lambda text, done, total: None,
+) -> OpReport:
+    """Search for a call on which `candidate` breaks the contract of `operator`, make it small and say what is wrong.
+
+    candidate: a function with the signature of refllm.kernels.<operator>, or "module:function", "file.py:function";
+        with arrays="numpy" it takes and returns NumPy arrays (bfloat16 of ml_dtypes). Triton kernels on a CPU run on
+        the interpreter.
+    dtype: of the activations. policy: where it may round, "fused" (the contract) or "hf-eager". device: "cpu", "cuda".
+    calls: a list of `refllm.strategies.Call`, or a Hypothesis strategy of them, in place of ours.
+    max_examples: drawn after the fixed ones. seed: of what is drawn. time_limit: seconds for each run of the candidate.
+    seconds: for all of it; None is 25, or 100 where kernels are interpreted.
+    isolate: run the candidate in a process of its own. shrink: make a counterexample small.
+    bitwise: a row computed alone must have the bits that it has in its batch.
+    without: optional arguments that the candidate does not have (key_mask, return_lse, bias), or "mixed_dtypes"
+        (float32 weights and tables beside narrower activations); no call has them.
+    repro: a file to write the reproduction to. progress: told what is being done.
+
+    Raises InputError for an operator, a candidate, a dtype, ... that there is none of.
+    """
+    start = time.monotonic()
+    signature(operator)
+    find_policy(policy)
+    dtype = find_dtype(dtype)
+    if time_limit <= 0 or max_examples < 0:
+        raise InputError(
+            f"time_limit={time_limit} and max_examples={max_examples}: expected more than 0, and at least 0"
+        )
+    without = find_left_out(operator, without)
+    _needs_folder(repro)
+    found = candidates.load(candidate, arrays=arrays, device=device)
+    seconds = (SECONDS_INTERPRETED if found.interpreted else SECONDS) if seconds is None else seconds
+    runner = Worker(found) if isolate else InProcess(found)
+    blank = Call(operator, dtype, ())
+    task = Task(blank, device, arrays, found.interpreted, policy, True, bitwise)
+    examine = Examiner(runner, task, time_limit)
+    try:
+        until = start + seconds * (1 - _FOR_SHRINKING if shrink else 1)
+        searched = _search(examine, operator, dtype, policy, calls, without, max_examples, seed, until, progress)
+        examples = examine.examples
+        first = smallest = searched.finding
+        guesses: list[Guess] = []
+        if first is not None and shrink:
+            deadline = max(start + seconds, time.monotonic() + _FOR_SHRINKING * seconds)
+            smallest = _smallest(examine, first, deadline, progress)
+            guesses = _guesses(examine, smallest, first, policy)
+    finally:
+        runner.close()
+    judged = smallest.judgement if smallest is not None and smallest.judgement is not None else examine.worst
+    report = OpReport(
+        operator,
+        found.name,
+        dtype,
+        policy,
+        device,
+        "pass" if smallest is None else "fail",
+        "" if smallest is None else smallest.property,
+        smallest,
+        first,
+        judged,
+        tuple(guesses),
+        examples,
+        examine.examples - examples,
+        time.monotonic() - start,
+        seed,
+        searched.ended,
+        tuple(examine.power.untested) if smallest is None else (),
+        "" if smallest is None else reproduction(smallest, found, policy, time_limit),
+        without=without,
+    )
+    return replace(report, repro_file=_written(report, repro))
+
+
+def assert_operator(operator: str, candidate: Any, **options: Any) -> None:
+    """`check_op`, for a test: raises AssertionError with the report if anything is wrong. options: of `check_op`.
+
+    from refllm.check import assert_operator
+
+
+    def test_my_rms_norm():
+        assert_operator("rms_norm", my_rms_norm, dtype="bfloat16")
+    """
+    __tracebackhide__ = True
+    report = check_op(operator, candidate, **options)
+    if report.verdict == "fail":
+        raise AssertionError("\n" + str(report))
+
+
+def _search(
+    examine: Examiner,
+    operator: str,
+    dtype: str,
+    policy: str,
+    calls: Any,
+    without: Sequence[str],
+    max_examples: int,
+    seed: int,
+    deadline: float,
+    progress: search.Progress,
+) -> search.Searched:
+    if calls is not None and isinstance(calls, Sequence):
+        wrong = next((c for c in calls if not isinstance(c, Call) or c.operator != operator), None)
+        if wrong is not None:
+            raise InputError(f"calls: expected calls of {operator}, found {wrong}")
+        return search.fixed(examine, calls_without(calls, without), deadline, progress)
+    if calls is None:
+        from refllm.strategies import corners
+
+        listed = calls_without(corners(operator, dtype, policy), without)
+        searched = search.fixed(examine, listed, deadline, progress)
+        if searched.finding is not None or searched.ended or not max_examples:
+            return searched
+        from refllm.strategies import calls as drawn_calls
+
+        calls = drawn_calls(operator, dtype=dtype, policy=policy)
+    return search.drawn(examine, calls_without(calls, without), max_examples, seed, deadline, progress)
+
+
+def _smallest(examine: Examiner, first: Finding, deadline: float, progress: search.Progress) -> Finding:
+    """The finding on the smallest call, every call being given no more time than it needs."""
+    limit = examine.limit
+    if first.property == "hangs":
+        limit = min(limit, max(_HANG_LIMITS[0], 20 * examine.slowest))
+        deadline = min(deadline, time.monotonic() + _HANG_LIMITS[1] * max(1.0, limit))
+    # What shows in the first run is looked for in the first run alone.
+    deep = first.property in ("unwritten", "determinism", "invariance", "purity", "raises", "hangs", "crashes")
+    count = 0
+
+    def retry(call: Call) -> Finding | None:
+        nonlocal count
+        count += 1
+        progress(f"making the counterexample small: {count} calls tried", 0, 0)
+        return examine(call, deep=deep, limit=limit)
+
+    smallest = make_small(first, retry, deadline)[0]
+    if first.property == "hangs" and smallest is not first and examine(smallest.call) is None:
+        return first  # it was slow, and no more than that
+    return smallest
+
+
+def _guesses(examine: Examiner, smallest: Finding, first: Finding, policy: str) -> list[Guess]:
+    if first.property not in ("value", "NaN pattern"):
+        return []
+    found = guess([smallest, first], policy)
+    if found:
+        return found
+    try:
+        call = ragged(first.call)
+        return guess([smallest, first], policy, None if call is None else examine(call, deep=False))
+    except RefllmError:  # the family does not exist in that size
+        return []
+
+
+def _needs_folder(path: str | os.PathLike[str] | None) -> None:
+    """Before the search, and not after it."""
+    if path is not None and not Path(path).resolve().parent.is_dir():
+        raise InputError(f"--repro {path} cannot be written: there is no folder {Path(path).parent}")
+
+
+def _written(report: OpReport, path: str | os.PathLike[str] | None) -> str:
+    if path is None or not report.repro:
+        return ""
+    try:
+        Path(path).write_text(report.repro, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--repro {path} cannot be written: {error.strerror or error}") from None
+    return str(path)

@@ -1,0 +1,205 @@
+"""One example: run the candidate on a call, judge what was observed, and name the first thing that is wrong."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from refllm.check.limits import wrong_answers
+from refllm.opcheck import inputs
+from refllm.opcheck.expected import Expected, expect_values, remembered
+from refllm.opcheck.judge import Judgement, judge
+from refllm.opcheck.observe import Observation, Result, Task
+from refllm.opcheck.without import missing_result, raised
+from refllm.precision import rounding
+from refllm.strategies.call import Call
+
+PROPERTIES = (
+    "raises",
+    "hangs",
+    "crashes",
+    "result",
+    "purity",
+    "value",
+    "NaN pattern",
+    "unwritten",
+    "determinism",
+    "invariance",
+    "bounds",
+    "race",
+    "overflow",
+)
+"""What may be broken, by the name in reports."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A call on which a candidate breaks a property. text: how, in one clause.
+
+    output: the name of the result that shows it, "" where none does. judgement: of that result, if values are judged.
+    where: its elements that show it. results: what the candidate returned.
+    """
+
+    property: str
+    text: str
+    call: Call
+    output: str = ""
+    axes: tuple[str, ...] = ()
+    judgement: Judgement | None = None
+    where: np.ndarray | None = None
+    results: tuple[Result, ...] = ()
+    seconds: float = 0.0
+
+
+class Examiner:
+    """Examines calls for one candidate. examples: how many; score: the worst of all rules so far as measured / allowed.
+
+    worst: the judgement with the largest ratio. slowest: seconds of the slowest example that returned.
+    """
+
+    def __init__(self, runner: Any, task: Task, limit: float) -> None:
+        self.runner, self.task, self.limit = runner, task, limit
+        self.examples, self.score, self.slowest = 0, 0.0, 0.0
+        self.worst: Judgement | None = None
+        self.power = Power()
+
+    def __call__(self, call: Call, *, deep: bool = True, limit: float | None = None) -> Finding | None:
+        """The first broken property, or None. Raises InputError for a call that the contract does not allow."""
+        expected = remembered(call, self.task.policy)
+        self.examples += 1
+        task = replace(self.task, call=call, deep=deep)
+        seen = self.runner.observe(task, self.limit if limit is None else limit)
+        if seen.property != "hangs":
+            self.slowest = max(self.slowest, seen.seconds)
+        self.score, judged = 0.0, []
+        if seen.results:
+            broken = _structure(call, seen.results, expected, self.task.device)
+            if broken is not None:
+                return replace(broken, results=seen.results, seconds=seen.seconds)
+            # Values may be wrong because nobody wrote them, or every time others, and that is the better answer.
+            if seen.property not in ("unwritten", "determinism"):
+                judged = [judge(r.value, e) for r, e in zip(seen.results, expected, strict=True)]
+                self._remember(judged)
+                bad = next((j for j in judged if not j.holds), None)
+                if bad is not None:
+                    return _wrong(call, bad, expected, seen)
+        if seen.property:
+            return _outright(call, seen, expected)
+        if seen.alone is not None:
+            finding = self._alone(call, expected, seen)
+            if finding is not None:
+                return finding
+        self.power.see(expected)
+        return None
+
+    def _remember(self, judged: list[Judgement]) -> None:
+        for judgement in judged:
+            self.score = max(self.score, judgement.score)
+            if self.worst is None or judgement.ratio > self.worst.ratio:
+                self.worst = judgement
+
+    def _alone(self, call: Call, expected: tuple[Expected, ...], seen: Observation) -> Finding | None:
+        """What one row returns by itself: right as well, and the same bits if that is asked."""
+        assert seen.alone is not None
+        row, results = seen.alone
+        part = slice(row, row + 1)
+        wanted = [_cut(e, part) for e in expected]
+        if inputs.is_reduced(call):
+            arrays = inputs.row_alone(call, *call.arrays(), row)
+            wanted = list(expect_values(call.operator, *arrays, call.dtype, self.task.policy))
+        broken = _structure(call, results, tuple(wanted), self.task.device)
+        if broken is not None:
+            return replace(broken, property="invariance", text=f"row {row} computed alone: {broken.text}")
+        for whole, result, e in zip(seen.results, results, wanted, strict=True):
+            verdict = judge(result.value, e)
+            if not verdict.holds:
+                text = f"row {row} computed alone is wrong: {verdict.faults[0].text}"
+                return Finding("invariance", text, call, e.name, e.axes, verdict, verdict.wrong, results)
+            if self.task.bitwise and not inputs.is_reduced(call):
+                different = ~inputs.same_bits(result.value, whole.value[part])
+                if different.any():
+                    count = int(different.sum())
+                    text = f"row {row} computed alone has other bits than in its batch ({count} elements)"
+                    return Finding("invariance", text, call, e.name, e.axes, None, different, results)
+        return None
+
+
+class Power:
+    """Which trivial wrong answers the examples so far would have let pass. untested: their names, by output."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, set[str]] = {}
+        self._all = ("zeros", "rows in another order", "the mean", "times 1.01", "a missing tile")
+
+    def see(self, expected: tuple[Expected, ...]) -> None:
+        """Takes into account an example that held."""
+        for e in expected:
+            pending = self._pending.setdefault(e.name, set(self._all))
+            if not pending or not e.exact.size or not np.isfinite(e.exact).all() or not np.isfinite(e.contract).all():
+                continue
+            for name, wrong in wrong_answers(np.atleast_1d(e.exact)):
+                if name in pending and not np.array_equal(wrong.reshape(e.exact.shape), e.exact):
+                    given = rounding(e.dtype)(wrong.reshape(e.exact.shape).astype(np.float32))
+                    if not judge(given, e).holds:
+                        pending.discard(name)
+
+    @property
+    def untested(self) -> list[str]:
+        return [f"{name} of {output}" for output, names in self._pending.items() for name in self._all if name in names]
+
+
+def _cut(e: Expected, part: slice) -> Expected:
+    if not e.exact.ndim:
+        return e
+    return replace(e, **{name: getattr(e, name)[part] for name in ("exact", "contract", "variance", "inner")})
+
+
+def _structure(call: Call, results: tuple[Result, ...], expected: tuple[Expected, ...], device: str) -> Finding | None:
+    if len(results) != len(expected):
+        names = ", ".join(e.name for e in expected)
+        returned = "1 result" if len(results) == 1 else f"{len(results)} results"
+        text = f"it returns {returned}; the contract has {len(expected)}: {names}{missing_result(call, len(results))}"
+        return Finding("result", text, call)
+    for result, e in zip(results, expected, strict=True):
+        text = _unlike(result, e, device)
+        if text:
+            return Finding("result", text, call, e.name, e.axes)
+    return None
+
+
+def _unlike(result: Result, e: Expected, device: str) -> str:
+    if result.kind:
+        return f"{e.name} is a {result.kind}; expected a tensor"
+    if result.shape != e.exact.shape:
+        return f"{e.name} has the shape {list(result.shape)}; expected {list(e.exact.shape)}"
+    if result.dtype != e.dtype:
+        return f"{e.name} is {result.dtype}; expected {e.dtype}"
+    if result.device != device.partition(":")[0]:
+        return f"{e.name} is on {result.device}; expected {device}"
+    if result.view_of:
+        return f"{e.name} shares its memory with the input {result.view_of}"
+    return ""
+
+
+def _wrong(call: Call, bad: Judgement, expected: tuple[Expected, ...], seen: Observation) -> Finding:
+    e = next(e for e in expected if e.name == bad.name)
+    # Of several broken rules the sharpest sentence: an element if there is one, else a row, else the whole.
+    order = ("not finite", "element", "row", "one rounding", "rms")
+    fault = min(bad.faults, key=lambda f: order.index(f.rule))
+    text = f"{bad.name}: {fault.text}"
+    return Finding(fault.property, text, call, bad.name, e.axes, bad, bad.wrong, seen.results, seen.seconds)
+
+
+def _outright(call: Call, seen: Observation, expected: tuple[Expected, ...]) -> Finding:
+    e = expected[seen.output] if seen.where is not None else None
+    return Finding(
+        seen.property,
+        seen.text + (raised(call) if seen.property == "raises" else ""),
+        call,
+        e.name if e else "",
+        e.axes if e else (),
+        None,
+        seen.where,
+        seen.results,
+        seen.seconds,
+    )

@@ -1,0 +1,160 @@
+"""The inputs of a call as a candidate gets them; those parts of them that the contract does not read; one row alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from refllm.opcheck.signatures import ROWS, signature
+from refllm.strategies.arrays import Array
+from refllm.strategies.call import Call
+
+_SMALL = 1 << 24
+"""Bytes of memory up to which all of it is compared or changed, what lies between the elements included."""
+_BATCH = ("B", "N", ROWS)
+"""First axes whose entries do not know of each other."""
+
+
+def make(call: Call, device: str) -> tuple[list[Any], dict[str, Any]]:
+    """New tensors for a call."""
+    return call.tensors(device)
+
+
+def as_numpy(arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The same memory as NumPy arrays, with the same strides; bfloat16 is that of ml_dtypes."""
+    return [_as_numpy(x) for x in arguments], {name: _as_numpy(x) for name, x in keywords.items()}
+
+
+def _as_numpy(x: Any) -> Any:
+    if not hasattr(x, "numpy"):
+        return x
+    import torch
+
+    if x.dtype != torch.bfloat16:
+        return x.numpy()
+    import ml_dtypes
+
+    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def named(call: Call, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    """The tensors among the arguments, by name."""
+    given = {**dict(zip(call.names, arguments, strict=True)), **keywords}
+    return {name: x for name, x in given.items() if hasattr(x, "data_ptr")}
+
+
+def memory(x: Any) -> Any:
+    """A copy of all bytes of a tensor's memory; of its elements alone where that memory is huge."""
+    import torch
+
+    storage = x.untyped_storage()
+    if storage.nbytes() > _SMALL:
+        return x.detach().contiguous().view(torch.uint8) if x.numel() else None
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage).clone()
+
+
+# ------------------------------------------------------------------------------------------------------ what is unread
+
+
+def change_padding(tensors: dict[str, Any]) -> list[str]:
+    """Writes 3 between the elements of tensors; the names of those that had anything there."""
+    return [name for name, x in tensors.items() if _change_padding(x)]
+
+
+def _change_padding(x: Any) -> bool:
+    import torch
+
+    storage = x.untyped_storage()
+    if storage.nbytes() > _SMALL or not x.numel() or storage.nbytes() == x.numel() * x.element_size():
+        return False
+    flat = torch.empty(0, dtype=x.dtype, device=x.device).set_(storage)
+    between = torch.ones_like(flat, dtype=torch.bool)
+    between.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(False)
+    flat[between] = 3
+    return bool(between.any())
+
+
+def change_unread(call: Call, tensors: dict[str, Any]) -> list[str]:
+    """Changes the elements that the contract says are not read; a phrase for each kind of them.
+
+    Numbers become other numbers, and NaN stays: a call that has NaN there shows by itself who reads it, and right code
+    may go another way then, and add in another order.
+    """
+    changed = []
+    for phrase, x, where in _unread(call, tensors):
+        if bool(where.any()) and _separate(x):
+            x[where] = 1 - x[where]
+            changed.append(phrase)
+    return changed
+
+
+def _separate(x: Any) -> bool:
+    """Whether no two elements share memory."""
+    return all(stride or size <= 1 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _unread(call: Call, tensors: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(phrase, tensor, which of its leading axes are not read)."""
+    import torch
+
+    keywords = dict(call.keywords)
+    if call.operator == "attention":
+        q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "key_mask"))
+        assert q is not None
+        assert k is not None
+        if mask is not None:
+            hidden = ~mask[:, None, :].expand(k.shape[:3])
+            yield "masked keys", k, hidden
+            yield "masked values", v, hidden
+        if keywords.get("causal", True) and q.shape[2] > k.shape[2]:
+            blind = torch.arange(q.shape[2], device=q.device) < q.shape[2] - k.shape[2]
+            yield "queries that see no key", q, blind.expand(q.shape[:3])
+    elif call.operator == "decode_attention":
+        k, v, lengths = tensors["k_cache"], tensors["v_cache"], tensors["lengths"]
+        beyond = torch.arange(k.shape[2], device=k.device) >= lengths[:, None]
+        for name, x in (("keys", k), ("values", v)):
+            yield f"{name} past the length", x, beyond[:, None, :].expand(x.shape[:3])
+    elif call.operator in ("cross_entropy", "linear_cross_entropy"):
+        rows = "logits" if call.operator == "cross_entropy" else "x"
+        ignored = tensors["labels"] == keywords.get("ignore_index", -100)
+        yield "rows whose label is ignored", tensors[rows], ignored
+
+
+# ------------------------------------------------------------------------------------------------------------ one row
+
+
+def rows_of(call: Call) -> int:
+    """How many rows there are that do not know of each other: the length of the first axis, 1 where there is none."""
+    first = call.arguments[0]
+    axes = next(iter(signature(call.operator).arguments.values()))
+    return first.shape[0] if isinstance(first, Array) and axes[0] in _BATCH and len(first.shape) > 1 else 1
+
+
+def row_alone(
+    call: Call, arguments: Sequence[Any], keywords: dict[str, Any], row: int
+) -> tuple[list[Any], dict[str, Any]]:
+    """Views of the arguments (arrays or tensors) that hold one row of the batch, which keeps its axis."""
+    axes = signature(call.operator).arguments
+    part = slice(row, row + 1)
+
+    def cut(name: str, x: Any) -> Any:
+        names = axes.get(name)
+        if names is None or not hasattr(x, "shape") or names[0] not in _BATCH:
+            return x
+        whole = x.ndim > 1 if ROWS in names else x.ndim == len(names)
+        return x[part] if whole else x
+
+    return (
+        [cut(name, x) for name, x in zip(call.names, arguments, strict=True)],
+        {name: cut(name, x) for name, x in keywords.items()},
+    )
+
+
+def is_reduced(call: Call) -> bool:
+    """Whether the result is one number for all rows together."""
+    return "cross_entropy" in call.operator and dict(call.keywords).get("reduction", "mean") != "none"
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Element by element; any NaN equals any other, and 0 equals -0 (0 times what is not read has its sign)."""
+    return (a == b) | (np.isnan(a) & np.isnan(b)) if a.dtype.kind == "f" else a == b

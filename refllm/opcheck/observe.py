@@ -1,0 +1,252 @@
+"""Runs a candidate on one call and writes down what it did. This is the part that runs in the candidate's process.
+
+A call is made up to three times: plainly; for one row of the batch alone; and once more with everything changed that
+the contract says nobody reads (masked keys, slots past a length, memory between elements and memory never written).
+If the last differs from the first by a bit, the changes are tried one by one to say which of them was read.
+"""
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refllm.inputs import to_numpy
+from refllm.opcheck import inputs
+from refllm.opcheck.poison import filled
+from refllm.opcheck.without import refused
+from refllm.strategies.call import Call
+
+_INTERPRETER = {
+    "OutOfBoundsError": "bounds",
+    "RaceError": "race",
+    "IntegerOverflowError": "overflow",
+    "UninitializedError": "unwritten",
+}
+"""What the interpreter raises, and the property that it breaks."""
+_LARGEST = 1 << 26
+"""Elements up to which a result is looked at; more have the wrong shape anyway."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call for the candidate. deep: also one row alone and the repetition. bitwise: the row alone must have the
+    bits that it has in the batch. Numbers and names only, to be sent to another process."""
+
+    call: Call
+    device: str
+    arrays: str
+    interpreted: bool
+    policy: str
+    deep: bool
+    bitwise: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """One output. kind: its type if it is no tensor (array), else "". view_of: the argument whose memory it shares."""
+
+    value: np.ndarray
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    view_of: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a candidate did. property, text: what it broke outright, "" if nothing. where: elements that show it.
+
+    alone: (row, results) of one row by itself. many: whether it returned a tuple.
+    """
+
+    property: str = ""
+    text: str = ""
+    results: tuple[Result, ...] = ()
+    alone: tuple[int, tuple[Result, ...]] | None = None
+    output: int = 0
+    where: np.ndarray | None = None
+    seconds: float = 0.0
+
+
+class _Broken(Exception):
+    def __init__(self, property: str, text: str) -> None:
+        super().__init__(text)
+        self.property, self.text = property, text
+
+
+Step = Callable[[str], None]
+
+
+def observe(function: Callable[..., Any], task: Task, step: Step = lambda name: None) -> Observation:
+    """See the module docstring. step: told before each run of the candidate."""
+    start = time.monotonic()
+    run = _Run(function, task, step)
+    results: tuple[Result, ...] = ()
+    try:
+        results = run()
+        if not task.deep:
+            return Observation(results=results, seconds=time.monotonic() - start)
+        alone = run.alone()
+        different = _different(results, run(filling=1, padding=True, unread=True))
+        if different is not None:
+            return _why(run, results, different)
+        return Observation(results=results, alone=alone, seconds=time.monotonic() - start)
+    except _Broken as broken:
+        return Observation(broken.property, broken.text, results, seconds=time.monotonic() - start)
+
+
+def _why(run: "_Run", results: tuple[Result, ...], different: tuple[int, np.ndarray]) -> Observation:
+    """Which of the changes the candidate felt, one by one."""
+
+    def found(property: str, text: str, again: tuple[int, np.ndarray]) -> Observation:
+        return Observation(property, text, results, output=again[0], where=again[1])
+
+    again = _different(results, run())
+    if again is not None:
+        return found("determinism", f"{_count(again[1])} of the result: it changes from run to run on one input", again)
+    again = _different(results, run(filling=1))
+    if again is not None:
+        text = f"{_count(again[1])} of the result: it changes with what memory held that nobody wrote"
+        return found("unwritten", text, again)
+    again = _different(results, run(padding=True))
+    if again is not None:
+        names = " and ".join(run.padded)
+        return found("invariance", f"what lies between the elements of {names} changes the result", again)
+    again = _different(results, run(unread=True))
+    phrases = " and ".join(run.unread) or "memory that the contract does not read"
+    return found("invariance", f"what {phrases} hold changes the result", again or different)
+
+
+def _count(where: np.ndarray) -> str:
+    n = int(where.sum())
+    return "1 element" if n == 1 else f"{n} elements"
+
+
+def _different(a: tuple[Result, ...], b: tuple[Result, ...]) -> tuple[int, np.ndarray] | None:
+    """The first output that differs by a bit, and where; None if none does."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x.value.shape != y.value.shape or x.value.dtype != y.value.dtype:
+            return i, np.ones(x.value.shape, bool)
+        where = ~inputs.same_bits(x.value, y.value)
+        if where.any():
+            return i, where.reshape(x.value.shape)
+    return None
+
+
+class _Run:
+    """Calls the candidate on new inputs. padded, unread: what was changed in the last run that changed something."""
+
+    def __init__(self, function: Callable[..., Any], task: Task, step: Step) -> None:
+        self.function, self.task, self.step = function, task, step
+        self.padded: list[str] = []
+        self.unread: list[str] = []
+
+    def __call__(self, *, filling: int = 0, padding: bool = False, unread: bool = False) -> tuple[Result, ...]:
+        call = self.task.call
+        arguments, keywords = inputs.make(call, self.task.device)
+        tensors = inputs.named(call, arguments, keywords)
+        if padding:
+            self.padded = inputs.change_padding(tensors) or self.padded
+        if unread:
+            self.unread = inputs.change_unread(call, tensors) or self.unread
+        before = {name: inputs.memory(x) for name, x in tensors.items()}
+        out = self._call(arguments, keywords, filling)
+        modified = [name for name, x in tensors.items() if not _same_memory(inputs.memory(x), before[name])]
+        if modified:
+            what = "inputs" if len(modified) > 1 else "input"
+            raise _Broken("purity", f"it changes its {what} {', '.join(modified)}")
+        return tuple(_result(x, tensors) for x in out)
+
+    def alone(self) -> tuple[int, tuple[Result, ...]] | None:
+        """The last row of the batch by itself."""
+        call = self.task.call
+        row = inputs.rows_of(call) - 1
+        if row < 1:
+            return None
+        arguments, keywords = inputs.row_alone(call, *inputs.make(call, self.task.device), row)
+        try:
+            out = self._call(arguments, keywords, 0)
+        except _Broken as broken:
+            raise _Broken(broken.property, f"row {row} computed alone: {broken.text}") from None
+        return row, tuple(_result(x, {}) for x in out)
+
+    def _call(self, arguments: Sequence[Any], keywords: dict[str, Any], filling: int) -> tuple[Any, ...]:
+        self.step("run")
+        if self.task.arrays == "numpy":
+            arguments, keywords = inputs.as_numpy(arguments, keywords)
+        try:
+            memory = filled(filling, self.task.arrays, self.function)
+            with _no_grad(self.task), memory, _interpreter(self.task, filling):
+                out = self.function(*arguments, **keywords)
+            if self.task.device != "cpu":
+                import torch
+
+                torch.cuda.synchronize()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise _Broken(_property(error), _sentence(error, self.task.call.operator)) from None
+        return tuple(out) if isinstance(out, tuple | list) else (out,)
+
+
+def _no_grad(task: Task) -> Any:
+    if task.arrays == "numpy":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+def _interpreter(task: Task, filling: int) -> Any:
+    if not task.interpreted:
+        return contextlib.nullcontext()
+    from refllm import kernels
+
+    # Its own filling tells what a kernel reads before anybody wrote it; the second run wants another.
+    return kernels.interpreted(poison=filling == 0)
+
+
+def _same_memory(a: Any, b: Any) -> bool:
+    import torch
+
+    return (a is None and b is None) or torch.equal(a, b)
+
+
+def _property(error: BaseException) -> str:
+    return next((_INTERPRETER[c.__name__] for c in type(error).__mro__ if c.__name__ in _INTERPRETER), "raises")
+
+
+def _sentence(error: BaseException, operator: str) -> str:
+    """The error in one line, the line of code that raised it, and what arguments the candidate should take."""
+    lines = str(error).strip().splitlines()
+    said = f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    if type(error).__name__ in _INTERPRETER or type(error).__module__.startswith("refllm") or not frames:
+        return said + refused(operator, error, not frames)
+    last = next((f for f in reversed(frames) if "site-packages" not in f.filename), frames[-1])
+    return f"{said} ({last.filename.rsplit('/', 1)[-1]}:{last.lineno})" + refused(operator, error, False)
+
+
+def _result(x: Any, tensors: dict[str, Any]) -> Result:
+    nothing = np.zeros(0)
+    if isinstance(x, np.generic):
+        x = np.asarray(x)
+    if isinstance(x, np.ndarray):
+        view = next((name for name, t in tensors.items() if x.size and np.shares_memory(x, inputs._as_numpy(t))), "")
+        narrow = x.dtype.kind == "V" or x.dtype.name in ("bfloat16", "float16")
+        value = x.astype(np.float32) if narrow else x.copy()
+        return Result(value if x.size <= _LARGEST else nothing, x.shape, x.dtype.name, "cpu", view)
+    if not hasattr(x, "data_ptr"):
+        return Result(nothing, (), "", "", kind=type(x).__name__)
+    dtype, shape = str(x.dtype).removeprefix("torch."), tuple(int(n) for n in x.shape)
+    if x.layout.__str__() != "torch.strided" or x.device.type == "meta" or x.numel() > _LARGEST:
+        return Result(nothing, shape, dtype, str(x.device))
+    place = x.untyped_storage().data_ptr()
+    shared = (name for name, t in tensors.items() if t.untyped_storage().data_ptr() == place)
+    view = next(shared, "") if x.numel() else ""
+    return Result(np.array(to_numpy(x)), shape, dtype, x.device.type, view)

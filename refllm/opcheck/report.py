@@ -1,0 +1,176 @@
+"""The report of a search: for a terminal, as text, and as JSON."""
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from refllm.opcheck.api import OpReport
+from refllm.opcheck.judge import Judgement
+from refllm.opcheck.signatures import SIGNATURES
+from refllm.opcheck.tile import begin, tile
+from refllm.strategies.call import Call
+
+WIDTH = 110
+_STYLE = {"pass": "green", "fail": "bold red"}
+
+
+def show_report(report: OpReport, with_repro: bool = False) -> RenderableType:
+    """What a person reads. with_repro: the reproduction below it."""
+    title = Text.assemble(
+        f"{report.op}  {report.candidate}, {report.dtype}, policy {report.policy}, {report.device}: ",
+        (f"{report.verdict}" + (f", {report.property}" if report.property else ""), _STYLE[report.verdict]),
+    )
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, text in _lines(report):
+        grid.add_row(label, text)
+    parts: list[RenderableType] = [title, grid]
+    if with_repro and report.repro:
+        parts += ["", Syntax(report.repro, "python", background_color="default", word_wrap=False)]
+    return Group(*parts, "")
+
+
+def show_operators() -> RenderableType:
+    """Every operator with its signature."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for known in SIGNATURES.values():
+        table.add_row(Text(known.operator, style="bold"), Text(known.text))
+    return table
+
+
+def report_text(report: OpReport) -> str:
+    """The same without colours, for an assertion."""
+    console = Console(width=WIDTH, no_color=True)
+    with console.capture() as captured:
+        console.print(show_report(report))
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return "\n".join([*lines, *report.repro.splitlines()])
+
+
+def _lines(report: OpReport) -> list[tuple[str, str]]:
+    lines = []
+    finding, first = report.finding, report.first
+    if finding is not None and first is not None:
+        lines.append((finding.property, finding.text))
+        if finding.judgement is not None:
+            lines.append(("worst element", _worst(finding.judgement)))
+        lines.append(("smallest call", _plainly(finding.call)))
+        lines += _places(report)
+        lines += [("looks like" if i == 0 else "or", found.text) for i, found in enumerate(report.guesses)]
+    elif report.worst is not None:
+        w = report.worst
+        said = f"RMS error {w.ratio:.2f} times that of the contract (limit {w.limit:.3g})"
+        lines.append(("worst", f"{said}; {_worst(w)}"))
+    if report.without:
+        lines.append(("not asked", ", ".join(report.without)))
+    if report.untested:
+        lines.append(("untested", f"these wrong answers would have held as well: {', '.join(report.untested)}"))
+    lines.append(("examined", _examined(report)))
+    if report.repro_file:
+        lines.append(("reproduction", f"python {report.repro_file}"))
+    return lines
+
+
+def _plainly(call: Call) -> str:
+    """A call without the family that it came from, which a smaller one need not belong to."""
+    return str(call).replace(f" ({call.family})", "", 1)
+
+
+def _places(report: OpReport) -> list[tuple[str, str]]:
+    finding, first = report.finding, report.first
+    assert finding is not None
+    assert first is not None
+    lines = []
+    for label, one in (("where", finding), ("first seen", first)):
+        at = tile(one.where, one.axes) if one.where is not None else ""
+        if one is first and first.call == finding.call:
+            continue
+        said = f"{one.output}: {at}" if at else ""
+        if one is first:
+            said = f"{first.call}" + (f"; {said}" if said else "")
+        if said:
+            lines.append((label, said))
+    return lines
+
+
+def _worst(judgement: Judgement) -> str:
+    where = f"{judgement.name}{list(judgement.worst)}" if judgement.worst else judgement.name
+    said = f"{where} = {judgement.value:.7g}, exact {judgement.exact:.7g}"
+    if np.isfinite(judgement.sigma):
+        said += f": {judgement.sigma:.3g} sigma, {judgement.ulp:.3g} ulp"
+    return said
+
+
+def _examined(report: OpReport) -> str:
+    said = f"{report.examples} call{'s' * (report.examples != 1)}"
+    said += f", {report.shrinking} more to shrink it" if report.shrinking else ""
+    said += f", {report.seconds:.1f} s, seed {report.seed}"
+    return said + (f"; {report.ended}" if report.ended else "")
+
+
+def report_dict(report: OpReport) -> dict[str, Any]:
+    """See `OpReport.to_dict`."""
+    finding = report.finding
+    return {
+        "op": report.op,
+        "verdict": report.verdict,
+        "dtype": report.dtype,
+        "policy": report.policy,
+        "candidate": report.candidate,
+        "device": report.device,
+        "property": report.property or None,
+        "text": finding.text if finding else None,
+        "examples": report.examples,
+        "shrinking": report.shrinking,
+        "seconds": round(report.seconds, 3),
+        "seed": report.seed,
+        "ended": report.ended or None,
+        "without": list(report.without),
+        "worst": _worst_dict(report.worst),
+        "counterexample": _call_dict(report) if finding else None,
+        "looks_like": [vars(found) for found in report.guesses],
+        "untested": list(report.untested),
+        "repro": report.repro or None,
+        "repro_file": report.repro_file or None,
+    }
+
+
+def _worst_dict(judgement: Judgement | None) -> dict[str, Any]:
+    if judgement is None:
+        return {"ratio": None}
+    names = ("ratio", "limit", "sigma", "ulp", "value", "exact")
+    numbers = {name: _number(getattr(judgement, name)) for name in names}
+    return {**numbers, "output": judgement.name, "index": list(judgement.worst)}
+
+
+def _number(x: float) -> float | str | None:
+    """JSON has neither infinity nor NaN."""
+    return float(x) if np.isfinite(x) else str(float(x))
+
+
+def _call_dict(report: OpReport) -> dict[str, Any]:
+    finding, first = report.finding, report.first
+    assert finding is not None
+    assert first is not None
+    where = finding.where
+    shapes = {
+        name: list(x.shape)
+        for name, x in (*zip(finding.call.names, finding.call.arguments, strict=True), *finding.call.keywords)
+        if hasattr(x, "shape")
+    }
+    return {
+        "call": _plainly(finding.call),
+        "family": first.call.family,
+        "shapes": shapes,
+        "code": finding.call.code(),
+        "output": finding.output or None,
+        "where": (tile(where, finding.axes) or None) if where is not None else None,
+        "begins": list(begin(where)) if where is not None else None,
+        "first_call": str(first.call),
+        "first_where": (tile(first.where, first.axes) or None) if first.where is not None else None,
+    }

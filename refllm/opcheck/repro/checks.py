@@ -1,0 +1,131 @@
+"""The lines that check: one way per property. They find `arguments`, `keywords` and `candidate`."""
+
+from refllm.opcheck.expected import remembered
+from refllm.opcheck.poison import FILLINGS
+from refllm.opcheck.repro.case import Case, indented, listed, number
+from refllm.opcheck.repro.unread import BETWEEN, unread_changed
+from refllm.opcheck.repro.values import values
+
+
+def check(case: Case) -> list[str]:
+    """Lines that print what is wrong and exit with 1 if it is."""
+    ways = {
+        "outright": _outright,
+        "pair": _pair,
+        "hangs": _hangs,
+        "crashes": _crashes,
+        "purity": _purity,
+        "result": _result,
+    }
+    return ways.get(case.kind, values)(case)
+
+
+def _outright(case: Case) -> list[str]:
+    return [
+        "try:",
+        *indented(case.called()),
+        "except BaseException as error:",
+        '    print(f"{type(error).__name__}: {error}")',
+        "    sys.exit(1)",
+        'print("nothing was raised")',
+    ]
+
+
+def _hangs(case: Case) -> list[str]:
+    seconds = max(1, round(case.limit))
+    return [
+        f"faulthandler.dump_traceback_later({seconds}, exit=True)  # exits with 1, and says where it was",
+        *case.called(),
+        'print("it returned")',
+    ]
+
+
+def _crashes(case: Case) -> list[str]:
+    return [
+        "child = os.fork()",
+        "if child == 0:",
+        *indented(case.called()),
+        "    os._exit(0)",
+        "status = os.waitpid(child, 0)[1]",
+        'print("its process ended with", os.waitstatus_to_exitcode(status))',
+        "sys.exit(int(status != 0))",
+    ]
+
+
+def _pair(case: Case) -> list[str]:
+    if case.finding.property == "determinism":
+        return [
+            "runs = [run(*make()) for _ in range(20)]",
+            "different = [max(int((a != b).sum()) for b in outputs) for a, *outputs in zip(*runs)]",
+            'print("elements that differ between runs on the same input, by output:", different)',
+            "sys.exit(int(any(different)))",
+        ]
+    changes: list[str] = []
+    if not case.fills:
+        changes = BETWEEN if "between the elements" in case.finding.text else unread_changed(case.call)
+    first, second = ([f"filling = {number(x)}"] if case.fills else [] for x in FILLINGS)
+    unread = "memory that nobody wrote" if case.fills else "what is not read"
+    return [
+        *first,
+        "first = run(*make())",
+        *second,
+        "arguments, keywords = make()",
+        *changes,
+        "second = run(arguments, keywords)",
+        "different = [int((~((a == b) | (np.isnan(a) & np.isnan(b)))).sum()) for a, b in zip(first, second)]",
+        f'print("elements that differ between two runs that differ in {unread}:", different)',
+        "sys.exit(int(any(different)))",
+    ]
+
+
+_MEMORY = """
+tensors = [x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor)]
+
+
+def memory(x):
+    if x.untyped_storage().nbytes() >= 2**24:
+        return x.clone().nan_to_num()
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).clone()
+
+
+before = [memory(x) for x in tensors]
+""".strip().splitlines()
+
+
+def _purity(case: Case) -> list[str]:
+    return [
+        *_MEMORY,
+        *case.called(),
+        "changed = [i for i, (x, b) in enumerate(zip(tensors, before)) if not torch.equal(memory(x), b)]",
+        'print("inputs that changed, counted from 0:", changed)',
+        "sys.exit(int(bool(changed)))",
+    ]
+
+
+_SEEN_NUMPY = """
+given = [a for a in map(as_numpy, arguments) if isinstance(a, np.ndarray)]
+arrays = [x for x in got if isinstance(x, np.ndarray)]
+shared = [any(np.shares_memory(x, a) for a in given) for x in arrays]
+got = [(x.shape, x.dtype.name) if isinstance(x, (np.ndarray, np.generic)) else type(x) for x in got]
+""".strip().splitlines()
+_SEEN_TORCH = """
+given = [x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor)]
+places = [x.untyped_storage().data_ptr() for x in given]
+tensors = [x for x in got if isinstance(x, torch.Tensor)]
+shared = [x.untyped_storage().data_ptr() in places for x in tensors if x.numel()]
+devices = {x.device.type for x in tensors}
+got = [(tuple(x.shape), str(x.dtype)[6:]) if isinstance(x, torch.Tensor) else type(x) for x in got]
+""".strip().splitlines()
+
+
+def _result(case: Case) -> list[str]:
+    expected = [repr((tuple(e.exact.shape), e.dtype)) for e in remembered(case.call, case.policy)]
+    place = "" if case.numpy else ", on {devices}"
+    wrong = "" if case.numpy else f" or devices != {{{case.candidate.device.partition(':')[0]!r}}}"
+    return [
+        *case.called(),
+        *(_SEEN_NUMPY if case.numpy else _SEEN_TORCH),
+        *listed("expected", expected),
+        f'print(f"returned {{got}}\\nexpected {{expected}}\\nshares memory with an input: {{shared}}{place}")',
+        f"sys.exit(int(got != expected or any(shared){wrong}))",
+    ]

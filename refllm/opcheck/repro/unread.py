@@ -1,0 +1,72 @@
+"""Lines that change what nobody may read: memory never written, what lies between elements, and masked elements."""
+
+from refllm.strategies.call import Call
+
+_FILLED = """
+filling = 0.0
+
+
+def filled(allocate):
+    def made(*args, **kwargs):
+        x = allocate(*args, **kwargs)
+        FILL
+
+    return made
+
+
+""".removeprefix("\n")
+_FILL_NUMPY = "x[...] = filling if x.dtype.kind in 'fV' else 3\n        return x"
+_FILL_TORCH = "return x.fill_(filling) if x.is_floating_point() else x.fill_(3)"
+_PLACE_NUMPY = "np.empty, np.empty_like = filled(np.empty), filled(np.empty_like)"
+_PLACE_TORCH = """
+for owner, names in ((torch, "empty empty_like empty_strided"), (torch.Tensor, "new_empty")):
+    for name in names.split():
+        setattr(owner, name, filled(getattr(owner, name)))
+""".strip()
+
+
+def filled_memory(numpy: bool) -> list[str]:
+    """Lines after which new memory holds `filling`."""
+    made = _FILLED.replace("FILL", _FILL_NUMPY if numpy else _FILL_TORCH)
+    return [*made.splitlines(), *(_PLACE_NUMPY if numpy else _PLACE_TORCH).splitlines()]
+
+
+BETWEEN = """
+for x in [x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor)]:
+    memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    between = torch.ones_like(memory, dtype=torch.bool)
+    between.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(False)
+    memory[between] = 3
+""".strip().splitlines()
+"""Lines that write 3 between the elements."""
+
+_MASKED = """
+hidden = ~keywords["key_mask"][:, None].expand(k.shape[:3])
+for x, where in ((k, hidden), (v, hidden)):
+    x[where] = 1 - x[where]
+""".strip()
+_BLIND = """
+blind = (torch.arange(q.shape[2]) < q.shape[2] - k.shape[2]).expand(q.shape[:3])
+where = blind & keywords.get("causal", True)
+q[where] = 1 - q[where]
+""".strip()
+_BEYOND = """
+_, k, v, lengths = arguments
+beyond = (torch.arange(k.shape[2]) >= lengths[:, None])[:, None].expand(k.shape[:3])
+for x, where in ((k, beyond), (v, beyond)):
+    x[where] = 1 - x[where]
+""".strip()
+
+
+def unread_changed(call: Call) -> list[str]:
+    """Lines that change the elements of `arguments` that the contract does not read."""
+    if call.operator == "attention":
+        masked = _MASKED.splitlines() if dict(call.keywords).get("key_mask") is not None else []
+        return ["q, k, v = arguments", *masked, *_BLIND.splitlines()]
+    if call.operator == "decode_attention":
+        return _BEYOND.splitlines()
+    labels = 1 if call.operator == "cross_entropy" else 2
+    return [
+        f'x, where = arguments[0], arguments[{labels}] == keywords.get("ignore_index", -100)',
+        "x[where] = 1 - x[where]",
+    ]

@@ -1,0 +1,102 @@
+"""The lines that check values: one element, the whole result, or the bits of a row alone."""
+
+import numpy as np
+
+from refllm.opcheck import limits
+from refllm.opcheck.expected import Expected, remembered
+from refllm.opcheck.judge import Judgement, rms
+from refllm.opcheck.repro.case import Case, number
+from refllm.opcheck.signatures import signature
+
+
+def values(case: Case) -> list[str]:
+    """Lines that compare values."""
+    i = list(signature(case.call.operator).outputs).index(case.finding.output)
+    judgement = case.finding.judgement
+    if judgement is None:
+        return _bits(case, i)
+    lines = [*case.called(), f"y = {case.read(f'got[{i}]')}"]
+    if case.whole:
+        return [*lines, *_whole(case, judgement, i)]
+    return [*lines, *_element(judgement)]
+
+
+def _element(judgement: Judgement) -> list[str]:
+    at = judgement.worst
+    if any(f.rule == "not finite" for f in judgement.faults):
+        return [
+            f"at, expected = {at}, {number(judgement.contract)}",
+            "right = np.array_equal(y[at], expected, equal_nan=True) or np.isfinite([y[at], expected]).all()",
+            'print(f"{at}: {y[at]}, expected {expected}")',
+            "sys.exit(int(not right))",
+        ]
+    allowed = limits.ELEMENT_LIMIT * abs(judgement.value - judgement.exact) / judgement.sigma
+    return [
+        f"at, exact, allowed = {at}, {judgement.exact!r}, {allowed:.3g}",
+        "error = abs(y[at] - exact)",
+        f'print(f"{judgement.name}, at {{at}}: {{y[at]:.7g}}, exact {{exact:.7g}}; "',
+        '      f"off by {error:.3g}, right code at most by {allowed:.3g}")',
+        "sys.exit(int(not error <= allowed))",
+    ]
+
+
+_EXACT = """
+values = [x.double().cpu().numpy() if isinstance(x, torch.Tensor) and x.is_floating_point()
+          else x.cpu().numpy() if isinstance(x, torch.Tensor) else x for x in arguments]
+named = {n: x.cpu().numpy() if isinstance(x, torch.Tensor) else x for n, x in keywords.items()}
+""".strip().splitlines()
+
+
+def _whole(case: Case, judgement: Judgement, i: int) -> list[str]:
+    e = remembered(case.call, case.policy)[i]
+    rules = {f.rule for f in judgement.faults}
+    lines = [
+        *_EXACT,
+        f"exact = definition(*values, **named)[{i}]",
+        "finite = np.isfinite(y) & np.isfinite(exact)",
+        "error = np.abs(y - exact)[finite]",
+    ]
+    if "rms" in rules or "row" in rules:
+        size = rms(_error(case.finding.results[i].value, e))
+        allowed = size * judgement.limit / judgement.ratio if "rms" in rules else 0.999 * size
+        return [
+            *lines,
+            f"rms, allowed = np.sqrt(np.mean(error**2)), {allowed:.4g}",
+            'print(f"RMS error {rms:.3g}; that of right code is at most {allowed:.3g}")',
+            "sys.exit(int(not rms <= allowed))",
+        ]
+    share = limits.misrounded_limit(judgement.wrong.size, 0.0)
+    return [
+        *lines,
+        f"rounded = torch.from_numpy(np.array(exact)).float().to(torch.{e.dtype}).double().numpy()",
+        "share = np.mean((y != rounded)[finite])",
+        "binade = np.floor(np.log2(np.maximum(np.abs(exact[finite]), 1e-45)))",
+        f"worst = (error / (2.0**binade * torch.finfo(torch.{e.dtype}).eps)).max()",
+        'print(f"{share:.2%} of the elements are not the exact value rounded once; "',
+        '      f"the worst is {worst:.3g} ulp off, and 0.5 is what one rounding makes")',
+        f"sys.exit(int(share > {share:.3g} or worst > 0.501))",
+    ]
+
+
+def _bits(case: Case, i: int) -> list[str]:
+    """Of a row alone against those that it has in its batch."""
+    part = f"{case.row}:{case.row + 1}"
+    masked = any(name == "key_mask" for name, _ in case.call.keywords)
+    return [
+        *case.called(),
+        f"alone = {case.read(f'got[{i}]')}",
+        "arguments = whole",
+        *(['keywords = {**keywords, "key_mask": key_mask}'] if masked else []),
+        *case.called(),
+        f"batch = {case.read(f'got[{i}]')}",
+        f"different = alone != batch[{part}]",
+        'print("elements with other bits:", int(different.sum()))',
+        "sys.exit(int(different.any()))",
+    ]
+
+
+def _error(value: np.ndarray, e: Expected) -> np.ndarray:
+    """|value - exact| where both are finite; of the last row alone, if value is no more than that."""
+    exact = e.exact if value.shape == e.exact.shape else e.exact[-value.shape[0] :]
+    finite = np.isfinite(value) & np.isfinite(exact)
+    return np.abs(value.astype(np.float64) - exact)[finite]

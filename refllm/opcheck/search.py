@@ -1,0 +1,93 @@
+"""Looks for a call on which a candidate is wrong: fixed ones first, then drawn ones that climb on the worst error."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from refllm.errors import InputError, MissingExtraError
+from refllm.opcheck.examine import Examiner, Finding
+from refllm.strategies.call import Call
+
+Progress = Callable[[str, float, float], None]
+"""Told what is being done, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """finding: the first, or None. ended: why it stopped before the last example, "" if it did not."""
+
+    finding: Finding | None
+    ended: str = ""
+
+
+class _Stop(Exception):
+    """A finding, or the end of the time."""
+
+
+def fixed(examine: Examiner, calls: Iterable[Call], deadline: float, progress: Progress) -> Searched:
+    """Every call of a list."""
+    calls = list(calls)
+    for i, call in enumerate(calls):
+        if time.monotonic() > deadline:
+            return Searched(None, f"the time was up after {i} of {len(calls)} fixed calls")
+        progress(f"{call.operator}, {call.dtype}: {call.family}", i, len(calls))
+        finding = examine(call)
+        if finding is not None:
+            return Searched(finding)
+    return Searched(None)
+
+
+def drawn(
+    examine: Examiner, strategy: Any, max_examples: int, seed: int, deadline: float, progress: Progress
+) -> Searched:
+    """Calls that Hypothesis draws, the same ones for the same seed. Raises MissingExtraError without Hypothesis, and
+    InputError for a strategy that has no calls, or none that are left."""
+    if max_examples < 1:
+        return Searched(None)
+    try:
+        import hypothesis
+    except ModuleNotFoundError:
+        command = "pip install 'refllm[check]'"
+        raise MissingExtraError(f"drawing examples needs hypothesis; install it with: {command}") from None
+    done, found = 0, Searched(None)
+
+    def body(call: Call) -> None:
+        nonlocal done, found
+        if found.finding is not None or found.ended:
+            raise _Stop
+        if time.monotonic() > deadline:
+            found = Searched(None, f"the time was up after {done} of {max_examples} drawn calls")
+            raise _Stop
+        progress(f"{call.operator}, {call.dtype}: drawn, {call.family}", done, max_examples)
+        done += 1
+        finding = examine(call)
+        if finding is not None:
+            found = Searched(finding)
+            raise _Stop
+        hypothesis.target(min(examine.score, 1e6), label="worst error over its limit")
+
+    phases = (hypothesis.Phase.generate, hypothesis.Phase.target)
+    settings = hypothesis.settings(
+        max_examples=max_examples,
+        phases=phases,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        verbosity=hypothesis.Verbosity.quiet,
+    )
+    test = hypothesis.seed(seed)(settings(hypothesis.given(strategy)(body)))
+    try:
+        test()
+    except _Stop:
+        pass
+    except hypothesis.errors.Unsatisfiable:
+        raise InputError("calls: the strategy draws no call that can be checked; leave less out") from None
+    except BaseException as error:
+        # Hypothesis adds to what it raises, or wraps it, where it replays the last example.
+        if found.finding is None and not found.ended:
+            raise error
+    return found

@@ -1,0 +1,273 @@
+"""Makes a failing call small: shape first, then heads, layout, planted values, scale, seed.
+
+A call is a recipe, so it can be changed one thing at a time. Sizes are halved towards the smallest that still fails:
+one row and BLOCK + 1 columns for a tail that nobody writes. Each change is kept only if the same property still breaks.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from refllm.errors import RefllmError
+from refllm.opcheck.examine import Finding
+from refllm.opcheck.signatures import ROWS, axis_names, signature
+from refllm.strategies.arrays import Array
+from refllm.strategies.call import Call
+
+Retry = Callable[[Call], Finding | None]
+"""Examines a smaller call; raises RefllmError for one that the contract does not allow."""
+
+_LEAST = {"attention": {"D": 8}, "decode_attention": {"D": 8}, "rope": {"D": 2}, "norm_rope": {"D": 2}}
+_SIMPLER = {"invariance": ("value", "NaN pattern")}
+"""What a broken property may become: a row that is wrong alone is wrong as a batch of one as well."""
+_BOUNDS = {"labels": ("V", -1), "lengths": ("N", 0)}
+"""Integers that an axis bounds: below V, up to N."""
+_ORDER = ("B", "S", "N", "T", "E", "F", "V", "D", "R/2")
+
+
+def shrink(finding: Finding, retry: Retry, deadline: float) -> tuple[Finding, int]:
+    """The smallest call found that breaks the same property, with its finding; and how many calls were tried."""
+    work = _Shrinker(finding, retry, deadline)
+    before = None
+    while work.best.call != before and work.in_time:
+        before = work.best.call
+        work.drop_row_axes()
+        work.sizes()
+        work.heads()
+        work.try_all(_plain_layouts)
+        work.try_all(_fewer_planted)
+        work.try_all(_plain_arguments)
+        work.try_all(_plain_values)
+    return work.best, work.tried
+
+
+class _Shrinker:
+    def __init__(self, finding: Finding, retry: Retry, deadline: float) -> None:
+        self.best, self.retry, self.deadline = finding, retry, deadline
+        self.tried = 0
+        self._seen: set[Call] = {finding.call}
+
+    @property
+    def in_time(self) -> bool:
+        return time.monotonic() < self.deadline
+
+    def attempt(self, make: Callable[[], Call | None]) -> bool:
+        """Takes the call that `make` makes if it still breaks the property."""
+        try:
+            call = make()
+            if call is None or call in self._seen or not self.in_time:
+                return False
+            self._seen.add(call)
+            finding = self.retry(call)
+        except RefllmError:  # not a valid call
+            return False
+        self.tried += 1
+        if finding is None or finding.property not in (self.best.property, *_SIMPLER.get(self.best.property, ())):
+            return False
+        self.best = finding
+        return True
+
+    def try_all(self, changes: Callable[[Call], Iterator[Callable[[], Call]]]) -> None:
+        """Every change, each from the best call so far; again from the start after one that was kept."""
+        kept = True
+        while kept and self.in_time:
+            kept = any(self.attempt(change) for change in changes(self.best.call))
+
+    def drop_row_axes(self) -> None:
+        """One axis of rows where there were several."""
+        self.attempt(lambda: _one_row_axis(self.best.call))
+
+    def sizes(self) -> None:
+        """Every axis as short as it can be: 1 at once, else halved."""
+        for name in _axes(self.best.call):
+            self._shorten(name)
+
+    def _shorten(self, name: str) -> None:
+        def to(size: int) -> bool:
+            return self.attempt(lambda: resized(self.best.call, {name: size}))
+
+        least = _LEAST.get(self.best.call.operator, {}).get(name, 1)
+        high, low = axis_lengths(self.best.call)[name], least
+        if high <= least or to(least) or (least == 1 and high > 2 and to(2)):
+            return
+        while high - low > 1 and self.in_time:
+            middle = (low + high) // 2
+            if to(middle):
+                high = middle
+            else:
+                low = middle
+        while high - 2 >= least and to(high - 2):  # where only even sizes are allowed
+            high -= 2
+
+    def heads(self) -> None:
+        """Query and key/value heads together: the first must be a multiple of the second."""
+        sizes = axis_lengths(self.best.call)
+        if "H" not in sizes:
+            return
+        H, K = sizes["H"], sizes["K"]
+        tried = ((1, 1), (2, 1), (2, 2), (1, 2), (4, 2), (3, 1), (H // 2, K // 2), (H, 1), (K, K), (H - 1, K))
+        for h, k in tried:
+            smaller = h <= H and k <= K and (h, k) != (H, K) and h > 0 and k > 0
+            if smaller and self.attempt(lambda h=h, k=k: resized(self.best.call, {"H": h, "K": k})):  # type: ignore[misc]
+                return
+
+
+# -------------------------------------------------------------------------------------------------------------- shapes
+
+
+def _arrays(call: Call) -> Iterator[tuple[str, Array]]:
+    for name, x in (*zip(call.names, call.arguments, strict=True), *call.keywords):
+        if isinstance(x, Array):
+            yield name, x
+
+
+def _axes(call: Call) -> list[str]:
+    """The axes that can be shortened one by one, rows first."""
+    names = [name for name in axis_lengths(call) if name not in ("H", "K", "(H+2K)D")]
+    return sorted(names, key=lambda name: _ORDER.index(name) if name in _ORDER else -1)
+
+
+def axis_lengths(call: Call) -> dict[str, int]:
+    """The length of every axis by name."""
+    axes = signature(call.operator).arguments
+    sizes: dict[str, int] = {}
+    for name, x in _arrays(call):
+        sizes.update(zip(axis_names(axes[name], len(x.shape)), x.shape, strict=True))
+    if call.operator == "rms_norm_qkv_rope":
+        given = dict(call.keywords)
+        sizes["H"], sizes["K"] = given["num_heads"], given["num_kv_heads"]
+        sizes["D"] = sizes["(H+2K)D"] // (sizes["H"] + 2 * sizes["K"])
+    return sizes
+
+
+def resized(call: Call, changed: dict[str, int]) -> Call:
+    """The same call with other lengths of some axes. Planted values outside are dropped, integers kept in range."""
+    sizes = {**axis_lengths(call), **changed}
+    if "(H+2K)D" in sizes:
+        sizes["(H+2K)D"] = (sizes["H"] + 2 * sizes["K"]) * sizes["D"]
+    if "R/2" in sizes and "D" in sizes and "R/2" not in changed:
+        sizes["R/2"] = min(sizes["R/2"], sizes["D"] // 2)
+    axes = signature(call.operator).arguments
+
+    def fit(name: str, x: Any) -> Any:
+        if name in ("num_heads", "num_kv_heads"):
+            return sizes["H" if name == "num_heads" else "K"]
+        if not isinstance(x, Array):
+            return x
+        shape = tuple(sizes[axis] for axis in axis_names(axes[name], len(x.shape)))
+        fitted = replace(x, shape=shape, planted=_inside(x, shape))
+        return _bounded(name, fitted, sizes) if name in _BOUNDS else fitted
+
+    return _mapped(call, fit)
+
+
+def _mapped(call: Call, change: Callable[[str, Any], Any]) -> Call:
+    """The call with change(name, value) in place of every argument and keyword."""
+    return replace(
+        call,
+        arguments=tuple(change(name, x) for name, x in zip(call.names, call.arguments, strict=True)),
+        keywords=tuple((name, change(name, x)) for name, x in call.keywords),
+    )
+
+
+def _inside(x: Array, shape: tuple[int, ...]) -> Any:
+    def fits(index: Any) -> bool:
+        return all(_reaches(part, n) for part, n in zip(index, shape, strict=False))
+
+    return tuple((index, value) for index, value in x.planted if fits(index))
+
+
+def _reaches(part: Any, n: int) -> bool:
+    return len(range(*slice(*part).indices(n))) > 0 if isinstance(part, tuple) else -n <= part < n
+
+
+def _bounded(name: str, x: Array, sizes: dict[str, int]) -> Array:
+    axis, beyond = _BOUNDS[name]
+    top = sizes[axis] + beyond
+    planted = tuple((index, min(value, top)) for index, value in x.planted)
+    if x.values == "integers":
+        return replace(x, scale=max(1.0, min(x.scale, top - x.mean + 1)), mean=min(x.mean, top), planted=planted)
+    if x.values == "zeros" or not x.values:
+        return replace(x, mean=min(x.mean, top), planted=planted)
+    if x.values == "ones":
+        return replace(x, scale=min(x.scale, top), planted=planted)
+    return replace(x, planted=planted)
+
+
+def _one_row_axis(call: Call) -> Call | None:
+    axes = signature(call.operator).arguments
+    if not any(ROWS in axes[name] and len(x.shape) > 2 for name, x in _arrays(call)):
+        return None
+
+    def drop(name: str, x: Any) -> Any:
+        if not isinstance(x, Array) or ROWS not in axes[name] or len(x.shape) < 3:
+            return x
+        layout = "dense" if x.layout in ("heads", "expanded") else x.layout
+        return replace(x, shape=x.shape[-2:], planted=(), layout=layout)
+
+    return _mapped(call, drop)
+
+
+# ----------------------------------------------------------------------------------------------- everything but shapes
+
+
+def _one_by_one(call: Call, change: Callable[[str, Array], Array]) -> Iterator[Callable[[], Call]]:
+    """Every array changed alone, if that changes it."""
+    for name, x in _arrays(call):
+        if change(name, x) != x:
+            yield lambda only=name: _mapped(  # type: ignore[misc]
+                call, lambda n, y: change(n, y) if n == only and isinstance(y, Array) else y
+            )
+
+
+def _plain_layouts(call: Call) -> Iterator[Callable[[], Call]]:
+    yield lambda: _mapped(call, lambda n, x: replace(x, layout="dense") if isinstance(x, Array) else x)
+    yield from _one_by_one(call, lambda name, x: replace(x, layout="dense"))
+
+
+def _fewer_planted(call: Call) -> Iterator[Callable[[], Call]]:
+    yield from _one_by_one(call, lambda name, x: replace(x, planted=()))
+    for half in (0, 1):
+        yield from _one_by_one(call, lambda name, x, half=half: replace(x, planted=_half(x.planted, half)))  # type: ignore[misc]
+
+
+def _half(planted: Any, half: int) -> Any:
+    middle = (len(planted) + 1) // 2
+    return planted if len(planted) < 2 else (planted[:middle], planted[middle:])[half]
+
+
+_DEFAULTS = {"scale": None, "causal": True, "key_mask": None, "return_lse": False, "ignore_index": -100}
+
+
+def _plain_arguments(call: Call) -> Iterator[Callable[[], Call]]:
+    """Keywords that have a default left out, optional arrays too, weights in the dtype of the rest."""
+    for name, _ in call.keywords:
+        if name in _DEFAULTS or name == "reduction":
+            yield lambda left=name: replace(  # type: ignore[misc]
+                call, keywords=tuple((n, v) for n, v in call.keywords if n != left)
+            )
+    for name in ("bias", "b_qkv"):
+        if name in call.names and call.arguments[call.names.index(name)] is not None:
+            yield lambda left=name: _mapped(call, lambda n, x: None if n == left else x)  # type: ignore[misc]
+    yield from _one_by_one(call, lambda name, x: replace(x, dtype=call.dtype) if x.dtype == "float32" else x)
+
+
+def _plain_values(call: Call) -> Iterator[Callable[[], Call]]:
+    """Scale 1 and mean 0, but for the integers, whose range they are, and the tables, whose positions."""
+    yield from _one_by_one(call, lambda n, x: replace(x, scale=1.0, mean=0.0) if _free(x) else x)
+    yield from _one_by_one(call, lambda n, x: replace(x, scale=1.0) if _free(x) else x)
+    yield from _one_by_one(call, lambda n, x: replace(x, mean=0.0) if x.values != "integers" else x)
+    yield from _one_by_one(call, lambda n, x: replace(x, values="normal") if _free(x) else x)
+    yield lambda: _mapped(call, lambda n, x: _seeded(call, n, x))
+
+
+def _free(x: Array) -> bool:
+    return x.values not in ("integers", "cos", "sin") and x.dtype not in ("int64", "bool")
+
+
+def _seeded(call: Call, name: str, x: Any) -> Any:
+    """Seeds 0, 1, 2 in the order of the arguments; cos and sin keep the one that they share."""
+    if not isinstance(x, Array) or x.values in ("cos", "sin"):
+        return x
+    return replace(x, seed=[n for n, _ in _arrays(call)].index(name))

@@ -1,0 +1,100 @@
+"""Checks of a candidate that lacks optional arguments: calls that never pass them, and hints at what to leave out.
+
+A kernel without a key mask, or one that returns no log-sum-exp, can be right in all that it does.
+"""
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from refllm import ops
+from refllm.errors import InputError
+from refllm.opcheck.signatures import signature
+from refllm.strategies.arrays import FLOATS, Array
+from refllm.strategies.call import Call
+
+_DROPPED = ("return_lse", "bias", "b_qkv")
+"""What a call stays valid without, whatever else is in it. Other calls are left out: behind a key mask there may be
+NaN, and logits may be finite at their own scale alone."""
+MIXED = "mixed_dtypes"
+"""What a kernel may lack though it is no argument: float32 weights and tables beside narrower activations."""
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+def optional(operator: str) -> dict[str, Any]:
+    """The arguments of an operator that a call may lack, with what it then means: keywords that have a default, and
+    arrays that may be None. Raises InputError for an operator that there is none of."""
+    signature(operator)
+    known = inspect.signature(getattr(ops, operator)).parameters.values()
+    keywords = [p for p in known if p.kind is p.KEYWORD_ONLY and p.name not in ("ar", "tap", "mask")]
+    arrays = [p for p in known if p.kind is not p.KEYWORD_ONLY and "None" in str(p.annotation)]
+    return {p.name: None for p in arrays} | {p.name: p.default for p in keywords if p.default is not p.empty}
+
+
+def find_left_out(operator: str, names: str | Sequence[str]) -> tuple[str, ...]:
+    """`names`, each once. Raises InputError for one that is no optional argument of the operator and not `MIXED`."""
+    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    known = [*optional(operator), MIXED]
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"--without {name}: {operator} has no optional argument of that name; use {' or '.join(known)}"
+            )
+    return names
+
+
+def is_mixed(call: Call) -> bool:
+    """Whether it has floating-point arrays of another dtype than its activations."""
+    arrays = (x for x in (*call.arguments, *(value for _, value in call.keywords)) if isinstance(x, Array))
+    return any(x.dtype in FLOATS and x.dtype != call.dtype for x in arrays)
+
+
+def left_out(call: Call, names: Sequence[str]) -> Call | None:
+    """The call with none of these arguments; None for one that means nothing without them."""
+    if MIXED in names and is_mixed(call):
+        return None
+    defaults = optional(call.operator) if names else {}
+    for name, value in call.keywords:
+        if name in names and name not in _DROPPED and value != defaults[name]:
+            return None
+    keywords = tuple((name, value) for name, value in call.keywords if name not in names)
+    arguments = tuple(None if name in names else value for name, value in zip(call.names, call.arguments, strict=True))
+    return replace(call, arguments=arguments, keywords=keywords)
+
+
+def calls_without(calls: Any, names: Sequence[str]) -> Any:
+    """A list or a Hypothesis strategy of calls, of which none has one of these arguments."""
+    if not names:
+        return calls
+    if isinstance(calls, Sequence):
+        kept = [made for made in (left_out(call, names) for call in calls) if made is not None]
+        if calls and not kept:
+            raise InputError(f"--without {', '.join(names)}: every call needs it, so nothing is left to check")
+        return list(dict.fromkeys(kept))
+    return calls.map(lambda call: left_out(call, names)).filter(lambda call: call is not None)
+
+
+def missing_result(call: Call, returned: int) -> str:
+    """What to leave out if a candidate returns fewer results than it is asked for, as a clause; else ""."""
+    asked = dict(call.keywords).get("return_lse")
+    return "; --without return_lse leaves it out" if asked and returned == 1 else ""
+
+
+def raised(call: Call) -> str:
+    """What to leave out if a candidate raises on a call, as a clause; else ""."""
+    return f"; --without {MIXED} leaves out float32 arrays beside {call.dtype}" if is_mixed(call) else ""
+
+
+def refused(operator: str, error: BaseException, at_once: bool) -> str:
+    """What a candidate that does not take the arguments should take, or what to leave out, as a clause; else "".
+
+    at_once: it was raised by the call itself, and not by a line of the candidate.
+    """
+    if not isinstance(error, TypeError):
+        return ""
+    unexpected = _UNEXPECTED.search(str(error))
+    if unexpected and unexpected[1] in optional(operator):
+        return f"; --without {unexpected[1]} leaves it out"
+    return f"; the contract is {signature(operator).text}" if at_once else ""
