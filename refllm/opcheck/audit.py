@@ -1,0 +1,312 @@
+"""How good is a test? It is given every known bug of an operator, and the right operator first.
+
+    report = audit("rms_norm")                       # our own check
+    report = audit("rms_norm", test=my_test)         # my_test(fn) raises if it dislikes fn
+    print(report.kill_rate, report.survivors)
+
+A test that dislikes the right operator is void: what it says of the others means nothing.
+"""
+
+import contextlib
+import io
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refllm.errors import InputError, RefllmError
+
+if TYPE_CHECKING:
+    from refllm.kernels.mutants import Mutant
+
+Test = Callable[[Callable[..., Any]], Any]
+"""A user's test: it is called with the function under test and raises, whatever, if it dislikes it."""
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how many mutants are behind it, and of how many."""
+MAX_EXAMPLES = 100
+_FEWER = 10
+"""How many times fewer calls are drawn for an equivalent mutant: all of them would be run, and none is wrong."""
+TIME_LIMIT = 10.0
+"""Seconds that a user's test has for one mutant."""
+
+
+class TestIsVoidError(RefllmError):
+    """A user's test dislikes the right operator, or skips it."""
+
+    __test__ = False
+
+
+class _TimeIsUpError(BaseException):
+    """Not an Exception, so that no test catches it by accident."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One mutant under one checker. by: the property that was found broken, or what the test raised; "" if it survived.
+
+    examples: how many calls were examined, the last one included; 0 for a user's test. repro: a program that shows the
+    failure; "" of a user's test. equivalent: why it is no bug, as in `Mutant`; then it must survive.
+    """
+
+    operator: str
+    name: str
+    form: str
+    what: str
+    source: str
+    dtype: str
+    killed: bool
+    by: str
+    examples: int
+    seconds: float
+    repro: str = ""
+    equivalent: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written to JSON: all but the program."""
+        return {name: value for name, value in vars(self).items() if name != "repro"}
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """checker: its name. outcomes: one per mutant, equivalent ones included, which count neither way."""
+
+    checker: str
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def bugs(self) -> tuple[Outcome, ...]:
+        """The outcomes of real bugs."""
+        return tuple(o for o in self.outcomes if not o.equivalent)
+
+    @property
+    def survivors(self) -> tuple[Outcome, ...]:
+        """Real bugs that the checker let pass."""
+        return tuple(o for o in self.bugs if not o.killed)
+
+    @property
+    def rejected(self) -> tuple[Outcome, ...]:
+        """Equivalent mutants that the checker took for bugs: false alarms."""
+        return tuple(o for o in self.outcomes if o.equivalent and o.killed)
+
+    @property
+    def kill_rate(self) -> float:
+        """The share of real bugs that were found; 1 where there are none."""
+        return 1 - len(self.survivors) / len(self.bugs) if self.bugs else 1.0
+
+    @property
+    def holds(self) -> bool:
+        """Every bug found, and nothing else."""
+        return not self.survivors and not self.rejected
+
+    def of(self, operator: str) -> "AuditReport":
+        """The part about one operator."""
+        return AuditReport(self.checker, tuple(o for o in self.outcomes if o.operator == operator))
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """In the order of the outcomes."""
+        return tuple(dict.fromkeys(o.operator for o in self.outcomes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written to JSON."""
+        return {
+            "checker": self.checker,
+            "verdict": "holds" if self.holds else "fails",
+            "mutants": len(self.bugs),
+            "killed": len(self.bugs) - len(self.survivors),
+            "kill_rate": self.kill_rate,
+            "survivors": [o.to_dict() for o in self.survivors],
+            "rejected": [o.to_dict() for o in self.rejected],
+            "outcomes": [o.to_dict() for o in self.outcomes],
+        }
+
+
+def audit(
+    operator: str | None = None,
+    test: str | Test | None = None,
+    form: str | None = None,
+    *,
+    dtype: str | None = None,
+    max_examples: int = MAX_EXAMPLES,
+    seed: int = 0,
+    time_limit: float = TIME_LIMIT,
+    known_first: bool = False,
+    progress: Progress = lambda text, done, total: None,
+) -> AuditReport:
+    """Give a checker every mutant of an operator (None: of all operators).
+
+    test: a user's test function test(fn), or "file.py:function", "module:function"; it needs an operator. None is
+        `check_op`. form: "torch" or "triton" mutants; None is both, for a user's test "torch".
+    dtype: in which `check_op` looks, and only mutants that differ in it; None is the first in which each differs.
+    max_examples, seed: of `check_op`. time_limit: seconds for a user's test and one mutant.
+    known_first: `check_op` begins with the fixed call that is known to show a mutant (`Mutant.corner`), and draws none:
+        the same answers in less time, but not the same number of examples.
+
+    Raises InputError for an operator, form or dtype that is not known, a test that cannot be had, or one without an
+    operator; TestIsVoidError for a test that dislikes the right operator.
+    """
+    from refllm.kernels.mutants import FORMS, catalogue
+
+    if operator is not None:
+        from refllm.opcheck.signatures import signature
+
+        signature(operator)
+    if form is not None and form not in FORMS:
+        raise InputError(f"--form {form} is not known; use {' or '.join(FORMS)}")
+    if dtype is not None:
+        from refllm.opcheck.expected import find_dtype
+
+        dtype = find_dtype(dtype)
+    if test is not None and operator is None:
+        raise InputError("--test needs an operator: refllm audit OPERATOR --test file.py:function")
+    mutants = catalogue(operator, "torch" if test is not None and form is None else form)
+    mutants = [m for m in mutants if dtype is None or dtype in m.dtypes]
+    checker = _OurCheck(dtype, max_examples, seed, known_first) if test is None else _UsersTest(test, time_limit)
+    if isinstance(checker, _UsersTest) and operator is not None:
+        for kind in dict.fromkeys(m.form for m in mutants):
+            checker.must_like(operator, kind)
+    outcomes = []
+    for done, mutant in enumerate(mutants):
+        progress(f"{mutant.operator}: {mutant.name}", done, len(mutants))
+        outcomes.append(_outcome(mutant, checker, dtype))
+    return AuditReport(checker.name, tuple(outcomes))
+
+
+def _outcome(mutant: "Mutant", checker: "_OurCheck | _UsersTest", dtype: str | None) -> Outcome:
+    start = time.monotonic()
+    by, examples, repro = checker(mutant)
+    return Outcome(
+        mutant.operator,
+        mutant.name,
+        mutant.form,
+        mutant.what,
+        mutant.source,
+        dtype or mutant.dtypes[0],
+        bool(by),
+        by,
+        examples,
+        round(time.monotonic() - start, 3),
+        repro,
+        mutant.equivalent,
+    )
+
+
+class _OurCheck:
+    """check_op in this process, without shrinking: (the broken property or "", examples, reproduction)."""
+
+    name = "refllm check-op"
+
+    def __init__(self, dtype: str | None, max_examples: int, seed: int, known_first: bool) -> None:
+        self._dtype, self._examples, self._seed, self._known_first = dtype, max_examples, seed, known_first
+
+    def __call__(self, mutant: "Mutant") -> tuple[str, int, str]:
+        from refllm.opcheck.api import check_op
+        from refllm.strategies import corners
+
+        dtype, calls = self._dtype or mutant.dtypes[0], None
+        if self._known_first:
+            calls = sorted(corners(mutant.operator, dtype), key=lambda call: call.family != mutant.corner)
+        report = check_op(
+            mutant.operator,
+            mutant.function(),
+            dtype=dtype,
+            calls=calls,
+            max_examples=self._examples // (_FEWER if mutant.equivalent else 1),
+            seed=self._seed,
+            shrink=False,
+            isolate=False,
+            bitwise=mutant.form == "triton",  # our kernels promise it
+        )
+        return report.property, report.examples, report.repro
+
+
+class _UsersTest:
+    """A test of somebody's: (what it raised or "", 0, "")."""
+
+    def __init__(self, test: str | Test, limit: float) -> None:
+        if limit <= 0:
+            raise InputError(f"time_limit={limit}: expected more than 0 seconds")
+        self._limit = limit
+        self._test = _find(test) if isinstance(test, str) else test
+        if not callable(self._test):
+            raise InputError(f"a test is a function or its name as file.py:function, found {type(test).__name__}")
+        self.name = test if isinstance(test, str) else getattr(test, "__qualname__", type(test).__name__)
+
+    def must_like(self, operator: str, form: str) -> None:
+        """Raises TestIsVoidError if the test dislikes the right operator in that form."""
+        from refllm import kernels
+
+        right = getattr(kernels.plain if form == "torch" else kernels, operator)
+        said, error = self._run(right, form)
+        if said:
+            text = "; ".join(str(error).split("\n\n")[0].split("\n")).strip(" ;")[:200]
+            raise TestIsVoidError(
+                f"{self.name} is void: it rejects the right {operator} ({form} form) with {said}"
+                + (f": {text}" if text else "")
+            )
+
+    def __call__(self, mutant: "Mutant") -> tuple[str, int, str]:
+        said, error = self._run(mutant.function(), mutant.form)
+        return ("" if _skipped(error) else said), 0, ""
+
+    def _run(self, function: Callable[..., Any], form: str) -> tuple[str, BaseException | None]:
+        """("", None) or what it raised. What it prints is not shown."""
+        from refllm import kernels
+
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                if form == "triton" and not _gpu():
+                    stack.enter_context(kernels.interpreted())
+                stack.enter_context(_time_limit(self._limit))
+                self._test(function)
+        except KeyboardInterrupt:
+            raise
+        except _TimeIsUpError:
+            return f"no answer within {self._limit:g} s", None
+        except BaseException as error:  # whatever it raises is its answer; pytest.fail raises no Exception
+            return type(error).__name__, error
+        return "", None
+
+
+def _find(reference: str) -> Test:
+    from refllm.check.candidates import find_function
+
+    if ":" not in reference:
+        raise InputError(f"--test {reference}: name a function of it, as file.py:function or module:function")
+    file = Path(reference.rpartition(":")[0])
+    if file.suffix == ".py" and not file.is_file():
+        raise InputError(f"--test {reference}: there is no file {file}")
+    return find_function(reference)
+
+
+def _skipped(error: BaseException | None) -> bool:
+    return type(error).__name__ == "Skipped"
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises _TimeIsUpError in the block after `seconds`, where signals can do that: in the main thread, on POSIX."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise _TimeIsUpError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
