@@ -1,6 +1,8 @@
-"""Embedded checkpoints, imported as `refllm.golden`: tiny models in Hugging Face format, with tokenizers.
+"""Embedded checkpoints and golden vectors, imported as `refllm.golden`.
 
-README.md beside this file says what each of them is for; `python -m refllm.golden.make_checkpoints` makes them again.
+The checkpoints are tiny models in Hugging Face format, with tokenizers; the vectors are inputs, exact outputs and their
+predicted error for every operator and family. README.md beside this file says what each of them is for.
+`python -m refllm.golden.make_checkpoints` makes the checkpoints again, `refllm golden make` the vectors.
 """
 
 from pathlib import Path
