@@ -12,16 +12,20 @@ TORCH  := torch==2.13.0
 TRITON := triton==3.7.1; platform_system == "Linux"
 
 .DEFAULT_GOAL := help
-.PHONY: help check test lint types format bench gpu golden clean
+.PHONY: help check test test-long lint types format bench gpu golden clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 check: .venv/ready-to-check  ## the main job: every embedded checkpoint; Torch, Triton and Transformers against it
 	$(BIN)/refllm check
 
 test: .venv/ready-to-test  ## all tests
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+MINUTES ?= 60
+test-long: .venv/ready-to-test  ## the drawn tests with random seeds for an hour, or MINUTES=...
+	$(BIN)/python tests/run_long.py --minutes $(MINUTES)
 
 lint: .venv/ready-to-test  ## ruff: rules and layout
 	$(BIN)/ruff check .
@@ -41,15 +45,16 @@ bench: .venv/ready-to-check  ## speed and memory on this CPU, against Transforme
 # into a folder of its own, and uses that machine's python3.
 GPU_PYTHON ?= python3
 GPU_FILE   ?= build/gpu.json
-gpu:  ## on a machine with a GPU: the kernels compiled, against their definitions; writes build/gpu.json
+gpu:  ## on a machine with a GPU: the kernels compiled, against their definitions, and timed; writes build/gpu.json
 	@$(GPU_PYTHON) -c 'import torch, triton; assert torch.cuda.is_available()' 2>/dev/null || { echo \
 		"make gpu needs a python3 that has torch and triton and sees a GPU; name another with GPU_PYTHON=..." >&2; exit 2; }
 	@rm -rf build/gpu build/lib
 	@$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --target build/gpu .
 	PYTHONPATH=build/gpu $(GPU_PYTHON) -P -m refllm.kernels.gpu --output $(GPU_FILE)
 
-golden: .venv/ready-to-check  ## make the embedded checkpoints again
+golden: .venv/ready-to-check  ## make the embedded checkpoints again, then the golden vectors (ARGS=--yes replaces them)
 	$(BIN)/python -m refllm.golden.make_checkpoints
+	$(BIN)/refllm golden make $(ARGS)
 
 clean:  ## remove everything that make made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,12 +28,13 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from where_kernels_run import DEVICE, running  # noqa: E402
 
-# "ci" draws the same examples on every run, so that a red run means a change; "long" looks for new ones.
+# "ci" draws the same examples on every run, so that a red run means a change; "long" looks for new ones, where a test
+# does not say how many, and gets its seeds from run_long.py.
 settings.register_profile(
     "ci", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("long", settings.get_profile("default"), max_examples=2000)
+settings.register_profile("long", settings.get_profile("default"), max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

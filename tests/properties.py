@@ -1,0 +1,128 @@
+"""What the property tests share: the three backends behind one call, drawn tests for each, and when two results agree.
+
+Two results that should be the same number are compared in units of their predicted rounding errors
+(`refllm.check.predict_operator`), or bit for bit where that is promised.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from where_kernels_run import DEVICE, running
+
+from refllm import kernels, ops
+from refllm.check.predict_operator import predict
+from refllm.inputs import to_numpy
+from refllm.kernels import plain
+from refllm.precision import FUSED
+from refllm.strategies import Call, calls
+
+NUMPY, PLAIN, TRITON = BACKENDS = ("numpy", "plain", "triton")
+DTYPES = ("bfloat16", "float16", "float32")
+LARGEST, TYPICAL = 8.0, 2.0
+"""Sigma that one element, and that the root mean square of all elements, may differ by. Of a million normal numbers the
+largest is 5; results are sums of few roundings, whose tails are no longer."""
+
+
+class Backend:
+    """One backend in one dtype: `backend(operator, *arrays, **keywords)` gives a tuple of arrays.
+
+    numpy: the definition, in float64. plain, triton: Torch tensors of the dtype; Triton runs interpreted without a GPU.
+    """
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self.name, self.dtype = name, "float64" if name == NUMPY else dtype
+
+    def __call__(self, operator: str, *arguments: Any, **keywords: Any) -> tuple[np.ndarray, ...]:
+        if self.name == NUMPY:
+            with np.errstate(all="ignore"):
+                return _tuple(getattr(ops, operator)(*arguments, **keywords))
+        tensors = [self.tensor(x) for x in arguments]
+        return self.on_tensors(operator, tensors, {name: self.tensor(x) for name, x in keywords.items()})
+
+    def on_tensors(self, operator: str, tensors: Sequence[Any], keywords: dict[str, Any]) -> tuple[np.ndarray, ...]:
+        """The same for arguments that are tensors already."""
+        with running():
+            form = getattr(plain if self.name == PLAIN else kernels, operator)
+            return tuple(map(to_numpy, _tuple(form(*tensors, **keywords))))
+
+    def tensor(self, x: Any) -> Any:
+        """An array as a tensor: floating values in the dtype, others as they are."""
+        if not isinstance(x, np.ndarray):
+            return x
+        tensor = torch.from_numpy(np.array(x)).to(DEVICE)
+        return tensor.to(getattr(torch, self.dtype)) if tensor.is_floating_point() else tensor
+
+    def sigma(self, operator: str, *arguments: Any, **keywords: Any) -> list[np.ndarray]:
+        """The predicted rounding error of each output, element by element."""
+        return [p.sigma for p in predict(operator, arguments, keywords, dtype=self.dtype, policy=FUSED)]
+
+
+def _tuple(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def agree(a: np.ndarray, b: np.ndarray, *sigmas: np.ndarray | float) -> None:
+    """a and b are the same numbers, up to errors of these sizes."""
+    a, b = np.float64(a), np.float64(b)
+    assert a.shape == b.shape
+    np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+    error = np.where((a == b) | np.isnan(a), 0, np.abs(np.where(a == b, 0, a) - np.where(a == b, 0, b)))
+    sigma = np.sqrt(sum(np.square(np.float64(s)) for s in sigmas) + np.zeros(a.shape))
+    assert not (error[sigma == 0]).any(), "these must be equal to the last bit"
+    z = error[sigma > 0] / sigma[sigma > 0]
+    assert z.max(initial=0) <= LARGEST, f"largest difference {z.max():.3g} sigma"
+    assert np.sqrt(np.mean(z * z) if z.size else 0) <= TYPICAL, (
+        f"typical difference {np.sqrt(np.mean(z * z)):.3g} sigma"
+    )
+
+
+def same(a: np.ndarray, b: np.ndarray) -> None:
+    """a and b are the same to the last bit; NaN equals NaN, and 0 equals -0."""
+    np.testing.assert_array_equal(a, b)
+
+
+def some_calls(
+    operator: str, *families: str, where: Callable[[Call], bool] = lambda _: True
+) -> st.SearchStrategy[Call]:
+    """Calls of these families (all: the plain one) in any dtype, in which nothing is empty and `where` holds."""
+
+    def full(call: Call) -> bool:
+        return all(0 not in getattr(x, "shape", ()) for x in call.arguments) and where(call)
+
+    drawn = [calls(operator, dtype=dtype, family=family) for family in families or ("plain",) for dtype in DTYPES]
+    return st.one_of(drawn).filter(full)
+
+
+def for_every_backend(
+    *, examples: int = 6, interpreted: int = 3, known: Sequence[Any] = (), **drawn: Any
+) -> Callable[[Callable[..., None]], Any]:
+    """Make f(backend, **drawn) a test of each backend.
+
+    The argument `call`, if there is one, is a `Call`, and says the dtype; else `dtype` does. examples, interpreted: how
+    many are drawn per run, the latter for Triton without a GPU. known: examples that once failed, as dictionaries.
+    """
+
+    def decorate(f: Callable[..., None]) -> Any:
+        @pytest.mark.hypothesis
+        @pytest.mark.parametrize("name", BACKENDS)
+        def test(name: str) -> None:
+            def property_holds(**values: Any) -> None:
+                dtype = values["call"].dtype if "call" in values else values["dtype"]
+                f(Backend(name, dtype), **values)
+
+            property_holds.__name__ = f"{f.__name__}_{name}"  # each draws examples of its own
+            run = given(**drawn)(property_holds)
+            for values in known:
+                run = example(**values)(run)
+            few = interpreted if name == TRITON and DEVICE == "cpu" else examples
+            settings(settings(), max_examples=few)(run)()
+
+        test.__name__, test.__doc__ = f.__name__, f.__doc__
+        return test
+
+    return decorate
