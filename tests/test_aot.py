@@ -16,12 +16,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from refllm.errors import InputError, MissingExtraError
-from refllm.kernels.aot import DoesNotCompile, Report, batch, compile_code, compile_launch, disassemble, gates
+from refllm.kernels.aot import DoesNotCompile, Report, batch, compile_code, compile_launch, disassemble, gates, layers
 from refllm.kernels.aot.batch import Checked, check, collect
 from refllm.kernels.aot.gates import Finding
 from refllm.kernels.aot.machine_code import Resources, read_dots, read_ptxas_log, read_sass
 from refllm.kernels.aot.occupancy import occupancy
 from refllm.kernels.aot.sources import FileSource, our_sources
+from refllm.kernels.cases import LAYERS
 from refllm.kernels.launch import Launch
 from refllm.kernels.targets import TARGETS, Target
 
@@ -35,10 +36,22 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 # --- our kernels
 
 
+LARGE = (("attention",), ("decode_attention",), ("rms_norm_qkv_rope", "linear_cross_entropy"))
+"""Kernel files whose configurations take long to compile; those of all others together take as long as one group."""
+
+
+def sources_of(group: tuple[str, ...]) -> list[FileSource]:
+    """The files of a group; of the empty one those that are in no other."""
+    large = {name for names in LARGE for name in names}
+    names = {source: source.module.rpartition(".")[2] for source in our_sources()}
+    return [source for source, name in names.items() if (name in group if group else name not in large)]
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("source", our_sources(), ids=lambda source: source.module.rpartition(".")[2])
-def test_every_shipped_configuration_is_within_the_gates(source: FileSource, target: str) -> None:
-    checked = check(collect([source], [TARGETS[target]]))
+@pytest.mark.parametrize("group", [*LARGE, ()], ids=lambda group: " and ".join(group) or "all others")
+def test_every_shipped_configuration_is_within_the_gates(group: tuple[str, ...], target: str) -> None:
+    checked = check(collect(sources_of(group), [TARGETS[target]]))
+    assert {row.configuration.source for row in checked} == set(sources_of(group))
     assert [f"{row.configuration.name}: {finding.sentence}" for row in checked for finding in row.findings] == []
 
 
@@ -48,12 +61,52 @@ def test_configurations_have_names_of_their_own(target: str) -> None:
     assert len(names) == len(set(names))
 
 
+def test_every_kernel_file_is_in_one_group() -> None:
+    grouped = [source for group in (*LARGE, ()) for source in sources_of(group)]
+    assert sorted(source.module for source in grouped) == sorted(source.module for source in our_sources())
+
+
 def test_every_kernel_file_is_in_the_gate() -> None:
     from refllm.kernels import triton as package
 
     folder = Path(str(package.__file__)).parent
     starters = {path.stem for path in folder.glob("*.py") if "\ndef launches(" in path.read_text()}
     assert {source.module.rpartition(".")[2] for source in our_sources()} == starters
+
+
+KEPT = Path(__file__).parent.parent / "docs/benchmarks/ahead_of_time.json"
+
+
+def test_the_kept_figures_of_real_layers_are_what_the_compiler_says_today() -> None:
+    """A small part of them, quick to compile. Another Triton makes other code."""
+    kept = layers.read(KEPT)
+    if kept["versions"]["triton"] != triton.__version__:
+        pytest.skip(f"the figures are of triton {kept['versions']['triton']}, here is {triton.__version__}")
+    targets = [TARGETS["sm_90"]]
+    for name, operator in (("afm-4.5b", "relu2"), ("stablelm-2-12b", "norm_rope"), ("afm-4.5b", "rms_norm")):
+        today = layers.rows(targets, layers=[name], operator=operator)
+        assert today == [
+            row for row in kept["rows"] if (row["layer"], row["operator"], row["target"]) == (name, operator, "sm_90")
+        ]
+
+
+def test_the_kept_figures_have_every_layer_and_target_and_their_page_is_rendered_from_them() -> None:
+    """One finding is known: of StableLM-2-12B's 40 rotated dims per head an MI300 loads the pairs in narrow pieces."""
+    kept = layers.read(KEPT)
+    assert {row["layer"] for row in kept["rows"]} == {layer.name for layer in LAYERS}
+    assert {row["phase"] for row in kept["rows"]} == {"decode", "prefill"}
+    assert {row["target"] for row in kept["rows"]} == set(TARGETS)
+    found = {(row["target"], row["layer"], row["operator"]) for row in kept["rows"] if row["findings"]}
+    assert found == {("gfx942", "stablelm-2-12b", "norm_rope")}
+    assert KEPT.with_suffix(".md").read_text() == layers.page(kept)
+
+
+def test_figures_of_another_kind_or_layer_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"format": 9}')
+    with pytest.raises(InputError, match="holds no figures of check-aot --layers"):
+        layers.read(tmp_path / "x.json")
+    with pytest.raises(InputError, match="layer 'gpt-2' is not known; use one of helium-1-preview-2b"):
+        layers.rows([TARGETS["sm_90"]], layers=["gpt-2"])
 
 
 # --- kernels made for the gates: one that is as it should be, and what is wrong with the others
@@ -376,7 +429,7 @@ def copy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 def launches(target):
     x = torch.empty(4096, device="meta")
-    for n in (4096, 4080, 4095, 1, 2**40):
+    for n in SIZES:
         if n == 1 and DIES and multiprocessing.parent_process():
             os._exit(1)
         yield f"n={n}", Launch(copy, (1,), {"x_ptr": x, "y_ptr": x, "n": n}, {"BLOCK": 1024})
@@ -386,7 +439,7 @@ def launches(target):
 @pytest.fixture
 def carried(tmp_path: Path) -> Path:
     path = tmp_path / "torch.py"  # the name of a module that exists: it must not be taken for that
-    path.write_text(CARRIED.replace("DIES", "False"))
+    path.write_text(CARRIED.replace("DIES", "False").replace("SIZES", "(4096, 4080, 4095, 1, 2**40)"))
     return path
 
 
@@ -413,12 +466,11 @@ def test_equal_specialisations_are_compiled_once_and_processes_change_nothing(
 def test_a_compiler_that_crashes_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "FEW", 0)
     path = tmp_path / "dies.py"
-    path.write_text(CARRIED.replace("DIES", "True"))
-    rows = check(collect([FileSource(str(path), ours=True)], [TARGETS["sm_80"], TARGETS["gfx942"]]), 2)
-    assert {finding.sentence for row in rows for finding in row.findings} == {
-        "copy for sm_80: the compiler crashes",
-        "copy for gfx942: the compiler crashes",
-    }
+    path.write_text(CARRIED.replace("DIES", "True").replace("SIZES", "(4096, 1)"))  # few: each takes a process
+    rows = check(collect([FileSource(str(path), ours=True)], [TARGETS["gfx942"]]), 2)
+    assert [[finding.sentence for finding in row.findings] for row in rows] == (
+        [["copy for gfx942: the compiler crashes"]] * 2
+    )
 
 
 # --- reading

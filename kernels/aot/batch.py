@@ -19,8 +19,9 @@ from refllm.kernels.targets import Target, target
 FEW = 8
 """Up to this many compilations are done in this process: another takes seconds to start."""
 
-CHUNK = 12
-"""Compilations that a process is given at a time: enough to share the start of nvdisasm, few enough to spread."""
+CHUNK, CHUNK_ALONE = 12, 64
+"""Compilations that a process is given at a time, among others and alone: they share one start of nvdisasm, which takes
+as long as a small kernel. Few enough to spread over processes, and for a progress line to move."""
 
 Step = Callable[[str, float | None, float | None], None]
 
@@ -120,12 +121,12 @@ def _judge(configuration: Configuration, result: Result) -> Checked:
 
 
 def _compile_all(configurations: list[Configuration], jobs: int) -> Iterator[tuple[Configuration, Result]]:
-    chunks = list(_chunks(configurations))
     if jobs <= 1 or len(configurations) <= FEW:
-        for chunk in chunks:
+        for chunk in _chunks(configurations, _target_name, CHUNK_ALONE):
             results = compile_launches([configuration.launch for configuration in chunk], chunk[0].target)
             yield from zip(chunk, results, strict=True)
         return
+    chunks = list(_chunks(configurations, _source_and_target, CHUNK))
     left = {configuration.key: configuration for configuration in configurations}
     for configuration, result in _in_processes(chunks, min(jobs, len(chunks))):
         del left[configuration.key]
@@ -136,15 +137,21 @@ def _compile_all(configurations: list[Configuration], jobs: int) -> Iterator[tup
         yield configuration, alone[0] if alone else died
 
 
-def _chunks(configurations: Iterable[Configuration]) -> Iterator[list[Configuration]]:
-    """Up to CHUNK configurations of one source and target at a time."""
+def _target_name(configuration: Configuration) -> str:
+    return configuration.target.name
 
-    def place(configuration: Configuration) -> tuple[str, str]:
-        return configuration.source.module, configuration.target.name
 
+def _source_and_target(configuration: Configuration) -> tuple[str, str]:
+    return configuration.source.module, configuration.target.name
+
+
+def _chunks(
+    configurations: Iterable[Configuration], place: Callable[[Configuration], Any], size: int
+) -> Iterator[list[Configuration]]:
+    """Up to `size` configurations of one place at a time."""
     for _, together in groupby(sorted(configurations, key=place), place):
         listed = list(together)
-        yield from (listed[start : start + CHUNK] for start in range(0, len(listed), CHUNK))
+        yield from (listed[start : start + size] for start in range(0, len(listed), size))
 
 
 def _in_processes(chunks: list[list[Configuration]], jobs: int) -> Iterator[tuple[Configuration, Result]]:

@@ -6,6 +6,7 @@ known to be there). Tensors on the meta device count as aligned where they start
 """
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -115,7 +116,8 @@ def compile_launches(launches: Sequence[Launch], target: Target) -> list[Result]
     """As `compile_launch` for each, in much less time than one by one; errors about a launch take its place."""
     if not target.is_amd:
         tool("ptxas_blackwell" if target.arch == 100 else "ptxas")
-    built = [_build(launch, target) for launch in launches]
+    with _no_garbage_collection():
+        built = [_build(launch, target) for launch in launches]
     compiled = [result for result in built if isinstance(result, _Built)]
     codes = iter(_read(compiled, target))
     return [_report(result, *next(codes), target) if isinstance(result, _Built) else result for result in built]
@@ -123,10 +125,13 @@ def compile_launches(launches: Sequence[Launch], target: Target) -> list[Result]
 
 @dataclass(frozen=True)
 class _Built:
-    """launch: as given. compiled: Triton's. log: what was printed meanwhile."""
+    """What is read of one compilation. code: a cubin, or the assembly for AMD. log: what was printed meanwhile."""
 
     launch: Launch
-    compiled: Any
+    kernel: str
+    code: Any
+    metadata: Any
+    dots: tuple[Dot, ...]
     log: str
     seconds: float
 
@@ -142,14 +147,16 @@ def _build(launch: Launch, target: Target) -> _Built | DoesNotCompile | InputErr
             compiled = triton.compile(special.source, target=special.gpu, options=special.options.__dict__)
     except Exception as error:  # Triton raises errors of many kinds, bare ones among them
         return DoesNotCompile(_why(special.source.fn, target, error, "\n".join(printed)))
-    return _Built(launch, compiled, "\n".join(printed), time.perf_counter() - started)
+    seconds, code = time.perf_counter() - started, compiled.asm["amdgcn" if target.is_amd else "cubin"]
+    dots, name = tuple(read_dots(compiled.asm["ttir"])), special.source.fn.__name__
+    return _Built(launch, name, code, compiled.metadata, dots, "\n".join(printed), seconds)
 
 
 def _read(built: list[_Built], target: Target) -> Iterator[tuple[Resources, Instructions]]:
     if target.is_amd:
-        yield from (read_amdgcn(each.compiled.asm["amdgcn"]) for each in built)
+        yield from (read_amdgcn(each.code) for each in built)
         return
-    for each, opcodes in zip(built, opcodes_of([each.compiled.asm["cubin"] for each in built], target), strict=True):
+    for each, opcodes in zip(built, opcodes_of([each.code for each in built], target), strict=True):
         resources = read_ptxas_log(each.log)
         if resources is None:
             raise MissingExtraError(f"ptxas of triton {triton.__version__} says nothing about registers: {each.log}")
@@ -157,10 +164,10 @@ def _read(built: list[_Built], target: Target) -> Iterator[tuple[Resources, Inst
 
 
 def _report(built: _Built, resources: Resources, instructions: Instructions, target: Target) -> Report:
-    metadata, warps = built.compiled.metadata, built.launch.num_warps
+    metadata, warps = built.metadata, built.launch.num_warps
     columns = getattr(metadata, "tmem_size", None) or 0
     return Report(
-        kernel=built.compiled.src.fn.__name__,
+        kernel=built.kernel,
         target=target.name,
         num_warps=warps,
         resources=resources,
@@ -168,7 +175,7 @@ def _report(built: _Built, resources: Resources, instructions: Instructions, tar
         shared=metadata.shared,
         tensor_memory=columns,
         occupancy=occupancy(target, resources.registers, metadata.shared, warps, columns),
-        dots=tuple(read_dots(built.compiled.asm["ttir"])),
+        dots=built.dots,
         seconds=built.seconds,
     )
 
@@ -192,6 +199,18 @@ def _fresh_cache() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="refllm-aot-") as folder, knobs.cache.scope():
         knobs.cache.dir = folder
         yield
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Python's collector would walk over every object of Torch and Triton several times per compilation."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device
 from refllm.kernels.layout import CHUNK, chunk_length, dense
 from refllm.kernels.targets import DEFAULT, Target, target_of
@@ -323,23 +323,22 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Up to which width of the head dimension, both parts together, a tile serves. Large tiles, as far as registers do not
-# spill and shared memory is enough (`refllm kernels check-aot`): what is read per query halves with twice the queries.
-_TILES = {
-    "sm_80": {128: Tile(128, 64, 8, 3), 160: Tile(128, 16, 8, 3), 192: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
-    "sm_90": {128: Tile(128, 64, 8, 3), 192: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-    "sm_100": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 192: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-    "gfx942": {128: Tile(128, 64, 8, 2), 192: Tile(128, 32, 8, 2), 256: Tile(64, 32, 4, 2)},
-}
-# float32 has no tensor cores to feed: small tiles, so that a thread can hold its part of the sums. True: AMD.
-_TILE_FLOAT32 = {False: Tile(32, 32, 8, 2), True: Tile(64, 32, 4, 2)}
+WIDTHS = (64, 128, 160, 192, 256)
+"""Classes of head dimensions, by the width of both parts together: what registers and shared memory hold per row."""
+
+
+def shape_class(D: int, dtype: torch.dtype) -> str:
+    """Which line of the table of tiles serves: by what belongs to one row alone, so that its bits do not depend on the
+    batch. float32 has no tensor cores to feed, and a thread must hold its part of the sums."""
+    if dtype == torch.float32:
+        return "float32"
+    return f"16-bit, D <= {next(width for width in WIDTHS if sum(parts(D)) <= width)}"
 
 
 def choose_tile(D: int, dtype: torch.dtype, target: Target) -> Tile:
-    """By what belongs to one row alone, so that its bits do not depend on the batch."""
-    if dtype == torch.float32:
-        return _TILE_FLOAT32[target.is_amd]
-    return next(tile for width, tile in _TILES[target.name].items() if sum(parts(D)) <= width)
+    """Of tuning/tiles.json: as large as registers allow without spills, because what is read per query halves with
+    twice the queries. D = 128 on an H100: 128 queries, 64 keys per step, 8 warps, 3 stages."""
+    return Tile(**tuning.tile("attention", shape_class(D, dtype), target))
 
 
 def plan(

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device
 from refllm.kernels.layout import CHUNK as ALIGNED
 from refllm.kernels.layout import chunk_length, dense
@@ -158,17 +158,22 @@ class Tile(NamedTuple):
     stages: int
 
 
-def choose_tile(rows: int, dtype: torch.dtype, target: Target) -> Tile:
-    """For `rows` = g S query rows: small tiles, so that several programs per multiprocessor keep the memory busy."""
+def shape_class(rows: int, dtype: torch.dtype) -> str:
+    """Which line of the table of tiles serves `rows` = g S query rows: the next power of two that a product takes."""
     if dtype == torch.float32:
-        return Tile(16, 32, 4, 2)
-    M = min(ROWS, max(16, triton.next_power_of_2(rows)))
-    return Tile(M, 32, 8 if M == ROWS else 4, 2 if target.is_amd else 3)
+        return "float32"
+    return f"16-bit, rows <= {min(ROWS, max(16, triton.next_power_of_2(rows)))}"
+
+
+def choose_tile(rows: int, dtype: torch.dtype, target: Target) -> Tile:
+    """Of tuning/tiles.json: small tiles, so that several programs per multiprocessor keep the memory busy. Up to 16
+    rows on an H100: 16 rows, 32 slots per step, 4 warps, 3 stages."""
+    return Tile(**tuning.tile("decode_attention", shape_class(rows, dtype), target))
 
 
 def plan(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, scale: float,
-    target: Target = DEFAULT,
+    target: Target = DEFAULT, tile: Tile | None = None,
 ) -> tuple[tuple[Launch, Launch], torch.Tensor]:  # fmt: skip
     """Both launches in order, and o, which lies as [B, S, H, D] in memory."""
     (B, H, S, D), (K, N) = q.shape, k_cache.shape[1:3]
@@ -177,7 +182,7 @@ def plan(
     rows, splits = H // K * S, triton.cdiv(N, CHUNK)
     acc = q.new_empty((B, K, splits, rows, D), dtype=torch.float32)
     m, total = (q.new_empty((B, K, splits, rows), dtype=torch.float32) for _ in range(2))
-    tile = choose_tile(rows, q.dtype, target)
+    tile = tile or choose_tile(rows, q.dtype, target)
     tiles = triton.cdiv(rows, tile.M)
     shared = {"lengths_ptr": lengths, "lengths_stride": lengths.stride(0), "K": K, "group": H // K, "S": S, "N": N}
     workspace = {"acc_ptr": acc, "m_ptr": m, "total_ptr": total, "splits": splits}

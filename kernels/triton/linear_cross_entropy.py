@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import dense
 from refllm.kernels.targets import DEFAULT, Target, target_of
@@ -39,19 +39,21 @@ class Tile(NamedTuple):
     stages: int
 
 
-NARROW = {
-    "sm_80": Tile(128, 128, 32, 8, 4),
-    "sm_90": Tile(128, 256, 64, 8, 3),
-    "sm_100": Tile(128, 256, 64, 8, 3),
-    "gfx942": Tile(128, 128, 32, 8, 2),
-}
-"""Tiles for float16 and bfloat16. The largest that the accumulators leave room for: 128 registers per thread."""
+def shape_class(E: int, V: int, dtype: torch.dtype) -> str:
+    """Which line of the table of tiles serves. float32: products are plain multiplications, because tensor cores would
+    round the operands to TF32. ragged: rows that do not start at multiples of 16 numbers; every load takes registers of
+    its own. odd V: 16 does not divide it, as AFM's 128,005, and what masks the last words takes registers."""
+    if dtype == torch.float32:
+        return "float32"
+    if E % 16:
+        return "16-bit, ragged"
+    return "16-bit" if V % 16 == 0 else "16-bit, odd V"
 
-RAGGED = Tile(64, 64, 32, 4, 2)
-"""The tile for narrow rows that do not start at multiples of 16 numbers: every load takes registers of its own."""
 
-FULL = Tile(64, 128, 16, 8, 3)
-"""The tile for float32, whose products are plain multiplications: tensor cores would round the operands to TF32."""
+def choose_tile(E: int, V: int, dtype: torch.dtype, target: Target) -> Tile:
+    """Of tuning/tiles.json: the largest that the accumulators leave room for, 128 registers per thread. On an H100: 128
+    rows x 256 words x 64 numbers."""
+    return Tile(**tuning.tile("linear_cross_entropy", shape_class(E, V, dtype), target))
 
 
 @triton.jit
@@ -130,6 +132,7 @@ def plan(
     ignore_index: int,
     reduction: str,
     target: Target = DEFAULT,
+    tile: Tile | None = None,
 ) -> tuple[list[Launch], torch.Tensor]:
     """The launches in their order, and the loss: [N] for "none", else []; float32."""
     (N, E), V = x_NE.shape, weight_VE.shape[0]
@@ -138,7 +141,7 @@ def plan(
     maxima, sums = (x_NE.new_empty((N, chunks), dtype=torch.float32) for _ in range(2))
     own_N, loss_N = (x_NE.new_empty(N, dtype=torch.float32) for _ in range(2))
     narrow = x_NE.element_size() < 4
-    tile = FULL if not narrow else NARROW[target.name] if E % 16 == 0 else RAGGED
+    tile = tile or choose_tile(E, V, x_NE.dtype, target)
     labelled = {"labels_ptr": labels_N, "label_stride": labels_N.stride(0), "ignore_index": ignore_index, "V": V}
     workspace = {"max_ptr": maxima, "sum_ptr": sums, "own_ptr": own_N}
     product = {
@@ -166,8 +169,10 @@ def plan(
 
 
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
-    """Every configuration that ships, by a name for it: Helium's, Llama's and a ragged head."""
-    for dtype, (V, E) in shipped(((48_000, 2560), (128_256, 2048), (1000, 100)), ((128_256, 2048), (1000, 100))):
+    """Every configuration that ships, by a name for it: Helium's, Llama's, AFM's and a ragged head."""
+    for dtype, (V, E) in shipped(
+        ((48_000, 2560), (128_256, 2048), (128_005, 2560), (1000, 100)), ((128_256, 2048), (1000, 100))
+    ):
         x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((256, E), (V, E)))
         labels = torch.empty(256, dtype=torch.int64, device="meta")
         partials, merged, _ = plan(x, weight, labels, -100, "mean", target)[0]

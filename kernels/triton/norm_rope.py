@@ -7,9 +7,11 @@
 All in float32, rounded once at the end. A head centred twice is exact about its mean: see layer_norm.py.
 
 Tiles: as in rope.py, a program takes one token and a share of its heads, of q and of k. A head is held in three parts
-from the load to the store, the two numbers of each pair and the rest, so that a rotation needs no second load.
+from the load to the store, the two numbers of each pair and the rest, so that a rotation needs no second load. On
+NVIDIA a program is one warp, so that the sums of a head wait for no other warp.
 Traffic: reads and writes D numbers per head, reads R per token; the weights stay in the cache. About 10 D flops per
-head: the loads decide the speed.
+head, and the instructions around them take longer to issue than the bytes to arrive: the tile is the one with the
+fewest (`refllm bench tune --kernel norm_rope`).
 """
 
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import dense
 from refllm.kernels.targets import DEFAULT, Target, target_of
@@ -26,6 +28,7 @@ from refllm.kernels.triton.rms_norm import inverse_root
 from refllm.kernels.triton.rope import (
     HEADS,
     SIZES,
+    Tile,
     head_rows,
     load_angles,
     load_pairs,
@@ -116,11 +119,13 @@ def plan(
     norm: str,
     interleaved: bool,
     target: Target = DEFAULT,
+    tile: Tile | None = None,
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """The launch and the normed and rotated q and k, which are contiguous, whatever the strides of q and k are."""
     outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     q, k, cos, sin = dense(q), dense(k), dense(cos), dense(sin)
-    grid, sizes, tiles, warps = sizes_and_tiles(q, k, cos, sin, target)
+    tile = tile or Tile(**tuning.tile("norm_rope", tuning.ANY, target))
+    grid, sizes, tiles, warps = sizes_and_tiles(q, k, cos, sin, tile, target)
     given = {
         "q_ptr": q, "k_ptr": k, "q_weight_ptr": q_weight.contiguous(), "k_weight_ptr": k_weight.contiguous(),
         "cos_ptr": cos, "sin_ptr": sin, "q_out_ptr": outputs[0], "k_out_ptr": outputs[1], "eps": eps,

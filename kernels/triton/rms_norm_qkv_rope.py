@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import dense
 from refllm.kernels.targets import DEFAULT, Target, target_of
@@ -51,29 +51,6 @@ class Tile(NamedTuple):
     E: int
     warps: int
     stages: int
-
-
-PREFILL_TILES = {
-    "sm_80": Tile(128, 128, 32, 8, 4),
-    "sm_90": Tile(128, 128, 64, 8, 3),
-    "sm_100": Tile(128, 128, 64, 8, 3),
-    "gfx942": Tile(128, 128, 32, 8, 2),
-}
-DECODE_TILES = {
-    "sm_80": Tile(16, 32, 128, 4, 5),
-    "sm_90": Tile(16, 32, 128, 4, 5),
-    "sm_100": Tile(16, 32, 128, 4, 5),
-    "gfx942": Tile(16, 32, 128, 4, 2),
-}
-"""Tiles for float16 and bfloat16. For decoding few columns and many stages: 96 programs for Llama's 3072 columns, each
-with 32 KiB of W on its way. (Twice the columns would get wgmma, and leave two thirds of an H100 without a program.)"""
-
-RAGGED = Tile(64, 64, 32, 8, 2)
-"""The tile for narrow rows that do not start at multiples of 16 numbers, or R/2 that 8 does not divide: loads of single
-numbers take registers of their own."""
-
-FULL = Tile(32, 64, 16, 4, 2)
-"""The tile for float32, whose products are plain multiplications: tensor cores would round the operands to TF32."""
 
 
 @triton.jit
@@ -214,14 +191,27 @@ def rms_norm_qkv_rope_kernel(
             )  # fmt: skip
 
 
-def _tile(x: torch.Tensor, half: int, target: Target) -> Tile:
-    """By what belongs to one sequence, never by how many there are: a row's bits do not depend on its batch."""
-    S, E = x.shape[1:]
-    if x.dtype == torch.float32:
-        return FULL
+def shape_class(S: int, E: int, half: int, dtype: torch.dtype) -> str:
+    """Which line of the table of tiles serves: by what belongs to one sequence, never by how many there are, so that a
+    row's bits do not depend on its batch.
+
+    float32: products are plain multiplications, because tensor cores would round the operands to TF32. ragged: rows
+    that do not start at multiples of 16 numbers, or R/2 that 8 does not divide; loads of single numbers take registers
+    of their own. decode: the reading of W decides the speed, prefill: the tensor cores.
+    """
+    if dtype == torch.float32:
+        return "float32"
     if E % 16 or half % 8:
-        return RAGGED
-    return (DECODE_TILES if S <= DECODE else PREFILL_TILES)[target.name]
+        return "16-bit, ragged"
+    return "16-bit, decode" if S <= DECODE else "16-bit, prefill"
+
+
+def choose_tile(x: torch.Tensor, half: int, target: Target) -> Tile:
+    """Of tuning/tiles.json. Prefill on an H100: 128 tokens x 128 columns x 64, the largest that fits. Decode: 16 x 32 x
+    128, few columns and many stages: 96 programs for Llama's 3072 columns, each with 32 KiB of W on its way. (Twice the
+    columns would get wgmma, and leave two thirds of an H100 without a program.)"""
+    S, E = x.shape[1:]
+    return Tile(**tuning.tile("rms_norm_qkv_rope", shape_class(S, E, half, x.dtype), target))
 
 
 def plan(
@@ -237,6 +227,7 @@ def plan(
     interleaved: bool,
     cache: Cache | None = None,
     target: Target = DEFAULT,
+    tile: Tile | None = None,
 ) -> tuple[Launch, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The launch and q, k, v: new, [B, S, heads, D] in memory; with a cache, k and v are the cache."""
     B, S, E = x_BSE.shape
@@ -246,7 +237,7 @@ def plan(
     if cache is not None:
         k, v, lengths = cache
     x_BSE, w_qkv = dense(x_BSE), dense(w_qkv)
-    tile = _tile(x_BSE, cos.shape[-1], target)
+    tile = tile or choose_tile(x_BSE, cos.shape[-1], target)
     given = {
         "x_ptr": x_BSE, "norm_ptr": norm_weight.contiguous(), "w_ptr": w_qkv,
         "b_ptr": None if b_qkv is None else b_qkv.contiguous(), "cos_ptr": cos, "sin_ptr": sin, "lengths_ptr": lengths,

@@ -4,25 +4,29 @@
 
 The pair (a, b) is dims (2i, 2i + 1) if interleaved, else dims (i, i + R/2). Dims R..D-1 are copied, bit for bit.
 
-Tiles: a program takes one token and up to `TILE` numbers of its heads, of q and of k, and reads the cos and sin of that
-token once for all of them. Interleaved pairs are loaded side by side and split in registers: a load of every second
-number would move twice the bytes in pieces of two.
+Tiles: a program takes one token and up to 4096 numbers (`Tile`) of its heads, of q and of k, and reads the cos and sin
+of that token once for all of them. Interleaved pairs are loaded side by side and split in registers: a load of every
+second number would move twice the bytes in pieces of two.
 Traffic: reads and writes D numbers per head, reads R per token. 3 R flops per head: the loads decide the speed.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import CHUNK, chunk_length, dense
 from refllm.kernels.targets import DEFAULT, Target, target_of
 
-TILE = 4096
-"""Numbers of q (and at most as many of k) per program: 32 per thread at 4 warps."""
+
+class Tile(NamedTuple):
+    """Numbers of q (and at most as many of k) per program; a thread holds 32 of them, up to 4 warps."""
+
+    numbers: int
 
 
 @triton.jit
@@ -141,16 +145,16 @@ def rope_kernel(
 
 
 def sizes_and_tiles(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, target: Target
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, tile: Tile, target: Target
 ) -> tuple[int, dict[str, int], dict[str, int], int]:
     """Grid, run-time sizes and strides (in chunks), tile sizes, and warps, for this kernel and that of norm_rope.py.
 
-    The heads of one token are shared out between as many programs as tiles of `TILE` numbers make them.
+    The heads of one token are shared out between as many programs as tiles of that size make them.
     """
     (B, H, S, D), K, half = q.shape, k.shape[1], cos.shape[-1]
     block, rest = triton.next_power_of_2(max(half, 1)), triton.next_power_of_2(max(D - 2 * half, 1))
     lanes = triton.next_power_of_2(2 * block + (rest if 2 * half < D else 0))
-    shares = triton.cdiv(max(H, K, 1), max(1, TILE // lanes))
+    shares = triton.cdiv(max(H, K, 1), max(1, tile.numbers // lanes))
     block_h, block_k = (triton.next_power_of_2(max(1, triton.cdiv(heads, shares))) for heads in (H, K))
     chunk, table_chunk = chunk_length(D, q, k), chunk_length(half, cos, sin)
     sizes = {"S": S, "H": H, "K": K}
@@ -174,12 +178,14 @@ def reads_16_bytes(D: int, half: int, chunk: int, interleaved: bool) -> bool:
 
 
 def plan(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, target: Target = DEFAULT
-) -> tuple[Launch, torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, target: Target = DEFAULT,
+    tile: Tile | None = None,
+) -> tuple[Launch, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The launch and the rotated q and k, which are contiguous, whatever the strides of q and k are."""
     outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     q, k, cos, sin = dense(q), dense(k), dense(cos), dense(sin)
-    grid, sizes, tiles, warps = sizes_and_tiles(q, k, cos, sin, target)
+    tile = tile or Tile(**tuning.tile("rope", tuning.ANY, target))
+    grid, sizes, tiles, warps = sizes_and_tiles(q, k, cos, sin, tile, target)
     given = {
         "q_ptr": q, "k_ptr": k, "cos_ptr": cos, "sin_ptr": sin, "q_out_ptr": outputs[0], "k_out_ptr": outputs[1],
     } | sizes  # fmt: skip
