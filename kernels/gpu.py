@@ -1,7 +1,7 @@
-"""What `make gpu` runs, compiled: every operator against its definition, the fast models, the kernel tests; one JSON
-file out.
+"""What `make gpu` runs, compiled: every operator against its definition, the fast models, the kernel tests, and then
+the benchmarks; one JSON file out, and one per benchmark in the folder benchmarks beside it.
 
-    python -m refllm.kernels.gpu [-o FILE] [--device cuda|cpu] [--no-tests]
+    python -m refllm.kernels.gpu [-o FILE] [--device cuda|cpu] [--no-tests] [--benchmarks kernels,attention | none]
 
 The file holds
     machine: GPU, driver, versions, date, command
@@ -10,6 +10,7 @@ The file holds
     models: one row per checkpoint, backend and dtype: the verdict of the check, and whether decoding on a graph gives
         the tokens of decoding without; embedded checkpoints and random ones of real layer shapes
     tests: what pytest counted over the kernel tests, and the failures with their messages
+    benchmarks: one row per benchmark: its file (which docs/benchmarks can keep as it is), verdict and problem
     verdict: "holds" or "fails"
 
 Exit codes: 0 it holds, 1 a finding, 2 there is no GPU or the tests are not there.
@@ -38,6 +39,7 @@ from refllm import kernels
 from refllm.errors import InputError, RefllmError
 from refllm.kernels.cases import LAYERS, REDUCED, Case, cases
 from refllm.kernels.end_to_end import check_models
+from refllm.kernels.gpu_benchmarks import BENCHMARKS, run_benchmarks
 from refllm.kernels.verify import Contract
 from refllm.status_line import StatusLine
 
@@ -46,8 +48,9 @@ TOKENS = {"cuda": 129, "cpu": 5}
 """Positions per call: over one tile of 128 by one; few where the interpreter runs."""
 MODEL_TOKENS = {"cuda": 96, "cpu": 12}
 PROCESSES = 8
-TEST_SECONDS = 300
-"""Limit for the kernel tests, so that the whole run ends inside ten minutes."""
+TEST_SECONDS = 240
+TOTAL_SECONDS = 570
+"""Limits for the kernel tests, and for everything: the benchmarks get what is left, so that it ends in ten minutes."""
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -128,25 +131,40 @@ def _counts(report: Path) -> dict[str, Any]:
     return {"counts": counts, "seconds": float(suite.get("time", "0")), "failures": failures}
 
 
-def run(device: str, tests: Path | None, scratch: Path) -> dict[str, Any]:
-    """Everything, as the dictionary that becomes the JSON file."""
+def run(device: str, tests: Path | None, output: Path, benchmarks: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Everything, as the dictionary that becomes the JSON file `output`; files of other kinds go beside it.
+
+    The file is there before the benchmarks begin: whoever ends them loses only them.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("make gpu needs a GPU, and torch sees none here; `make test` runs the kernels without one")
     start = time.perf_counter()
     with StatusLine(sys.stderr) as step:
-        operators = list(check_operators(device, step))
-        models = list(check_models(device, DTYPES[:2], step, real=device == "cuda", tokens=MODEL_TOKENS[device]))
+        result: dict[str, Any] = {"verdict": "", "machine": machine(device), "seconds": 0.0}
+        result["operators"] = list(check_operators(device, step))
+        result["models"] = list(
+            check_models(device, DTYPES[:2], step, real=device == "cuda", tokens=MODEL_TOKENS[device])
+        )
         step("the kernel tests")
-        tested = run_tests(device, tests, scratch) if tests is not None else None
-    bad = [row for row in operators + models if row["problem"]]
-    return {
-        "verdict": "fails" if bad or (tested is not None and tested["problem"]) else "holds",
-        "machine": machine(device),
-        "seconds": round(time.perf_counter() - start, 1),
-        "operators": operators,
-        "models": models,
-        "tests": tested,
-    }
+        result["tests"] = run_tests(device, tests, output.with_suffix(".xml")) if tests is not None else None
+        result["benchmarks"] = []
+        _write(result, start, output)
+        if device == "cuda":
+            torch.cuda.empty_cache()  # the benchmarks are other processes
+        left = TOTAL_SECONDS - (time.perf_counter() - start)
+        name = result["machine"]["gpu"] or "cpu"
+        for row in run_benchmarks(benchmarks, device, name, output.parent / "benchmarks", left, step):
+            result["benchmarks"].append(row)
+            _write(result, start, output)
+    return result
+
+
+def _write(result: dict[str, Any], start: float, output: Path) -> None:
+    """Brings verdict and seconds up to date, and writes the file."""
+    rows = result["operators"] + result["models"] + result["benchmarks"]
+    bad = any(row["problem"] for row in rows) or (result["tests"] is not None and result["tests"]["problem"])
+    result |= {"verdict": "fails" if bad else "holds", "seconds": round(time.perf_counter() - start, 1)}
+    output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -170,6 +188,10 @@ def summary(result: dict[str, Any]) -> str:
     if tested is not None:
         lines.append(f"tests: {tested.get('counts', {})} {tested['problem']}")
         lines += [f"  {failure['test']}: {failure['message'][:200]}" for failure in tested["failures"]]
+    for row in result["benchmarks"]:
+        lines += row["said"].splitlines()
+        if row["problem"]:
+            lines.append(f"{row['benchmark']}: {row['problem']}")
     return "\n".join([*lines, f"{result['verdict']}, {result['seconds']} s"])
 
 
@@ -179,19 +201,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("build/gpu.json"), help="the JSON file to write")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: interpreted, reduced shapes")
     parser.add_argument("--no-tests", action="store_true", help="only the operators, not the kernel tests")
+    parser.add_argument("--benchmarks", help=f"of {','.join(BENCHMARKS)}, or none; default: all on cuda, none on cpu")
     options = parser.parse_args(arguments)
     output: Path = options.output
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         tests = None if options.no_tests else Path("tests")
-        result = run(options.device, tests, output.with_suffix(".xml").absolute())
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        result = run(options.device, tests, output.absolute(), _benchmarks(options.benchmarks, options.device))
     except (RefllmError, OSError) as error:
         print(f"refllm: {error}", file=sys.stderr)
         return 2
     print(summary(result))
     print(output)
     return 0 if result["verdict"] == "holds" else 1
+
+
+def _benchmarks(given: str | None, device: str) -> tuple[str, ...]:
+    """As asked for; else all on a GPU and none on a CPU. InputError for an unknown one."""
+    if given is None:
+        return tuple(BENCHMARKS) if device == "cuda" else ()
+    names = tuple(given.split(",")) if given != "none" else ()
+    for name in names:
+        if name not in BENCHMARKS:
+            raise InputError(f"--benchmarks {name} is not known: use {', '.join(BENCHMARKS)}, or none")
+    return names
 
 
 if __name__ == "__main__":

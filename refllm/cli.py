@@ -13,19 +13,25 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm.commands import audit, bench, golden, operators, tune
+from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json
+from refllm.commands.shared_options import console as _console
+from refllm.commands.shared_options import to_stdout as _to_stdout
+from refllm.commands.shared_options import write_json as _write_json
 from refllm.errors import InputError, RefllmError
 from refllm.status_line import StatusLine
-
-HOLDS, FINDING, WRONG_USE = 0, 1, 2
 
 # The base class of all errors in arguments; where it is imported from differs between versions of typer.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-bench_app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Measure speed and memory.")
-app.add_typer(bench_app, name="bench")
+app.add_typer(bench.app, name="bench")
+bench.app.command("tune")(tune.bench_tune)
 kernels_app = typer.Typer(add_completion=False, rich_markup_mode=None, help="The Triton kernels, and yours.")
 app.add_typer(kernels_app, name="kernels")
+app.add_typer(golden.app, name="golden")
+app.command("check-op")(operators.check_op)
+app.command("audit")(audit.audit)
 
 Folder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder with config.json and safetensors files.")]
 Prompt = Annotated[
@@ -34,9 +40,6 @@ Prompt = Annotated[
 Ids = Annotated[str | None, typer.Option("--ids", metavar="1,2,3", help="Tokens: these ids.")]
 IdsFile = Annotated[
     Path | None, typer.Option("--ids-file", metavar="F", help="Tokens: the ids in a file, or a JSON list.")
-]
-Json = Annotated[
-    Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON; - is standard output.")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="float64 (exact), float32, bfloat16 or float16.")]
 Policy = Annotated[str | None, typer.Option("--policy", help="Where an emulated precision rounds: hf-eager or fused.")]
@@ -293,54 +296,6 @@ def info(
         raise typer.Exit(FINDING)
 
 
-@bench_app.command("cpu")
-def bench_cpu(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="CHECKPOINT", help="Folder; without one, random weights.")
-    ] = None,
-    shape: Annotated[
-        str, typer.Option("--shape", help="Of the random weights: helium-220m or helium-1m.")
-    ] = "helium-220m",
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 512,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1)] = 32,
-    threads: Annotated[int, typer.Option("--threads", min=1)] = 2,
-    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 5,
-    backend: Annotated[str, typer.Option("--backend", help="Our side: numpy (the reference) or torch.")] = "numpy",
-    dtype: Annotated[str, typer.Option("--dtype", help="float32; with --backend torch also bfloat16.")] = "float32",
-    json_file: Json = None,
-) -> None:
-    """Prefill and decode against Transformers: same weights, same dtype, same threads, taking turns."""
-    from refllm import bench
-    from refllm.bench import report as bench_report
-
-    settings = bench.Settings(prompt_tokens, new_tokens, threads, repeats, backend, dtype)
-    with StatusLine(sys.stderr) as step:
-        try:
-            result = bench.bench_checkpoint_or_shape(checkpoint, shape, settings, step)
-        except bench.BenchError as error:
-            print(f"refllm: {error}", file=sys.stderr)
-            raise typer.Exit(FINDING) from None
-    _console(quiet=_to_stdout(json_file)).print(bench_report.show_bench(result))
-    _write_json(result, json_file)
-
-
-@bench_app.command("memory")
-def bench_memory(
-    shape: Annotated[
-        str, typer.Option("--shape", help="Of the random weights: helium-1-preview-2b or helium-1m.")
-    ] = "helium-1-preview-2b",
-    tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 32,
-    json_file: Json = None,
-) -> None:
-    """Peak memory of loading and running a full-size model, with and without low_memory."""
-    from refllm.bench import memory as memory
-
-    with StatusLine(sys.stderr) as step:
-        result = memory.bench_memory(shape, tokens, step=step)
-    _console(quiet=_to_stdout(json_file)).print(memory.show_memory(result))
-    _write_json(result, json_file)
-
-
 @kernels_app.command("list")
 def kernels_list(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Name every configuration.")] = False,
@@ -384,11 +339,20 @@ def kernels_check_aot(
     num_stages: Annotated[int, typer.Option("--num-stages", min=1, help="Of your kernel.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", min=0, help="Processes; 0: one per core.")] = 0,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Every configuration, not only the worst.")] = False,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Ours, as the layers of published models call them; with --json F the page beside F is written too.",
+        ),
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Compile kernels without a GPU; find spills, too much shared memory, missing tensor cores and slow loads."""
     from refllm.kernels.aot import commands, show
 
+    if layers:
+        return _check_layers(targets, jobs, json_file, [file, kernel, *(arguments or ()), *(constants or ())])
     settings = commands.Settings(targets, kernel, file, arguments or (), constants or (), num_warps, num_stages, jobs)
     with StatusLine(sys.stderr) as step:
         outcome = commands.check_aot(settings, step)
@@ -397,6 +361,24 @@ def kernels_check_aot(
     console.print(show.closing_line(outcome.checked, outcome.compiled, outcome.seconds))
     _write_json(outcome.to_dict(), json_file)
     if not outcome.holds:
+        raise typer.Exit(FINDING)
+
+
+def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[Any]) -> None:
+    from refllm.kernels.aot import commands
+
+    if any(others):
+        raise InputError(
+            "--layers compiles our kernels as they are; leave out the file, --kernel, --arg and --constant"
+        )
+    with StatusLine(sys.stderr) as step:
+        found, text = commands.check_layers(targets, jobs, step)
+    page = None if json_file is None or _to_stdout(json_file) else json_file.with_suffix(".md")
+    _write_json(found, json_file)
+    if page is not None:
+        page.write_text(text, encoding="utf-8")
+    _console(quiet=_to_stdout(json_file)).print(commands.layers_line(found))
+    if found["verdict"] != "holds":
         raise typer.Exit(FINDING)
 
 
@@ -435,31 +417,6 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     if str(message) not in _shown_warnings:
         _shown_warnings.add(str(message))
         print(f"refllm: warning: {message}", file=sys.stderr)
-
-
-def _console(quiet: bool) -> Any:
-    """Where tables go. Not wrapped to the width of a terminal that is not there."""
-    from rich.console import Console
-
-    return Console(quiet=quiet, highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
-
-
-def _to_stdout(json_file: Path | None) -> bool:
-    return json_file is not None and str(json_file) == "-"
-
-
-def _write_json(values: Any, json_file: Path | None) -> None:
-    if json_file is None:
-        return
-    from refllm.json_text import json_text
-
-    if _to_stdout(json_file):
-        print(json_text(values))
-        return
-    try:
-        json_file.write_text(json_text(values) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--json {json_file} cannot be written: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

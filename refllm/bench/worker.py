@@ -3,7 +3,8 @@
     python -m refllm.bench.worker SIDE FOLDER PROMPT_TOKENS NEW_TOKENS THREADS DTYPE BACKEND
 
 SIDE is `refllm`, `transformers` or `memory`. The process loads the checkpoint in DTYPE, then answers each line on its
-standard input (`prefill`, `decode`, `outputs FILE`, `memory`) with one line of JSON.
+standard input (`prefill`, `decode`, `prefill_of TOKENS`, `decode_at CONTEXT`, `outputs FILE`, `read`) with one line of
+JSON.
 """
 
 import json
@@ -91,6 +92,9 @@ class Work:
         self.side = side
         ids = np.random.default_rng(0).integers(0, vocab_size, size=(1, prompt_tokens + new_tokens))
         self.prompt, self.rest = ids[:, :prompt_tokens], [ids[:, i : i + 1] for i in range(prompt_tokens, ids.shape[1])]
+        self._vocab_size = vocab_size
+        self._cache: Any = None
+        self._held = 0
 
     def prefill(self) -> float:
         """Seconds for the whole prompt at once."""
@@ -105,6 +109,30 @@ class Work:
         for token in self.rest:
             _, cache = self.side.forward(token, cache)
         return (time.perf_counter() - start) / len(self.rest)
+
+    def prefill_of(self, tokens: int) -> float:
+        """Seconds for a prompt of so many tokens at once."""
+        ids = self._some(tokens)
+        start = time.perf_counter()
+        self.side.forward(ids, None)
+        return time.perf_counter() - start
+
+    def decode_at(self, context: int) -> float:
+        """Seconds per token (median) behind a context of so many tokens, to which the cache of the last call is filled
+        up: contexts must grow from call to call."""
+        if context > self._held:
+            _, self._cache = self.side.forward(self._some(context - self._held), self._cache)
+        seconds = []
+        for token in self.rest:
+            start = time.perf_counter()
+            _, self._cache = self.side.forward(token, self._cache)
+            seconds.append(time.perf_counter() - start)
+        self._held = max(context, self._held) + len(self.rest)
+        return float(np.median(seconds))
+
+    def _some(self, tokens: int) -> np.ndarray:
+        """Random ids [1, tokens]."""
+        return np.random.default_rng(tokens).integers(0, self._vocab_size, size=(1, tokens))
 
     def outputs(self) -> np.ndarray:
         """Logits [1 + new_tokens, V] of the prompt's last position and of every decoded one."""
@@ -200,7 +228,7 @@ def serve(
             np.save(arguments[0].strip(), logits)
             answer({"peak_bytes": run_peak.bytes})
         else:
-            answer({"seconds": getattr(work, command)()})
+            answer({"seconds": getattr(work, command)(*map(int, arguments))})
 
 
 def answer(values: dict[str, Any]) -> None:

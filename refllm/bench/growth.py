@@ -1,0 +1,184 @@
+"""`refllm bench growth`: how time grows with the prompt, with the context and with the number of layers, on this CPU.
+
+    prefill    seconds for a prompt of n tokens
+    decode     seconds per token behind n tokens
+    check      seconds of `refllm check` on a model of n layers
+
+for the NumPy reference, the torch backend and Transformers. Through the points goes t = c n^p, a straight line in
+logarithms, fitted by least squares; p says whether twice as much takes twice as long (1) or four times (2). The slope
+between the last two points is given too: what grows like n^2 shows late.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refllm import bench
+from refllm.bench import results
+from refllm.errors import InputError
+
+Step = Callable[[str], None]
+
+SIDES = ("numpy", "torch", "transformers")
+MEASURES = ("prefill", "decode", "check")
+TOKENS = (128, 256, 512, 1024, 2048, 4096)
+LAYERS = (1, 2, 4, 8, 16)
+REPEATS = 3
+ENOUGH_SECONDS = 2.0
+"""A point is repeated up to `REPEATS` times, but not once it has taken so long."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. shape: of `bench.SHAPES`; its number of layers is what `check` varies, on check_shape.
+
+    tokens: lengths of prompts and of contexts, growing. layers: of the models that are checked. new_tokens: decoded at
+    each context. threads: of either side.
+    """
+
+    shape: str = "helium-220m"
+    check_shape: str = "helium-1m"
+    tokens: tuple[int, ...] = TOKENS
+    layers: tuple[int, ...] = LAYERS
+    new_tokens: int = 8
+    threads: int = 2
+    sides: tuple[str, ...] = SIDES
+    measures: tuple[str, ...] = MEASURES
+
+    def __post_init__(self) -> None:
+        for option, name in (("--shape", self.shape), ("--check-shape", self.check_shape)):
+            if name not in bench.SHAPES:
+                raise InputError(f"{option} {name} is not known: use {' or '.join(bench.SHAPES)}")
+        for option, numbers in (("--tokens", self.tokens), ("--layers", self.layers)):
+            if len(numbers) < 2 or any(b <= a for a, b in zip((0, *numbers), numbers, strict=False)):
+                raise InputError(f"{option} {','.join(map(str, numbers))}: at least two numbers that grow are needed")
+        for option, names, known in (("--side", self.sides, SIDES), ("--measure", self.measures, MEASURES)):
+            for name in names:
+                if name not in known:
+                    raise InputError(f"{option} {name} is not known: use {', '.join(known)}")
+
+
+def bench_growth(settings: Settings, step: Step = lambda text: None) -> dict[str, Any]:
+    """Series of times with their exponents, as plain values for JSON."""
+    start, series = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        if {"prefill", "decode"} & set(settings.measures):
+            step(f"writing random weights: {settings.shape}")
+            bench.write_shape(settings.shape, path / "model")
+            for side in settings.sides:
+                series += _lengths(side, path / "model", settings, step)
+        if "check" in settings.measures:
+            _write_layers(path, settings, step)
+            series += [_check(side, path, settings, step) for side in settings.sides]
+    return {
+        **results.stamp("growth"),
+        "machine": results.describe_machine("cpu"),
+        "versions": results.installed_versions(),
+        "settings": asdict(settings),
+        "seconds": round(time.perf_counter() - start, 1),
+        "series": sorted(series, key=lambda one: (MEASURES.index(one["what"]), SIDES.index(one["side"]))),
+    }
+
+
+def _lengths(side: str, folder: Path, settings: Settings, step: Step) -> list[dict[str, Any]]:
+    """prefill and decode of one side, in a process of its own."""
+    backend = side if side in bench.BACKENDS else "numpy"
+    how = bench.Settings(
+        prompt_tokens=8, new_tokens=settings.new_tokens, threads=settings.threads, repeats=1, backend=backend
+    )
+    found = []
+    with bench.Worker("transformers" if side == "transformers" else "refllm", folder, 8, how) as worker:
+        worker.seconds("prefill_of 8")
+        if "prefill" in settings.measures:
+            times = [_repeated(worker, n, step, side) for n in settings.tokens]
+            found.append(series_of("prefill", side, settings.tokens, times))
+        if "decode" in settings.measures:
+            times = []
+            for n in settings.tokens:
+                step(f"{side}: decode behind {n} tokens")
+                times.append(worker.seconds(f"decode_at {n}"))
+            found.append(series_of("decode", side, settings.tokens, times))
+    return found
+
+
+def _repeated(worker: bench.Worker, tokens: int, step: Step, side: str) -> float:
+    """Median seconds of a prompt."""
+    times: list[float] = []
+    while len(times) < REPEATS and sum(times) < ENOUGH_SECONDS:
+        step(f"{side}: prefill of {tokens} tokens")
+        times.append(worker.seconds(f"prefill_of {tokens}"))
+    return float(np.median(times))
+
+
+def _write_layers(folder: Path, settings: Settings, step: Step) -> None:
+    import refllm
+
+    for layers in settings.layers:
+        step(f"writing random weights: {layers} layers")
+        config = refllm.HeliumConfig(**bench.SHAPES[settings.check_shape] | {"num_hidden_layers": layers})
+        refllm.HeliumForCausalLM.from_config(config, seed=0).save_pretrained(folder / str(layers), dtype="bfloat16")
+
+
+def _check(side: str, folder: Path, settings: Settings, step: Step) -> dict[str, Any]:
+    """Seconds of a check of one side on every number of layers. Raises BenchError if it fails."""
+    from refllm.check.api import compare
+
+    ids = np.random.default_rng(0).integers(5, bench.SHAPES[settings.check_shape]["vocab_size"], 64)
+    compare(folder / str(settings.layers[0]), side, dtype="float32", input_ids=ids)  # imports, and first uses
+    times = []
+    for layers in settings.layers:
+        step(f"{side}: check of {layers} layers")
+        start = time.perf_counter()
+        reports = compare(folder / str(layers), side, dtype="float32", input_ids=ids)
+        times.append(time.perf_counter() - start)
+        if any(report.verdict == "fails" for report in reports):
+            raise bench.BenchError(f"the check of {side} on {layers} layers fails: not timed")
+    return series_of("check", side, settings.layers, times)
+
+
+def series_of(what: str, side: str, n: Sequence[int], seconds: Sequence[float]) -> dict[str, Any]:
+    """One line of the plot, with the exponents of t = c n^p: of all points, and between the last two."""
+    slope, offset = np.polyfit(np.log(n), np.log(seconds), 1)
+    last = np.log(seconds[-1] / seconds[-2]) / np.log(n[-1] / n[-2])
+    return {
+        "what": what,
+        "side": side,
+        "n": list(n),
+        "seconds": [float(t) for t in seconds],
+        "exponent": float(slope),
+        "factor": float(np.exp(offset)),
+        "exponent_at_the_end": float(last),
+    }
+
+
+def show_growth(result: dict[str, Any]) -> Any:
+    """The series as tables for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+
+    labels = {"prefill": "prefill, tokens", "decode": "decode, per token behind", "check": "check, layers"}
+    tables: list[Any] = []
+    for what in MEASURES:
+        lines = [one for one in result["series"] if one["what"] == what]
+        if not lines:
+            continue
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column(labels[what])
+        for heading in [*map(str, lines[0]["n"]), "exponent", "at the end"]:
+            table.add_column(heading, justify="right")
+        for one in lines:
+            exponents = f"{one['exponent']:.2f}", f"{one['exponent_at_the_end']:.2f}"
+            table.add_row(one["side"], *map(results.span, one["seconds"]), *exponents)
+        tables += [table, ""]
+    settings, machine = result["settings"], result["machine"]
+    tables.append(
+        f"{settings['shape']} ({settings['check_shape']} for check), float32, {settings['threads']} threads, "
+        f"{machine['processor']}; {result['seconds']} s in all"
+    )
+    return Group(*tables)

@@ -1,0 +1,127 @@
+"""One call, computed by every form of it: checked first, then timed; a row each.
+
+Nothing is timed before its output was compared with the definition, and what the timed calls themselves returned is
+compared once more.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from refllm.bench.forms import Form, NotTakenError
+from refllm.bench.probes import Checker, Judgement
+from refllm.bench.results import Row
+from refllm.bench.timer import Clock, sets_needed
+from refllm.bench.workloads import Arguments, Job, traffic_of
+
+LARGE = 1 << 30
+"""A job that moves more gives its memory back at the end, so that the next one finds it in one piece."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all rows of a run share. seconds: of timing per row."""
+
+    watch: Clock
+    ceilings: dict[str, Any]
+    seconds: float
+
+
+def measure(job: Job, forms: Iterable[Form], bench: Bench) -> Iterator[Row]:
+    """A row per form. A call that cannot be drawn (too little memory, a GPU that an earlier kernel broke) has rows that
+    say so."""
+    import torch
+
+    forms = list(forms)
+    with torch.no_grad():
+        try:
+            calls = _draw(job, forms, bench)
+            cost, checker = traffic_of(job, calls[0]), Checker(job.operator, *calls[0])
+        except Exception as error:  # the calls after this one still count
+            for form in forms:
+                row = _row(job, form, 0, 0)
+                row.note = f"not timed: the call cannot be prepared: {clause(error)}"
+                row.finding = "" if isinstance(error, torch.OutOfMemoryError) or not form.ours else row.note
+                yield row
+            return
+        for form in forms:
+            row = _row(job, form, cost.bytes, cost.flops)
+            _fill(row, form, calls, checker, bench)
+            row.rate(bench.ceilings)
+            yield row
+    if cost.bytes > LARGE and bench.watch.device == "cuda":
+        del calls, checker
+        torch.cuda.empty_cache()
+
+
+def _draw(job: Job, forms: Sequence[Form], bench: Bench) -> list[Arguments]:
+    """As many sets of inputs as the clock needs; one if nothing will be timed."""
+    first = job.draw(0)
+    timed = any(not form.note for form in forms)
+    count = sets_needed(traffic_of(job, first).bytes, bench.watch.cache_bytes) if timed else 1
+    return [first, *(job.draw(seed) for seed in range(1, count))]
+
+
+def clause(error: Exception) -> str:
+    """Type and first line of whatever a library raised."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
+def _row(job: Job, form: Form, size: int, flops: int) -> Row:
+    return Row(job.operator, job.panel, job.group, form.name, form.ours, job.dtype, job.sizes, size, flops)
+
+
+def _fill(row: Row, form: Form, calls: Sequence[Arguments], checker: Checker, bench: Bench) -> None:
+    """Checks and times one form; whatever it raises becomes the row's finding (ours) or note (a peer)."""
+    import torch
+
+    try:
+        thunk = form.bind(*calls[0])
+        if _accept(row, form, checker.judge(_poisoned(thunk, form), form.ours)):
+            _time(row, form, calls, checker, bench)
+    except NotTakenError as error:
+        row.note = f"not timed: {error}"
+    except torch.OutOfMemoryError:
+        row.note = "not timed: not enough memory"
+    except Exception as error:  # whatever a kernel or a library raises is this row's; the others still count
+        row.note = f"not timed: it raised {clause(error)}"
+        row.finding = clause(error) if form.ours else ""
+
+
+def _time(row: Row, form: Form, calls: Sequence[Arguments], checker: Checker, bench: Bench) -> None:
+    if form.note:
+        row.note = form.note
+        return
+    timed = bench.watch.time([form.bind(*call) for call in calls], bench.seconds, graph=form.graph)
+    if form.reusable and not _accept(row, form, checker.judge(timed.outputs[0], form.ours), "while timed: "):
+        return
+    row.time = timed.spread
+
+
+def _accept(row: Row, form: Form, judgement: Judgement, when: str = "") -> bool:
+    """Writes the judgement down; False if the output is wrong."""
+    row.error, row.checked = judgement.error, judgement.checked
+    if not judgement.problem:
+        return True
+    row.note = f"not timed: wrong output ({when}{judgement.problem})"
+    if form.ours:
+        row.finding = f"{when}{judgement.problem}"
+    return False
+
+
+def _poisoned(thunk: Any, form: Form) -> Any:
+    """The result of the call with NaN in all memory that Torch hands out meanwhile, if the form is ours."""
+    import torch
+
+    if not form.ours:
+        return thunk()
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # with it comes the filling of new memory
+        try:
+            return thunk()
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warns)
