@@ -14,6 +14,7 @@ import torch
 
 from refllm.errors import InputError
 from refllm.kernels import interpreter
+from refllm.kernels.targets import DEFAULT, Target
 
 Shape = TypeVar("Shape")
 
@@ -67,10 +68,20 @@ def on_device(operator: str, tensor: torch.Tensor) -> Any:
     )
 
 
-def shipped(shapes: Iterable[Shape], of_other_dtypes: Iterable[Shape]) -> Iterator[tuple[torch.dtype, Shape]]:
-    """(dtype, shape) for what a kernel file ships: bfloat16 with every shape, float16 and float32 with some.
-
-    float16 has the tiles of bfloat16 everywhere, and its instructions but for the format in their names.
-    """
+def shipped(
+    shapes: Iterable[Shape], of_other_dtypes: Iterable[Shape], target: Target
+) -> Iterator[tuple[torch.dtype, Shape]]:
+    """(dtype, shape) for what a kernel file ships: bfloat16 with every shape on every target, float16 and float32 with
+    some, where `stands_for_others`."""
     yield from ((torch.bfloat16, shape) for shape in shapes)
-    yield from ((dtype, shape) for dtype in (torch.float16, torch.float32) for shape in of_other_dtypes)
+    if stands_for_others(target):
+        yield from ((dtype, shape) for dtype in (torch.float16, torch.float32) for shape in of_other_dtypes)
+
+
+def stands_for_others(target: Target) -> bool:
+    """Whether float16 and float32 are compiled ahead of time for it: one target of NVIDIA, and AMD's.
+
+    float16 has the tiles of bfloat16, and its instructions but for the format in their names; float32 uses no tensor
+    cores and has one tile on all of NVIDIA's.
+    """
+    return target == DEFAULT or target.is_amd

@@ -159,32 +159,6 @@ def test_decode_and_chunks_equal_prefill(causal: tuple[Model, FastModel]) -> Non
         close(torch.cat(parts, dim=1), whole)
 
 
-def test_causal_prefix(causal: tuple[Model, FastModel]) -> None:
-    _, fast = causal
-    tokens = ids(1, 8)
-    other = tokens.copy()
-    other[:, 5:] = (other[:, 5:] + 1 - PAD) % (VOCAB - PAD) + PAD
-    assert torch.equal(fast(input_ids=tokens).logits[:, :5], fast(input_ids=other).logits[:, :5])
-
-
-def test_row_alone_is_row_in_batch(causal: tuple[Model, FastModel]) -> None:
-    _, fast = causal
-    tokens = ids(3, 5)
-    batch = fast(input_ids=tokens).logits
-    for row in range(3):  # the matrix products are the library's, which may add in another order for one row
-        close(fast(input_ids=tokens[row : row + 1]).logits[0], batch[row])
-
-
-def test_left_padding_changes_nothing(causal: tuple[Model, FastModel]) -> None:
-    _, fast = causal
-    tokens = ids(1, 5)
-    padded = np.concatenate([np.full((1, 3), PAD), tokens], axis=1)
-    mask = np.array([[0] * 3 + [1] * 5])
-    positions = np.array([[0, 0, 0, 0, 1, 2, 3, 4]])
-    found = fast(input_ids=padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
-    close(found, fast(input_ids=tokens).logits)
-
-
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_greedy_generation_is_the_reference_s(checkpoint: str, backend: str) -> None:
     folder = golden.checkpoints()[checkpoint]

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from refllm.kernels import arguments, tuning
-from refllm.kernels.launch import Launch, on_device
+from refllm.kernels.launch import Launch, on_device, stands_for_others
 from refllm.kernels.layout import CHUNK as ALIGNED
 from refllm.kernels.layout import chunk_length, dense
 from refllm.kernels.targets import DEFAULT, Target, target_of
@@ -213,9 +213,10 @@ def plan(
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     """Every configuration that ships: each head dimension and each number of query rows, for caches [B, N, K, D]."""
     half, full = torch.bfloat16, torch.float32
-    one_token = [(half, D, 4, 1) for D in (16, 40, 64, 80, 96, 128, 160, 192, 256)]
+    one_token = [(half, D, 4, 1) for D in (16, 40, 64, 80, 128, 160, 192, 256)]
     few_tokens = [(half, 128, 4, 8), (half, 80, 8, 8), (half, 256, 8, 8)]
-    others = [(torch.float16, 128, 4, 1), (full, 80, 4, 1), (full, 256, 4, 1), (full, 256, 8, 8)]
+    others = [(torch.float16, 96, 4, 1), (full, 80, 4, 1), (full, 256, 4, 1), (full, 256, 8, 8)]
+    others = others if stands_for_others(target) else []
     for dtype, D, group, S in (*one_token, *few_tokens, *others):
         q = torch.empty(2, S, 2 * group, D, dtype=dtype, device="meta").transpose(1, 2)
         cache = torch.empty(2, 4096, 2, D, dtype=dtype, device="meta").transpose(1, 2)

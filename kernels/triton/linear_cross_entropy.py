@@ -171,7 +171,7 @@ def plan(
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     """Every configuration that ships, by a name for it: Helium's, Llama's, AFM's and a ragged head."""
     for dtype, (V, E) in shipped(
-        ((48_000, 2560), (128_256, 2048), (128_005, 2560), (1000, 100)), ((128_256, 2048), (1000, 100))
+        ((48_000, 2560), (128_256, 2048), (128_005, 2560), (1000, 100)), ((128_256, 2048), (1000, 100)), target
     ):
         x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((256, E), (V, E)))
         labels = torch.empty(256, dtype=torch.int64, device="meta")

@@ -137,7 +137,7 @@ def plan(
 
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     """Every configuration that ships, by a name for it: real and odd heads, with tables in float32."""
-    for dtype, (H, K, D, R, interleaved) in shipped(HEADS, HEADS[:2]):
+    for dtype, (H, K, D, R, interleaved) in shipped(HEADS, HEADS[:2], target):
         q, k = (torch.empty(2, 64, n, D, dtype=dtype, device="meta").transpose(1, 2) for n in (H, K))
         q_weight, k_weight = (torch.empty(n, D, dtype=dtype, device="meta") for n in (H, K))
         table = torch.empty(64, R // 2, device="meta")

@@ -285,7 +285,7 @@ SHAPES = (
 
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     """Every configuration that ships, by a name for it: decode and prefill, with and without cache."""
-    for dtype, (name, E, H, K, D, R, interleaved) in shipped(SHAPES, SHAPES[:2]):
+    for dtype, (name, E, H, K, D, R, interleaved) in shipped(SHAPES, SHAPES[:2], target):
         for S, cached in ((1, True), (512, False)):
             x, norm, w = (torch.empty(s, dtype=dtype, device="meta") for s in ((4, S, E), (E,), ((H + 2 * K) * D, E)))
             table = torch.empty((4, S, R // 2), device="meta")
