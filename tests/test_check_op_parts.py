@@ -1,6 +1,9 @@
 """What `check_op` is made of: the judgement of values, the formulas of reproductions, sizes, and tiles in words."""
 
+import importlib
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ pytest.importorskip("hypothesis")
 
 from refllm import ops
 from refllm.opcheck import limits
+from refllm.opcheck.candidate import uses_triton
 from refllm.opcheck.expected import expect
 from refllm.opcheck.formulas import FORMULAS
 from refllm.opcheck.judge import judge
@@ -135,3 +139,18 @@ def test_tiles_in_words() -> None:
         said
         == "head dim 2 (of 8) of all 3 positions of every second of the query heads from 1 (of 4) of all 2 batch rows"
     )
+
+
+def test_kernels_of_another_package_are_found_through_the_file_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "somebodys_kernels.py").write_text("import triton\n\n\ndef relu2(x):\n    return x\n")
+    (tmp_path / "my_wrapper.py").write_text(
+        "from somebodys_kernels import relu2\n\n\ndef mine(x):\n    return relu2(x)\n"
+    )
+    (tmp_path / "my_torch.py").write_text("import torch\n\n\ndef mine(x):\n    return torch.relu(x)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, found in (("my_wrapper", True), ("my_torch", False)):
+        assert uses_triton(importlib.import_module(name).mine) == found
+        monkeypatch.delitem(sys.modules, name)

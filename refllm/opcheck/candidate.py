@@ -60,7 +60,8 @@ def load(candidate: Any, *, arrays: str = "torch", device: str = "cpu") -> Candi
 
 
 def uses_triton(function: Any) -> bool:
-    """Whether the module of a function has Triton kernels, or imports a module of the same package that has.
+    """Whether the module of a function has Triton kernels, or imports something of a module that has: of its own
+    package, or of another one that it names itself.
 
     A function that has an attribute `uses_triton` says so itself.
     """
@@ -86,11 +87,16 @@ def _modules(function: Any, seen: set[str]) -> Iterator[types.ModuleType]:
         root = name.split(".")[0]
         for value in list(vars(module).values()):
             where = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-            if isinstance(where, str) and where.split(".")[0] == root and where in sys.modules:
+            if not isinstance(where, str) or where not in sys.modules:
+                continue
+            other = where.split(".")[0]
+            if other == root or (module is start and other not in _NOT_FOLLOWED):
                 waiting.append(sys.modules[where])
 
 
-_NOT_SEARCHED = {"torch", "numpy", "triton", "builtins", "typing", "collections", "functools", "transformers"}
+_NOT_SEARCHED = {"torch", "numpy", "triton", "transformers", *sys.stdlib_module_names}
+_NOT_FOLLOWED = {"refllm", "pytest", "_pytest", "hypothesis"}
+"""Packages that a candidate's module may name though the candidate does not run on them."""
 
 
 def _has_triton(module: types.ModuleType) -> bool:
