@@ -236,6 +236,38 @@ def test_infinities_in_split_products_stay_infinite() -> None:
         assert dotted(a, b, precision)[0].isposinf().all(), precision
 
 
+@triton.jit
+def rows_by_columns(a, b, c, a_strides, b_strides, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], tl.arange(0, K)
+    left = tl.load(a + m * a_strides[0] + k[None, :] * a_strides[1])
+    right = tl.load(b + k[:, None] * b_strides[0] + n * b_strides[1])
+    tl.store(c + m * N + n, tl.dot(left, right, input_precision="ieee"))
+    tl.store(c + M * N + n * M + m, tl.trans(tl.dot(tl.trans(right), tl.trans(left), input_precision="ieee")))
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (64, 16, 32), (16, 64, 64), (32, 128, 64), (128, 32, 256)])
+def test_an_element_of_a_dot_is_the_same_in_any_row_column_and_layout(sizes: tuple[int, int, int]) -> None:
+    """To the bit, as on a GPU: that a row is the same whatever its batch mates can be tested on a CPU then."""
+    M, N, K = sizes
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(M, K, generator=generator), torch.randn(K, N, generator=generator)
+
+    def run(a: Any, b: Any) -> Any:
+        c = torch.zeros(2, M * N)
+        rows_by_columns[(1,)](a, b, c, a.stride(), b.stride(), M=M, N=N, K=K)
+        assert torch.equal(c[0].view(M, N), c[1].view(N, M).T)
+        return c[0].view(M, N)
+
+    expected = run(a, b)
+    torch.testing.assert_close(expected, a @ b, rtol=0, atol=1e-4)
+    rows, columns = torch.randperm(M, generator=generator), torch.randperm(N, generator=generator)
+    assert torch.equal(run(a[rows], b[:, columns]), expected[rows][:, columns])
+    assert torch.equal(run(a.T.contiguous().T, b.T.contiguous().T), expected)
+    only = torch.zeros(M, K)
+    only[M - 1] = a[0]
+    assert torch.equal(run(only, b)[M - 1], expected[0])
+
+
 def test_a_dot_that_is_too_small_is_refused() -> None:
     a = torch.ones(4, 4)
     with pytest.raises(KernelError, match=r"product, program 0, test_interpreter.py:\d+: .*K >= (8|16)"):  # 8 in 3.9

@@ -428,8 +428,8 @@ def test_eager_code_gets_no_nan_behind_a_mask_and_a_key_for_every_row() -> None:
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_sizes_and_layouts_at_edges_occur(operator: str, of_call: Any, wanted: set[Any]) -> None:
-    found = {of_call(call) for call in drawn(operator, None, count=800 if operator == "cross_entropy" else 200)}
-    assert len(wanted - found) <= 1, wanted - found
+    # The rarest is one in about 60; Hypothesis draws some calls twice.
+    assert not wanted - {of_call(call) for call in drawn(operator, None, count=800)}
 
 
 # ------------------------------------------------------------------------------------------------------------ shrinking

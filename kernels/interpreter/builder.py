@@ -197,14 +197,14 @@ class Builder(InterpreterBuilder):
     ) -> TensorHandle:
         left, right, start = _data(a), _data(b), _data(d)
         if start.dtype.kind in "iu":
-            return _handle(np.matmul(left.astype(np.int32), right.astype(np.int32)) + start, d.dtype.scalar)
+            return _handle(_matmul(left.astype(np.int32), right.astype(np.int32)) + start, d.dtype.scalar)
         if start.dtype == np.float64:
-            return _handle(np.matmul(left, right) + start, d.dtype.scalar)
+            return _handle(_matmul(left, right) + start, d.dtype.scalar)
         left, right = left.astype(np.float32, copy=False), right.astype(np.float32, copy=False)
         if self.tf32 and a.dtype.scalar == tl.float32:
             product = _product_of_float32(left, right, input_precision)
         else:
-            product = np.matmul(left, right)
+            product = _matmul(left, right)
         return _handle(product + start.astype(np.float32, copy=False), d.dtype.scalar)
 
     # -- pointers --------------------------------------------------------------------------------------------------
@@ -361,21 +361,31 @@ def pointer(address: int, dtype: Any, origin: Argument) -> TensorHandle:
     return Handle(np.array([address], np.uint64), dtype, {ORIGIN: origin})
 
 
+def _matmul(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """left @ right, [..., M, K] x [..., K, N], every element summed over k in the one order 0, 1, 2, ...
+
+    So an element is the same in whatever row or column of a tile it stands, as on a GPU. Not np.matmul: its BLAS adds
+    in an order that depends on the place in the tile, on the layout, and on which of its kernels suits the processor.
+    """
+    # einsum takes the order of its loops from the strides; of dense operands the innermost one is over N.
+    return np.einsum("...mk,...kn->...mn", np.ascontiguousarray(left), np.ascontiguousarray(right))
+
+
 def _product_of_float32(left: np.ndarray, right: np.ndarray, precision: Any) -> np.ndarray:
     """tl.dot of float32: exact products, or those of the narrower operands that the tensor cores are given."""
     if precision == ir.INPUT_PRECISION.TF32:
-        return np.matmul(formats.truncate_tf32(left), formats.truncate_tf32(right))
+        return _matmul(formats.truncate_tf32(left), formats.truncate_tf32(right))
     if precision not in _SPLITS:
-        return np.matmul(left, right)
+        return _matmul(left, right)
     rounding, parts, reach = _SPLITS[precision]
     lefts, rights = (_split(x, rounding, parts) for x in (left, right))
     product = np.zeros(1, np.float32)
     for order in range(reach, 0, -1):  # the smallest products first
         for i in range(order + 1):
             if i < parts and order - i < parts:
-                product = product + np.matmul(lefts[i], rights[order - i])
+                product = product + _matmul(lefts[i], rights[order - i])
     # An infinity times the rest 0 of a number is NaN; Triton drops it (F32DotTC.cpp, replaceNansWithZeros).
-    return np.where(np.isnan(product), 0, product) + np.matmul(lefts[0], rights[0])
+    return np.where(np.isnan(product), 0, product) + _matmul(lefts[0], rights[0])
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
