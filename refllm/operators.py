@@ -5,6 +5,7 @@ recorded.
 """
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any, Protocol
 
@@ -60,10 +61,8 @@ class Operators(Taps):
         self.recorder = recorder
         self.scope = scope
         self._bound: dict[str, Callable[..., Any]] = {name: partial(getattr(ops, name), ar=ar) for name in _BOUND}
-        self._bound["attention"] = self._attention
-        if (
-            not ar.emulates_torch
-        ):  # a torch kernel treats the end of an array unlike its middle; pieces would move the end
+        # A torch kernel treats the end of an array unlike its middle; pieces would move the end.
+        if not ar.emulates_torch:
             for name in _ROW_BY_ROW:
                 self._bound[name] = partial(_in_pieces, self._bound[name])
 
@@ -75,9 +74,11 @@ class Operators(Taps):
 
     def within(self, scope: str) -> "Operators":
         """The same operators, whose taps are named `scope` + "." + name."""
-        return Operators(self.ar, self.recorder, f"{scope}.")
+        within = copy(self)  # what is bound, it shares
+        within.scope = f"{scope}."
+        return within
 
-    def _attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, **masking: Any) -> np.ndarray:
+    def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, **masking: Any) -> np.ndarray:
         """`ops.attention`; scores and weights are kept as whole arrays only for a recorder who wants them."""
         wanted = self.wanted("self_attn.scores", "self_attn.probs")
         tap = (lambda name, value: self.tap(f"self_attn.{name}", value)) if wanted else None
