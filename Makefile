@@ -38,7 +38,7 @@ format: .venv/ready-to-test  ## let ruff lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/ready-to-check  ## speed and memory on this CPU, against Transformers
+bench: .venv/ready-to-test  ## speed and memory on this CPU, against Transformers
 	$(BIN)/refllm bench cpu
 
 # On a machine that has torch, triton and a GPU already, with or without a network: installs nothing but this project,

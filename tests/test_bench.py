@@ -54,6 +54,46 @@ def test_report_names_the_figures(result: dict[str, Any], capsys: pytest.Capture
     assert "prefill, 8 tokens" in out
 
 
+def test_kernels_of_numpys_blas_are_named_and_who_chose_them(
+    result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kernels for an older processor the same NumPy takes half as long again."""
+    import threadpoolctl
+
+    from refllm.bench.report import show_bench
+
+    def last_line() -> str:
+        lib = {"user_api": "blas", "internal_api": "openblas", "version": "1.2", "architecture": "Zen"}
+        own = lib | {"filepath": "/x/numpy.libs/libscipy_openblas64_.so"}
+        other = lib | {"filepath": "/x/torch/lib/libopenblas.so", "architecture": "Other"}
+        monkeypatch.setattr(threadpoolctl, "threadpool_info", lambda: [other, own])
+        machine = result["machine"] | {"blas": bench.numpy_blas()}
+        return str(show_bench(result | {"machine": machine}).renderables[-1])
+
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    assert last_line() == "NumPy's matrix products: openblas 1.2, Zen kernels"
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
+    assert "because OPENBLAS_CORETYPE=Zen" in last_line()
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    assert bench.numpy_blas() is None
+
+
+def test_memory_of_a_model_is_measured_with_and_without_low_memory() -> None:
+    from refllm.bench.memory import bench_memory, show_memory
+
+    found = bench_memory("helium-1m", 4)
+    weights = 4 * found["parameters"]
+    full, low = found["modes"]["float32"], found["modes"]["low_memory"]
+    assert full["finite"]
+    assert low["finite"]
+    if bench_worker.anonymous_bytes():
+        # Small as the model is, what loading imports counts too, on both sides.
+        assert full["load_peak"] - low["load_peak"] > 0.5 * weights
+    assert "0.9 million parameters" in str(show_memory(found).title)
+    with pytest.raises(InputError, match="--shape helium-9b"):
+        bench_memory("helium-9b", 4)
+
+
 def test_weight_bytes_leave_out_the_embedding_table_but_not_a_tied_one(checkpoint: Path, tmp_path: Path) -> None:
     import refllm
 

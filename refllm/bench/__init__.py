@@ -231,10 +231,12 @@ def summary(
     peaks: dict[str, int],
 ) -> dict[str, Any]:
     """The figures: per job both sides' timings and the ratio ours / theirs; decode also against reading the weights."""
+    from refllm.bench.results import describe_machine, installed_versions
+
     values: dict[str, Any] = {
         "settings": asdict(settings),
-        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": versions(),
+        "machine": describe_machine("cpu"),
+        "versions": installed_versions(),
         "weights": weights,
         "output_difference": difference,
     }
@@ -255,13 +257,6 @@ def summary(
     return values
 
 
-def versions() -> dict[str, str]:
-    """Of the packages whose speed this is."""
-    from importlib.metadata import version
-
-    return {package: version(package) for package in ("refllm", "numpy", "torch", "transformers")}
-
-
 def processor_name() -> str:
     """The processor's name, or its architecture where the system does not tell."""
     try:
@@ -270,3 +265,23 @@ def processor_name() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def numpy_blas() -> str | None:
+    """What computes NumPy's matrix products in this process: "openblas 0.3.31, SkylakeX kernels".
+
+    None without threadpoolctl. OpenBLAS picks its kernels by the processor, or as OPENBLAS_CORETYPE says: those of an
+    older processor take 1.5 times as long.
+    """
+    try:
+        from threadpoolctl import threadpool_info
+    except ModuleNotFoundError:
+        return None
+    # Torch brings a BLAS of its own, in a folder of its own.
+    found = [
+        lib for lib in threadpool_info() if lib["user_api"] == "blas" and "torch" not in Path(lib["filepath"]).parts
+    ]
+    if not found:
+        return None
+    name = f"{found[0]['internal_api']} {found[0]['version']}"
+    return f"{name}, {found[0]['architecture']} kernels" if found[0].get("architecture") else name

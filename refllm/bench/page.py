@@ -98,7 +98,8 @@ def _section(name: str, result: Result, images: Sequence[str]) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in result.get("versions", {}).items() if version)
     text = f"## {name.removesuffix('.json')}\n\n"
-    text += f"{machine.get('gpu') or machine['processor']}; {versions}; {result['date']}  \n`{result['command']}`\n\n"
+    where = machine.get("gpu") or ", ".join(filter(None, (machine["processor"], machine.get("blas"))))
+    text += f"{where}; {versions}; {result['date']}  \n`{result['command']}`\n\n"
     text += _BODIES.get(result["bench"], _calls)(result)
     stem = name.removesuffix(".json")
     shown = [image for image in images if image.startswith(f"{stem}.") or image.startswith(f"{stem}-")]

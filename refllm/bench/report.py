@@ -1,5 +1,6 @@
 """Results of `refllm bench` as tables for a terminal."""
 
+import os
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -21,7 +22,18 @@ def show_bench(result: dict[str, Any]) -> RenderableType:
         f"({read['bytes_per_second'] / 1e9:.1f} GB/s): decode takes {result['decode']['ratio_to_read']:.2f} x that"
     )
     agree = f"outputs agree to {result['output_difference']:.1e} (relative rms)"
-    return Group(title, _speed(result, settings), "", _memory(result), "", bound, agree)
+    parts: list[RenderableType] = [title, _speed(result, settings), "", _memory(result), "", bound, agree]
+    if machine["blas"] and settings["backend"] == "numpy":
+        parts.append(f"NumPy's matrix products: {machine['blas']}{_asked_for()}")
+    return Group(*parts)
+
+
+def _asked_for() -> str:
+    """Who chose the kernels, if not OpenBLAS itself."""
+    kernels = os.environ.get("OPENBLAS_CORETYPE")
+    return (
+        f", because OPENBLAS_CORETYPE={kernels}; without it OpenBLAS takes what suits the processor" if kernels else ""
+    )
 
 
 def _speed(result: dict[str, Any], settings: dict[str, int]) -> Table:

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from refllm.bench import processor_name
+from refllm.bench import numpy_blas, processor_name
 from refllm.bench.timer import Spread
 
 FORMAT = 1
@@ -80,6 +80,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
+        "blas": numpy_blas(),
         "gpu": None,
     }
     if device == "cuda":
