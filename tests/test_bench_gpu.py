@@ -501,11 +501,13 @@ def test_a_wrong_kernel_ends_with_exit_code_1(
 
 
 def test_growth_fits_exponents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    line = growth.series_of("prefill", "numpy", [1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0])
+    line = growth.series_of("prefill", "numpy", {1: [3.0], 2: [12.0], 4: [48.0], 8: [192.0]})
     assert line["exponent"] == pytest.approx(2)
     assert line["factor"] == pytest.approx(3)
-    bent = growth.series_of("prefill", "numpy", [1, 2, 4], [1.0, 2.0, 8.0])
+    bent = growth.series_of("prefill", "numpy", {1: [1.0, 0.9, 7.0], 2: [2.0], 4: [8.0]})
     assert (bent["exponent"], bent["exponent_at_the_end"]) == (pytest.approx(1.5), pytest.approx(2))
+    assert [bent[name][0] for name in ("seconds", "lowest", "highest", "passes")] == [1.0, 0.9, 7.0, 3]
+    monkeypatch.setattr(growth, "REPEATS", 1)
     options = ["--shape", "helium-1m", "--tokens", "8,16", "--layers", "1,2", "--new-tokens", "1", "--threads", "1"]
     result = _run_and_read(monkeypatch, tmp_path, "growth", *options, "--side", "numpy")
     assert [(one["what"], one["side"]) for one in result["series"]] == [
