@@ -153,6 +153,7 @@ def generate(
     )
     criteria = _criteria(config, stopping_criteria or (), tokenizer, limits)
     recorder = _recorder(config)
+    only_the_largest = not (config.do_sample or num_beams > 1 or processors or recorder.reads_logits)
     decoder = Decoder(
         model=model,
         mask_BM=mask,
@@ -161,6 +162,7 @@ def generate(
         cache=_cache(config, prompt, model),
         chunk_size=config.prefill_chunk_size,
         options={name: True for name in ("output_attentions", "output_hidden_states") if getattr(config, name)},
+        greedy=getattr(model, "greedy_tokens", None) if only_the_largest else None,
     )
     random = _random(seed) if config.do_sample else None
     if streamer is not None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from refllm import cli, kernels
-from refllm.bench import ceilings, eager, growth, model_forms, page, process, results, targets, timer, whole_models
+from refllm.bench import ceilings, eager, growth, model_forms, page, process, results, timer, whole_models
 from refllm.bench import kernels as kernel_bench
 from refllm.bench import models as model_bench
 from refllm.bench.forms import Form, forms
@@ -370,24 +370,6 @@ def test_a_call_that_cannot_be_prepared_is_a_row_and_the_next_one_counts() -> No
     assert (rows[1].finding, rows[1].time is None) == ("", False)
 
 
-def test_a_model_that_cannot_be_made_is_a_row_and_the_next_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = model_bench.prepare
-
-    def prepare(name: str, *rest: Any) -> Any:
-        if name == "helium-220m":
-            raise RuntimeError("an illegal memory access was encountered")
-        return right(name, *rest)
-
-    monkeypatch.setattr(model_bench, "prepare", prepare)
-    names = ("helium-220m", "helium-1m")
-    settings = model_bench.Settings(**SMALL, models=names, batches=(1,), lengths=(4,), forms=("torch",))
-    result = model_bench.bench_prefill(settings)
-    assert [row["panel"] for row in result["rows"]] == list(names)
-    assert "illegal memory access" in result["rows"][0]["finding"]
-    assert result["rows"][1]["time"]
-    assert result["verdict"] == "fails"
-
-
 # -- peers that are not there ------------------------------------------------------------------------------------------
 
 
@@ -410,64 +392,6 @@ def test_a_peer_without_the_operator_and_a_backend_without_the_call_are_rows() -
     rows = {row.form: row for row in measure(job, list(forms("attention", "cpu", ("sdpa",)))[1:], bench)}
     assert rows["sdpa cudnn"].note == "not timed: it does not take this call"
     assert rows["sdpa math"].time is not None
-
-
-def test_without_transformers_the_models_are_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    settings = model_bench.Settings(**SMALL, batches=(1,), prompt=4, new=4, forms=("torch", "transformers"))
-    result = model_bench.bench_decode(settings)
-    notes = {row["form"]: row["note"] for row in result["rows"]}
-    assert notes["transformers"] == "not timed: transformers is not installed"
-    assert result["verdict"] == "holds"
-    assert all(row["time"] for row in result["rows"] if row["form"].startswith("torch"))
-
-
-# -- whole models ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [name for name in whole_models.MODELS if name not in ("helium-220m", "helium-1m")])
-def test_published_models_are_built_and_agree_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cls, sizes = whole_models.MODELS[name]
-    narrow = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4 if sizes["num_key_value_heads"] >= 20 else 2}
-    reduced = {**sizes, **narrow, **heads, "bos_token_id": 1, "eos_token_id": 2}
-    reduced |= {"head_dim": 16} if "head_dim" in sizes else {}
-    monkeypatch.setitem(whole_models.MODELS, "narrow", (cls, reduced))
-    whole = whole_models.Whole("narrow", "float32", "cpu")
-    error, problem = whole.check("torch")
-    assert not problem
-    assert 0 < error < 1e-5
-    ids = whole.prompt(2, 9)
-    ours, theirs = (model_forms.last_logits(model, ids) for model in (whole.fast("torch"), whole.transformers()))
-    assert whole_models.relative_error(ours, theirs) < 1e-5
-
-
-def test_a_model_whose_decoding_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from refllm.kernels.models import cache
-
-    right = cache.TorchLayerCache.append
-    monkeypatch.setattr(cache.TorchLayerCache, "append", lambda self, k, v: right(self, k * 1.05, v))
-    monkeypatch.setattr(model_bench, "generated", lambda *_: pytest.fail("timed"))
-    settings = model_bench.Settings(**SMALL, batches=(1,), prompt=4, new=4, forms=("torch",))
-    result = model_bench.bench_decode(settings)
-    (row,) = result["rows"]
-    assert result["verdict"] == "fails"
-    assert "logits of 2 layers off by" in row["finding"]
-    assert row["time"] is None
-
-
-def test_rate_of_generation_leaves_out_prompt_and_recording() -> None:
-    clock = {"now": 0.0}
-    watch = SimpleNamespace(synchronize=lambda: None)
-
-    def generate(n: int) -> None:
-        clock["now"] += 7.0 + (0.5 if n > 1 else 0.0) + 0.01 * (n - 1)  # prompt, recording, steps
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_bench.time, "perf_counter", lambda: clock["now"])
-        found, first = model_bench.generated(generate, 32, Bench(watch, CEILINGS, 0.0))  # type: ignore[arg-type]
-    assert found.median == pytest.approx(0.01)
-    assert first == pytest.approx(0.5)
 
 
 # -- what comes out ----------------------------------------------------------------------------------------------------
@@ -577,11 +501,13 @@ def test_a_wrong_kernel_ends_with_exit_code_1(
 
 
 def test_growth_fits_exponents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    line = growth.series_of("prefill", "numpy", [1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0])
+    line = growth.series_of("prefill", "numpy", {1: [3.0], 2: [12.0], 4: [48.0], 8: [192.0]})
     assert line["exponent"] == pytest.approx(2)
     assert line["factor"] == pytest.approx(3)
-    bent = growth.series_of("prefill", "numpy", [1, 2, 4], [1.0, 2.0, 8.0])
+    bent = growth.series_of("prefill", "numpy", {1: [1.0, 0.9, 7.0], 2: [2.0], 4: [8.0]})
     assert (bent["exponent"], bent["exponent_at_the_end"]) == (pytest.approx(1.5), pytest.approx(2))
+    assert [bent[name][0] for name in ("seconds", "lowest", "highest", "passes")] == [1.0, 0.9, 7.0, 3]
+    monkeypatch.setattr(growth, "REPEATS", 1)
     options = ["--shape", "helium-1m", "--tokens", "8,16", "--layers", "1,2", "--new-tokens", "1", "--threads", "1"]
     result = _run_and_read(monkeypatch, tmp_path, "growth", *options, "--side", "numpy")
     assert [(one["what"], one["side"]) for one in result["series"]] == [
@@ -686,69 +612,6 @@ def test_page_is_what_the_command_renders(monkeypatch: pytest.MonkeyPatch) -> No
     folder = ROOT / "docs" / "benchmarks"
     text = page.render(page.load(folder), page.pictures(folder), page.pages(folder))
     assert (folder / page.PAGE).read_text(encoding="utf-8") == text, "run: refllm bench page"
-
-
-def _fake(bench: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "bench": bench,
-        "date": "2026-01-02",
-        "command": f"refllm bench {bench}",
-        "verdict": "holds",
-        "machine": {"device": "cuda", "gpu": "NVIDIA H200", "processor": "x"},
-        "settings": {},
-        "ceilings": {"copy_bytes_per_second": 4e12, "flops_per_second": {"bfloat16": 8e14}},
-        "rows": rows,
-        "left_out": [],
-    }
-
-
-def _fake_row(what: str, form: str, seconds: float, share: float, **sizes: int) -> dict[str, Any]:
-    row = results.Row(what, "layer", str(sizes), form, form == "triton", "bfloat16", sizes, 8, 8)
-    row.time = spread([seconds], "x")
-    row.figures = {"share": share, "bound": "memory", "bytes_per_second": 1e12, "flops_per_second": 1e12}
-    return row.to_dict()
-
-
-def test_targets_are_read_off_the_results() -> None:
-    found = {
-        "kernels.json": _fake(
-            "kernels",
-            [
-                _fake_row("rms_norm", "triton", 2.0, 0.93, B=1, S=4096),
-                _fake_row("rms_norm", "liger", 3.0, 0.6, B=1, S=4096),
-                _fake_row("rope", "triton", 2.0, 0.88, B=1, S=4096),
-                _fake_row("rope", "triton", 2.0, 0.11, B=1, S=1),
-            ],
-        ),
-        "attention.json": _fake(
-            "attention",
-            [
-                _fake_row("attention", "triton", 2.0, 0.5, B=1, S=8192, D=80),
-                _fake_row("attention", "sdpa flash", 3.0, 0.3, B=1, S=8192, D=80),
-                _fake_row("attention", "sdpa cudnn", 5.0, 0.3, B=1, S=8192, D=80),
-            ],
-        ),
-    }
-    text = page.render(found)
-    assert "88 to 93 % (2 calls)" in text
-    assert "| 1.0 x | 1.5 x | `refllm bench kernels`" in text
-    assert "| 1.3 x | 1.5 x | `refllm bench attention`" in text
-    line = next(line for line in text.splitlines() if "D 128, 4k to 16k" in line)
-    assert "| not measured |" in line
-    assert "## decode on a GPU\n\nnot measured" in text
-    assert "## kernels on a GPU" not in text
-
-
-def test_without_any_result_every_target_is_not_measured() -> None:
-    text = page.render({})
-    assert text.count(f"| {page.NOT_MEASURED} |") == len(targets.TARGETS)
-
-
-def test_cpu_results_do_not_count_for_gpu_targets() -> None:
-    rows = [_fake_row("rms_norm", "triton", 2.0, 0.93, B=1, S=4096)]
-    result = _fake("kernels", rows)
-    result["machine"] = {"device": "cpu", "gpu": None, "processor": "x"}
-    assert page.render({"a.json": result}).count(f"| {page.NOT_MEASURED} |") == len(targets.TARGETS)
 
 
 # -- mistakes of the user ----------------------------------------------------------------------------------------------

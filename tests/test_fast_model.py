@@ -1,6 +1,7 @@
 """The fast models: every family and head on Torch and on (interpreted) Triton, against the reference."""
 
 import os
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from refllm.cache import DynamicCache
 from refllm.check.api import compare
 from refllm.errors import InputError
 from refllm.families import CLASSES
+from refllm.generation import decoding
 from refllm.inputs import to_numpy
 from refllm.kernels.fusions import fusions
 from refllm.kernels.models.decode import DecodeStep
@@ -187,13 +189,82 @@ def test_recorded_step_of_decoding_is_the_ordinary_call(causal: tuple[Model, Fas
         for i in range(4, 7):
             expected = fast(input_ids=tokens[:, i : i + 1], past_key_values=ordinary).logits
             assert step.fits(stepped)
-            found = step.run(tokens[:, i : i + 1], np.full((2, 1), i))
+            found = step.run(stepped, tokens[:, i : i + 1], np.full((2, 1), i))
             close(found, expected)
             assert stepped.get_seq_length() == ordinary.get_seq_length() == i + 1
     stepped.reorder_cache(np.array([1, 0]))
     assert step.fits(stepped)
     stepped.batch_repeat_interleave(2)
     assert not step.fits(stepped)
+
+
+def test_a_recorded_step_goes_when_its_cache_goes_and_serves_it_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds a graph and the tensors of the cache: gigabytes, of a conversation that is over."""
+    _, fast = pair("LlamaForCausalLM", "torch")
+    monkeypatch.setattr(fast, "records_decoding", True)
+    made: list[DecodeStep] = []
+    right = DecodeStep.__init__
+    monkeypatch.setattr(DecodeStep, "__init__", lambda self, *rest: made.append(self) or right(self, *rest))
+    one, other = fast.new_cache(8), fast.new_cache(8)
+    for store in (one, other):
+        fast(input_ids=ids(1, 3), past_key_values=store)
+    for i in range(3):
+        for store in (one, other):  # in turns
+            fast(input_ids=ids(1, 1, seed=i), past_key_values=store)
+    assert len(made) == 2
+    steps = [weakref.ref(step) for step in made]
+    made.clear()
+    del store, other
+    assert [step() is None for step in steps] == [False, True]
+    del one
+    assert steps[0]() is None
+    fast.generate(ids(1, 3), max_new_tokens=4, do_sample=False)
+    assert len(made) == 1
+    assert len(fast._steps) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_greedy_tokens_are_those_of_argmax_on_the_host(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.integers(-3, 4, (64, 1000)).astype(np.float32)).to(dtype)  # many equal ones
+    logits[0] = -torch.inf
+    logits[1] = 0.0
+    logits[2, 400:] = -0.0
+    logits[3, 7] = logits[3, 900] = torch.inf
+    logits[4:20, 900] = torch.nan
+    logits[12:20, 30] = torch.nan
+    logits[20] = torch.nan
+    for some in (logits, logits.t().contiguous().t(), logits[:, 1::3]):
+        found = FastModel.greedy_tokens(some.to(DEVICE))
+        assert found.dtype == np.int64
+        assert np.array_equal(found, np.argmax(to_numpy(some), axis=-1))
+
+
+def test_greedy_generation_reads_no_logits_on_the_host_unless_something_else_needs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, fast = pair("LlamaForCausalLM", "torch")
+    prompt = ids(2, 5)
+    read: list[Any] = []
+    right = decoding.to_numpy
+    monkeypatch.setattr(decoding, "to_numpy", lambda logits: read.append(logits) or right(logits))
+    tokens = fast.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=int(prompt[0, 0]), pad_token_id=0)
+    assert not read
+    ways: list[dict[str, Any]] = [
+        {"logits_processor": [lambda ids, scores: scores]},
+        {"output_scores": True, "return_dict_in_generate": True},
+        {"output_logits": True, "return_dict_in_generate": True},
+        {"repetition_penalty": 1.5},
+        {"do_sample": True, "seed": 0},
+        {"num_beams": 2},
+    ]
+    for way in ways:
+        read.clear()
+        settings = {"do_sample": False, "eos_token_id": int(prompt[0, 0]), "pad_token_id": 0, **way}
+        found = fast.generate(prompt, max_new_tokens=6, **settings)
+        assert read, way
+        if "logits_processor" in way or "return_dict_in_generate" in way:
+            assert np.array_equal(getattr(found, "sequences", found), tokens), way
 
 
 # -------------------------------------------------------------------------------------------------------------- weights

@@ -24,11 +24,12 @@ _WARM_UP = 3
 class DecodeStep:
     """A step for one model and one cache, valid while the cache's tensors stay in place (`fits`).
 
-    Raises InputError if the cache has no free slot.
+    It holds those tensors, but not the cache: whoever drops the cache can drop the step with it. Raises InputError if
+    the cache has no free slot.
     """
 
     def __init__(self, model: Any, cache: TorchCache) -> None:
-        self._model, self._cache = model, cache
+        self._model = model
         layers = [cache.layer(i) for i in range(model.config.num_hidden_layers)]
         slots = [layer.room(layer.keys, 1) for layer in layers]
         B = slots[0][0].shape[0]
@@ -43,14 +44,12 @@ class DecodeStep:
 
     def fits(self, cache: TorchCache) -> bool:
         """Whether this step writes into the tensors that `cache` has now, and a slot is free."""
-        if cache is not self._cache:
-            return False
         return all(cache.layer(i).holds(layer.keys, layer.values) for i, layer in enumerate(self._layers))
 
-    def run(self, ids_B1: np.ndarray, positions_B1: np.ndarray) -> torch.Tensor:
-        """Logits [B, 1, V] of one more token per row, which the cache then holds."""
+    def run(self, cache: TorchCache, ids_B1: np.ndarray, positions_B1: np.ndarray) -> torch.Tensor:
+        """Logits [B, 1, V] of one more token per row, which the cache (one that this step `fits`) then holds."""
         self._ids_B1.copy_(torch.from_numpy(ids_B1))
-        length = self._cache.get_seq_length()
+        length = cache.get_seq_length()
         self._before_B.fill_(length)
         self._after_B.fill_(length + 1)
         for buffer, table in zip((self._cos, self._sin), self._model.tables(positions_B1), strict=True):
@@ -63,7 +62,7 @@ class DecodeStep:
         else:
             self._logits = self.forward()
         for i in range(len(self._layers)):
-            self._cache.layer(i).length += 1
+            cache.layer(i).length += 1
         return self._logits.clone()
 
     def forward(self) -> torch.Tensor:

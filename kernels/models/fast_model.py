@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -61,7 +62,8 @@ class FastModel(Model):
         self.torch_dtype: torch.dtype = getattr(torch, dtype)
         self.rotary = RotaryEmbedding(config, exact=False)
         self.records_decoding = device.type == "cuda"
-        self._step: DecodeStep | None = None
+        # A step pins tensors of its cache and a graph: both go when the caller's cache goes.
+        self._steps: WeakKeyDictionary[TorchCache, DecodeStep] = WeakKeyDictionary()
         self._generation_config = generation_config
 
     @classmethod
@@ -167,10 +169,19 @@ class FastModel(Model):
         ids_B1 = self._check_ids(ids, None)
         if ids_B1 is None or len(ids_B1) != cache.layer(0).keys.shape[0]:
             return None
-        if self._step is None or not self._step.fits(cache):
-            self._step = DecodeStep(self, cache)
+        step = self._steps.get(cache)
+        if step is None or not step.fits(cache):
+            step = self._steps[cache] = DecodeStep(self, cache)
         positions = self._positions(call.get("position_ids"), len(ids_B1), 1, cache.get_seq_length())
-        return self._step.run(ids_B1, positions)
+        return step.run(cache, ids_B1, positions)
+
+    @staticmethod
+    def greedy_tokens(logits_BV: torch.Tensor) -> np.ndarray:
+        """Ids of the largest logits, int64 [B], as `np.argmax` finds them: the lowest among equals, NaN the largest.
+
+        Chosen on the device: at batch 64 the logits take longer to reach the host than a step takes to compute them.
+        """
+        return to_numpy(logits_BV.argmax(dim=-1))
 
     def _operators(self, recorder: Recorder) -> Any:
         return TorchOperators(self.backend, recorder)

@@ -6,12 +6,13 @@
 
 for the NumPy reference, the torch backend and Transformers. Through the points goes t = c n^p, a straight line in
 logarithms, fitted by least squares; p says whether twice as much takes twice as long (1) or four times (2). The slope
-between the last two points is given too: what grows like n^2 shows late.
+between the last two points is given too: what grows like n^2 shows late. A point is the median of several passes over
+all of them, with its range; what is timed has been compared with the reference before.
 """
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,18 @@ from refllm.bench import results
 from refllm.errors import InputError
 
 Step = Callable[[str], None]
+Times = dict[int, list[float]]
+"""Point -> seconds of every pass."""
 
 SIDES = ("numpy", "torch", "transformers")
 MEASURES = ("prefill", "decode", "check")
+COMMANDS = {"prefill": "prefill_of", "decode": "decode_at"}
+"""What `refllm.bench.worker` calls them."""
 TOKENS = (128, 256, 512, 1024, 2048, 4096)
 LAYERS = (1, 2, 4, 8, 16)
 REPEATS = 3
 ENOUGH_SECONDS = 2.0
-"""A point is repeated up to `REPEATS` times, but not once it has taken so long."""
+"""A point is timed in `REPEATS` passes, but not again once it has taken so long."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Settings:
 
 
 def bench_growth(settings: Settings, step: Step = lambda text: None) -> dict[str, Any]:
-    """Series of times with their exponents, as plain values for JSON."""
+    """Series of times with their exponents, as plain values for JSON. Raises BenchError for a side that is wrong."""
     start, series = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
@@ -87,33 +92,47 @@ def bench_growth(settings: Settings, step: Step = lambda text: None) -> dict[str
 
 
 def _lengths(side: str, folder: Path, settings: Settings, step: Step) -> list[dict[str, Any]]:
-    """prefill and decode of one side, in a process of its own."""
+    """prefill and decode of one side, in processes of its own: a cache is filled from the start in each pass."""
+    measures = [what for what in ("prefill", "decode") if what in settings.measures]
+    times: dict[str, Times] = {what: {n: [] for n in settings.tokens} for what in measures}
+    for number in range(REPEATS):
+        with _worker(side, folder, settings) as worker:
+            if number == 0 and side != "numpy":
+                step(f"{side}: whether its outputs are those of the reference")
+                _compare(side, worker, folder, settings)
+            worker.seconds("decode")  # what the first use of anything costs is not counted
+            for what in measures:
+                _pass(times[what], _asking(worker, COMMANDS[what]), f"{side}: {what}", step)
+    return [series_of(what, side, times[what]) for what in measures]
+
+
+def _worker(side: str, folder: Path, settings: Settings) -> bench.Worker:
     backend = side if side in bench.BACKENDS else "numpy"
-    how = bench.Settings(
-        prompt_tokens=8, new_tokens=settings.new_tokens, threads=settings.threads, repeats=1, backend=backend
-    )
-    found = []
-    with bench.Worker("transformers" if side == "transformers" else "refllm", folder, 8, how) as worker:
-        worker.seconds("prefill_of 8")
-        if "prefill" in settings.measures:
-            times = [_repeated(worker, n, step, side) for n in settings.tokens]
-            found.append(series_of("prefill", side, settings.tokens, times))
-        if "decode" in settings.measures:
-            times = []
-            for n in settings.tokens:
-                step(f"{side}: decode behind {n} tokens")
-                times.append(worker.seconds(f"decode_at {n}"))
-            found.append(series_of("decode", side, settings.tokens, times))
-    return found
+    first = settings.tokens[0]
+    how = bench.Settings(first, settings.new_tokens, settings.threads, repeats=1, backend=backend)
+    return bench.Worker("transformers" if side == "transformers" else "refllm", folder, first, how)
 
 
-def _repeated(worker: bench.Worker, tokens: int, step: Step, side: str) -> float:
-    """Median seconds of a prompt."""
-    times: list[float] = []
-    while len(times) < REPEATS and sum(times) < ENOUGH_SECONDS:
-        step(f"{side}: prefill of {tokens} tokens")
-        times.append(worker.seconds(f"prefill_of {tokens}"))
-    return float(np.median(times))
+def _asking(worker: bench.Worker, command: str) -> Callable[[int], float]:
+    return lambda n: worker.seconds(f"{command} {n}")
+
+
+def _compare(side: str, worker: bench.Worker, folder: Path, settings: Settings) -> None:
+    """Prefill and decoding of a side, held against the NumPy reference's. Raises BenchError."""
+    with _worker("numpy", folder, settings) as reference:
+        difference, _ = bench.compare_outputs(reference, worker)
+    limit = bench.AGREEMENT["float32"]
+    if not difference <= limit:
+        text = f"{side} and the reference disagree by {difference:.2e} (relative rms, limit {limit:.0e})"
+        raise bench.BenchError(f"{text}: not timed")
+
+
+def _pass(times: Times, seconds: Callable[[int], float], what: str, step: Step) -> None:
+    """One more time for every point that has not taken long enough already."""
+    for n, found in times.items():
+        if sum(found) < ENOUGH_SECONDS:
+            step(f"{what}, {n}")
+            found.append(seconds(n))
 
 
 def _write_layers(folder: Path, settings: Settings, step: Step) -> None:
@@ -131,26 +150,37 @@ def _check(side: str, folder: Path, settings: Settings, step: Step) -> dict[str,
 
     ids = np.random.default_rng(0).integers(5, bench.SHAPES[settings.check_shape]["vocab_size"], 64)
     compare(folder / str(settings.layers[0]), side, dtype="float32", input_ids=ids)  # imports, and first uses
-    times = []
-    for layers in settings.layers:
-        step(f"{side}: check of {layers} layers")
+
+    def seconds(layers: int) -> float:
         start = time.perf_counter()
         reports = compare(folder / str(layers), side, dtype="float32", input_ids=ids)
-        times.append(time.perf_counter() - start)
+        took = time.perf_counter() - start
         if any(report.verdict == "fails" for report in reports):
             raise bench.BenchError(f"the check of {side} on {layers} layers fails: not timed")
-    return series_of("check", side, settings.layers, times)
+        return took
+
+    times: Times = {layers: [] for layers in settings.layers}
+    for _ in range(REPEATS):
+        _pass(times, seconds, f"{side}: check of layers", step)
+    return series_of("check", side, times)
 
 
-def series_of(what: str, side: str, n: Sequence[int], seconds: Sequence[float]) -> dict[str, Any]:
-    """One line of the plot, with the exponents of t = c n^p: of all points, and between the last two."""
+def series_of(what: str, side: str, times: Times) -> dict[str, Any]:
+    """One line of the plot, with the exponents of t = c n^p: of all points, and between the last two.
+
+    times: per point the seconds of every pass. Of each point the median counts; lowest and highest show its range.
+    """
+    n, seconds = list(times), [float(np.median(found)) for found in times.values()]
     slope, offset = np.polyfit(np.log(n), np.log(seconds), 1)
     last = np.log(seconds[-1] / seconds[-2]) / np.log(n[-1] / n[-2])
     return {
         "what": what,
         "side": side,
-        "n": list(n),
-        "seconds": [float(t) for t in seconds],
+        "n": n,
+        "seconds": seconds,
+        "lowest": [min(found) for found in times.values()],
+        "highest": [max(found) for found in times.values()],
+        "passes": [len(found) for found in times.values()],
         "exponent": float(slope),
         "factor": float(np.exp(offset)),
         "exponent_at_the_end": float(last),

@@ -1,15 +1,29 @@
-"""A whole model in every form that runs here and agrees with the others: this project's backends, and Transformers."""
+"""A whole model in every form that runs here and agrees with the others: this project's backends, and Transformers.
 
-from collections.abc import Callable
+What a form returns is compared three times, each time with something that was computed in another way:
+
+    its first layers     with the definition in float64, decoding included (`prepare`; this project's forms only)
+    all layers           its logits behind a prompt with those of the first form that runs (`agree`)
+    what it generates    every token with the logits that the first form has for that text read at once (`wrong_tokens`)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from refllm.bench.forms import NotTakenError
 from refllm.bench.measure import clause
 from refllm.bench.results import Row
 from refllm.bench.whole_models import Whole, limit_of, relative_error
+from refllm.inputs import to_numpy
 
 FORMS = ("triton", "torch", "transformers")
+NEAR = 6.0
+"""A generated token may be so many roundings of a logit below the largest: each of the two logits is off by one of
+them (rms), and over thousands of tokens the largest difference is four times that of two of them, sqrt 2."""
 
 
 @dataclass
@@ -21,6 +35,19 @@ class Subject:
     reasons: dict[str, str] = field(default_factory=dict)
     findings: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def limit(self) -> float:
+        """Of the relative error of logits after all layers."""
+        return limit_of(self.whole.dtype, self.whole.sizes().depth)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The form that the others are compared with, and its logits [B, V] behind the prompt."""
+
+    form: str
+    logits: np.ndarray
 
 
 def prepare(name: str, dtype: str, device: str, forms: tuple[str, ...]) -> Subject:
@@ -38,64 +65,141 @@ def prepare(name: str, dtype: str, device: str, forms: tuple[str, ...]) -> Subje
                     subject.findings[form] = problem
                     raise NotTakenError("wrong output")
                 subject.models[form] = subject.whole.fast(form)
-        except NotTakenError as error:
-            subject.reasons[form] = f"not timed: {error}"
         except Exception as error:  # whatever a library raises is this form's; the others still count
-            subject.reasons[form] = f"not timed: it raised {clause(error)}"
-            if form != "transformers":
-                subject.findings[form] = clause(error)
+            note, finding = excuse(error, form != "transformers")
+            subject.reasons[form] = note
+            subject.findings.setdefault(form, finding)
     return subject
 
 
-def agree(subject: Subject, ids: Any, rows: list[Row]) -> None:
-    """Compares the last logits of all forms with those of the first that runs; says what was checked, or a finding."""
-    limit, first = limit_of(subject.whole.dtype, subject.whole.sizes().depth), ""
-    logits: dict[str, Any] = {}
-    for row in rows:
+def excuse(error: Exception, ours: bool) -> tuple[str, str]:
+    """(note, finding) of a form that raised this. Too little memory is nobody's mistake, nor is what a peer lacks."""
+    import torch
+
+    if isinstance(error, NotTakenError):
+        return f"not timed: {error}", ""
+    # A fast model says it in a sentence of its own, whose cause it is.
+    if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError):
+        return "not timed: not enough memory", ""
+    said = clause(error)
+    return f"not timed: it raised {said}", said if ours else ""
+
+
+@contextmanager
+def guarded(row: Row) -> Iterator[None]:
+    """Whatever is raised inside becomes the row's note, and of ours its finding; the rows after it still count."""
+    try:
+        yield
+    except Exception as error:
+        row.time = None
+        row.note, row.finding = excuse(error, row.ours)
+
+
+def refuse(row: Row, problem: str) -> None:
+    """A row without a time, because what was computed is wrong."""
+    row.time, row.note = None, f"not timed: {problem}"
+    row.finding = problem if row.ours else ""
+
+
+def agree(subject: Subject, ids: np.ndarray, rows: Sequence[Row]) -> Agreed | None:
+    """Compares the last logits of all forms with those of the first that runs, this project's before a peer's; says in
+    each row what was checked, or why it must not be timed. None if no form runs."""
+    agreed: Agreed | None = None
+    for row in sorted(rows, key=lambda row: not row.ours):
         row.note, row.finding = subject.reasons.get(row.form, ""), subject.findings.get(row.form, "")
         if row.form not in subject.models:
             continue
-        logits[row.form] = last_logits(subject.models[row.form], ids)
-        first = first or row.form
-        row.error = relative_error(logits[row.form], logits[first])
-        own = f"its first layers against the definition in float64 ({subject.errors.get(row.form, 0.0):.1e})"
-        row.checked = own if row.form in subject.errors else "its logits"
-        row.checked += f", all layers against {first}" if row.form != first else ""
-        if not row.error <= limit:
-            row.note = f"not timed: its logits and those of {first} differ by {row.error:.2g} (limit {limit:.2g})"
-            row.finding = row.note if row.ours else ""
+        with guarded(row):
+            logits = last_logits(subject.models[row.form], ids)
+            agreed = agreed or Agreed(row.form, logits)
+            _compare(row, subject, logits, agreed)
+    return agreed
 
 
-def last_logits(model: Any, ids: Any) -> Any:
+def _compare(row: Row, subject: Subject, logits: np.ndarray, agreed: Agreed) -> None:
+    row.error = relative_error(logits, agreed.logits)
+    checks = []
+    if row.form in subject.errors:
+        checks.append(f"its first layers against the definition in float64 ({subject.errors[row.form]:.1e})")
+    if row.form != agreed.form:
+        checks.append(f"its logits after all layers against {agreed.form}")
+    row.checked = ", ".join(checks)
+    if not checks:
+        raise NotTakenError("no other form runs that it could be compared with")
+    if not row.error <= subject.limit:
+        refuse(row, f"its logits and those of {agreed.form} {differ(row.error, subject.limit)}")
+
+
+def differ(error: float, limit: float) -> str:
+    """ "differ by 0.3 (limit 0.05)"."""
+    return f"differ by {error:.2g} (limit {limit:.2g})"
+
+
+def last_logits(model: Any, ids: np.ndarray) -> np.ndarray:
     """[B, V] of the last position, of any of the forms."""
-    from refllm.inputs import to_numpy
-
-    return to_numpy(forward(model, ids)().logits)[:, -1]
+    return last_of(forward(model, ids)())
 
 
-def forward(model: Any, ids: Any) -> Callable[[], Any]:
-    """The forward pass over a prompt into a new cache, as a call without arguments."""
+def last_of(output: Any) -> np.ndarray:
+    """Logits [B, V] of the last position of what a call returned."""
+    return to_numpy(output.logits[:, -1])
+
+
+def forward(model: Any, ids: np.ndarray, keep: int = 1) -> Callable[[], Any]:
+    """The forward pass over a prompt into a new cache, with the logits of its last `keep` positions, as a call without
+    arguments."""
     import torch
 
     if hasattr(model, "new_cache"):
         length = ids.shape[1]
-        return lambda: model(input_ids=ids, past_key_values=model.new_cache(length), use_cache=True, logits_to_keep=1)
+        return lambda: model(
+            input_ids=ids, past_key_values=model.new_cache(length), use_cache=True, logits_to_keep=keep
+        )
     tensor = torch.from_numpy(ids).to(model.device)
 
     def call() -> Any:
         with torch.inference_mode():
-            return model(input_ids=tensor, use_cache=True, logits_to_keep=1)
+            return model(input_ids=tensor, use_cache=True, logits_to_keep=keep)
 
     return call
 
 
-def generation(model: Any, ids: Any) -> Callable[[int], Any]:
-    """generate(n): greedy, exactly n new tokens."""
+def generation(model: Any, ids: np.ndarray) -> Callable[[int], Any]:
+    """generate(n): greedy, exactly n new tokens; ours into a cache that has its size from the start."""
     import torch
 
     if hasattr(model, "new_cache"):
-        return lambda n: model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None)
+        ours = {"do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+        return lambda n: model.generate(ids, max_new_tokens=n, **ours)
     tensor = torch.from_numpy(ids).to(model.device)
     mask = torch.ones_like(tensor)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return lambda n: model.generate(tensor, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, **options)
+
+
+def wrong_tokens(model: Any, ids: np.ndarray, sequences: Sequence[np.ndarray], new: int, limit: float) -> str:
+    """What is wrong with greedy continuations [B, S + new] of ids [B, S], or "".
+
+    Each is read by `model` at once: every new token has to have its largest logit, but for a near-tie (`NEAR` times
+    `limit`, a relative error). So two forms may part at a near-tie, and what each says after it is checked too.
+    """
+    for sequence in {one.tobytes(): one for one in sequences}.values():
+        if sequence.shape != (len(ids), ids.shape[1] + new) or not np.array_equal(sequence[:, : ids.shape[1]], ids):
+            return f"what it returned, {list(sequence.shape)}, is not the prompt and {new} tokens behind it"
+        behind = _behind(forward(model, sequence[:, :-1], keep=new)().logits, sequence[:, -new:])
+        if not behind <= NEAR * limit:
+            return f"a generated token is {behind:.2g} rms below the largest logit (limit {NEAR * limit:.2g})"
+    return ""
+
+
+def _behind(logits_BNV: Any, tokens_BN: np.ndarray) -> float:
+    """How far the logit of a token is below the largest, at most, over the rms of the logits; NaN if one is there."""
+    import torch
+
+    tokens = torch.from_numpy(tokens_BN).to(logits_BNV.device)
+    worst = []
+    for logits_NV, tokens_N in zip(logits_BNV, tokens, strict=True):  # by row: the whole in float32 takes gigabytes
+        wide_NV = logits_NV.float()
+        below_N = wide_NV.amax(-1) - wide_NV.gather(-1, tokens_N[:, None])[:, 0]
+        worst.append(below_N.amax() / wide_NV.square().mean().sqrt())
+    return float(torch.stack(worst).amax())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refllm.bench.results import span, speed
-from refllm.bench.targets import TARGETS, Result, device_of
+from refllm.bench.targets import GPU, TARGETS, Result, counts_for, device_of, fastest_peer
 from refllm.errors import InputError
 
 PAGE = "README.md"
@@ -24,7 +24,9 @@ the versions, the command and the date of one run. GPU results come from `make g
 
 A time is the median of many, on inputs that no cache holds, of outputs that were checked against the definition first.
 "Share" is the least time that the machine's own ceilings (copy, matrix product; measured in the same run) allow for the
-bytes and operations of a call, over the time that it took.
+bytes and operations of a call, over the time that it took. A peer is compared with where it was timed in the same way.
+
+A figure to reach counts from a run that was asked for all that its command does by itself, on the machine named.
 """
 
 
@@ -82,8 +84,8 @@ def render(results: dict[str, Result], images: Sequence[str] = (), linked: Seque
 def _targets(results: Sequence[Result]) -> str:
     lines = []
     for target in TARGETS:
-        fitting = [result for result in results if device_of(result) == target.device]
-        where = "CPU" if target.device == "cpu" else "GPU"
+        fitting = [result for result in results if counts_for(target, result)]
+        where = "CPU" if target.device == "cpu" else GPU
         lines.append([where, target.what, target.goal, target.measured(fitting) or NOT_MEASURED, f"`{target.command}`"])
     return table(["on", "what", "target", "measured", "command"], lines)
 
@@ -150,21 +152,19 @@ def _calls(result: Result) -> str:
     for row in result["rows"]:
         calls.setdefault((row["what"], row["panel"], row["group"], row["dtype"]), []).append(row)
     for call, forms in calls.items():
-        peers = [row for row in forms if row["time"] and not row["ours"]]
-        best = min(peers, key=lambda row: row["time"]["median"], default=None)
-        for row in (row for row in forms if row["ours"]):
-            rows.append([", ".join(call), row["form"], *_measured(row, best)])
+        peers = [row for row in forms if not row["ours"]]
+        rows += [[", ".join(call), row["form"], *_measured(row, peers)] for row in forms if row["ours"]]
     products = ", ".join(f"{rate / 1e12:,.3g} TFLOP/s {dtype}" for dtype, rate in ceilings["flops_per_second"].items())
     text = f"Ceilings: copy {ceilings['copy_bytes_per_second'] / 1e9:,.0f} GB/s, product {products}. "
     text += f"{result['verdict']}; {len(result['left_out'])} left out for want of time.\n\n"
     return text + table(["call", "by", "median", "speed", "share", "fastest peer", "error"], rows)
 
 
-def _measured(row: dict[str, Any], best: dict[str, Any] | None) -> list[str]:
+def _measured(row: dict[str, Any], peers: Sequence[dict[str, Any]]) -> list[str]:
     error = "" if row["error"] is None else f"{row['error']:.2g}"
     if not row["time"]:
         return [row["finding"] or row["note"].replace("not timed", NOT_MEASURED), "", "", "", error]
-    figures = row["figures"]
+    figures, best = row["figures"], fastest_peer(row, peers)
     peer = "" if best is None else f"{best['form']}, {best['time']['median'] / row['time']['median']:.2f} x"
     share = f"{100 * figures['share']:.3g} % ({figures['bound']})"
     return [span(row["time"]["median"]), speed(row), share, peer, error]

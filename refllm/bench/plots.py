@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from refllm.bench.results import span
 from refllm.errors import InputError, MissingExtraError
 
@@ -180,20 +182,24 @@ def _draw_bars(axes: Any, panel: str, chart: dict[str, list[tuple[str, float]]],
 
 
 def growth_figure(plt: Any, result: dict[str, Any]) -> Any:
-    """Log-log: a panel per measure, a line per side with its exponent; dashed, the fit."""
+    """Log-log: a panel per measure, a line per side with its exponent; bars, the range of a point; dashed, the fit."""
     from matplotlib import ticker
 
     kinds = list(dict.fromkeys(one["what"] for one in result["series"]))
     figure, grid = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3.8), squeeze=False)
     sides = list(dict.fromkeys(one["side"] for one in result["series"]))
+    settings = result["settings"]
     for axes, what in zip(grid.flat, kinds, strict=True):
         for one in (one for one in result["series"] if one["what"] == what):
             i = sides.index(one["side"])
             label = f"{one['side']}: $n^{{{one['exponent']:.2f}}}$, at the end $n^{{{one['exponent_at_the_end']:.2f}}}$"
-            axes.plot(one["n"], one["seconds"], marker=MARKERS[i], color=COLOURS[i], linestyle="", label=label)
+            low, high = (np.abs(np.subtract(one[end], one["seconds"])) for end in ("lowest", "highest"))
+            style = {"marker": MARKERS[i], "color": COLOURS[i], "linestyle": "", "capsize": 2, "elinewidth": 1}
+            axes.errorbar(one["n"], one["seconds"], yerr=[low, high], label=label, **style)
             fit = [one["factor"] * n ** one["exponent"] for n in one["n"]]
             axes.plot(one["n"], fit, linestyle="--", linewidth=1, color=COLOURS[i])
-        axes.set(xscale="log", yscale="log", xlabel=LABELS[what][0], ylabel=LABELS[what][1], title=what)
+        axes.set(xscale="log", yscale="log", xlabel=LABELS[what][0], ylabel=LABELS[what][1])
+        axes.set_title(f"{what}, {settings['check_shape' if what == 'check' else 'shape']}", fontsize=9)
         ns = next(one["n"] for one in result["series"] if one["what"] == what)
         axes.set_xticks(ns, [str(n) for n in ns], fontsize=7)
         axes.minorticks_off()
@@ -204,6 +210,6 @@ def growth_figure(plt: Any, result: dict[str, Any]) -> Any:
         low, high = axes.get_ylim()
         axes.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
         axes.legend(fontsize=7, loc="upper left")
-    figure.suptitle(f"{_title(result)}, {result['settings']['shape']}, float32", fontsize=10)
+    figure.suptitle(f"{_title(result)}, float32", fontsize=10)
     figure.tight_layout()
     return figure

@@ -13,6 +13,9 @@ from refllm.bench.timer import Spread
 FORMAT = 1
 """Of the JSON files. Another number means other keys."""
 
+WHOLE_CALL, STEP_ALONE = "whole call", "step alone"
+"""What rows of decoding add to the name of a form: all of `generate`, and a recorded step without its host."""
+
 PACKAGES = ("refllm", "numpy", "torch", "triton", "liger-kernel", "transformers")
 
 
@@ -159,7 +162,8 @@ def speed(row: dict[str, Any]) -> str:
 
 def span(seconds: float) -> str:
     """A time with three digits: 12.3 us, 4.56 ms, 1.2 s."""
+    rounded = float(f"{seconds:.3g}")  # before the unit is chosen: 0.9996 s are 1 s, not 1e+03 ms
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size or unit == "us":
-            return f"{seconds / size:.3g} {unit}" if seconds / size < 1000 else f"{seconds / size:.0f} {unit}"
+        if rounded >= size or unit == "us":
+            return f"{rounded / size:.3g} {unit}" if rounded < 1000 else f"{seconds:.0f} s"
     raise AssertionError(seconds)

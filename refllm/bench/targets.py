@@ -1,12 +1,16 @@
 """The figures to reach, and how each is read off the results of `refllm bench`.
 
-A target gets the results (parsed JSON files) of its kind of machine and returns what was measured as a text, or "" if
-none of them has it; then it counts as not measured.
+A target gets the results (parsed JSON files) of its machine and returns what was measured as a text, or "" if none of
+them has it; then it counts as not measured. A run that was asked for less than the command does by itself (fewer layers
+or sizes, another dtype) is a look at a part and no answer.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from refllm.bench.results import WHOLE_CALL
 
 Result = dict[str, Any]
 
@@ -22,11 +26,15 @@ STREAMING = (
     "cross_entropy",
 )
 MANY_TOKENS = 4096
+GPU = "H200"
+"""The figures are for this one: another GPU's results are kept beside it, and do not count."""
+PROMPT_TOKENS = 512
+"""Of `refllm bench cpu`."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """what: in words. goal: the figure. device: "cpu" or "cuda". measured: see the module."""
+    """what: in words. goal: the figure. device: "cpu", or "cuda" for a `GPU`. measured: see the module."""
 
     what: str
     goal: str
@@ -40,6 +48,11 @@ def device_of(result: Result) -> str:
     return str(result.get("machine", {}).get("device", "cpu"))
 
 
+def counts_for(target: Target, result: Result) -> bool:
+    """Whether a result is of the machine that a target means."""
+    return device_of(result) == target.device and (target.device == "cpu" or GPU in str(result["machine"]["gpu"]))
+
+
 def find(results: Sequence[Result], bench: str, **settings: Any) -> Result | None:
     """The newest result of a benchmark whose settings are these, or None."""
     fitting = [
@@ -50,21 +63,37 @@ def find(results: Sequence[Result], bench: str, **settings: Any) -> Result | Non
     return max(fitting, key=lambda result: str(result["date"]), default=None)
 
 
+def is_whole(result: Result) -> bool:
+    """Whether a run of kernels or models on a GPU was asked for all that its command does there by itself.
+
+    What the time did not suffice for is another matter: the result names it, and `_rows` says how much it was.
+    """
+    from refllm.bench import kernels, models
+
+    settings = models.Settings if result["bench"] in ("decode", "prefill") else kernels.Settings
+    usual = {field.name: field.default for field in fields(settings) if field.name not in ("device", "minutes")}
+    asked = {name: result["settings"].get(name, value) for name, value in usual.items()}
+    usual["dtype"] = kernels.DTYPE["cuda"]
+    asked["dtype"] = asked["dtype"] or usual["dtype"]
+    return json.dumps(asked) == json.dumps(usual)  # a tuple is a list in a file
+
+
 def _cpu(job: str, value: str, backend: str = "numpy", dtype: str = "float32") -> Callable[[Sequence[Result]], str]:
     def measured(results: Sequence[Result]) -> str:
-        result = find(_full_size(results), "cpu", backend=backend, dtype=dtype)
+        result = _full_size(results, backend, dtype)
         return "" if result is None else f"{result[job][value]:.2f} x"
 
     return measured
 
 
-def _full_size(results: Sequence[Result]) -> list[Result]:
-    """Of `refllm bench cpu`, those of the shape that the targets mean."""
-    return [result for result in results if str(result.get("checkpoint", "")).startswith("helium-220m")]
+def _full_size(results: Sequence[Result], backend: str = "numpy", dtype: str = "float32") -> Result | None:
+    """The newest of `refllm bench cpu` on the shape and the prompt that the targets mean."""
+    of_shape = [result for result in results if str(result.get("checkpoint", "")).startswith("helium-220m")]
+    return find(of_shape, "cpu", backend=backend, dtype=dtype, prompt_tokens=PROMPT_TOKENS)
 
 
 def _load(results: Sequence[Result]) -> str:
-    result = find(_full_size(results), "cpu", backend="numpy", dtype="float32")
+    result = _full_size(results)
     return "" if result is None else f"{result['memory']['refllm']['load_peak'] / result['weights']['total']:.2f} x"
 
 
@@ -76,12 +105,24 @@ def _low_memory(results: Sequence[Result]) -> str:
     return ""
 
 
-def _rows(results: Sequence[Result], bench: str) -> list[dict[str, Any]]:
-    result = find(results, bench)
-    return [row for row in result["rows"] if row["time"]] if result else []
+Rows = list[dict[str, Any]]
 
 
-def _calls(rows: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+def _from(bench: str, value: Callable[[Rows], str]) -> Callable[[Sequence[Result]], str]:
+    """`value` of the timed rows of the newest whole run, and how much of that run there was no time for."""
+
+    def measured(results: Sequence[Result]) -> str:
+        result = find([r for r in results if r["bench"] == bench and is_whole(r)], bench)
+        if result is None:
+            return ""
+        found = value([row for row in result["rows"] if row["time"]])
+        missing = len(result["left_out"])
+        return f"{found}; {missing} left out" if found and missing else found
+
+    return measured
+
+
+def _calls(rows: Rows) -> list[dict[str, dict[str, Any]]]:
     """Per call: form -> row."""
     calls: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -89,48 +130,49 @@ def _calls(rows: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
     return list(calls.values())
 
 
+def fastest_peer(ours: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the timed rows `others` of a call the fastest one that was timed as `ours` was, or None.
+
+    A replayed graph has none of the time that Python takes to start a kernel, so it is not held against one that
+    could not be recorded.
+    """
+    alike = [row for row in others if row["time"] and row["time"]["method"] == ours["time"]["method"]]
+    return min(alike, key=lambda row: row["time"]["median"], default=None)
+
+
 def speedup(forms: dict[str, dict[str, Any]], ours: str, peers: Sequence[str]) -> float | None:
-    """Time of the fastest of `peers` over ours; None if either was not timed."""
-    others = [forms[name]["time"]["median"] for name in peers if name in forms]
-    return min(others) / forms[ours]["time"]["median"] if others and ours in forms else None
+    """Time of the fastest of `peers` over ours; None if either was not timed, or not in the same way."""
+    if ours not in forms:
+        return None
+    peer = fastest_peer(forms[ours], [forms[name] for name in peers if name in forms])
+    return None if peer is None else float(peer["time"]["median"] / forms[ours]["time"]["median"])
 
 
-def _streaming(results: Sequence[Result]) -> str:
-    rows = [row for row in _rows(results, "kernels") if row["what"] in STREAMING and row["form"] == "triton"]
-    shares = sorted(row["figures"]["share"] for row in rows if row["sizes"]["B"] * row["sizes"]["S"] >= MANY_TOKENS)
-    return _range([100 * share for share in shares], "%")
+def _speedups(rows: Rows, ours: str, peers: tuple[str, ...]) -> str:
+    return _range([f for call in _calls(rows) if (f := speedup(call, ours, peers)) is not None], "x")
 
 
-def _streaming_peers(results: Sequence[Result]) -> str:
-    calls = [c for c in _calls(_rows(results, "kernels")) if next(iter(c.values()))["what"] in STREAMING]
-    return _range([f for c in calls if (f := speedup(c, "triton", ("compile", "liger"))) is not None], "x")
+def _shares(rows: Rows, form: str) -> str:
+    return _range([100 * row["figures"]["share"] for row in rows if row["form"] == form], "%")
 
 
-def _attention(dims: tuple[int, ...], peers: tuple[str, ...], lengths: range) -> Callable[[Sequence[Result]], str]:
-    def measured(results: Sequence[Result]) -> str:
-        rows = [
-            row
-            for row in _rows(results, "attention")
-            if row["what"] == "attention" and row["sizes"]["D"] in dims and row["sizes"]["S"] in lengths
-        ]
-        return _range([f for c in _calls(rows) if (f := speedup(c, "triton", peers)) is not None], "x")
-
-    return measured
+def _streamed(rows: Rows) -> Rows:
+    """Those that read and write long arrays."""
+    return [r for r in rows if r["what"] in STREAMING and r["sizes"]["B"] * r["sizes"]["S"] >= MANY_TOKENS]
 
 
-def _decode_attention(results: Sequence[Result]) -> str:
-    rows = [row for row in _rows(results, "attention") if row["what"] == "decode_attention" and row["form"] == "triton"]
-    return _range([100 * row["figures"]["share"] for row in rows if row["sizes"]["N"] == 32768], "%")
+def _attended(rows: Rows, dims: tuple[int, ...], lengths: range) -> Rows:
+    """Those of attention over a prompt."""
+    return [r for r in rows if r["what"] == "attention" and r["sizes"]["D"] in dims and r["sizes"]["S"] in lengths]
 
 
-def _decode(results: Sequence[Result]) -> str:
-    rows = [row for row in _rows(results, "decode") if row["form"] == "triton" and row["sizes"]["batch"] == 1]
-    return _range([100 * row["figures"]["share"] for row in rows], "%")
+def _long_caches(rows: Rows) -> Rows:
+    return [r for r in rows if r["what"] == "decode_attention" and r["sizes"]["N"] == 32768]
 
 
-def _decode_peers(results: Sequence[Result]) -> str:
-    rows = [row for row in _rows(results, "decode") if row["sizes"]["batch"] == 1]
-    return _range([f for c in _calls(rows) if (f := speedup(c, "triton", ("transformers",))) is not None], "x")
+def _alone(rows: Rows) -> Rows:
+    """Those of one sequence."""
+    return [row for row in rows if row["sizes"]["batch"] == 1]
 
 
 def _range(values: Sequence[float], unit: str) -> str:
@@ -143,6 +185,7 @@ def _range(values: Sequence[float], unit: str) -> str:
 
 _SDPA = ("sdpa math", "sdpa flash", "sdpa efficient", "sdpa cudnn")
 CPU, TORCH_CPU = "refllm bench cpu", "refllm bench cpu --backend torch"
+BF16_CPU = f"{TORCH_CPU} --dtype bfloat16"
 
 TARGETS = (
     Target("NumPy float32 prefill, 512 tokens, over Transformers", "0.80 x", "cpu", CPU, _cpu("prefill", "ratio")),
@@ -158,6 +201,20 @@ TARGETS = (
     Target(
         "torch backend float32, decode, over Transformers", "1.00 x", "cpu", TORCH_CPU, _cpu("decode", "ratio", "torch")
     ),
+    Target(
+        "torch backend bfloat16, prefill, over Transformers",
+        "1.00 x",
+        "cpu",
+        BF16_CPU,
+        _cpu("prefill", "ratio", "torch", "bfloat16"),
+    ),
+    Target(
+        "torch backend bfloat16, decode, over Transformers",
+        "1.00 x",
+        "cpu",
+        BF16_CPU,
+        _cpu("decode", "ratio", "torch", "bfloat16"),
+    ),
     Target("peak memory of loading, over the float32 weights", "1.1 x", "cpu", CPU, _load),
     Target(
         "peak memory with low_memory, 2.17 billion parameters", "two layers", "cpu", "refllm bench memory", _low_memory
@@ -167,48 +224,53 @@ TARGETS = (
         "90 %",
         "cuda",
         "refllm bench kernels",
-        _streaming,
+        _from("kernels", lambda rows: _shares(_streamed(rows), "triton")),
     ),
     Target(
         "the same, speed over the faster of torch.compile and Liger-Kernel",
         "1.0 x",
         "cuda",
         "refllm bench kernels",
-        _streaming_peers,
+        _from("kernels", lambda rows: _speedups(_streamed(rows), "triton", ("compile", "liger"))),
     ),
     Target(
         "attention, causal, D 128, 4k to 16k: speed over cuDNN",
         "1.0 x",
         "cuda",
         "refllm bench attention",
-        _attention((128,), ("sdpa cudnn",), range(4096, 16385)),
+        _from(
+            "attention",
+            lambda rows: _speedups(_attended(rows, (128,), range(4096, 16385)), "triton", ("sdpa cudnn",)),
+        ),
     ),
     Target(
         "attention, causal, D 80 and 160: speed over the fastest SDPA backend",
         "1.3 x",
         "cuda",
         "refllm bench attention",
-        _attention((80, 160), _SDPA, range(1024, 32769)),
+        _from("attention", lambda rows: _speedups(_attended(rows, (80, 160), range(1024, 32769)), "triton", _SDPA)),
     ),
     Target(
         "decode attention, 32k slots: share of the copy bandwidth",
         "85 %",
         "cuda",
         "refllm bench attention",
-        _decode_attention,
+        _from("attention", lambda rows: _shares(_long_caches(rows), "triton")),
     ),
     Target(
         "decode end to end, batch 1: share of the bandwidth that reading the weights needs",
         "80 %",
         "cuda",
         "refllm bench decode",
-        _decode,
+        _from("decode", lambda rows: _shares(_alone(rows), "triton")),
     ),
     Target(
-        "decode end to end, batch 1: speed over Transformers' generate",
+        "generate, batch 1, 128 tokens behind 512, prompt and recording included: speed over Transformers'",
         "3.0 x",
         "cuda",
         "refllm bench decode",
-        _decode_peers,
+        _from(
+            "decode", lambda rows: _speedups(_alone(rows), f"triton, {WHOLE_CALL}", (f"transformers, {WHOLE_CALL}",))
+        ),
     ),
 )

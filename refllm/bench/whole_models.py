@@ -10,11 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from refllm import bench
+from refllm.bench import traffic
+from refllm.bench.traffic import Traffic
 from refllm.errors import InputError
 from refllm.weights import Weights
 
@@ -111,6 +114,14 @@ class Sizes:
     group: int
     depth: int
 
+    def decode_step(self, batch: int, width: int, context: int) -> Traffic:
+        """Of one step behind `context` positions, its own included; width: bytes of a number."""
+        return traffic.decode_step(self.layers + self.head, self.cache, self.group, batch, width, context)
+
+    def prefill(self, batch: int, width: int, tokens: int) -> Traffic:
+        """Of the forward pass over a prompt, logits of its last position."""
+        return traffic.prefill(self.layers, self.head, self.cache, self.group, batch, width, tokens)
+
 
 class Whole:
     """A model by name with random weights in `dtype` on `device`. Raises InputError for an unknown name."""
@@ -144,7 +155,7 @@ class Whole:
                 tensor.normal_(0.0, spread, generator=generator)
 
     def sizes(self) -> Sizes:
-        """What `refllm.bench.traffic` needs to know of it."""
+        """What its traffic follows from."""
         c = self.config
         count = {name: int(np.prod(shape)) for name, shape in self.weights.shapes.items()}
         head = count.get("lm_head.weight", c.vocab_size * c.hidden_size)
@@ -206,12 +217,17 @@ class Whole:
 
     def check(self, backend: str) -> tuple[float, str]:
         """(relative error, what is wrong or "") of the first layers, prefill and decoding, against the reference."""
-        layers = min(CHECKED_LAYERS, self.config.num_hidden_layers)
-        ids = self.prompt(1, CHECKED_TOKENS, seed=1)
-        exact = self.exact(layers)(input_ids=ids).logits[:, -CHECKED_STEPS - 1 :]
+        layers, ids, exact = self._exactly
         error = relative_error(decoded_logits(self.fast(backend, layers), ids, CHECKED_STEPS), exact)
         limit = limit_of(self.dtype, layers)
         return error, "" if error <= limit else f"logits of {layers} layers off by {error:.2g} (limit {limit:.2g})"
+
+    @cached_property
+    def _exactly(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """Layers, ids and exact logits of `check`: once for all backends, because float64 weights take gigabytes."""
+        layers = min(CHECKED_LAYERS, self.config.num_hidden_layers)
+        ids = self.prompt(1, CHECKED_TOKENS, seed=1)
+        return layers, ids, self.exact(layers)(input_ids=ids, logits_to_keep=CHECKED_STEPS + 1).logits
 
 
 def decoded_logits(model: Any, ids: np.ndarray, steps: int) -> np.ndarray:

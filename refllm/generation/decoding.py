@@ -74,6 +74,11 @@ class Recorder:
         if self.hidden_states is not None:
             self.hidden_states.append(output.hidden_states)
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether numbers of every token are among it, and not only what was chosen."""
+        return self.scores is not None or self.logits is not None
+
     def fields(self) -> dict[str, Any]:
         """The collected tuples, as fields of GenerateOutput."""
         return {name: None if value is None else tuple(value) for name, value in vars(self).items()}
@@ -85,6 +90,9 @@ class Decoder:
 
     `mask_BM`, int64 [B, M], covers cached tokens and prompt; None means all ones. `positions_BN` are the positions of
     the prompt, at least of its part that is not cached. Both grow by one column per step.
+
+    `greedy`, logits [B, V] -> int64 [B], chooses the largest of each row; None: `np.argmax`. A model that has its own
+    gets its logits as it gave them: they stay on its device.
     """
 
     model: Callable[..., Any]
@@ -94,13 +102,14 @@ class Decoder:
     cache: Any = None
     chunk_size: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    greedy: Callable[[Any], np.ndarray] | None = None
     output: Any = None
     """What the model returned last."""
 
-    def prefill(self, ids_BS: np.ndarray, embeds_BSE: np.ndarray | None, new: int) -> np.ndarray:
+    def prefill(self, ids_BS: np.ndarray, embeds_BSE: np.ndarray | None, new: int) -> Any:
         """Runs the last `new` columns of the prompt (what the cache does not hold), in chunks where asked for.
 
-        Returns the logits of the last position, float32 [B, V].
+        Returns the logits of the last position, float32 [B, V] (with `greedy` a tensor in the model's dtype).
         """
         prompt = ids_BS if embeds_BSE is None else embeds_BSE
         prompt = prompt[:, prompt.shape[1] - new :]
@@ -117,8 +126,8 @@ class Decoder:
             logits_BV = self._forward(mask_BM, positions_BN[:, start:end], **what)
         return logits_BV
 
-    def step(self, ids_BT: np.ndarray) -> np.ndarray:
-        """Runs the last token of each row (without a cache: all of them). Returns logits, float32 [B, V]."""
+    def step(self, ids_BT: np.ndarray) -> Any:
+        """Runs the last token of each row (without a cache: all of them). Returns logits [B, V] as `prefill` does."""
         self.positions_BN = np.concatenate([self.positions_BN, self.positions_BN[:, -1:] + 1], axis=1)
         if self.mask_BM is not None:
             self.mask_BM = np.concatenate([self.mask_BM, np.ones_like(self.mask_BM[:, :1])], axis=1)
@@ -126,7 +135,7 @@ class Decoder:
             return self._forward(self.mask_BM, self.positions_BN[:, -1:], input_ids=ids_BT[:, -1:])
         return self._forward(self.mask_BM, self.positions_BN, input_ids=ids_BT)
 
-    def _forward(self, mask_BM: np.ndarray | None, positions_BN: np.ndarray, **what: np.ndarray) -> np.ndarray:
+    def _forward(self, mask_BM: np.ndarray | None, positions_BN: np.ndarray, **what: np.ndarray) -> Any:
         self.output = self.model(
             attention_mask=mask_BM,
             position_ids=positions_BN,
@@ -138,7 +147,12 @@ class Decoder:
         )
         if self.use_cache:
             self.cache = self.output.past_key_values
-        return to_numpy(self.output.logits[:, -1]).astype(np.float32)
+        logits_BV = self.output.logits[:, -1]
+        return to_numpy(logits_BV).astype(np.float32) if self.greedy is None else logits_BV
+
+    def best(self, scores_BV: Any) -> np.ndarray:
+        """The token of the largest score of each row, int64 [B]; the lowest id on ties."""
+        return np.argmax(scores_BV, axis=-1) if self.greedy is None else self.greedy(scores_BV)
 
     def reorder(self, rows: np.ndarray) -> None:
         """Makes row i of the cache the former row rows[i]."""
@@ -165,7 +179,7 @@ def draw(scores_BV: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def decode_loop(
     decoder: Decoder,
     ids_BT: np.ndarray,
-    logits_BV: np.ndarray,
+    logits_BV: Any,
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     *,
@@ -187,7 +201,7 @@ def decode_loop(
     while True:
         scores_BV = processors(ids_BT, logits_BV)
         recorder.add(logits_BV, scores_BV, decoder.output)
-        tokens_B = np.argmax(scores_BV, axis=-1) if random is None else draw(scores_BV, random)
+        tokens_B = decoder.best(scores_BV) if random is None else draw(scores_BV, random)
         if pads and not unfinished_B.all():
             tokens_B = np.where(unfinished_B, tokens_B, _padding(pad_id, vocab_size))
         ids_BT = np.concatenate([ids_BT, tokens_B[:, None]], axis=1)
