@@ -19,16 +19,18 @@ from refllm.bench import ceilings, eager, growth, model_forms, page, process, re
 from refllm.bench import kernels as kernel_bench
 from refllm.bench import models as model_bench
 from refllm.bench.forms import Form, forms
-from refllm.bench.measure import Bench, measure
-from refllm.bench.probes import Checker
+from refllm.bench.measure import Bench, Truth, measure
+from refllm.bench.probes import Checker, loss_contract
 from refllm.bench.timer import CpuClock, GpuClock, Timed, spread
 from refllm.bench.traffic import decode_step, prefill, traffic
 from refllm.bench.workloads import Job, attention_jobs, operator_jobs
 from refllm.kernels import gpu, gpu_benchmarks
-from refllm.kernels.cases import REDUCED
+from refllm.kernels.cases import LAYERS, REDUCED
+from refllm.kernels.verify import Contract
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"device": "cpu", "seconds": 0.001, "scale": 0.002, "cache_bytes": 4096}
+PEER_FORMS = ("triton", "eager", "compile", "liger", "sdpa math", "sdpa flash", "sdpa efficient", "sdpa cudnn")
 CEILINGS = {"copy_bytes_per_second": 1e10, "flops_per_second": {"float32": 1e11}, "launch_seconds": 1e-9}
 
 
@@ -318,6 +320,58 @@ def test_an_output_that_goes_wrong_while_it_is_timed_gets_no_time() -> None:
     (row,) = measure(job, [_plain("relu2", tires)], Bench(CpuClock(4096), CEILINGS, 0.001))
     assert row.time is None
     assert row.finding.startswith("while timed: ")
+
+
+def test_an_output_that_is_wrong_for_the_last_set_of_inputs_alone_gets_no_time() -> None:
+    (job,) = jobs("relu2")
+    last = max(timer.sets_needed(traffic("relu2", *job.draw(0)).bytes, 4096) - 1, 1)
+    wrong = job.draw(last)[0][0]
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return kernels.plain.relu2(x) * (0.5 if torch.equal(x, wrong) else 1.0)
+
+    (row,) = measure(job, [_plain("relu2", function)], Bench(CpuClock(4096), CEILINGS, 0.001))
+    assert row.time is None
+    assert f"set {last}, are not those of eager float32" in row.finding
+
+
+@pytest.mark.parametrize("operator", kernels.OPERATORS)
+def test_one_wrong_row_between_the_parts_is_seen_by_the_witness(operator: str) -> None:
+    """The middle of what the definition does not get through, a fifth too large."""
+    (job,) = jobs(operator, size=(40, 1) if operator == "decode_attention" else (1, 90))
+    calls = [job.draw(0)]
+    truth = Truth(operator, calls)
+    right = getattr(kernels.plain, operator)(*calls[0][0], **calls[0][1])
+    right = right if isinstance(right, tuple) else (right,)
+    assert truth.judge(right, 0, True).problem == ""
+    assert "every element of 1 sets of inputs against" in truth.judge(right, 0, True).checked
+    for number in range(len(right)):
+        wrong = tuple(x.clone() for x in right)
+        x = wrong[number]
+        rows = x if x.ndim == 1 or operator == "decode_attention" else x.transpose(0, x.ndim - 2)
+        rows[20] *= 1.2
+        assert f"output {number}, set 0, are not those of" in truth.judge(wrong, 0, True).problem
+
+
+def test_a_witness_without_memory_is_said_and_not_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setitem(eager.FUNCTIONS, "relu2", full)
+    (job,) = jobs("relu2")
+    (row,) = measure(job, [_plain("relu2")], Bench(CpuClock(4096), CEILINGS, 0.001))
+    assert row.time is not None
+    assert "the rest unseen (eager float32: OutOfMemoryError)" in row.checked
+
+
+def test_the_loss_contract_is_that_of_the_definition() -> None:
+    for dtype in ("float32", "bfloat16"):
+        (job,) = jobs("linear_cross_entropy", dtype=dtype)
+        arguments, keywords = job.draw(0)
+        quick = loss_contract(arguments, keywords)
+        slow = Contract("linear_cross_entropy", arguments, keywords)
+        np.testing.assert_allclose(quick.exact[0], slow.exact[0], rtol=1e-13)
+        np.testing.assert_allclose(quick.same_precision[0], slow.same_precision[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("operator", kernels.OPERATORS)
@@ -623,51 +677,117 @@ def test_no_time_left_is_said_and_not_a_finding() -> None:
     assert models["left_out"] == ["helium-1m"]
 
 
-def test_the_most_telling_calls_come_first() -> None:
-    some = list(operator_jobs(REDUCED, [(1, 8), (1, 4)], ("relu2", "rms_norm"), "float32", "cpu"))
+def test_calls_that_a_target_names_come_first_and_compiling_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_bench, "MANY_TOKENS", 8)
+    sizes = [(1, 4), (1, 8)]
+    some = list(operator_jobs(REDUCED, sizes, ("relu2", "rms_norm", "linear_cross_entropy"), "float32", "cpu"))
+    monkeypatch.setitem(kernel_bench.DEFAULT_PEERS, "cpu", ("eager", "compile"))
     order = [
-        (some[i].group, some[i].panel, some[i].operator, [form.name for form in found])
-        for i, found in kernel_bench.plan(some, "cpu", ("eager", "compile"))
+        (some[i].group[4], some[i].panel, some[i].operator, "compile" in [form.name for form in found])
+        for i, found in kernel_bench.plan(some, "cpu", None)
     ]
-    assert [names for _, _, _, names in order[:4]] == [["triton", "eager"]] * 4
-    assert [(panel, operator) for _, panel, operator, names in order[4:6]] == [
-        ("reduced", "relu2"),
-        ("reduced", "rms_norm"),
+    assert order[:4] == [
+        ("8", "reduced", "relu2", True),
+        ("8", "reduced", "rms_norm", True),
+        ("8", "reduced partial", "relu2", False),
+        ("8", "reduced partial", "rms_norm", False),
     ]
-    assert all(names == ["compile"] for _, _, _, names in order[4:6])
-    assert all(group == "1 x 4 tokens" for group, *_ in order[6:10])
-    assert len(order) == 2 * len(some)
+    assert [call[2] for call in order if call[3]].count("linear_cross_entropy") == 1
+    assert len(order) == len(some) == len({call[:3] for call in order})
+    asked = kernel_bench.plan(some, "cpu", ("compile",))
+    assert all("compile" in [form.name for form in found] for _, found in asked)
+
+
+def test_what_a_target_names_is_what_targets_read() -> None:
+    """So that the order of the plan cannot drift away from the figures that it is for."""
+    every = {
+        "kernels": list(operator_jobs(LAYERS, [(1, 4096), (2, 2048), (64, 1), (1, 4095)], None, "bfloat16", "meta")),
+        "attention": list(
+            attention_jobs(range(64, 168, 8), (512, 1024, 4096, 16384, 32768), (1, 16), "bfloat16", "meta", 16384)
+        ),
+    }
+    for bench, some in every.items():
+        for job in some:
+            rows = [_fake_row(job.operator, form, 1.0, 0.5, **job.sizes) for form in PEER_FORMS]
+            read = [t for t in targets.TARGETS if t.device == "cuda" and t.measured([_fake(bench, rows)])]
+            assert bool(read) == kernel_bench.named_by_a_target(job), job.name
 
 
 # -- make gpu ----------------------------------------------------------------------------------------------------------
 
 
 def test_make_gpu_runs_benchmarks_in_processes_and_keeps_their_files(tmp_path: Path) -> None:
-    small = {"seconds": 0.001, "scale": 0.001, "cache_bytes": 4096, "peers": ["plain"]}
-    settings = {"kernels": {**small, "layers": ["reduced"], "sizes": [[1, 4]], "operators": ["relu2"]}}
+    small = {"seconds": 0.001, "scale": 0.001, "cache_bytes": 4096, "peers": ["plain"], "layers": ["reduced"]}
+    passes = [{**small, "sizes": [[1, 4]], "operators": [name]} for name in ("relu2", "swiglu")]
     (row,) = gpu_benchmarks.run_benchmarks(
-        ("kernels",), "cpu", "NVIDIA H200", tmp_path / "new", 200, lambda text: None, settings
+        ("kernels",), "cpu", "NVIDIA H200", tmp_path / "new", 200, lambda text: None, {"kernels": passes}
     )
-    assert (row["problem"], row["verdict"]) == ("", "holds")
+    assert (row["problem"], row["missing"], row["verdict"]) == ("", "", "holds")
     file = tmp_path / "new" / "kernels-nvidia-h200.json"
     assert row["file"] == str(file)
     result = json.loads(file.read_text())
     assert result["command"].startswith("refllm bench kernels --device cpu --minutes")
-    assert (tmp_path / "new" / "kernels-nvidia-h200-bars.png").exists()
+    assert {row["what"] for row in result["rows"]} == {"relu2", "swiglu"}
+    assert list((tmp_path / "new").glob("kernels-nvidia-h200*.png"))
     assert page.load(tmp_path / "new")
 
 
 def test_make_gpu_says_what_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = gpu_benchmarks.run_benchmarks(("decode",), "cpu", "x", tmp_path, 1, lambda text: None)
-    assert row["problem"] == "not run: 1 s are left for it"
+    assert (row["problem"], row["missing"]) == ("", "not run: 1 s are left for it")
 
-    def ended(command: list[str], **_: Any) -> Any:
-        assert float(command[command.index("--minutes") + 1]) * 60 < 100
-        return SimpleNamespace(returncode=139, stdout="", stderr="first\nSegmentation fault")
+    class Ended:
+        code, output, errors, seconds, last_line = 139, "", "", 1.0, "Segmentation fault"
 
-    monkeypatch.setattr(gpu_benchmarks.subprocess, "run", ended)
+        def __init__(self, arguments: list[str], seconds: float) -> None:
+            assert float(arguments[arguments.index("--minutes") + 1]) * 60 < seconds < 100
+
+        def wait(self) -> Any:
+            return self
+
+    monkeypatch.setattr(gpu_benchmarks, "LimitedProcess", Ended)
     (row,) = gpu_benchmarks.run_benchmarks(("decode",), "cpu", "x", tmp_path, 100, lambda text: None)
     assert row["problem"] == "ended with 139: Segmentation fault"
+
+
+def test_a_benchmark_that_is_ended_has_left_its_rows_and_names_what_is_missing(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, calls = kernel_bench.measure, []
+
+    def ended(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return right(*given)
+
+    monkeypatch.setattr(kernel_bench, "measure", ended)
+    passes = [{**{k: v for k, v in SMALL.items() if k != "device"}, "peers": ["plain"], "operators": ["relu2"]}, {}]
+    file = tmp_path / "a.json"
+    with pytest.raises(KeyboardInterrupt):
+        process.run("kernels", "cpu", 1.0, passes, file)
+    result = json.loads(file.read_text())
+    assert result["verdict"] == "incomplete"
+    assert [row["form"] for row in result["rows"]] == ["triton", "plain"]
+    assert "relu2, reduced partial, 1 x 20 tokens, float32: triton, plain" in result["left_out"]
+    assert result["left_out"][-1] == "{}"  # the second pass
+
+
+def test_models_are_saved_row_by_row(tmp_path: Path) -> None:
+    saved: list[dict[str, Any]] = []
+    settings = model_bench.Settings(**SMALL, batches=(1,), lengths=(4, 8), forms=("torch",))
+    model_bench.bench_prefill(settings, save=saved.append)
+    assert [len(result["rows"]) for result in saved] == [1, 2]
+    assert saved[0]["left_out"] == ["helium-1m: what follows"]
+
+
+def test_what_is_compiled_ahead_are_the_calls_of_the_plan() -> None:
+    settings = kernel_bench.Settings(device="cpu", operators=("relu2",), sizes=((1, 4),), peers=("plain",))
+    some = kernel_bench.kernel_jobs(settings)
+    counts = [kernel_bench.compile_ahead(settings, some, share, 2) for share in range(2)]
+    assert counts == [2, 2]  # each a layer: the kernel, and plain
+    broken = Job("relu2", "", "", "float32", {"B": 1, "S": 4}, lambda seed: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert kernel_bench.compile_ahead(settings, [broken, *some[:1]], 0, 1) == 2
 
 
 def test_the_process_of_a_benchmark_refuses_what_it_does_not_know(
@@ -729,8 +849,12 @@ def test_targets_are_read_off_the_results() -> None:
             ],
         ),
     }
+    other = _fake_row("swiglu", "liger", 1.0, 0.6, B=1, S=4096)
+    other["time"]["method"] = "events"  # with Python's time in it: not compared with a graph's
+    found["kernels.json"]["rows"] += [_fake_row("swiglu", "triton", 2.0, 0.9, B=1, S=4096), other]
+    found["kernels.json"]["rows"].append(_fake_row("rope", "liger", 0.1, 0.6, B=1, S=1))  # few tokens: not counted
     text = page.render(found)
-    assert "88 to 93 % (2 calls)" in text
+    assert "88 to 93 % (3 calls)" in text
     assert "| 1.0 x | 1.5 x | `refllm bench kernels`" in text
     assert "| 1.3 x | 1.5 x | `refllm bench attention`" in text
     line = next(line for line in text.splitlines() if "D 128, 4k to 16k" in line)

@@ -8,13 +8,13 @@ Peers: this project's torch backend, and Transformers' generate and forward pass
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from refllm.bench import results
 from refllm.bench.ceilings import measure_ceilings
-from refllm.bench.kernels import DTYPE, Step, check_device
+from refllm.bench.kernels import DTYPE, Save, Step, check_device
 from refllm.bench.measure import Bench, clause
 from refllm.bench.model_forms import FORMS, Subject, agree, forward, generation, prepare
 from refllm.bench.results import Row
@@ -70,17 +70,19 @@ class Settings:
             raise InputError(f"--dtype {self.dtype} is not a kernel's: use bfloat16, float16 or float32")
 
 
-def bench_decode(settings: Settings, step: Step = lambda *_: None) -> dict[str, Any]:
+def bench_decode(settings: Settings, step: Step = lambda *_: None, save: Save = lambda _: None) -> dict[str, Any]:
     """Tokens per second of greedy generation behind a prompt."""
-    return _run("decode", settings, _decode_rows, step)
+    return _run("decode", settings, _decode_rows, step, save)
 
 
-def bench_prefill(settings: Settings, step: Step = lambda *_: None) -> dict[str, Any]:
+def bench_prefill(settings: Settings, step: Step = lambda *_: None, save: Save = lambda _: None) -> dict[str, Any]:
     """Time of the forward pass over prompts of several lengths."""
-    return _run("prefill", settings, _prefill_rows, step)
+    return _run("prefill", settings, _prefill_rows, step, save)
 
 
-def _run(name: str, settings: Settings, rows_of: Callable[..., Iterator[Row]], step: Step) -> dict[str, Any]:
+def _run(
+    name: str, settings: Settings, rows_of: Callable[..., Iterator[Row]], step: Step, save: Save
+) -> dict[str, Any]:
     deadline, device = Deadline(settings.minutes), settings.device
     dtype = settings.dtype or DTYPE[device]
     watch = clock(device, settings.cache_bytes)
@@ -88,7 +90,20 @@ def _run(name: str, settings: Settings, rows_of: Callable[..., Iterator[Row]], s
     bench = Bench(watch, measure_ceilings(device, (dtype,), scale=settings.scale, watch=watch), settings.seconds)
     rows: list[Row] = []
     left_out: list[str] = []
-    for model in settings.models or DEFAULT_MODELS[device]:
+    models = settings.models or DEFAULT_MODELS[device]
+
+    def result(missing: Sequence[str] = ()) -> dict[str, Any]:
+        return results.assemble(
+            name,
+            device,
+            rows,
+            ceilings=bench.ceilings,
+            settings=asdict(settings),
+            left_out=[*left_out, *missing],
+            seconds=deadline.seconds,
+        )
+
+    for number, model in enumerate(models):
         if deadline.passed:
             left_out.append(model)
             continue
@@ -98,20 +113,13 @@ def _run(name: str, settings: Settings, rows_of: Callable[..., Iterator[Row]], s
             for row in rows_of(subject, settings, bench, deadline, left_out, step):
                 row.rate(bench.ceilings)
                 rows.append(row)
+                save(result([f"{model}: what follows", *models[number + 1 :]]))
             del subject  # before the next model's weights are made
             _give_memory_back(device)
         except Exception as error:  # the models after this one still count
             said = f"not timed: {clause(error)}"
             rows.append(Row(name, model, "", "all forms", True, dtype, {}, 0, 0, note=said, finding=said))
-    return results.assemble(
-        name,
-        device,
-        rows,
-        ceilings=bench.ceilings,
-        settings=asdict(settings),
-        left_out=left_out,
-        seconds=deadline.seconds,
-    )
+    return result()
 
 
 def _give_memory_back(device: str) -> None:

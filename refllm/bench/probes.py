@@ -63,9 +63,7 @@ class Checker:
         self._shapes = result_shapes(operator, arguments, keywords)
         self._peer_limit = PEER_LIMITS[str(arguments[0].dtype).removeprefix("torch.")]
         contract = loss_contract if operator == "linear_cross_entropy" else partial(Contract, operator)
-        self._parts = [
-            (part, contract(part.arguments, part.keywords)) for part in parts(operator, arguments, keywords)
-        ]
+        self._parts = [(part, contract(part.arguments, part.keywords)) for part in parts(operator, arguments, keywords)]
         said = dict.fromkeys(part.what for part, _ in self._parts)
         self.what = f"{', '.join(said)} against the definition in float64"
 

@@ -102,8 +102,16 @@ def _streaming(results: Sequence[Result]) -> str:
 
 
 def _streaming_peers(results: Sequence[Result]) -> str:
-    calls = [c for c in _calls(_rows(results, "kernels")) if next(iter(c.values()))["what"] in STREAMING]
-    return _range([f for c in calls if (f := speedup(c, "triton", ("compile", "liger"))) is not None], "x")
+    """Only where both were timed in one way: a peer that no graph can record has Python's time in its own."""
+    rows = [row for row in _rows(results, "kernels") if row["what"] in STREAMING]
+    calls = _calls([row for row in rows if row["sizes"]["B"] * row["sizes"]["S"] >= MANY_TOKENS])
+    alike = [_timed_as(call, "triton") for call in calls]
+    return _range([f for c in alike if (f := speedup(c, "triton", ("compile", "liger"))) is not None], "x")
+
+
+def _timed_as(forms: dict[str, dict[str, Any]], ours: str) -> dict[str, dict[str, Any]]:
+    method = forms[ours]["time"]["method"] if ours in forms else ""
+    return {name: row for name, row in forms.items() if row["time"]["method"] == method}
 
 
 def _attention(dims: tuple[int, ...], peers: tuple[str, ...], lengths: range) -> Callable[[Sequence[Result]], str]:

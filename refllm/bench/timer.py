@@ -216,6 +216,11 @@ class Deadline:
         return time.monotonic() >= self._end
 
     @property
+    def minutes(self) -> float | None:
+        """That are left; None for ever."""
+        return None if math.isinf(self._end) else max(0.0, self._end - time.monotonic()) / 60
+
+    @property
     def seconds(self) -> float:
         """Since the start."""
         return time.monotonic() - self.start
