@@ -25,7 +25,7 @@ from typing import Any
 from refllm.kernels.limited_process import SECONDS_TO_TIDY_UP, LimitedProcess
 
 # Name -> (share of the time, seconds that what it has begun, and the pictures, may take after its time is over).
-BENCHMARKS = {"kernels": (6, 20), "attention": (5, 20), "decode": (7, 35), "prefill": (4, 35)}
+BENCHMARKS = {"kernels": (6, 30), "attention": (5, 25), "decode": (7, 35), "prefill": (4, 35)}
 PASSES: dict[str, list[dict[str, Any]]] = {
     "kernels": [{"seconds": 0.05}],
     "attention": [{"seconds": 0.05}],

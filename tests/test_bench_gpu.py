@@ -567,6 +567,14 @@ COMMANDS: dict[str, list[object]] = {
 }
 
 
+PICTURES = {
+    "kernels": ["roofline", "shares-1-x-8-tokens"],
+    "attention": ["roofline", "shares-attention", "shares-decode_attention"],
+    "decode": ["roofline", "shares-decode"],
+    "prefill": ["roofline", "shares-prefill"],
+}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_run_end_to_end(
     small: None, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -598,10 +606,11 @@ def test_commands_run_end_to_end(
     assert any(row["time"] for row in result["rows"] if row["ours"]) or name == "attention"
     assert "of the ceiling" in out
     assert "holds" in out
-    stems = (f"{name}-here-roofline", f"{name}-here-bars")
-    for stem in stems:
-        for kind in ("png", "svg"):
-            _not_blank(tmp_path / "plots" / f"{stem}.{kind}")
+    pictures = sorted((tmp_path / "plots").iterdir())
+    assert {file.stem for file in pictures} == {f"{name}-here-{part}" for part in PICTURES[name]}
+    assert len(pictures) == 2 * len(PICTURES[name])
+    for file in pictures:
+        _not_blank(file)
 
 
 @pytest.mark.parametrize("operator", kernels.OPERATORS)
