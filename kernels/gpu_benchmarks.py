@@ -11,8 +11,8 @@ What they hold on a GPU, counted by tests/test_gpu.py:
     prefill       5 models at 4096 tokens; then 2 models at 1024 and 16384; no target names any
 
 A form is timed for 0.05 s, so that timing itself takes 26 s of `kernels` and 18 s of `attention`; drawing and checking
-come on top. Compiling would take more than all of that (301 Triton kernels of 0.7 to 0.8 s each), and is done before,
-by `COMPILERS` processes beside the checks (`refllm.bench.kernels.compile_ahead`).
+come on top. Compiling would take more than all of that (about 300 Triton kernels of 0.7 to 0.8 s each, ahead of time on
+one core), and is done before, by `COMPILERS` processes beside the checks (`refllm.bench.kernels.compile_ahead`).
 """
 
 import json
@@ -50,8 +50,9 @@ def slug(machine_name: str) -> str:
 
 
 def start_compilers(names: tuple[str, ...], device: str, seconds: float) -> list[LimitedProcess]:
-    """Processes that fill the caches of the compilers for these benchmarks, beside whatever else runs."""
-    parts = [(name, f"{part}/{COMPILERS[name]}") for name in names for part in range(COMPILERS.get(name, 0))]
+    """Processes that fill the caches of the compilers for these benchmarks, beside the checks. On a CPU none."""
+    of = COMPILERS if device == "cuda" else {}
+    parts = [(name, f"{part}/{of[name]}") for name in names for part in range(of.get(name, 0))]
     return [
         LimitedProcess(["-m", "refllm.bench.process", name, "--device", device, "--compile-ahead", part], seconds)
         for name, part in parts

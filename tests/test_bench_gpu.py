@@ -16,6 +16,7 @@ import torch
 
 from refllm import cli, kernels
 from refllm.bench import ceilings, eager, growth, model_forms, page, process, results, targets, timer, whole_models
+from refllm.bench import forms as forms_module
 from refllm.bench import kernels as kernel_bench
 from refllm.bench import models as model_bench
 from refllm.bench.forms import Form, forms
@@ -156,7 +157,7 @@ def test_buffers_rotate_and_the_cache_is_emptied_before_every_round(monkeypatch:
 
     timed = watch.time([call(x) for x in drawn], 0.0)
     rounds = [x[0].data_ptr() for x in drawn]
-    timing = events[2 * len(drawn) :]  # after the warm-up and the pilot
+    timing = events[2 * len(drawn) + 1 :]  # after the warm-up and the pilot, which counts what emptying takes
     assert timing == ["evict", *rounds] * timed.spread.samples
     assert timed.spread.samples >= timer.SAMPLES[0]
 
@@ -464,6 +465,19 @@ def test_a_peer_without_the_operator_and_a_backend_without_the_call_are_rows() -
     rows = {row.form: row for row in measure(job, list(forms("attention", "cpu", ("sdpa",)))[1:], bench)}
     assert rows["sdpa cudnn"].note == "not timed: it does not take this call"
     assert rows["sdpa math"].time is not None
+
+
+def test_heads_that_are_repeated_for_a_backend_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = forms_module._sdpa
+
+    def refuses(backend: str, q: Any, k: Any, v: Any, causal: bool, grouped: bool) -> Any:
+        return _raises if grouped else right(backend, q, k, v, causal, grouped)
+
+    monkeypatch.setattr(forms_module, "_sdpa", refuses)
+    (job,) = jobs("attention", layer=REDUCED[0])
+    (row,) = measure(job, [forms_module.sdpa_form("attention", "math")], Bench(CpuClock(4096), CEILINGS, 0.001))
+    assert row.time is not None
+    assert row.note == "key/value heads repeated beforehand, untimed: 2 x their bytes to read"
 
 
 def test_without_transformers_the_models_are_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -794,9 +808,21 @@ def test_what_is_compiled_ahead_are_the_calls_of_the_plan() -> None:
     settings = kernel_bench.Settings(device="cpu", operators=("relu2",), sizes=((1, 4),), peers=("plain",))
     some = kernel_bench.kernel_jobs(settings)
     counts = [kernel_bench.compile_ahead(settings, some, share, 2) for share in range(2)]
-    assert counts == [2, 2]  # each a layer: the kernel, and plain
+    assert counts == [1, 1]  # each a layer; plain Torch has nothing to compile
     broken = Job("relu2", "", "", "float32", {"B": 1, "S": 4}, lambda seed: 1 / 0)  # type: ignore[arg-type, return-value]
-    assert kernel_bench.compile_ahead(settings, [broken, *some[:1]], 0, 1) == 2
+    assert kernel_bench.compile_ahead(settings, [broken, *some[:1]], 0, 1) == 1
+
+
+def test_the_process_that_compiles_ahead_times_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert process.main(["attention", "--device", "cpu", "--compile-ahead", "0/100"]) == 0
+    assert capsys.readouterr().out == "attention: 1 calls compiled\n"
+    started: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_benchmarks, "LimitedProcess", lambda arguments, seconds: started.append(arguments))
+        gpu_benchmarks.start_compilers(("kernels", "decode"), "cuda", 1.0)
+        gpu_benchmarks.start_compilers(("kernels",), "cpu", 1.0)
+    parts = [arguments[-1] for arguments in started]
+    assert parts == [f"{part}/{len(parts)}" for part in range(gpu_benchmarks.COMPILERS["kernels"])]
 
 
 def test_the_process_of_a_benchmark_refuses_what_it_does_not_know(

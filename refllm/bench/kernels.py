@@ -32,6 +32,9 @@ ONE_HEAD_IN = {"cuda": 1, "cpu": 8}
 DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
 SECONDS = {"cuda": 0.1, "cpu": 0.05}
 SLOW = ("compile",)
+COMPILED = ("triton", "compile", "liger")
+COMPILER_MEMORY = 0.1
+"""Of the GPU, at most, for each process of `compile_ahead`: others work beside it."""
 DEFAULT_PEERS = {"cuda": ("eager", "liger", "sdpa", "compile"), "cpu": ("plain", "eager", "sdpa")}
 
 
@@ -215,7 +218,7 @@ def named_by_a_target(job: Job) -> bool:
 
 
 def compile_ahead(settings: Settings, jobs: Sequence[Job], share: int, of: int) -> int:
-    """Calls every form of every `of`-th job once, from number `share` on, and returns how many calls ran.
+    """Calls what is compiled of every `of`-th job once, from number `share` on, and returns how many calls ran.
 
     What Triton and torch.compile make of them stays in their caches on disk, for the process that times the same calls:
     compiling takes more time than timing, and several of these processes do it at once. What fails is for the other
@@ -224,11 +227,13 @@ def compile_ahead(settings: Settings, jobs: Sequence[Job], share: int, of: int) 
     import torch
 
     done = 0
+    if settings.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(COMPILER_MEMORY)
     with torch.no_grad():
         for index, chosen in plan(jobs, settings.device, settings.peers)[share::of]:
             with contextlib.suppress(Exception):
                 arguments, keywords = jobs[index].draw(0)
-                for form in chosen:
+                for form in (form for form in chosen if form.name in COMPILED):
                     with contextlib.suppress(Exception):
                         form.bind(arguments, keywords)()
                         done += 1
