@@ -2,30 +2,42 @@
 the benchmarks; one JSON file out, and one per benchmark in the folder benchmarks beside it.
 
     python -m refllm.kernels.gpu [-o FILE] [--device cuda|cpu] [--no-tests] [--benchmarks kernels,attention | none]
+                                 [--only TEXT]
 
 The file holds
     machine: GPU, driver, versions, date, command
     operators: one row per output of every call of `refllm.kernels.cases`: layer, dtype, form (triton or plain), ratio
         of its error to the contract's in the same precision, limit, problem ("" if it holds)
+    checks: one row per process that compared with the reference: seconds, results, problem if it broke
     models: one row per checkpoint, backend and dtype: the verdict of the check, and whether decoding on a graph gives
         the tokens of decoding without; embedded checkpoints and random ones of real layer shapes
     tests: what pytest counted over the kernel tests, and the failures with their messages
     benchmarks: one row per benchmark: its file (which docs/benchmarks can keep as it is), verdict and problem
-    verdict: "holds" or "fails"
+    missing: what was not run to its end, by name
+    verdict: "fails" if there is a finding; else "incomplete" if something is missing; else "holds"
 
-Exit codes: 0 it holds, 1 a finding, 2 there is no GPU or the tests are not there.
+It ends inside `TOTAL_SECONDS`, and is of use whenever somebody ends it: the file is written at the start, with
+everything missing, and again after every part; beside it every check leaves a line per result, and every benchmark a
+file that is replaced after each call.
+
+    0 s     checks, side by side, each a process: the operators of every layer (5), the models (1), the tests (8), and 5
+            that compile what the benchmarks will time. They compute on the CPU for the most part: the definitions in
+            float64, and the compilers. All are ended at `CHECK_SECONDS`.
+    170 s   benchmarks, one after the other, because two would disturb each other; each gets its share of what is left
+            (at least 370 s: kernels 101, attention 84, decode 118, prefill 67) and hands on what it does not use.
+    540 s   the end. Ten minutes leave 60 s for starting, installing and a slow machine.
+
+Exit codes: 0 it holds, 1 a finding, or something is missing, 2 there is no GPU or the tests are not there.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as xml
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,20 +49,18 @@ import triton
 import refllm
 from refllm import kernels
 from refllm.errors import InputError, RefllmError
-from refllm.kernels.cases import LAYERS, REDUCED, Case, cases
-from refllm.kernels.end_to_end import check_models
-from refllm.kernels.gpu_benchmarks import BENCHMARKS, run_benchmarks
-from refllm.kernels.verify import Contract
+from refllm.kernels.gpu_benchmarks import BENCHMARKS, run_benchmarks, start_compilers
+from refllm.kernels.gpu_checks import layers, read_rows
+from refllm.kernels.limited_process import SECONDS_TO_TIDY_UP, LimitedProcess
 from refllm.status_line import StatusLine
 
-DTYPES = ("float32", "bfloat16", "float16")
-TOKENS = {"cuda": 129, "cpu": 5}
-"""Positions per call: over one tile of 128 by one; few where the interpreter runs."""
-MODEL_TOKENS = {"cuda": 96, "cpu": 12}
 PROCESSES = 8
-TEST_SECONDS = 240
-TOTAL_SECONDS = 570
-"""Limits for the kernel tests, and for everything: the benchmarks get what is left, so that it ends in ten minutes."""
+CHECK_SECONDS = 170.0
+TOTAL_SECONDS = 540.0
+"""From the start: when all checks have ended, and when everything has."""
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
+"""Of each check: they share the cores."""
+PARTS = ("operators", "models", "tests")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -70,54 +80,59 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def check_operators(device: str, step: StatusLine) -> Iterator[dict[str, Any]]:
-    """A row per output of every call, for the Triton and the plain form."""
-    interpreter = contextlib.nullcontext if device == "cuda" else kernels.interpreted
-    for layer in LAYERS if device == "cuda" else REDUCED:
-        for dtype in DTYPES:
-            for case in cases(layer, dtype, device, tokens=TOKENS[device]):
-                step(f"{layer.name}, {dtype}: {case.operator} {case.name}")
-                contract, where = Contract(case.operator, case.arguments, case.keywords), (layer.name, dtype)
-                for form, namespace in (("triton", kernels), ("plain", kernels.plain)):
-                    with interpreter():
-                        yield from _check_call(case, contract, form, namespace, where)
+def start_checks(device: str, output: Path, only: str, seconds: float) -> dict[str, tuple[LimitedProcess, Path]]:
+    """The checks of operators and models, running: name -> process and the file that it writes."""
+    found = {f"operators, {name}": ("operators", name) for name in layers(device, only)}
+    found["models"] = ("models", only)
+    started = {}
+    for name, (what, part) in found.items():
+        file = output.with_name(f"{output.stem}-{'-'.join(name.replace(',', '').split())}.jsonl")
+        file.unlink(missing_ok=True)
+        arguments = ["-m", "refllm.kernels.gpu_checks", what, "--rows", str(file), "--device", device, "--only", part]
+        started[name] = LimitedProcess(arguments, seconds, THREADS), file
+    return started
 
 
-def _check_call(
-    case: Case, contract: Contract, form: str, namespace: Any, where: tuple[str, str]
-) -> Iterator[dict[str, Any]]:
-    layer, dtype = where
-    row = {"layer": layer, "dtype": dtype, "operator": case.operator, "case": case.name, "form": form}
-    try:
-        verdicts = contract.judge(getattr(namespace, case.operator)(*case.arguments, **case.keywords))
-    except Exception as error:  # whatever a kernel raises is this run's finding, and the other calls still count
-        yield {**row, "output": None, "ratio": None, "limit": None, "problem": f"{type(error).__name__}: {error}"}
-        return
-    for verdict in verdicts:
-        ratio = float(verdict.ratio) if np.isfinite(verdict.ratio) else None
-        yield {**row, "output": verdict.output, "ratio": ratio, "limit": verdict.limit, "problem": verdict.problem}
+def end_checks(started: dict[str, tuple[LimitedProcess, Path]], result: dict[str, Any]) -> None:
+    """Waits for them, and puts their rows, and a row on each of them, into `result`."""
+    for name, (process, file) in started.items():
+        process.wait()
+        rows, done = read_rows(file)
+        result[name.split(",")[0]] += rows
+        why = "its time was over" if process.code is None else f"exit code {process.code}: {process.last_line}"
+        row = {"check": name, "seconds": round(process.seconds, 1), "results": len(rows)}
+        broke = "" if done or process.code is None else f"ended early, {why}"
+        result["checks"].append(row | {"problem": broke, "missing": "" if done else f"what comes behind ({why})"})
 
 
-def run_tests(device: str, folder: Path, report: Path) -> dict[str, Any]:
-    """The kernel tests in `folder` on `device`, in a process of their own; `report` receives pytest's XML."""
+def start_tests(device: str, folder: Path, report: Path, seconds: float) -> LimitedProcess:
+    """The kernel tests in `folder` on `device`, running; `report` receives pytest's XML. InputError without tests."""
     files = sorted(str(path) for path in folder.glob("test_kernel_*.py"))
     if not files:
         raise InputError(
             f"{folder}: no test_kernel_*.py here; run this from the root of the project, or with --no-tests"
         )
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *files]
+    report.unlink(missing_ok=True)
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *files]
     if find_spec("xdist") is not None:  # most of the time is compilation, on the CPU
-        command += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
-    environment = {**os.environ, "REFLLM_TEST_DEVICE": device, "HYPOTHESIS_PROFILE": "ci"}
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=TEST_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"exit": None, "problem": f"not done after {TEST_SECONDS} s", "failures": []}
+        arguments += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
+    # Asked to end, pytest still writes its report.
+    environment = {**THREADS, "REFLLM_TEST_DEVICE": device, "HYPOTHESIS_PROFILE": "ci"}
+    return LimitedProcess(arguments, seconds - SECONDS_TO_TIDY_UP, environment)
+
+
+def end_tests(process: LimitedProcess, report: Path) -> dict[str, Any]:
+    """What pytest counted as far as it got. problem: "" if nothing failed. missing: "" if all tests ran."""
+    process.wait()
+    found: dict[str, Any] = {"exit": process.code, "problem": "", "missing": "", "failures": []}
+    if process.code is None:
+        found["missing"] = f"ended after {process.seconds:.0f} s"
     if not report.exists():
-        return {"exit": done.returncode, "problem": done.stdout[-2000:] + done.stderr[-2000:], "failures": []}
-    return {"exit": done.returncode, "problem": "" if done.returncode == 0 else "tests failed", **_counts(report)}
+        said = process.output[-2000:] + process.errors[-2000:]
+        return found | ({"problem": said or "no report"} if process.code is not None else {})
+    found |= _counts(report)
+    failed = found["failures"] or process.code not in (None, 0)
+    return found | {"problem": "tests failed" if failed else ""}
 
 
 def _counts(report: Path) -> dict[str, Any]:
@@ -131,40 +146,53 @@ def _counts(report: Path) -> dict[str, Any]:
     return {"counts": counts, "seconds": float(suite.get("time", "0")), "failures": failures}
 
 
-def run(device: str, tests: Path | None, output: Path, benchmarks: tuple[str, ...] = ()) -> dict[str, Any]:
+def run(
+    device: str, tests: Path | None, output: Path, benchmarks: tuple[str, ...] = (), only: str = ""
+) -> dict[str, Any]:
     """Everything, as the dictionary that becomes the JSON file `output`; files of other kinds go beside it.
 
-    The file is there before the benchmarks begin: whoever ends them loses only them.
+    tests: their folder, None for none. only: as in `refllm.kernels.gpu_checks`.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("make gpu needs a GPU, and torch sees none here; `make test` runs the kernels without one")
-    start = time.perf_counter()
+    start, report = time.perf_counter(), output.with_suffix(".xml")
     with StatusLine(sys.stderr) as step:
         result: dict[str, Any] = {"verdict": "", "machine": machine(device), "seconds": 0.0}
-        result["operators"] = list(check_operators(device, step))
-        result["models"] = list(
-            check_models(device, DTYPES[:2], step, real=device == "cuda", tokens=MODEL_TOKENS[device])
-        )
-        step("the kernel tests")
-        result["tests"] = run_tests(device, tests, output.with_suffix(".xml")) if tests is not None else None
-        result["benchmarks"] = []
-        _write(result, start, output)
-        if device == "cuda":
-            torch.cuda.empty_cache()  # the benchmarks are other processes
+        result |= {"checks": [], "operators": [], "models": [], "tests": None, "benchmarks": []}
+        _write(result, start, output, [*PARTS, *benchmarks])
+        step(f"operators, models and kernel tests, at most {CHECK_SECONDS:.0f} s")
+        testing = None if tests is None else start_tests(device, tests, report, CHECK_SECONDS)
+        checks = start_checks(device, output, only, CHECK_SECONDS)
+        compilers = start_compilers(benchmarks, device, CHECK_SECONDS)
+        end_checks(checks, result)
+        _write(result, start, output, [*PARTS[2:], *benchmarks])
+        result["tests"] = None if testing is None else end_tests(testing, report)
+        for process in compilers:
+            process.wait()
+        _write(result, start, output, benchmarks)
         left = TOTAL_SECONDS - (time.perf_counter() - start)
         name = result["machine"]["gpu"] or "cpu"
         for row in run_benchmarks(benchmarks, device, name, output.parent / "benchmarks", left, step):
             result["benchmarks"].append(row)
-            _write(result, start, output)
+            _write(result, start, output, benchmarks[len(result["benchmarks"]) :])
     return result
 
 
-def _write(result: dict[str, Any], start: float, output: Path) -> None:
-    """Brings verdict and seconds up to date, and writes the file."""
-    rows = result["operators"] + result["models"] + result["benchmarks"]
-    bad = any(row["problem"] for row in rows) or (result["tests"] is not None and result["tests"]["problem"])
-    result |= {"verdict": "fails" if bad else "holds", "seconds": round(time.perf_counter() - start, 1)}
-    output.write_text(json.dumps(result, indent=1) + "\n")
+def _write(result: dict[str, Any], start: float, output: Path, to_come: Sequence[str]) -> None:
+    """Brings verdict, what is missing and seconds up to date, and writes the file. to_come: parts that did not run."""
+    parts = [*result["checks"], *([result["tests"]] if result["tests"] else []), *result["benchmarks"]]
+    missing = [f"{_name(row)}: {row['missing']}" for row in parts if row["missing"]]
+    missing += [f"{name}: not run yet" for name in to_come]
+    found = any(row["problem"] for row in [*result["operators"], *result["models"], *parts])
+    verdict = "fails" if found else "incomplete" if missing else "holds"
+    result |= {"verdict": verdict, "missing": missing, "seconds": round(time.perf_counter() - start, 1)}
+    new = output.with_suffix(".new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(new, output)
+
+
+def _name(part: dict[str, Any]) -> str:
+    return str(part.get("check") or part.get("benchmark") or "tests")
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -186,12 +214,12 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"{name}: {row['problem'] or 'holds'}")
     tested = result["tests"]
     if tested is not None:
-        lines.append(f"tests: {tested.get('counts', {})} {tested['problem']}")
+        lines.append(f"tests: {tested.get('counts', {})} {tested['problem']}".rstrip())
         lines += [f"  {failure['test']}: {failure['message'][:200]}" for failure in tested["failures"]]
     for row in result["benchmarks"]:
         lines += row["said"].splitlines()
-        if row["problem"]:
-            lines.append(f"{row['benchmark']}: {row['problem']}")
+    lines += [f"{_name(row)}: {row['problem']}" for row in [*result["checks"], *result["benchmarks"]] if row["problem"]]
+    lines += [f"missing: {name if len(name) < 200 else name[:200] + ' ...'}" for name in result["missing"]]
     return "\n".join([*lines, f"{result['verdict']}, {result['seconds']} s"])
 
 
@@ -202,12 +230,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: interpreted, reduced shapes")
     parser.add_argument("--no-tests", action="store_true", help="only the operators, not the kernel tests")
     parser.add_argument("--benchmarks", help=f"of {','.join(BENCHMARKS)}, or none; default: all on cuda, none on cpu")
+    parser.add_argument("--only", default="", help="layers and checkpoints to check: parts of names, with commas")
     options = parser.parse_args(arguments)
     output: Path = options.output
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         tests = None if options.no_tests else Path("tests")
-        result = run(options.device, tests, output.absolute(), _benchmarks(options.benchmarks, options.device))
+        benchmarks = _benchmarks(options.benchmarks, options.device)
+        result = run(options.device, tests, output.absolute(), benchmarks, options.only)
     except (RefllmError, OSError) as error:
         print(f"refllm: {error}", file=sys.stderr)
         return 2

@@ -16,16 +16,18 @@ import torch
 
 from refllm import cli, kernels
 from refllm.bench import ceilings, eager, growth, model_forms, page, process, results, timer, whole_models
+from refllm.bench import forms as forms_module
 from refllm.bench import kernels as kernel_bench
 from refllm.bench import models as model_bench
 from refllm.bench.forms import Form, forms
-from refllm.bench.measure import Bench, measure
-from refllm.bench.probes import Checker
+from refllm.bench.measure import Bench, Truth, measure
+from refllm.bench.probes import Checker, loss_contract
 from refllm.bench.timer import CpuClock, GpuClock, Timed, spread
 from refllm.bench.traffic import decode_step, prefill, traffic
 from refllm.bench.workloads import Job, attention_jobs, operator_jobs
 from refllm.kernels import gpu, gpu_benchmarks
 from refllm.kernels.cases import REDUCED
+from refllm.kernels.verify import Contract
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"device": "cpu", "seconds": 0.001, "scale": 0.002, "cache_bytes": 4096}
@@ -154,7 +156,7 @@ def test_buffers_rotate_and_the_cache_is_emptied_before_every_round(monkeypatch:
 
     timed = watch.time([call(x) for x in drawn], 0.0)
     rounds = [x[0].data_ptr() for x in drawn]
-    timing = events[2 * len(drawn) :]  # after the warm-up and the pilot
+    timing = events[2 * len(drawn) + 1 :]  # after the warm-up and the pilot, which counts what emptying takes
     assert timing == ["evict", *rounds] * timed.spread.samples
     assert timed.spread.samples >= timer.SAMPLES[0]
 
@@ -320,6 +322,58 @@ def test_an_output_that_goes_wrong_while_it_is_timed_gets_no_time() -> None:
     assert row.finding.startswith("while timed: ")
 
 
+def test_an_output_that_is_wrong_for_the_last_set_of_inputs_alone_gets_no_time() -> None:
+    (job,) = jobs("relu2")
+    last = max(timer.sets_needed(traffic("relu2", *job.draw(0)).bytes, 4096) - 1, 1)
+    wrong = job.draw(last)[0][0]
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return kernels.plain.relu2(x) * (0.5 if torch.equal(x, wrong) else 1.0)
+
+    (row,) = measure(job, [_plain("relu2", function)], Bench(CpuClock(4096), CEILINGS, 0.001))
+    assert row.time is None
+    assert f"set {last}, are not those of eager float32" in row.finding
+
+
+@pytest.mark.parametrize("operator", kernels.OPERATORS)
+def test_one_wrong_row_between_the_parts_is_seen_by_the_witness(operator: str) -> None:
+    """The middle of what the definition does not get through, a fifth too large."""
+    (job,) = jobs(operator, size=(40, 1) if operator == "decode_attention" else (1, 90))
+    calls = [job.draw(0)]
+    truth = Truth(operator, calls)
+    right = getattr(kernels.plain, operator)(*calls[0][0], **calls[0][1])
+    right = right if isinstance(right, tuple) else (right,)
+    assert truth.judge(right, 0, True).problem == ""
+    assert "every element of 1 sets of inputs against" in truth.judge(right, 0, True).checked
+    for number in range(len(right)):
+        wrong = tuple(x.clone() for x in right)
+        x = wrong[number]
+        rows = x if x.ndim == 1 or operator == "decode_attention" else x.transpose(0, x.ndim - 2)
+        rows[20] *= 1.2
+        assert f"output {number}, set 0, are not those of" in truth.judge(wrong, 0, True).problem
+
+
+def test_a_witness_without_memory_is_said_and_not_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setitem(eager.FUNCTIONS, "relu2", full)
+    (job,) = jobs("relu2")
+    (row,) = measure(job, [_plain("relu2")], Bench(CpuClock(4096), CEILINGS, 0.001))
+    assert row.time is not None
+    assert "the rest unseen (eager float32: OutOfMemoryError)" in row.checked
+
+
+def test_the_loss_contract_is_that_of_the_definition() -> None:
+    for dtype in ("float32", "bfloat16"):
+        (job,) = jobs("linear_cross_entropy", dtype=dtype)
+        arguments, keywords = job.draw(0)
+        quick = loss_contract(arguments, keywords)
+        slow = Contract("linear_cross_entropy", arguments, keywords)
+        np.testing.assert_allclose(quick.exact[0], slow.exact[0], rtol=1e-13)
+        np.testing.assert_allclose(quick.same_precision[0], slow.same_precision[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("operator", kernels.OPERATORS)
 def test_the_parts_that_are_checked_see_an_error_at_either_end(operator: str) -> None:
     size = (2, 1) if operator == "decode_attention" else (2, 40)
@@ -394,6 +448,19 @@ def test_a_peer_without_the_operator_and_a_backend_without_the_call_are_rows() -
     assert rows["sdpa math"].time is not None
 
 
+def test_heads_that_are_repeated_for_a_backend_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = forms_module._sdpa
+
+    def refuses(backend: str, q: Any, k: Any, v: Any, causal: bool, grouped: bool) -> Any:
+        return _raises if grouped else right(backend, q, k, v, causal, grouped)
+
+    monkeypatch.setattr(forms_module, "_sdpa", refuses)
+    (job,) = jobs("attention", layer=REDUCED[0])
+    (row,) = measure(job, [forms_module.sdpa_form("attention", "math")], Bench(CpuClock(4096), CEILINGS, 0.001))
+    assert row.time is not None
+    assert row.note == "key/value heads repeated beforehand, untimed: 2 x their bytes to read"
+
+
 # -- what comes out ----------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +504,14 @@ COMMANDS: dict[str, list[object]] = {
 }
 
 
+PICTURES = {
+    "kernels": ["roofline", "shares-1-x-8-tokens"],
+    "attention": ["roofline", "shares-attention", "shares-decode_attention"],
+    "decode": ["roofline", "shares-decode"],
+    "prefill": ["roofline", "shares-prefill"],
+}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_run_end_to_end(
     small: None, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -468,10 +543,11 @@ def test_commands_run_end_to_end(
     assert any(row["time"] for row in result["rows"] if row["ours"]) or name == "attention"
     assert "of the ceiling" in out
     assert "holds" in out
-    stems = (f"{name}-here-roofline", f"{name}-here-bars")
-    for stem in stems:
-        for kind in ("png", "svg"):
-            _not_blank(tmp_path / "plots" / f"{stem}.{kind}")
+    pictures = sorted((tmp_path / "plots").iterdir())
+    assert {file.stem for file in pictures} == {f"{name}-here-{part}" for part in PICTURES[name]}
+    assert len(pictures) == 2 * len(PICTURES[name])
+    for file in pictures:
+        _not_blank(file)
 
 
 @pytest.mark.parametrize("operator", kernels.OPERATORS)
@@ -549,51 +625,114 @@ def test_no_time_left_is_said_and_not_a_finding() -> None:
     assert models["left_out"] == ["helium-1m"]
 
 
-def test_the_most_telling_calls_come_first() -> None:
-    some = list(operator_jobs(REDUCED, [(1, 8), (1, 4)], ("relu2", "rms_norm"), "float32", "cpu"))
+def test_calls_that_a_target_names_come_first_and_compiling_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_bench, "MANY_TOKENS", 8)
+    sizes = [(1, 4), (1, 8)]
+    some = list(operator_jobs(REDUCED, sizes, ("relu2", "rms_norm", "linear_cross_entropy"), "float32", "cpu"))
+    monkeypatch.setitem(kernel_bench.DEFAULT_PEERS, "cpu", ("eager", "compile"))
     order = [
-        (some[i].group, some[i].panel, some[i].operator, [form.name for form in found])
-        for i, found in kernel_bench.plan(some, "cpu", ("eager", "compile"))
+        (some[i].group[4], some[i].panel, some[i].operator, "compile" in [form.name for form in found])
+        for i, found in kernel_bench.plan(some, "cpu", None)
     ]
-    assert [names for _, _, _, names in order[:4]] == [["triton", "eager"]] * 4
-    assert [(panel, operator) for _, panel, operator, names in order[4:6]] == [
-        ("reduced", "relu2"),
-        ("reduced", "rms_norm"),
+    assert order[:4] == [
+        ("8", "reduced", "relu2", True),
+        ("8", "reduced", "rms_norm", True),
+        ("8", "reduced partial", "relu2", False),
+        ("8", "reduced partial", "rms_norm", False),
     ]
-    assert all(names == ["compile"] for _, _, _, names in order[4:6])
-    assert all(group == "1 x 4 tokens" for group, *_ in order[6:10])
-    assert len(order) == 2 * len(some)
+    assert [call[2] for call in order if call[3]].count("linear_cross_entropy") == 1
+    assert len(order) == len(some) == len({call[:3] for call in order})
+    asked = kernel_bench.plan(some, "cpu", ("compile",))
+    assert all("compile" in [form.name for form in found] for _, found in asked)
 
 
 # -- make gpu ----------------------------------------------------------------------------------------------------------
 
 
 def test_make_gpu_runs_benchmarks_in_processes_and_keeps_their_files(tmp_path: Path) -> None:
-    small = {"seconds": 0.001, "scale": 0.001, "cache_bytes": 4096, "peers": ["plain"]}
-    settings = {"kernels": {**small, "layers": ["reduced"], "sizes": [[1, 4]], "operators": ["relu2"]}}
+    small = {"seconds": 0.001, "scale": 0.001, "cache_bytes": 4096, "peers": ["plain"], "layers": ["reduced"]}
+    passes = [{**small, "sizes": [[1, 4]], "operators": [name]} for name in ("relu2", "swiglu")]
     (row,) = gpu_benchmarks.run_benchmarks(
-        ("kernels",), "cpu", "NVIDIA H200", tmp_path / "new", 200, lambda text: None, settings
+        ("kernels",), "cpu", "NVIDIA H200", tmp_path / "new", 200, lambda text: None, {"kernels": passes}
     )
-    assert (row["problem"], row["verdict"]) == ("", "holds")
+    assert (row["problem"], row["missing"], row["verdict"]) == ("", "", "holds")
     file = tmp_path / "new" / "kernels-nvidia-h200.json"
     assert row["file"] == str(file)
     result = json.loads(file.read_text())
     assert result["command"].startswith("refllm bench kernels --device cpu --minutes")
-    assert (tmp_path / "new" / "kernels-nvidia-h200-bars.png").exists()
+    assert {row["what"] for row in result["rows"]} == {"relu2", "swiglu"}
+    assert list((tmp_path / "new").glob("kernels-nvidia-h200*.png"))
     assert page.load(tmp_path / "new")
 
 
 def test_make_gpu_says_what_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = gpu_benchmarks.run_benchmarks(("decode",), "cpu", "x", tmp_path, 1, lambda text: None)
-    assert row["problem"] == "not run: 1 s are left for it"
+    assert (row["problem"], row["missing"]) == ("", "not run: 1 s are left for it")
 
-    def ended(command: list[str], **_: Any) -> Any:
-        assert float(command[command.index("--minutes") + 1]) * 60 < 100
-        return SimpleNamespace(returncode=139, stdout="", stderr="first\nSegmentation fault")
+    class Ended:
+        code, output, errors, seconds, last_line = 139, "", "", 1.0, "Segmentation fault"
 
-    monkeypatch.setattr(gpu_benchmarks.subprocess, "run", ended)
+        def __init__(self, arguments: list[str], seconds: float) -> None:
+            assert float(arguments[arguments.index("--minutes") + 1]) * 60 < seconds < 100
+
+        def wait(self) -> Any:
+            return self
+
+    monkeypatch.setattr(gpu_benchmarks, "LimitedProcess", Ended)
     (row,) = gpu_benchmarks.run_benchmarks(("decode",), "cpu", "x", tmp_path, 100, lambda text: None)
     assert row["problem"] == "ended with 139: Segmentation fault"
+
+
+def test_a_benchmark_that_is_ended_has_left_its_rows_and_names_what_is_missing(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, calls = kernel_bench.measure, []
+
+    def ended(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return right(*given)
+
+    monkeypatch.setattr(kernel_bench, "measure", ended)
+    passes = [{**{k: v for k, v in SMALL.items() if k != "device"}, "peers": ["plain"], "operators": ["relu2"]}, {}]
+    file = tmp_path / "a.json"
+    with pytest.raises(KeyboardInterrupt):
+        process.run("kernels", "cpu", 1.0, passes, file)
+    result = json.loads(file.read_text())
+    assert result["verdict"] == "incomplete"
+    assert [row["form"] for row in result["rows"]] == ["triton", "plain"]
+    assert "relu2, reduced partial, 1 x 20 tokens, float32: triton, plain" in result["left_out"]
+    assert result["left_out"][-1] == "{}"  # the second pass
+
+
+def test_models_are_saved_row_by_row(tmp_path: Path) -> None:
+    saved: list[dict[str, Any]] = []
+    settings = model_bench.Settings(**SMALL, batches=(1,), lengths=(4, 8), forms=("torch",))
+    model_bench.bench_prefill(settings, save=saved.append)
+    assert [len(result["rows"]) for result in saved] == [1, 2]
+    assert saved[0]["left_out"] == ["helium-1m: what follows"]
+
+
+def test_what_is_compiled_ahead_are_the_calls_of_the_plan() -> None:
+    settings = kernel_bench.Settings(device="cpu", operators=("relu2",), sizes=((1, 4),), peers=("plain",))
+    some = kernel_bench.kernel_jobs(settings)
+    counts = [kernel_bench.compile_ahead(settings, some, share, 2) for share in range(2)]
+    assert counts == [1, 1]  # each a layer; plain Torch has nothing to compile
+    broken = Job("relu2", "", "", "float32", {"B": 1, "S": 4}, lambda seed: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert kernel_bench.compile_ahead(settings, [broken, *some[:1]], 0, 1) == 1
+
+
+def test_the_process_that_compiles_ahead_times_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert process.main(["attention", "--device", "cpu", "--compile-ahead", "0/100"]) == 0
+    assert capsys.readouterr().out == "attention: 1 calls compiled\n"
+    started: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_benchmarks, "LimitedProcess", lambda arguments, seconds: started.append(arguments))
+        gpu_benchmarks.start_compilers(("kernels", "decode"), "cuda", 1.0)
+        gpu_benchmarks.start_compilers(("kernels",), "cpu", 1.0)
+    parts = [arguments[-1] for arguments in started]
+    assert parts == [f"{part}/{len(parts)}" for part in range(gpu_benchmarks.COMPILERS["kernels"])]
 
 
 def test_the_process_of_a_benchmark_refuses_what_it_does_not_know(

@@ -1,11 +1,17 @@
 """The figures to reach: read off whole runs on the machine that they are for, like compared with like."""
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
-from refllm.bench import page, results, targets
+from refllm.bench import kernels, models, page, results, targets
 from refllm.bench.timer import spread
+from refllm.bench.workloads import attention_jobs, operator_jobs
+from refllm.kernels.cases import LAYERS
+from refllm.kernels.gpu_benchmarks import PASSES
+
+PEER_FORMS = ("triton", "eager", "compile", "liger", "sdpa math", "sdpa flash", "sdpa efficient", "sdpa cudnn")
 
 
 def fake(bench: str, rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
@@ -96,6 +102,13 @@ def test_another_machine_and_a_part_of_the_run_do_not_count(changes: dict[str, A
     assert measured(whole, part) == {"93 %"}  # though the part is newer
 
 
+@pytest.mark.parametrize("bench", ["kernels", "attention", "decode"])
+def test_the_run_of_make_gpu_counts(bench: str) -> None:
+    settings = models.Settings if bench == "decode" else kernels.Settings
+    first = {name: tuple(value) if isinstance(value, list) else value for name, value in PASSES[bench][0].items()}
+    assert targets.is_whole(fake(bench, [], settings=asdict(settings(device="cpu", minutes=1.0, **first))))
+
+
 def test_what_there_was_no_time_for_is_said() -> None:
     assert measured(fake("kernels", [NORM], left_out=["a", "b"])) == {"93 %; 2 left out"}
 
@@ -159,3 +172,18 @@ def test_bfloat16_on_a_cpu_has_targets_of_its_own_and_a_short_prompt_does_not_co
 )
 def test_a_time_has_three_digits_and_the_unit_that_fits_them(seconds: float, text: str) -> None:
     assert results.span(seconds) == text
+
+
+def test_what_a_target_names_is_what_targets_read() -> None:
+    """So that the order of the plan cannot drift away from the figures that it is for."""
+    every = {
+        "kernels": list(operator_jobs(LAYERS, [(1, 4096), (2, 2048), (64, 1), (1, 4095)], None, "bfloat16", "meta")),
+        "attention": list(
+            attention_jobs(range(64, 168, 8), (512, 1024, 4096, 16384, 32768), (1, 16), "bfloat16", "meta", 16384)
+        ),
+    }
+    for bench, some in every.items():
+        for job in some:
+            rows = [row(job.operator, form, 1.0, 0.5, **job.sizes) for form in PEER_FORMS]
+            read = [t for t in targets.TARGETS if t.device == "cuda" and t.measured([fake(bench, rows)])]
+            assert bool(read) == kernels.named_by_a_target(job), job.name

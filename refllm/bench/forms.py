@@ -19,6 +19,7 @@ from refllm.bench import eager
 from refllm.errors import InputError, RefllmError
 
 SDPA = ("math", "flash", "efficient", "cudnn")
+ATTENTION = ("attention", "decode_attention")
 PEERS = ("plain", "eager", "compile", "liger", "sdpa")
 MATH_BYTES = 16 << 30
 """The backend "math" stores the scores; it is left out where they would take more."""
@@ -28,6 +29,17 @@ Thunk = Callable[[], Any]
 
 class NotTakenError(RefllmError):
     """A peer is not installed, or has no such operator, or not for this call."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A call that is timed, and what its row has to say about it."""
+
+    call: Thunk
+    note: str
+
+    def __call__(self) -> Any:
+        return self.call()
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ def forms(operator: str, device: str, peers: Sequence[str]) -> Iterator[Form]:
         if peer not in PEERS:
             raise InputError(f"--peers {peer} is not known: use {', '.join(PEERS)}, or none")
     yield triton_form(operator, device)
-    attends = operator in ("attention", "decode_attention")
+    attends = operator in ATTENTION
     for peer in peers:
         if peer == "sdpa":
             yield from (sdpa_form(operator, name) for name in SDPA if attends)
@@ -82,7 +94,7 @@ def _plain(operator: str, device: str) -> Form:
     from refllm import kernels
 
     function = getattr(kernels.plain, operator)
-    waits = operator in ("attention", "decode_attention")  # it looks whether a product is finite
+    waits = operator in ATTENTION  # it looks whether a product is finite
     return Form("plain", True, lambda a, k: lambda: function(*a, **k), graph=not waits)
 
 
@@ -178,21 +190,14 @@ def sdpa_form(operator: str, backend: str) -> Form:
         q, k, v = arguments[:3]
         if backend == "math" and (size := 6 * q[..., 0].numel() * k.shape[2]) > MATH_BYTES:
             raise NotTakenError(f"its scores would take {size / 2**30:.0f} GiB")
-        causal = operator == "attention"
-        call = _sdpa(backend, q, k, v, causal, grouped=q.shape[1] != k.shape[1])
-        try:
-            _quietly(call)
-        except RuntimeError:
-            if q.shape[1] == k.shape[1]:
-                raise NotTakenError("it does not take this call") from None
-            group = q.shape[1] // k.shape[1]  # heads repeated beforehand, which is not timed
+        causal, group = operator == "attention", q.shape[1] // k.shape[1]
+        if _takes(call := _sdpa(backend, q, k, v, causal, grouped=group > 1)):
+            return call
+        if group > 1:
             k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-            call = _sdpa(backend, q, k, v, causal, grouped=False)
-            try:
-                _quietly(call)
-            except RuntimeError:
-                raise NotTakenError("it does not take this call") from None
-        return call
+            if _takes(call := _sdpa(backend, q, k, v, causal, grouped=False)):
+                return Noted(call, f"key/value heads repeated beforehand, untimed: {group} x their bytes to read")
+        raise NotTakenError("it does not take this call")
 
     return Form(f"sdpa {backend}", False, bind)
 
@@ -212,8 +217,16 @@ def _sdpa(backend: str, q: Any, k: Any, v: Any, causal: bool, grouped: bool) -> 
     return call
 
 
-def _quietly(call: Thunk) -> None:
-    """Torch says at length why a backend does not take a call; one clause is enough."""
+def _takes(call: Thunk) -> bool:
+    """Whether a backend computes it; Torch says at length why not, and a clause is enough."""
+    import torch
+
     with warnings.catch_warnings(), contextlib.suppress(UserWarning):
         warnings.simplefilter("ignore")
-        call()
+        try:
+            call()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
+    return True

@@ -1,27 +1,30 @@
 """`refllm bench kernels` and `refllm bench attention`: every operator on real shapes, against the machine's ceilings.
 
-The most telling rows come first (`plan`); torch.compile takes seconds per call and gets mostly what is left.
-What the time does not suffice for is named in the result.
+The calls that a target names come first (`plan`); torch.compile takes seconds per call, and gets one call per operator
+unless it is asked for. What the time does not suffice for is named in the result, which is handed on after every call.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from refllm.bench import results
 from refllm.bench.ceilings import measure_ceilings
-from refllm.bench.forms import PEERS, Form, forms
+from refllm.bench.forms import ATTENTION, PEERS, Form, forms
 from refllm.bench.measure import Bench, measure
+from refllm.bench.targets import MANY_TOKENS, STREAMING
 from refllm.bench.timer import Deadline, clock
 from refllm.bench.workloads import Job, attention_jobs, operator_jobs
 from refllm.errors import InputError
 
 Step = Callable[..., None]
+Save = Callable[[dict[str, Any]], None]
+"""Gets the result as far as it is, after every call; `left_out` names what is still to come."""
 
-SIZES = {"cuda": ((1, 4096), (64, 1), (1, 1), (1, 32768)), "cpu": ((1, 20), (4, 1))}
+SIZES = {"cuda": ((1, 4096), (1, 32768), (64, 1), (1, 1)), "cpu": ((1, 20), (4, 1))}
 CONTEXT = {"cuda": 4096, "cpu": 64}
-LENGTHS = {"cuda": (4096, 8192, 16384, 1024, 2048, 32768), "cpu": (32, 64)}
-"""Of attention; the ones that a target names come first."""
+LENGTHS = {"cuda": (1024, 2048, 4096, 8192, 16384, 32768), "cpu": (32, 64)}
 HEAD_DIMS = {"cuda": (128, 80, 160, 64), "cpu": (64, 80)}
 BATCHES = {"cuda": (1, 16), "cpu": (1, 2)}
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 64}
@@ -29,6 +32,9 @@ ONE_HEAD_IN = {"cuda": 1, "cpu": 8}
 DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
 SECONDS = {"cuda": 0.1, "cpu": 0.05}
 SLOW = ("compile",)
+COMPILED = ("triton", "compile", "liger")
+COMPILER_MEMORY = 0.1
+"""Of the GPU, at most, for each process of `compile_ahead`: others work beside it."""
 DEFAULT_PEERS = {"cuda": ("eager", "liger", "sdpa", "compile"), "cpu": ("plain", "eager", "sdpa")}
 
 
@@ -91,33 +97,45 @@ def has_gpu() -> bool:
     return bool(_torch().cuda.is_available())
 
 
-def bench_kernels(settings: Settings, step: Step = lambda *_: None) -> dict[str, Any]:
+def bench_kernels(settings: Settings, step: Step = lambda *_: None, save: Save = lambda _: None) -> dict[str, Any]:
     """Every operator on the layers of published models: plain values for JSON, see `refllm.bench.results`."""
-    device = settings.device
-    jobs = operator_jobs(
-        find_layers(settings.layers, device),
-        settings.sizes or SIZES[device],
-        settings.operators or None,
-        settings.dtype or DTYPE[device],
-        device,
-        settings.context or CONTEXT[device],
-    )
-    return run("kernels", settings, list(jobs), step)
+    return run("kernels", settings, kernel_jobs(settings), step, save)
 
 
-def bench_attention(settings: Settings, step: Step = lambda *_: None) -> dict[str, Any]:
+def bench_attention(settings: Settings, step: Step = lambda *_: None, save: Save = lambda _: None) -> dict[str, Any]:
     """Causal attention over lengths and head sizes, and decoding over caches."""
+    return run("attention", settings, head_jobs(settings), step, save)
+
+
+def kernel_jobs(settings: Settings) -> list[Job]:
+    """The calls of `bench_kernels`. Raises InputError for a layer or an operator that is not known."""
     device = settings.device
-    jobs = attention_jobs(
-        settings.head_dims or HEAD_DIMS[device],
-        settings.lengths or LENGTHS[device],
-        settings.batches or BATCHES[device],
-        settings.dtype or DTYPE[device],
-        device,
-        PREFILL_TOKENS[device],
-        ONE_HEAD_IN[device],
+    return list(
+        operator_jobs(
+            find_layers(settings.layers, device),
+            settings.sizes or SIZES[device],
+            settings.operators or None,
+            settings.dtype or DTYPE[device],
+            device,
+            settings.context or CONTEXT[device],
+        )
     )
-    return run("attention", settings, list(jobs), step)
+
+
+def head_jobs(settings: Settings) -> list[Job]:
+    """The calls of `bench_attention`. Raises InputError for a head size that kernels do not take."""
+    device = settings.device
+    return list(
+        attention_jobs(
+            settings.head_dims or HEAD_DIMS[device],
+            settings.lengths or LENGTHS[device],
+            settings.batches or BATCHES[device],
+            settings.dtype or DTYPE[device],
+            device,
+            PREFILL_TOKENS[device],
+            ONE_HEAD_IN[device],
+        )
+    )
 
 
 def find_layers(names: Sequence[str], device: str) -> list[Any]:
@@ -132,7 +150,7 @@ def find_layers(names: Sequence[str], device: str) -> list[Any]:
     return [known[name] for name in names] or list(LAYERS if device == "cuda" else REDUCED)
 
 
-def run(bench_name: str, settings: Settings, jobs: Sequence[Job], step: Step) -> dict[str, Any]:
+def run(bench_name: str, settings: Settings, jobs: Sequence[Job], step: Step, save: Save) -> dict[str, Any]:
     """Ceilings, then the rows of every job in the order of `plan`, as long as there is time."""
     deadline, device = Deadline(settings.minutes), settings.device
     watch = clock(device, settings.cache_bytes)
@@ -143,39 +161,80 @@ def run(bench_name: str, settings: Settings, jobs: Sequence[Job], step: Step) ->
     ceilings = measure_ceilings(device, tuple(dtypes), scale=settings.scale, watch=watch)
     bench = Bench(watch, ceilings, settings.seconds or SECONDS[device])
     rows: dict[int, list[results.Row]] = {}
-    left_out: list[str] = []
-    work = plan(jobs, device, DEFAULT_PEERS[device] if settings.peers is None else settings.peers)
+    work = plan(jobs, device, settings.peers)
+
+    def result() -> dict[str, Any]:
+        return results.assemble(
+            bench_name,
+            device,
+            [row for index in sorted(rows) for row in rows[index]],
+            ceilings=ceilings,
+            settings=asdict(settings),
+            left_out=[
+                f"{jobs[index].name}: {', '.join(form.name for form in chosen)}"
+                for index, chosen in work
+                if index not in rows
+            ],
+            seconds=deadline.seconds,
+        )
+
     for number, (index, chosen) in enumerate(work):
         if deadline.passed:
-            left_out.append(f"{jobs[index].name}: {', '.join(form.name for form in chosen)}")
-            continue
+            break
         step(jobs[index].name, number, len(work))
-        rows.setdefault(index, []).extend(measure(jobs[index], chosen, bench))
-    ordered = [row for index in sorted(rows) for row in rows[index]]
-    return results.assemble(
-        bench_name,
-        device,
-        ordered,
-        ceilings=ceilings,
-        settings=asdict(settings),
-        left_out=left_out,
-        seconds=deadline.seconds,
-    )
+        rows[index] = list(measure(jobs[index], chosen, bench))
+        save(result())
+    return result()
 
 
-def plan(jobs: Sequence[Job], device: str, peers: Sequence[str]) -> list[tuple[int, list[Form]]]:
-    """(number of the job, forms), the most telling first: a short time should not be spent on one size of one layer.
+def plan(jobs: Sequence[Job], device: str, peers: Sequence[str] | None) -> list[tuple[int, list[Form]]]:
+    """(number of the job, forms), each job once: first the calls that a target names, and of these one per operator.
 
-    Quick forms of the first size; the slow ones there, of each operator once; quick forms of the other sizes; the rest.
+    peers: None for those of the device; then torch.compile gets one call per operator, and one at each size that a
+    target names.
     """
-    stages: list[list[tuple[int, list[Form]]]] = [[], [], [], []]
     compiled: set[str] = set()
+    planned: list[tuple[bool, bool, int, list[Form]]] = []
     for index, job in enumerate(jobs):
-        first = (job.sizes["B"], job.sizes["S"]) == (jobs[0].sizes["B"], jobs[0].sizes["S"])
-        found = list(forms(job.operator, device, peers))
-        slow = [form for form in found if form.name in SLOW]
-        stages[0 if first else 2].append((index, [form for form in found if form.name not in SLOW]))
-        if slow:
-            stages[1 if first and job.operator not in compiled else 3].append((index, slow))
-            compiled.add(job.operator)
-    return [one for stage in stages for one in stage]
+        named, once = named_by_a_target(job), f"{job.operator}, {job.group}"
+        again = (once if named else job.operator) in compiled
+        compiled |= {once, job.operator}
+        found = forms(job.operator, device, DEFAULT_PEERS[device] if peers is None else peers)
+        chosen = [form for form in found if peers is not None or not again or form.name not in SLOW]
+        planned.append((not named, again, index, chosen))
+    return [(index, chosen) for _, _, index, chosen in sorted(planned, key=lambda one: one[:3])]
+
+
+def named_by_a_target(job: Job) -> bool:
+    """Whether `refllm.bench.targets` reads a figure off this call."""
+    n = job.sizes
+    if job.operator in ATTENTION:
+        if "E" in n:  # of `bench_kernels`: figures of attention are read off `bench_attention`
+            return False
+        if job.operator == "decode_attention":
+            return n["N"] == 32768
+        return n["S"] in (range(4096, 16385) if n["D"] == 128 else range(1024, 32769)) and n["D"] in (128, 80, 160)
+    return job.operator in STREAMING and n["B"] * n["S"] >= MANY_TOKENS
+
+
+def compile_ahead(settings: Settings, jobs: Sequence[Job], share: int, of: int) -> int:
+    """Calls what is compiled of every `of`-th job once, from number `share` on, and returns how many calls ran.
+
+    What Triton and torch.compile make of them stays in their caches on disk, for the process that times the same calls:
+    compiling takes more time than timing, and several of these processes do it at once. What fails is for the other
+    process to report.
+    """
+    import torch
+
+    done = 0
+    if settings.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(COMPILER_MEMORY)
+    with torch.no_grad():
+        for index, chosen in plan(jobs, settings.device, settings.peers)[share::of]:
+            with contextlib.suppress(Exception):
+                arguments, keywords = jobs[index].draw(0)
+                for form in (form for form in chosen if form.name in COMPILED):
+                    with contextlib.suppress(Exception):
+                        form.bind(arguments, keywords)()
+                        done += 1
+    return done

@@ -1,7 +1,8 @@
 """One call, computed by every form of it: checked first, then timed; a row each.
 
-Nothing is timed before its output was compared with the definition, and what the timed calls themselves returned is
-compared once more.
+Nothing is timed before its output was compared with the definition (a few rows, `refllm.bench.probes`) and with a
+witness (every element, `refllm.bench.witness`); what the timed calls themselves returned is compared once more, for
+every set of inputs.
 """
 
 import warnings
@@ -13,6 +14,7 @@ from refllm.bench.forms import Form, NotTakenError
 from refllm.bench.probes import Checker, Judgement
 from refllm.bench.results import Row
 from refllm.bench.timer import Clock, sets_needed
+from refllm.bench.witness import Witness
 from refllm.bench.workloads import Arguments, Job, traffic_of
 
 LARGE = 1 << 30
@@ -28,6 +30,20 @@ class Bench:
     seconds: float
 
 
+class Truth:
+    """What the outputs of all sets of inputs of a job are held against: the definition, and a witness."""
+
+    def __init__(self, operator: str, calls: Sequence[Arguments]) -> None:
+        self._checker = Checker(operator, *calls[0])
+        self._witness = Witness(operator, calls, self._checker)
+
+    def judge(self, results: Any, index: int, ours: bool) -> Judgement:
+        """Of the results of set `index`; the rows that the definition gets through are all in the first set."""
+        found = self._checker.judge(results, ours) if index == 0 else Judgement(None, "", self._checker.what)
+        problem = found.problem or self._witness.differs(results, index)
+        return Judgement(found.error, problem, f"{found.checked}; {self._witness.said}")
+
+
 def measure(job: Job, forms: Iterable[Form], bench: Bench) -> Iterator[Row]:
     """A row per form. A call that cannot be drawn (too little memory, a GPU that an earlier kernel broke) has rows that
     say so."""
@@ -37,7 +53,7 @@ def measure(job: Job, forms: Iterable[Form], bench: Bench) -> Iterator[Row]:
     with torch.no_grad():
         try:
             calls = _draw(job, forms, bench)
-            cost, checker = traffic_of(job, calls[0]), Checker(job.operator, *calls[0])
+            cost, truth = traffic_of(job, calls[0]), Truth(job.operator, calls)
         except Exception as error:  # the calls after this one still count
             for form in forms:
                 row = _row(job, form, 0, 0)
@@ -47,11 +63,11 @@ def measure(job: Job, forms: Iterable[Form], bench: Bench) -> Iterator[Row]:
             return
         for form in forms:
             row = _row(job, form, cost.bytes, cost.flops)
-            _fill(row, form, calls, checker, bench)
+            _fill(row, form, calls, truth, bench)
             row.rate(bench.ceilings)
             yield row
     if cost.bytes > LARGE and bench.watch.device == "cuda":
-        del calls, checker
+        del calls, truth
         torch.cuda.empty_cache()
 
 
@@ -72,14 +88,16 @@ def _row(job: Job, form: Form, size: int, flops: int) -> Row:
     return Row(job.operator, job.panel, job.group, form.name, form.ours, job.dtype, job.sizes, size, flops)
 
 
-def _fill(row: Row, form: Form, calls: Sequence[Arguments], checker: Checker, bench: Bench) -> None:
+def _fill(row: Row, form: Form, calls: Sequence[Arguments], truth: Truth, bench: Bench) -> None:
     """Checks and times one form; whatever it raises becomes the row's finding (ours) or note (a peer)."""
     import torch
 
     try:
         thunk = form.bind(*calls[0])
-        if _accept(row, form, checker.judge(_poisoned(thunk, form), form.ours)):
-            _time(row, form, calls, checker, bench)
+        if _accept(row, truth.judge(_poisoned(thunk, form), 0, form.ours)):
+            row.note = form.note or getattr(thunk, "note", "")
+            if not form.note:
+                _time(row, form, calls, truth, bench)
     except NotTakenError as error:
         row.note = f"not timed: {error}"
     except torch.OutOfMemoryError:
@@ -89,23 +107,23 @@ def _fill(row: Row, form: Form, calls: Sequence[Arguments], checker: Checker, be
         row.finding = clause(error) if form.ours else ""
 
 
-def _time(row: Row, form: Form, calls: Sequence[Arguments], checker: Checker, bench: Bench) -> None:
-    if form.note:
-        row.note = form.note
-        return
+def _time(row: Row, form: Form, calls: Sequence[Arguments], truth: Truth, bench: Bench) -> None:
     timed = bench.watch.time([form.bind(*call) for call in calls], bench.seconds, graph=form.graph)
-    if form.reusable and not _accept(row, form, checker.judge(timed.outputs[0], form.ours), "while timed: "):
-        return
+    if form.reusable:
+        for index, output in enumerate(timed.outputs):
+            if not _accept(row, truth.judge(output, index, form.ours), "while timed: "):
+                return
     row.time = timed.spread
 
 
-def _accept(row: Row, form: Form, judgement: Judgement, when: str = "") -> bool:
+def _accept(row: Row, judgement: Judgement, when: str = "") -> bool:
     """Writes the judgement down; False if the output is wrong."""
-    row.error, row.checked = judgement.error, judgement.checked
+    row.checked = judgement.checked
+    row.error = row.error if judgement.error is None else judgement.error
     if not judgement.problem:
         return True
     row.note = f"not timed: wrong output ({when}{judgement.problem})"
-    if form.ours:
+    if row.ours:
         row.finding = f"{when}{judgement.problem}"
     return False
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from refllm.bench import results
 from refllm.bench.ceilings import measure_ceilings
-from refllm.bench.kernels import DTYPE, Step, check_device
+from refllm.bench.kernels import DTYPE, Save, Step, check_device
 from refllm.bench.measure import Bench
 from refllm.bench.model_forms import (
     FORMS,
@@ -91,17 +91,19 @@ class Settings:
             raise InputError(f"--dtype {self.dtype} is not a kernel's: use bfloat16, float16 or float32")
 
 
-def bench_decode(settings: Settings, step: Step = lambda *_: None) -> dict[str, Any]:
+def bench_decode(settings: Settings, step: Step = lambda *_: None, save: Save = lambda _: None) -> dict[str, Any]:
     """Tokens per second of greedy generation behind a prompt."""
-    return _run("decode", settings, _decode_rows, step)
+    return _run("decode", settings, _decode_rows, step, save)
 
 
-def bench_prefill(settings: Settings, step: Step = lambda *_: None) -> dict[str, Any]:
+def bench_prefill(settings: Settings, step: Step = lambda *_: None, save: Save = lambda _: None) -> dict[str, Any]:
     """Time of the forward pass over prompts of several lengths."""
-    return _run("prefill", settings, _prefill_rows, step)
+    return _run("prefill", settings, _prefill_rows, step, save)
 
 
-def _run(name: str, settings: Settings, rows_of: Callable[..., Iterator[Row]], step: Step) -> dict[str, Any]:
+def _run(
+    name: str, settings: Settings, rows_of: Callable[..., Iterator[Row]], step: Step, save: Save
+) -> dict[str, Any]:
     deadline, device = Deadline(settings.minutes), settings.device
     dtype = settings.dtype or DTYPE[device]
     watch = clock(device, settings.cache_bytes)
@@ -110,7 +112,20 @@ def _run(name: str, settings: Settings, rows_of: Callable[..., Iterator[Row]], s
     rows: list[Row] = []
     left_out: list[str] = []
     rows_of_one = partial(rows_of, settings=settings, bench=bench, deadline=deadline, left_out=left_out, step=step)
-    for model in settings.models or DEFAULT_MODELS[device]:
+    models = settings.models or DEFAULT_MODELS[device]
+
+    def result(missing: Sequence[str] = ()) -> dict[str, Any]:
+        return results.assemble(
+            name,
+            device,
+            rows,
+            ceilings=bench.ceilings,
+            settings=asdict(settings),
+            left_out=[*left_out, *missing],
+            seconds=deadline.seconds,
+        )
+
+    for number, model in enumerate(models):
         if deadline.passed:
             left_out.append(model)
             continue
@@ -118,16 +133,9 @@ def _run(name: str, settings: Settings, rows_of: Callable[..., Iterator[Row]], s
         for row in _model_rows(name, model, dtype, settings, rows_of_one):
             row.rate(bench.ceilings)
             rows.append(row)
+            save(result([f"{model}: what follows", *models[number + 1 :]]))
         _give_memory_back(device)
-    return results.assemble(
-        name,
-        device,
-        rows,
-        ceilings=bench.ceilings,
-        settings=asdict(settings),
-        left_out=left_out,
-        seconds=deadline.seconds,
-    )
+    return result()
 
 
 def _model_rows(

@@ -1,24 +1,32 @@
 """A benchmark in a process of its own, as `make gpu` runs it: what one breaks on the GPU, the next does not see.
 
     python -m refllm.bench.process kernels --device cuda --minutes 2 --json F [--plots DIR] [--settings JSON]
+    python -m refllm.bench.process kernels --device cuda --compile-ahead 0/4
+
+The file is replaced after every call that was timed. Whoever ends the process early has all rows up to then, and names
+of what is missing in `left_out`; a file that misses something has the verdict "incomplete". --settings: an object, or a
+list of them, one after the other into one file. --compile-ahead: times nothing, see `kernels.compile_ahead`.
 
 Needs Torch, Triton and NumPy, and nothing for a terminal. Exit codes as everywhere: 0, 1 a finding, 2 wrong use.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from refllm.bench.timer import Deadline
 from refllm.errors import InputError, MissingExtraError, RefllmError
 from refllm.json_text import json_text
 
 BENCHES = ("kernels", "attention", "decode", "prefill")
+Result = dict[str, Any]
 
 
-def run(name: str, device: str, minutes: float, settings: dict[str, Any]) -> dict[str, Any]:
-    """The result of a benchmark; settings: of `kernels.Settings` or `models.Settings`, lists for tuples."""
+def run(name: str, device: str, minutes: float, passes: list[dict[str, Any]], file: Path) -> Result:
+    """The result of a benchmark, in `file` too. passes: fields of its Settings (lists for tuples), in this order."""
     from refllm.bench import kernels, models
 
     work: Any = {
@@ -27,16 +35,54 @@ def run(name: str, device: str, minutes: float, settings: dict[str, Any]) -> dic
         "decode": (models.Settings, models.bench_decode),
         "prefill": (models.Settings, models.bench_prefill),
     }
-    if name not in work:
-        raise InputError(f"benchmark {name} is not known: use {', '.join(BENCHES)}")
     make, bench = work[name]
-    given = {key: _tuples(value) for key, value in settings.items()}
-    result = bench(make(device=device, minutes=minutes, **given))
-    return result | {"command": f"refllm bench {name} --device {device} --minutes {minutes:.2g}"}
+    deadline, done = Deadline(minutes), list[Result]()
+    command = f"refllm bench {name} --device {device} --minutes {minutes:.2g}"
+
+    def write(result: Result, later: list[dict[str, Any]]) -> Result:
+        whole = merge([*done, result], later) | {"command": command}
+        _replace(file, whole)
+        return whole
+
+    for number, given in enumerate(passes):
+        settings = make(
+            **{key: _tuples(value) for key, value in given.items()}, device=device, minutes=deadline.minutes
+        )
+        later = passes[number + 1 :]
+        result = bench(settings, save=lambda partial, later=later: write(partial, later))
+        whole = write(result, later)
+        done.append(result)
+    return whole
+
+
+def merge(results: list[Result], later: list[dict[str, Any]]) -> Result:
+    """Several results of one benchmark as one; later: settings of what has not begun. The settings are the first's."""
+    rows = [row for result in results for row in result["rows"]]
+    left_out = [name for result in results for name in result["left_out"]] + [json.dumps(given) for given in later]
+    verdict = "fails" if any(row["finding"] for row in rows) else "incomplete" if left_out else "holds"
+    seconds = round(sum(result["seconds"] for result in results), 1)
+    return results[0] | {"verdict": verdict, "seconds": seconds, "rows": rows, "left_out": left_out}
+
+
+def _replace(file: Path, result: Result) -> None:
+    """At no moment is there half a file."""
+    new = file.with_suffix(".new")
+    new.write_text(json_text(result) + "\n", encoding="utf-8")
+    os.replace(new, file)
 
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def compile_ahead(name: str, device: str, part: str) -> int:
+    """`kernels.compile_ahead` for part "I/N" of a benchmark of kernels; how many calls ran."""
+    from refllm.bench import kernels
+
+    share, of = (int(number) for number in part.split("/"))
+    settings = kernels.Settings(device=device)
+    jobs = {"kernels": kernels.kernel_jobs, "attention": kernels.head_jobs}[name](settings)
+    return kernels.compile_ahead(settings, jobs, share, of)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,23 +91,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--plots", type=Path)
     parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--compile-ahead", metavar="I/N")
     given = parser.parse_args(arguments)
     try:
-        result = run(given.name, given.device, given.minutes, given.settings)
+        if given.compile_ahead:
+            print(f"{given.name}: {compile_ahead(given.name, given.device, given.compile_ahead)} calls compiled")
+            return 0
+        if given.json is None:
+            raise InputError("--json FILE is missing: the result has to go somewhere")
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json_text(result) + "\n", encoding="utf-8")
+        passes = given.settings if isinstance(given.settings, list) else [given.settings]
+        result = run(given.name, given.device, given.minutes, passes, given.json)
         pictures = _pictures(json.loads(json_text(result)), given.plots, given.json.stem)
     except RefllmError as error:
         print(f"refllm: {error}", file=sys.stderr)
         return 2
+    return _say(given.name, result, pictures)
+
+
+def _say(name: str, result: Result, pictures: str) -> int:
     findings = [row for row in result["rows"] if row["finding"]]
-    timed = sum(row["time"] is not None for row in result["rows"])
-    print(f"{given.name}: {result['verdict']}, {timed} of {len(result['rows'])} timed, {result['seconds']} s{pictures}")
+    timed, missing = sum(row["time"] is not None for row in result["rows"]), result["left_out"]
+    print(f"{name}: {result['verdict']}, {timed} of {len(result['rows'])} timed, {result['seconds']} s{pictures}")
     for row in findings:
         print(f"  {row['what']}, {row['panel']}, {row['group']}, {row['form']}: {row['finding']}")
+    if missing:
+        print(f"  left out: {len(missing)} calls, from {missing[0]}")
     return 1 if findings else 0
 
 

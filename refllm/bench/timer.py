@@ -83,6 +83,7 @@ class CpuClock:
         """Seconds per call over rounds that together take about `seconds`. graph: means nothing here."""
         outputs = [call() for call in calls]
         start = time.perf_counter()
+        self.evict()  # takes longer than most rounds
         outputs = [call() for call in calls]
         count = _samples(seconds, time.perf_counter() - start)
         values = []
@@ -214,6 +215,11 @@ class Deadline:
     def passed(self) -> bool:
         """Whether it is too late to begin something."""
         return time.monotonic() >= self._end
+
+    @property
+    def minutes(self) -> float | None:
+        """That are left; None for ever."""
+        return None if math.isinf(self._end) else max(0.0, self._end - time.monotonic()) / 60
 
     @property
     def seconds(self) -> float:

@@ -133,14 +133,7 @@ def attention_jobs(
     for D in head_dims:
         if not 8 <= D <= 256:
             raise InputError(f"--head-dim {D} is outside 8..256")
-    prompts, caches = list(lengths), sorted(lengths, reverse=True)
-    # The longest cache early, because what a step costs is seen there best.
-    for kind, length in [
-        *(("prompt", S) for S in prompts[:3]),
-        *(("cache", N) for N in caches[:1]),
-        *(("prompt", S) for S in prompts[3:]),
-        *(("cache", N) for N in caches[1:]),
-    ]:
+    for kind, length in [*(("prompt", S) for S in lengths), *(("cache", N) for N in lengths)]:
         for D in head_dims:
             H, K = (max(1, heads // one_in) for heads in HEADS.get(D, (32, 32)))
             panel, heads = f"D {D}, {H} heads over {K}", {"H": H, "K": K, "D": D}
