@@ -383,7 +383,6 @@ MISTAKES = {
     "rms_norm --candidate opcheck_candidates:right --time-limit 0": "time_limit=0",
     "rms_norm --candidate opcheck_candidates:right --seconds 0": "seconds=0.0: expected more than 0",
     "rms_norm --candidate opcheck_candidates:right --seconds -1": "seconds=-1.0: expected more than 0",
-    "rms_norm --candidate opcheck_candidates:tail --json nowhere/f.json": "--json nowhere/f.json cannot be written",
     "attention --candidate opcheck_candidates:right --without lse": "return_lse or mixed_dtypes",
     "rms_norm --candidate opcheck_candidates:right --without eps": "of that name; use mixed_dtypes",
     "rms_norm --candidate opcheck_candidates:tail --repro nowhere/f.py": "--repro nowhere/f.py cannot be written",
@@ -399,6 +398,20 @@ def test_a_mistake_of_the_users_is_one_sentence(monkeypatch: Any, capsys: Any, w
     assert said.startswith("refllm: ")
     assert len(said.splitlines()) == 1
     assert MISTAKES[words] in said
+
+
+@pytest.mark.parametrize("option", ["--json", "--repro"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_search(
+    option: str, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    def searched(*_: Any) -> None:
+        raise AssertionError("the search has begun")
+
+    monkeypatch.setattr("refllm.opcheck.search.fixed", searched)
+    for path, why in ((tmp_path / "nowhere" / "f", "there is no folder"), (tmp_path, "it is a folder")):
+        words = ["rms_norm", "--candidate", "opcheck_candidates:right", option, str(path)]
+        assert command(monkeypatch, *words) == 2
+        assert f"{option} {path} cannot be written: {why}" in capsys.readouterr().err
 
 
 def test_modules_that_cannot_be_imported(tmp_path: Path) -> None:

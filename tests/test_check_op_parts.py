@@ -1,7 +1,9 @@
 """What `check_op` is made of: the judgement of values, the formulas of reproductions, sizes, and tiles in words."""
 
 import importlib
+import re
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,17 @@ from opcheck_tools import run_alone, shown  # noqa: E402
 
 from refllm import ops  # noqa: E402
 from refllm.check import check_op  # noqa: E402
+from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
 from refllm.opcheck import limits  # noqa: E402
 from refllm.opcheck.candidate import Candidate, uses_triton  # noqa: E402
 from refllm.opcheck.examine import Finding  # noqa: E402
 from refllm.opcheck.expected import expect  # noqa: E402
 from refllm.opcheck.formulas import FORMULAS  # noqa: E402
+from refllm.opcheck.guess import guess  # noqa: E402
 from refllm.opcheck.judge import judge  # noqa: E402
+from refllm.opcheck.observe import Result  # noqa: E402
 from refllm.opcheck.repro import reproduction  # noqa: E402
+from refllm.opcheck.repro.unread import filled_memory  # noqa: E402
 from refllm.opcheck.shrink import resized  # noqa: E402
 from refllm.opcheck.signatures import SIGNATURES, signature  # noqa: E402
 from refllm.opcheck.tile import tile  # noqa: E402
@@ -73,6 +79,18 @@ def test_nan_and_infinity_stand_where_they_belong() -> None:
         found = judge(wrong, e)
         assert [f.property for f in found.faults] == ["NaN pattern"]
         assert found.worst == at
+
+
+def test_a_nan_that_signals_is_judged_and_guessed_without_a_warning() -> None:
+    """As memory that nobody wrote may hold."""
+    call = Call("relu2", "float32", (Array((2, 4), "float32"),))
+    e = expect(call)[0]
+    signalling = np.full((2, 4), 0x7F800001, np.uint32).view(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not judge(signalling, e).holds
+        result = Result(signalling, (2, 4), "float32", "cpu")
+        guess([Finding("NaN pattern", "", call, "y", results=(result,))], "fused")
 
 
 def test_at_the_border_of_a_format_infinity_and_the_largest_number_are_one() -> None:
@@ -217,6 +235,11 @@ def test_a_crash_is_shown_by_a_process_that_makes_its_own_arrays() -> None:
     made = [i for i, line in enumerate(lines) if "'cuda'" in line]
     assert made
     assert min(made) > next(i for i, line in enumerate(lines) if "os.fork()" in line)
+
+
+def test_a_program_fills_whatever_the_search_fills() -> None:
+    words = re.findall(r"\w+", "\n".join(filled_memory(numpy=False)))
+    assert {name for _, name in ALLOCATORS} <= set(words)
 
 
 def test_a_program_needs_ml_dtypes_for_bfloat16_alone() -> None:

@@ -60,7 +60,8 @@ class Judgement:
 
 def judge(value: np.ndarray, expected: Expected, whole: bool = True) -> Judgement:
     """value: an array of the expected shape. whole=False leaves out the rule that needs many elements (`rms`)."""
-    y, exact, contract = (np.asarray(x, np.float64) for x in (value, expected.exact, expected.contract))
+    with np.errstate(invalid="ignore"):  # memory that nobody wrote may hold NaN that signal
+        y, exact, contract = (np.asarray(x, np.float64) for x in (value, expected.exact, expected.contract))
     strange = strangers(y, contract, exact, expected.dtype)
     if strange.any():
         return _strange(expected, y, strange)
