@@ -71,6 +71,14 @@ def last_key(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
     return plain.attention(q, k, v, **keywords)
 
 
+def zero_for_no_rows(logits: Any, labels: Any, **keywords: Any) -> Any:
+    """cross_entropy: the mean over no rows is 0 and not NaN."""
+    from refllm.kernels import plain
+
+    loss = plain.cross_entropy(logits, labels, **keywords)
+    return loss.nan_to_num(0.0) if (labels < 0).all() else loss
+
+
 def half_split(q: Any, k: Any, cos: Any, sin: Any, *, interleaved: bool) -> Any:
     """rope: always the same pairs."""
     from refllm.kernels import plain
@@ -141,12 +149,47 @@ def aborts(x: Any, weight: Any, eps: float) -> Any:
     return right(x, weight, eps)
 
 
+def ends_quietly(x: Any, weight: Any, eps: float) -> Any:
+    os._exit(0)
+
+
+def hangs_late(x: Any, weight: Any, eps: float) -> Any:
+    """Every run takes its time, and one with more than 1024 columns does not end."""
+    time.sleep(0.01)
+    while x.shape[-1] > 1024:
+        time.sleep(0.01)
+    return right(x, weight, eps)
+
+
+def raises_alone(x: Any, weight: Any, eps: float) -> Any:
+    if x.ndim > 1 and x.shape[0] == 1 and x.storage_offset():
+        raise ValueError("one row, and not the first")
+    return right(x, weight, eps)
+
+
 def two_results(x: Any, weight: Any, eps: float) -> Any:
     return right(x, weight, eps), x.clone()
 
 
 def no_result(x: Any, weight: Any, eps: float) -> Any:
     return None
+
+
+def sparse(x: Any, weight: Any, eps: float) -> Any:
+    return right(x, weight, eps).to_sparse()
+
+
+def nested(x: Any, weight: Any, eps: float) -> Any:
+    return torch.nested.nested_tensor(list(right(x, weight, eps).reshape(-1, x.shape[-1])))
+
+
+def quantized(x: Any, weight: Any, eps: float) -> Any:
+    """A tensor that has no values that could be compared."""
+    return torch._empty_affine_quantized(x.shape, scale=1.0, zero_point=0, dtype=torch.qint8)
+
+
+def as_array(x: Any, weight: Any, eps: float) -> Any:
+    return right(x, weight, eps).numpy()
 
 
 def flat(x: Any, weight: Any, eps: float) -> Any:
@@ -188,6 +231,18 @@ def workspace(x: Any, weight: Any, eps: float) -> Any:
     return (weight.float() * x.float() / torch.sqrt(total / x.shape[-1] + eps)).to(x.dtype)
 
 
+def unwritten_permuted(x: Any, weight: Any, eps: float) -> Any:
+    """Only the first 64 columns of memory with given strides are written."""
+    y = torch.empty_permuted(x.shape, tuple(range(x.ndim)), dtype=x.dtype)
+    y[..., :64] = right(x, weight, eps)[..., :64]
+    return y
+
+
+def counts_unwritten(x: Any, weight: Any, eps: float) -> Any:
+    """A counter that nobody sets counts, if it is small."""
+    return right(x, weight, eps) * (1 + (torch.empty((), dtype=torch.int32) < 10))
+
+
 def varies(x: Any, weight: Any, eps: float) -> Any:
     return right(x, weight, eps) * (1 + 0.1 * torch.rand(()))
 
@@ -227,6 +282,10 @@ def numpy_right(x: Any, weight: Any, eps: float) -> Any:
     x32 = x.astype(np.float32)
     scale = np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(eps))
     return (weight.astype(np.float32) * x32 / scale).astype(x.dtype)
+
+
+def numpy_as_tensor(x: Any, weight: Any, eps: float) -> Any:
+    return torch.from_numpy(numpy_right(x, weight, eps))
 
 
 def numpy_unwritten(x: Any, weight: Any, eps: float) -> Any:

@@ -26,6 +26,7 @@ from refllm import cli, kernels  # noqa: E402
 from refllm.check.candidates import find_function  # noqa: E402
 from refllm.errors import InputError, RefllmError  # noqa: E402
 from refllm.kernels import plain  # noqa: E402
+from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
 from refllm.kernels.mutants import Mutant, catalogue, planting  # noqa: E402
 from refllm.opcheck import audit as auditing  # noqa: E402
 from refllm.opcheck.api import check_op  # noqa: E402
@@ -52,14 +53,18 @@ def test_every_bug_is_found_and_its_reproduction_shows_it(operator: str, monkeyp
 
 
 @pytest.mark.parametrize("operator", kernels.OPERATORS)
-def test_every_bug_of_a_triton_kernel_is_found(operator: str) -> None:
-    """By the fixed calls alone, as the interpreter takes its time. Offsets that do not fit in 32 bits are named so."""
+def test_every_bug_of_a_triton_kernel_is_found(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the fixed calls alone, as the interpreter takes its time; and the programs that were written show them.
+
+    Offsets that do not fit in 32 bits are named so.
+    """
     pytest.importorskip("triton")
     report = audit(operator, form="triton", known_first=True)
     assert [f"{o.name}: {o.what}" for o in report.survivors] == []
     assert [f"{o.name}: {o.by}" for o in report.rejected] == []
     assert len(report.bugs) >= 6
     assert {o.by for o in report.bugs if "32 bits" in o.name} <= {"overflow"}
+    assert [o.name for o in report.bugs if exit_code(o.repro, monkeypatch) != 1] == []
 
 
 def test_the_call_that_a_mutant_names_exists() -> None:
@@ -71,9 +76,8 @@ def test_the_call_that_a_mutant_names_exists() -> None:
 def exit_code(program: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of a program, run in this process. It may replace torch.empty, which is undone."""
     with monkeypatch.context() as undo, contextlib.redirect_stdout(io.StringIO()):
-        for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
-            for name in names:
-                undo.setattr(owner, name, getattr(owner, name))
+        for owner, name in ALLOCATORS:
+            undo.setattr(owner, name, getattr(owner, name))
         try:
             exec(compile(program, "<reproduction>", "exec"), {"__name__": "__main__"})
         except SystemExit as end:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("hypothesis")
 
 import opcheck_candidates as candidates  # noqa: E402
+from hypothesis import strategies  # noqa: E402
 from opcheck_tools import HERE, command, shapes, shown  # noqa: E402
 
 from refllm.check import assert_operator, check_op  # noqa: E402
@@ -89,10 +91,15 @@ def test_a_rounding_too_many_which_is_wrong_under_fused_is_right_under_hf_eager(
 BEHAVIOUR = [
     (candidates.raises, "raises", "RuntimeError: only 16 columns", {"x": (1, 17), "weight": (17,)}),
     (candidates.exits, "raises", "SystemExit: 3", {"x": (1, 1)}),
-    (candidates.hangs, "hangs", "did not return", {"x": (1, 31)}),
+    (candidates.hangs, "hangs", "did not return within 1 s", {"x": (1, 31)}),
     (candidates.aborts, "crashes", "SIGABRT", {"x": (1, 31)}),
+    (candidates.ends_quietly, "crashes", "exit code 0", {"x": (1, 1)}),
+    (candidates.raises_alone, "raises", "row 1 computed alone: ValueError", {}),
     (candidates.two_results, "result", "it returns 2 results; the contract has 1: y", {"x": (1, 1)}),
     (candidates.no_result, "result", "y is a NoneType", {"x": (1, 1)}),
+    (candidates.sparse, "result", "y is a sparse_coo tensor; expected a dense tensor", {"x": (1, 1)}),
+    (candidates.nested, "result", "y is a nested tensor; expected a dense tensor", {"x": (1, 1)}),
+    (candidates.quantized, "result", "what it returns cannot be read", {"x": (1, 1)}),
     (candidates.flat, "result", "has the shape [1]; expected [1, 1]", {"x": (1, 1)}),
     (candidates.wide, "result", "y is float32; expected bfloat16", {"x": (1, 1)}),
     (candidates.elsewhere, "result", "y is on meta; expected cpu", {"x": (1, 1)}),
@@ -100,7 +107,9 @@ BEHAVIOUR = [
     (candidates.in_place, "purity", "changes its input x", {}),
     (candidates.changes_weight, "purity", "changes its input weight", {"x": (1, 1)}),
     (candidates.unwritten, "unwritten", "memory held that nobody wrote", {"x": (1, 65)}),
+    (candidates.unwritten_permuted, "unwritten", "memory held that nobody wrote", {"x": (1, 65)}),
     (candidates.workspace, "unwritten", "memory held that nobody wrote", {}),
+    (candidates.counts_unwritten, "unwritten", "memory held that nobody wrote", {}),
     (candidates.varies, "determinism", "from run to run", {}),
     (candidates.reads_beside, "invariance", "what lies between the elements of", {}),
     (candidates.leans_on_its_batch, "invariance", "computed alone is wrong", {}),
@@ -118,6 +127,37 @@ def test_misbehaviour_is_a_finding_with_a_name(case: Any) -> None:
     assert {name: found[name] for name in smallest} == smallest
     assert time.monotonic() - start < 20
     shown(report)
+
+
+def test_an_array_is_no_tensor_and_a_tensor_no_array() -> None:
+    """In float32, where the values would be the same."""
+    given = {"dtype": "float32", "isolate": False}
+    for function, arrays, text in (
+        (candidates.as_array, "torch", "y is a numpy.ndarray; expected a dense tensor"),
+        (candidates.numpy_as_tensor, "numpy", "y is a torch.Tensor; expected a NumPy array"),
+    ):
+        report = check_op("rms_norm", function, arrays=arrays, **given)
+        assert (report.property, report.finding.text) == ("result", text)
+        shown(report)
+
+
+def test_a_row_that_is_wrong_as_a_call_of_its_own_is_no_matter_of_its_batch() -> None:
+    given = {"dtype": "float32", "isolate": False}
+    found = check_op("cross_entropy", candidates.zero_for_no_rows, shrink=False, **given)
+    assert (found.property, found.finding.row_alone is not None) == ("invariance", True)
+    report = check_op("cross_entropy", candidates.zero_for_no_rows, **given)
+    assert (report.property, report.finding.text) == ("NaN pattern", "loss: 0, expected nan")
+    assert shapes(report) == {"logits": (1, 1), "labels": (1,)}
+    assert "mean over no rows is 0" in " ".join(guess.text for guess in report.guesses)
+    shown(report)
+
+
+def test_a_bug_that_was_seen_in_one_row_alone_is_named_after_the_smallest_call() -> None:
+    name = "linear_cross_entropy_loss_in_bfloat16"
+    function = load(f"refllm.kernels.mutants.built:{name}").function
+    report = check_op("linear_cross_entropy", function, isolate=False)
+    assert report.first.row_alone is not None
+    assert "the loss of a row is kept in bfloat16" in [guess.what for guess in report.guesses]
 
 
 def test_what_a_masked_value_holds_must_not_move_a_bit() -> None:
@@ -247,6 +287,43 @@ def test_time_is_bounded() -> None:
     assert "the time was up" in report.ended
 
 
+def test_calls_that_were_not_looked_at_do_not_pass() -> None:
+    def slow(x: Any, weight: Any, eps: float) -> Any:
+        time.sleep(0.2)
+        return candidates.right(x, weight, eps)
+
+    given = {"seconds": 0.1, "isolate": False}
+    report = check_op("rms_norm", slow, **given)
+    assert (report.verdict, report.finding, report.examples) == ("incomplete", None, 1)
+    assert re.search(r"incomplete\n.*the time was up after 1 of 17 fixed calls", str(report), re.DOTALL)
+    with pytest.raises(AssertionError, match="the time was up"):
+        assert_operator("rms_norm", slow, **given)
+    drawn = check_op("rms_norm", slow, calls=calls("rms_norm"), seconds=1e-9, isolate=False)
+    assert (drawn.verdict, drawn.examples, drawn.ended) == (
+        "incomplete",
+        0,
+        "the time was up after 0 of 100 drawn calls",
+    )
+
+
+LATE = Call("rms_norm", "bfloat16", (Array((2, 1025), "bfloat16"), Array((1025,), "bfloat16"), 1e-5), family="late")
+
+
+def test_a_run_in_flight_is_cut_off_when_all_time_is_up_and_that_is_no_pass() -> None:
+    for given, which in (([LATE], "fixed call 1 of 1"), (strategies.just(LATE), "drawn call 1 of 100")):
+        report = check_op("rms_norm", candidates.hangs_late, calls=given, seconds=0.5)
+        assert report.seconds < 3
+        assert (report.verdict, report.finding, report.examples) == ("incomplete", None, 0)
+        assert report.ended.startswith(f"the time was up while {which} was running: rms_norm (late): x [2, 1025]")
+
+
+def test_a_hang_that_is_found_late_is_made_small_in_the_time_that_is_left() -> None:
+    report = check_op("rms_norm", candidates.hangs_late, calls=[LATE], seconds=3.0, time_limit=1.0)
+    assert report.property == "hangs"
+    assert report.seconds < 5
+    assert "it did not return within 1 s" in report.finding.text
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +341,9 @@ def test_json_exit_codes_and_the_reproduction_as_a_program(monkeypatch: Any, cap
     assert result["counterexample"]["begins"] == [0, 256]
     assert result["worst"]["ratio"] > 2
     assert [r["dtype"] for r in result["reports"]] == ["float32", "bfloat16"]
+    assert [r["repro_file"] for r in result["reports"]] == [str(program), str(tmp_path / "repro-bfloat16.py")]
+    assert "bfloat16" in (tmp_path / "repro-bfloat16.py").read_text()
+    assert "bfloat16" not in program.read_text()
     done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "at (0, 256)" in done.stdout
@@ -271,6 +351,13 @@ def test_json_exit_codes_and_the_reproduction_as_a_program(monkeypatch: Any, cap
     words = ["rms_norm", "--candidate", candidate.replace("tail", "right"), "--max-examples", "3", "--json", "-"]
     assert command(monkeypatch, *words) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "pass"
+
+
+def test_an_incomplete_search_is_told_by_the_exit_code_and_the_json(monkeypatch: Any, capsys: Any) -> None:
+    words = f"rms_norm --candidate {HERE / 'opcheck_candidates.py'}:right --seconds 1e-9 --json -".split()
+    assert command(monkeypatch, *words) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert (result["verdict"], result["examples"], result["counterexample"]) == ("incomplete", 0, None)
 
 
 def test_list_shows_every_signature(monkeypatch: Any, capsys: Any) -> None:
@@ -294,6 +381,8 @@ MISTAKES = {
     "rms_norm --candidate opcheck_candidates:right --device tpu": "--device tpu is not known; use cpu or cuda",
     "rms_norm --candidate opcheck_candidates:right --device cuda": "torch sees no GPU here",
     "rms_norm --candidate opcheck_candidates:right --time-limit 0": "time_limit=0",
+    "rms_norm --candidate opcheck_candidates:right --seconds 0": "seconds=0.0: expected more than 0",
+    "rms_norm --candidate opcheck_candidates:right --seconds -1": "seconds=-1.0: expected more than 0",
     "attention --candidate opcheck_candidates:right --without lse": "return_lse or mixed_dtypes",
     "rms_norm --candidate opcheck_candidates:right --without eps": "of that name; use mixed_dtypes",
     "rms_norm --candidate opcheck_candidates:tail --repro nowhere/f.py": "--repro nowhere/f.py cannot be written",
@@ -311,12 +400,29 @@ def test_a_mistake_of_the_users_is_one_sentence(monkeypatch: Any, capsys: Any, w
     assert MISTAKES[words] in said
 
 
+@pytest.mark.parametrize("option", ["--json", "--repro"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_search(
+    option: str, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    def searched(*_: Any) -> None:
+        raise AssertionError("the search has begun")
+
+    monkeypatch.setattr("refllm.opcheck.search.fixed", searched)
+    for path, why in ((tmp_path / "nowhere" / "f", "there is no folder"), (tmp_path, "it is a folder")):
+        words = ["rms_norm", "--candidate", "opcheck_candidates:right", option, str(path)]
+        assert command(monkeypatch, *words) == 2
+        assert f"{option} {path} cannot be written: {why}" in capsys.readouterr().err
+
+
 def test_modules_that_cannot_be_imported(tmp_path: Path) -> None:
     for name, source in (("broken", "1 +"), ("raising", "raise ValueError('at import')"), ("ending", "exit(1)")):
         file = tmp_path / f"{name}_candidate.py"
         file.write_text(source)
         with pytest.raises(InputError, match="cannot be imported"):
             check_op("rms_norm", f"{file}:f")
+    for calls_of_none, more in (([], {}), (calls("rms_norm"), {"max_examples": 0})):
+        with pytest.raises(InputError, match="there is no call to examine"):
+            check_op("rms_norm", candidates.right, calls=calls_of_none, **more)
     with pytest.raises(InputError, match="a candidate is a function, or its name"):
         check_op("rms_norm", 3)
     with pytest.raises(InputError, match="expected calls of rms_norm"):
@@ -356,3 +462,7 @@ def test_a_process_that_imports_the_candidate_again(monkeypatch: Any) -> None:
         assert worker.observe(replace(task, call=large), 10.0).property == "crashes"
     finally:
         worker.close()
+    worker = Worker(replace(load("opcheck_candidates:right"), reference="opcheck_candidates:gone"))
+    worker.fork = False
+    with pytest.raises(InputError, match="cannot be imported by a process of its own: opcheck_candidates has no"):
+        worker.observe(task, 10.0)

@@ -1,7 +1,9 @@
 """What `check_op` is made of: the judgement of values, the formulas of reproductions, sizes, and tiles in words."""
 
 import importlib
+import re
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,21 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("hypothesis")
 
+import opcheck_candidates as candidates  # noqa: E402
+from opcheck_tools import run_alone, shown  # noqa: E402
 
-from refllm import ops
-from refllm.opcheck import limits
-from refllm.opcheck.candidate import uses_triton
-from refllm.opcheck.expected import expect
-from refllm.opcheck.formulas import FORMULAS
-from refllm.opcheck.judge import judge
-from refllm.opcheck.shrink import resized
-from refllm.opcheck.signatures import SIGNATURES, signature
-from refllm.opcheck.tile import tile
-from refllm.precision import rounding
-from refllm.strategies import Array, Call, corners
+from refllm import ops  # noqa: E402
+from refllm.check import check_op  # noqa: E402
+from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
+from refllm.opcheck import limits  # noqa: E402
+from refllm.opcheck.candidate import Candidate, uses_triton  # noqa: E402
+from refllm.opcheck.examine import Finding  # noqa: E402
+from refllm.opcheck.expected import expect  # noqa: E402
+from refllm.opcheck.formulas import FORMULAS  # noqa: E402
+from refllm.opcheck.guess import guess  # noqa: E402
+from refllm.opcheck.judge import judge  # noqa: E402
+from refllm.opcheck.observe import Result  # noqa: E402
+from refllm.opcheck.repro import reproduction  # noqa: E402
+from refllm.opcheck.repro.unread import filled_memory  # noqa: E402
+from refllm.opcheck.shrink import resized  # noqa: E402
+from refllm.opcheck.signatures import SIGNATURES, signature  # noqa: E402
+from refllm.opcheck.tile import tile  # noqa: E402
+from refllm.precision import rounding  # noqa: E402
+from refllm.strategies import Array, Call, corners  # noqa: E402
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -68,6 +79,18 @@ def test_nan_and_infinity_stand_where_they_belong() -> None:
         found = judge(wrong, e)
         assert [f.property for f in found.faults] == ["NaN pattern"]
         assert found.worst == at
+
+
+def test_a_nan_that_signals_is_judged_and_guessed_without_a_warning() -> None:
+    """As memory that nobody wrote may hold."""
+    call = Call("relu2", "float32", (Array((2, 4), "float32"),))
+    e = expect(call)[0]
+    signalling = np.full((2, 4), 0x7F800001, np.uint32).view(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not judge(signalling, e).holds
+        result = Result(signalling, (2, 4), "float32", "cpu")
+        guess([Finding("NaN pattern", "", call, "y", results=(result,))], "fused")
 
 
 def test_at_the_border_of_a_format_infinity_and_the_largest_number_are_one() -> None:
@@ -154,3 +177,87 @@ def test_kernels_of_another_package_are_found_through_the_file_that_names_them(
     for name, found in (("my_wrapper", True), ("my_torch", False)):
         assert uses_triton(importlib.import_module(name).mine) == found
         monkeypatch.delitem(sys.modules, name)
+
+
+# -- reproductions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", SIGNATURES)
+def test_code_makes_arrays_on_the_device_that_the_search_had(operator: str) -> None:
+    """Without a GPU: on the device "meta", which has shapes, strides and no values."""
+    for call in corners(operator, "bfloat16"):
+        space: dict[str, Any] = {"np": np, "torch": torch}
+        exec("\n".join(call.code("meta")), space)
+        arguments, keywords = call.tensors("meta")
+        made = (*space["arguments"], *space["keywords"].values())
+        for a, b in zip(made, (*arguments, *keywords.values()), strict=True):
+            if isinstance(b, torch.Tensor):
+                placed = (a.device, a.dtype, a.shape, a.stride(), a.storage_offset(), a.untyped_storage().nbytes())
+                assert placed == (
+                    b.device, b.dtype, b.shape, b.stride(), b.storage_offset(), b.untyped_storage().nbytes(),
+                )  # fmt: skip
+
+
+GAPS = Call("rms_norm", "bfloat16", (Array((2, 8), "bfloat16", layout="gaps"), Array((8,), "bfloat16"), 1e-5))
+
+
+def program_for(device: str, function: Any, call: Call, property: str, text: str, **more: Any) -> str:
+    """Of a finding that nobody made, for a candidate on a device that is not there."""
+    candidate = Candidate(
+        function.__name__, function, f"opcheck_candidates:{function.__name__}", "torch", device, False
+    )
+    return reproduction(Finding(property, text, call, **more), candidate, "fused", 10.0)
+
+
+def test_a_program_for_a_gpu_waits_for_it_and_makes_nothing_elsewhere() -> None:
+    """Run on the CPU with its device put in place; and every line that makes memory names the device."""
+    text = "what lies between the elements of x changes the result"
+    program = program_for("cuda", candidates.reads_beside, GAPS, "invariance", text)
+    assert "torch.cuda.synchronize()" in program
+    assert all("device=" in line for line in program.splitlines() if "torch.full(" in line or "torch.empty(" in line)
+    here = program.replace("'cuda'", "'cpu'").replace("torch.cuda.synchronize()", "pass")
+    code, said = run_alone(here)
+    assert code == 1, said
+    assert "cuda" not in program_for("cpu", candidates.reads_beside, GAPS, "invariance", text)
+    mask = Array((1, 2), "bool", "ones", planted=(((0, 1), 0),))
+    q = Array((1, 1, 2, 8), "float32")
+    masked = Call("attention", "float32", (q, q, q), (("key_mask", mask),))
+    lengths = Array((1,), "int64", "ones")
+    decode = Call("decode_attention", "float32", (q, q, q, lengths))
+    for call in (masked, decode):
+        lines = program_for("cuda", candidates.masked_values, call, "invariance", "what they hold").splitlines()
+        assert all("device=" in line for line in lines if "torch.arange(" in line)
+
+
+def test_a_crash_is_shown_by_a_process_that_makes_its_own_arrays() -> None:
+    """A GPU that the first process uses does not survive the fork."""
+    lines = program_for("cuda", candidates.aborts, GAPS, "crashes", "its process ended").splitlines()
+    made = [i for i, line in enumerate(lines) if "'cuda'" in line]
+    assert made
+    assert min(made) > next(i for i, line in enumerate(lines) if "os.fork()" in line)
+
+
+def test_a_program_fills_whatever_the_search_fills() -> None:
+    words = re.findall(r"\w+", "\n".join(filled_memory(numpy=False)))
+    assert {name for _, name in ALLOCATORS} <= set(words)
+
+
+def test_a_program_needs_ml_dtypes_for_bfloat16_alone() -> None:
+    for dtype in DTYPES:
+        report = check_op("rms_norm", candidates.numpy_in_place, arrays="numpy", dtype=dtype, isolate=False)
+        assert ("ml_dtypes" in report.repro) == (dtype == "bfloat16")
+        shown(report)
+
+
+def test_a_program_without_a_candidate_does_not_look_like_a_failure() -> None:
+    report = check_op("rms_norm", lambda x, weight, eps: x * 2, isolate=False, shrink=False)
+    code, said = run_alone(report.repro)
+    assert (code, "put your function here" in said) == (2, True)
+
+
+def test_where_nothing_is_rounded_no_sigma_is_told() -> None:
+    e = wanted("float32", Array((1, 4), "float32", "ones", scale=-1.0))
+    off = e.contract.copy()
+    off[0, 2] = 0.5
+    text = next(f.text for f in judge(off, e).faults if f.rule == "element")
+    assert text.startswith("an element is 0.5, and has to be 0 exactly (limit"), text

@@ -29,7 +29,12 @@ def audit(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Where check-op looks. Default: the first in which a mutant differs.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Only bugs that show in this dtype: name the one that your test works in. Default: all of them, and "
+            "check-op looks in the first in which a bug shows.",
+        ),
     ] = None,
     max_examples: Annotated[int, typer.Option("--max-examples", min=0, help="That check-op draws.")] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Of what check-op draws.")] = 0,

@@ -35,7 +35,7 @@ def check_op(
     ] = 10.0,
     seconds: Annotated[
         float | None,
-        typer.Option("--seconds", metavar="S", help="For the whole search. Default: 25; interpreted: 100."),
+        typer.Option("--seconds", metavar="S", help="For the whole search. Default: 25; of Triton kernels: 100."),
     ] = None,
     bitwise: Annotated[
         bool, typer.Option("--bitwise", help="A row alone must have the bits that it has in a batch.")
@@ -49,11 +49,19 @@ def check_op(
         ),
     ] = None,
     repro: Annotated[
-        Path | None, typer.Option("--repro", metavar="F", help="Write a program that shows the failure by itself.")
+        Path | None,
+        typer.Option(
+            "--repro",
+            metavar="F",
+            help="Write a program that shows the failure by itself; of a second dtype that fails, F-DTYPE.py.",
+        ),
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Search for an input on which your operator breaks its contract; make it small and say what is wrong."""
+    """Search for an input on which your operator breaks its contract; make it small and say what is wrong.
+
+    Exit code 1 if there is one, or if the time was up before every fixed call was examined.
+    """
     from refllm.opcheck import api, report
 
     screen = console(quiet=to_stdout(json_file))
@@ -79,18 +87,23 @@ def check_op(
                     seconds=seconds,
                     bitwise=bitwise,
                     without=without or (),
-                    repro=repro if not any(r.repro for r in reports) else None,
+                    repro=_program_of(repro, one) if any(r.repro for r in reports) else repro,
                     progress=lambda text, done, total: step(text, done, total or None),
                 )
             )
             step.clear()
             screen.print(report.show_report(reports[-1], with_repro=repro is None))
     write_json(_together([r.to_dict() for r in reports]), json_file)
-    if any(r.verdict == "fail" for r in reports):
+    if any(r.verdict != "pass" for r in reports):
         raise typer.Exit(FINDING)
 
 
+def _program_of(repro: Path | None, dtype: str) -> Path | None:
+    """The file of another dtype, beside that of the first that fails."""
+    return None if repro is None else repro.with_stem(f"{repro.stem}-{dtype.removeprefix('torch.')}")
+
+
 def _together(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first that failed, else the first; and all of them if there are several."""
-    shown = next((r for r in reports if r["verdict"] == "fail"), reports[0])
+    """The first that failed, else that is incomplete, else the first; and all of them if there are several."""
+    shown = max(reports, key=lambda r: ("pass", "incomplete", "fail").index(r["verdict"]))
     return shown if len(reports) == 1 else {**shown, "reports": reports}

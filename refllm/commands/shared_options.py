@@ -6,12 +6,23 @@ from typing import Annotated, Any
 
 import typer
 
-from refllm.errors import InputError
+from refllm import output_file
 
 HOLDS, FINDING, WRONG_USE = 0, 1, 2
 
+
+def _can_be_written(json_file: Path | None) -> Path | None:
+    """Before the work, and not after it."""
+    if json_file is not None and not to_stdout(json_file):
+        output_file.must_be_writable("--json", json_file)
+    return json_file
+
+
 Json = Annotated[
-    Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON; - is standard output.")
+    Path | None,
+    typer.Option(
+        "--json", metavar="F", callback=_can_be_written, help="Write the result as JSON; - is standard output."
+    ),
 ]
 
 
@@ -35,8 +46,5 @@ def write_json(values: Any, json_file: Path | None) -> None:
 
     if to_stdout(json_file):
         print(json_text(values))
-        return
-    try:
-        json_file.write_text(json_text(values) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--json {json_file} cannot be written: {error.strerror or error}") from None
+    else:
+        output_file.write("--json", json_file, json_text(values) + "\n")

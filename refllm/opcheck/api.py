@@ -4,9 +4,9 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from refllm import output_file
 from refllm.errors import InputError, RefllmError
 from refllm.opcheck import candidate as candidates
 from refllm.opcheck import search
@@ -22,24 +22,27 @@ from refllm.opcheck.without import calls_without, find_left_out
 from refllm.opcheck.worker import InProcess, Worker
 from refllm.strategies.call import Call
 
-SECONDS, SECONDS_INTERPRETED = 25.0, 100.0
-"""For the whole of a search: of plain functions, and where Triton kernels are interpreted."""
+SECONDS, SECONDS_TRITON = 25.0, 100.0
+"""For the whole of a search: of plain functions; of Triton kernels, which are interpreted or have to be compiled."""
 _FOR_SHRINKING = 0.4
 """Of the time, what is kept for making a finding small."""
-_HANG_LIMITS = (0.5, 10.0)
-"""Seconds after which a call counts as hanging while one that hangs is made smaller: at least, and all calls together
-at most this many times the limit of the search."""
+_HANG_SECONDS, _HANG_RUNS = 0.5, 5.0
+"""While a call that hangs is made smaller, another one counts as hanging after so many seconds, or after so many times
+the longest run that returned, if that is more. The smallest is given more time in the end."""
+_MARGIN = 0.1
+"""Seconds that ending a process takes."""
 
 
 @dataclass(frozen=True)
 class OpReport:
     """What `check_op` found.
 
-    verdict: "pass" or "fail". property: the broken one (`examine.PROPERTIES`), "" if none. finding: on the smallest
-    call found; first: as it was found. worst: of all examples. examples: calls examined; shrinking: those after the
-    finding. ended: why the search stopped early, "" if it did not. untested: trivial wrong answers that every example
-    would have let pass. guesses: the known bugs that it looks like. repro: a program that shows the
-    failure, "" if nothing failed. without: the optional arguments that no call had.
+    verdict: "pass", "fail", or "incomplete": nothing was found, but there was no time for all the fixed calls.
+    property: the broken one (`examine.PROPERTIES`), "" if none. finding: on the smallest call found; first: as it was
+    found. worst: of all examples. examples: calls examined; shrinking: those after the finding. ended: why the search
+    stopped early, "" if it did not. untested: trivial wrong answers that every example would have let pass.
+    guesses: the known bugs that it looks like. repro: a program that shows the failure, "" if nothing failed.
+    without: the optional arguments that no call had.
     """
 
     op: str
@@ -103,7 +106,8 @@ def check_op(
     dtype: of the activations. policy: where it may round, "fused" (the contract) or "hf-eager". device: "cpu", "cuda".
     calls: a list of `refllm.strategies.Call`, or a Hypothesis strategy of them, in place of ours.
     max_examples: drawn after the fixed ones. seed: of what is drawn. time_limit: seconds for each run of the candidate.
-    seconds: for all of it; None is 25, or 100 where kernels are interpreted.
+    seconds: for all of it; None is 25, or 100 for Triton kernels. What was not looked at when they are over makes the
+        verdict "incomplete". In this process (isolate=False) a run that has begun is not cut off.
     isolate: run the candidate in a process of its own. shrink: make a counterexample small.
     bitwise: a row computed alone must have the bits that it has in its batch.
     without: optional arguments that the candidate does not have (key_mask, return_lse, bias), or "mixed_dtypes"
@@ -116,27 +120,25 @@ def check_op(
     signature(operator)
     find_policy(policy)
     dtype = find_dtype(dtype)
-    if time_limit <= 0 or max_examples < 0:
-        raise InputError(
-            f"time_limit={time_limit} and max_examples={max_examples}: expected more than 0, and at least 0"
-        )
+    _must_be_possible(time_limit, seconds, max_examples, calls)
     without = find_left_out(operator, without)
-    _needs_folder(repro)
+    if repro is not None:
+        output_file.must_be_writable("--repro", repro)
     found = candidates.load(candidate, arrays=arrays, device=device)
-    seconds = (SECONDS_INTERPRETED if found.interpreted else SECONDS) if seconds is None else seconds
+    seconds = (SECONDS_TRITON if found.triton else SECONDS) if seconds is None else seconds
     runner = Worker(found) if isolate else InProcess(found)
     blank = Call(operator, dtype, ())
     task = Task(blank, device, arrays, found.interpreted, policy, True, bitwise)
-    examine = Examiner(runner, task, time_limit)
+    begin = time.monotonic()
+    examine = Examiner(runner, task, time_limit, begin + seconds)
     try:
-        until = start + seconds * (1 - _FOR_SHRINKING if shrink else 1)
+        until = begin + seconds * (1 - _FOR_SHRINKING if shrink else 1)
         searched = _search(examine, operator, dtype, policy, calls, without, max_examples, seed, until, progress)
         examples = examine.examples
         first = smallest = searched.finding
         guesses: list[Guess] = []
         if first is not None and shrink:
-            deadline = max(start + seconds, time.monotonic() + _FOR_SHRINKING * seconds)
-            smallest = _smallest(examine, first, deadline, progress)
+            smallest = _smallest(examine, first, progress)
             guesses = _guesses(examine, smallest, first, policy)
     finally:
         runner.close()
@@ -147,7 +149,7 @@ def check_op(
         dtype,
         policy,
         device,
-        "pass" if smallest is None else "fail",
+        _verdict(searched, examples),
         "" if smallest is None else smallest.property,
         smallest,
         first,
@@ -162,11 +164,16 @@ def check_op(
         "" if smallest is None else reproduction(smallest, found, policy, time_limit),
         without=without,
     )
-    return replace(report, repro_file=_written(report, repro))
+    if repro is not None and report.repro:
+        output_file.write("--repro", repro, report.repro)
+        report = replace(report, repro_file=str(repro))
+    return report
 
 
 def assert_operator(operator: str, candidate: Any, **options: Any) -> None:
-    """`check_op`, for a test: raises AssertionError with the report if anything is wrong. options: of `check_op`.
+    """`check_op`, for a test: raises AssertionError with the report if anything is wrong, or was not looked at.
+
+    options: of `check_op`.
 
     from refllm.check import assert_operator
 
@@ -176,8 +183,25 @@ def assert_operator(operator: str, candidate: Any, **options: Any) -> None:
     """
     __tracebackhide__ = True
     report = check_op(operator, candidate, **options)
-    if report.verdict == "fail":
+    if report.verdict != "pass":
         raise AssertionError("\n" + str(report))
+
+
+def _must_be_possible(time_limit: float, seconds: float | None, max_examples: int, calls: Any) -> None:
+    if not time_limit > 0 or max_examples < 0:
+        raise InputError(
+            f"time_limit={time_limit} and max_examples={max_examples}: expected more than 0, and at least 0"
+        )
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"seconds={seconds}: expected more than 0")
+    if calls is not None and (not calls if isinstance(calls, Sequence) else not max_examples):
+        raise InputError("calls: there is no call to examine, so that nothing could be said")
+
+
+def _verdict(searched: search.Searched, examples: int) -> str:
+    if searched.finding is not None:
+        return "fail"
+    return "pass" if searched.complete and examples else "incomplete"
 
 
 def _search(
@@ -210,14 +234,33 @@ def _search(
     return search.drawn(examine, calls_without(calls, without), max_examples, seed, deadline, progress)
 
 
-def _smallest(examine: Examiner, first: Finding, deadline: float, progress: search.Progress) -> Finding:
+def _smallest(examine: Examiner, first: Finding, progress: search.Progress) -> Finding:
     """The finding on the smallest call, every call being given no more time than it needs."""
-    limit = examine.limit
     if first.property == "hangs":
-        limit = min(limit, max(_HANG_LIMITS[0], 20 * examine.slowest))
-        deadline = min(deadline, time.monotonic() + _HANG_LIMITS[1] * max(1.0, limit))
+        return _smallest_that_hangs(examine, first, progress)
     # What shows in the first run is looked for in the first run alone.
-    deep = first.property in ("unwritten", "determinism", "invariance", "purity", "raises", "hangs", "crashes")
+    deep = first.property in ("unwritten", "determinism", "invariance", "purity", "raises", "crashes")
+    return _made_small(examine, first, examine.until, progress, deep, examine.limit)
+
+
+def _smallest_that_hangs(examine: Examiner, first: Finding, progress: search.Progress) -> Finding:
+    """Made small in a hurry; then the smallest call is given the time that all calls have, or what is left of it."""
+    hurry = min(examine.limit, max(_HANG_SECONDS, _HANG_RUNS * examine.slowest))
+    kept = min(examine.limit, 2 / 3 * (examine.until - time.monotonic()))
+    smallest = _made_small(examine, first, examine.until - kept - hurry, progress, True, hurry)
+    if smallest is first:
+        return first
+    progress("waiting for the smallest call", 0, 0)
+    given = min(examine.limit, examine.until - time.monotonic() - _MARGIN)
+    hanging = examine(smallest.call, limit=given) if given > hurry or given == examine.limit else None
+    if hanging is None or hanging.property != "hangs":  # it was slow, and no more than that
+        return first
+    return hanging if given == examine.limit else replace(hanging, text=f"{hanging.text}; the first call: {first.text}")
+
+
+def _made_small(
+    examine: Examiner, first: Finding, deadline: float, progress: search.Progress, deep: bool, limit: float
+) -> Finding:
     count = 0
 
     def retry(call: Call) -> Finding | None:
@@ -226,14 +269,11 @@ def _smallest(examine: Examiner, first: Finding, deadline: float, progress: sear
         progress(f"making the counterexample small: {count} calls tried", 0, 0)
         return examine(call, deep=deep, limit=limit)
 
-    smallest = make_small(first, retry, deadline)[0]
-    if first.property == "hangs" and smallest is not first and examine(smallest.call) is None:
-        return first  # it was slow, and no more than that
-    return smallest
+    return make_small(first, retry, deadline)[0]
 
 
 def _guesses(examine: Examiner, smallest: Finding, first: Finding, policy: str) -> list[Guess]:
-    if first.property not in ("value", "NaN pattern"):
+    if smallest.property not in ("value", "NaN pattern"):
         return []
     found = guess([smallest, first], policy)
     if found:
@@ -243,19 +283,3 @@ def _guesses(examine: Examiner, smallest: Finding, first: Finding, policy: str) 
         return guess([smallest, first], policy, None if call is None else examine(call, deep=False))
     except RefllmError:  # the family does not exist in that size
         return []
-
-
-def _needs_folder(path: str | os.PathLike[str] | None) -> None:
-    """Before the search, and not after it."""
-    if path is not None and not Path(path).resolve().parent.is_dir():
-        raise InputError(f"--repro {path} cannot be written: there is no folder {Path(path).parent}")
-
-
-def _written(report: OpReport, path: str | os.PathLike[str] | None) -> str:
-    if path is None or not report.repro:
-        return ""
-    try:
-        Path(path).write_text(report.repro, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--repro {path} cannot be written: {error.strerror or error}") from None
-    return str(path)

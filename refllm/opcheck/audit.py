@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refllm.errors import InputError, RefllmError
+from refllm.opcheck.forked import Ended, forked
 
 if TYPE_CHECKING:
     from refllm.kernels.mutants import Mutant
@@ -29,6 +30,10 @@ Progress = Callable[[str, int, int], None]
 MAX_EXAMPLES = 100
 _FEWER = 10
 """How many times fewer calls are drawn for an equivalent mutant: all of them would be run, and none is wrong."""
+_SKIPPED = "Skipped"
+"""What pytest.skip raises."""
+_GRACE = 5.0
+"""Seconds after which a test that no signal interrupts is ended with its process."""
 TIME_LIMIT = 10.0
 """Seconds that a user's test has for one mutant."""
 
@@ -240,20 +245,32 @@ class _UsersTest:
         from refllm import kernels
 
         right = getattr(kernels.plain if form == "torch" else kernels, operator)
-        said, error = self._run(right, form)
+        said, text = self._answer(right, form)
         if said:
-            text = "; ".join(str(error).split("\n\n")[0].split("\n")).strip(" ;")[:200]
             raise TestIsVoidError(
                 f"{self.name} is void: it rejects the right {operator} ({form} form) with {said}"
                 + (f": {text}" if text else "")
             )
 
     def __call__(self, mutant: "Mutant") -> tuple[str, int, str]:
-        said, error = self._run(mutant.function(), mutant.form)
-        return ("" if _skipped(error) else said), 0, ""
+        said, _ = self._answer(mutant.function(), mutant.form)
+        return ("" if said == _SKIPPED else said), 0, ""
 
-    def _run(self, function: Callable[..., Any], form: str) -> tuple[str, BaseException | None]:
-        """("", None) or what it raised. What it prints is not shown."""
+    def _answer(self, function: Callable[..., Any], form: str) -> tuple[str, str]:
+        """("", "") or what it raised, and its text; in a process of its own, as it may end that."""
+        if _gpu_in_use():
+            return self._run(function, form)
+        answer = forked(lambda: self._run(function, form), self._limit + _GRACE)
+        if isinstance(answer, Ended):
+            return (answer.text if answer.in_time else self._late), ""
+        return answer
+
+    @property
+    def _late(self) -> str:
+        return f"no answer within {self._limit:g} s"
+
+    def _run(self, function: Callable[..., Any], form: str) -> tuple[str, str]:
+        """See `_answer`. What it prints is not shown."""
         from refllm import kernels
 
         try:
@@ -266,31 +283,36 @@ class _UsersTest:
         except KeyboardInterrupt:
             raise
         except _TimeIsUpError:
-            return f"no answer within {self._limit:g} s", None
+            return self._late, ""
         except BaseException as error:  # whatever it raises is its answer; pytest.fail raises no Exception
-            return type(error).__name__, error
-        return "", None
+            return type(error).__name__, "; ".join(str(error).split("\n\n")[0].split("\n")).strip(" ;")[:200]
+        return "", ""
 
 
 def _find(reference: str) -> Test:
     from refllm.check.candidates import find_function
+    from refllm.opcheck.candidate import survive_import
 
     if ":" not in reference:
         raise InputError(f"--test {reference}: name a function of it, as file.py:function or module:function")
     file = Path(reference.rpartition(":")[0])
     if file.suffix == ".py" and not file.is_file():
         raise InputError(f"--test {reference}: there is no file {file}")
+    survive_import(reference, find_function)
     return find_function(reference)
-
-
-def _skipped(error: BaseException | None) -> bool:
-    return type(error).__name__ == "Skipped"
 
 
 def _gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _gpu_in_use() -> bool:
+    """Whether this process holds a GPU, which does not survive a fork."""
+    import torch
+
+    return torch.cuda.is_initialized()
 
 
 @contextlib.contextmanager

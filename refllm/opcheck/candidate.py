@@ -1,5 +1,6 @@
 """The function that is checked: found by its name, or given; and what it needs to run."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from refllm.check.candidates import find_function
 from refllm.errors import InputError
+from refllm.opcheck.forked import Ended, forked
 
 ARRAYS = ("torch", "numpy")
 DEVICES = ("cpu", "cuda")
@@ -45,7 +47,8 @@ def load(candidate: Any, *, arrays: str = "torch", device: str = "cpu") -> Candi
     if device != "cpu":
         _needs_gpu(device, arrays)
     if isinstance(candidate, str):
-        function, reference = _find(candidate), candidate
+        survive_import(candidate, find)
+        function, reference = find(candidate), candidate
     elif callable(candidate):
         function, reference = candidate, _reference(candidate)
     else:
@@ -120,7 +123,8 @@ def _unwrapped(function: Any) -> Any:
     return function
 
 
-def _find(reference: str) -> Callable[..., Any]:
+def find(reference: str) -> Callable[..., Any]:
+    """The function that "module:function" or "file.py:function" means. Raises InputError if there is none."""
     if ":" not in reference:
         raise InputError(f"--candidate {reference}: name a function, as module:function or file.py:function")
     # Modules beside the user, as `python -m` would find them.
@@ -133,6 +137,21 @@ def _find(reference: str) -> Callable[..., Any]:
         return find_function(reference)
     except SystemExit as error:  # a script that ends itself when it is imported
         raise InputError(f"{reference} cannot be imported: it ends the program, with {error.code!r}") from None
+
+
+def survive_import(reference: str, find: Callable[[str], Any]) -> None:
+    """Raises InputError for a file or module whose import ends the process, as os._exit and a crash do."""
+    if reference.rpartition(":")[0] in sys.modules:
+        return
+    import torch  # noqa: F401 (once, and not in every process)
+
+    def imported() -> None:
+        with contextlib.suppress(InputError):  # is said where it is imported to stay
+            find(reference)
+
+    ended = forked(imported)
+    if isinstance(ended, Ended):
+        raise InputError(f"{reference} cannot be imported: {ended.text}")
 
 
 def _reference(function: Any) -> str:

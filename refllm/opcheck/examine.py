@@ -38,6 +38,7 @@ class Finding:
 
     output: the name of the result that shows it, "" where none does. judgement: of that result, if values are judged.
     where: its elements that show it. results: what the candidate returned.
+    row_alone: which row of the batch was computed by itself, if that shows it.
     """
 
     property: str
@@ -48,34 +49,38 @@ class Finding:
     judgement: Judgement | None = None
     where: np.ndarray | None = None
     results: tuple[Result, ...] = ()
-    seconds: float = 0.0
+    row_alone: int | None = None
 
 
 class Examiner:
     """Examines calls for one candidate. examples: how many; score: the worst of all rules so far as measured / allowed.
 
-    worst: the judgement with the largest ratio. slowest: seconds of the slowest example that returned.
+    worst: the judgement with the largest ratio. slowest: seconds of the longest run that returned.
     """
 
-    def __init__(self, runner: Any, task: Task, limit: float) -> None:
-        self.runner, self.task, self.limit = runner, task, limit
+    def __init__(self, runner: Any, task: Task, limit: float, until: float) -> None:
+        """limit: seconds for each run of the candidate. until: when all time is up, in time.monotonic()."""
+        self.runner, self.task, self.limit, self.until = runner, task, limit, until
         self.examples, self.score, self.slowest = 0, 0.0, 0.0
         self.worst: Judgement | None = None
         self.power = Power()
 
     def __call__(self, call: Call, *, deep: bool = True, limit: float | None = None) -> Finding | None:
-        """The first broken property, or None. Raises InputError for a call that the contract does not allow."""
+        """The first broken property, or None. limit: seconds for each run, if not those of all calls.
+
+        Raises InputError for a call that the contract does not allow, TimeIsUpError where all time is up in a run.
+        """
         expected = remembered(call, self.task.policy)
-        self.examples += 1
         task = replace(self.task, call=call, deep=deep)
-        seen = self.runner.observe(task, self.limit if limit is None else limit)
+        seen = self.runner.observe(task, self.limit if limit is None else limit, self.until)
+        self.examples += 1
         if seen.property != "hangs":
             self.slowest = max(self.slowest, seen.seconds)
         self.score, judged = 0.0, []
         if seen.results:
-            broken = _structure(call, seen.results, expected, self.task.device)
+            broken = _structure(call, seen.results, expected, self.task)
             if broken is not None:
-                return replace(broken, results=seen.results, seconds=seen.seconds)
+                return replace(broken, results=seen.results)
             # Values may be wrong because nobody wrote them, or every time others, and that is the better answer.
             if seen.property not in ("unwritten", "determinism"):
                 judged = [judge(r.value, e) for r, e in zip(seen.results, expected, strict=True)]
@@ -107,20 +112,21 @@ class Examiner:
         if inputs.is_reduced(call):
             arrays = inputs.row_alone(call, *call.arrays(), row)
             wanted = list(expect_values(call.operator, *arrays, call.dtype, self.task.policy))
-        broken = _structure(call, results, tuple(wanted), self.task.device)
+        broken = _structure(call, results, tuple(wanted), self.task)
         if broken is not None:
-            return replace(broken, property="invariance", text=f"row {row} computed alone: {broken.text}")
+            text = f"row {row} computed alone: {broken.text}"
+            return replace(broken, property="invariance", text=text, row_alone=row)
         for whole, result, e in zip(seen.results, results, wanted, strict=True):
             verdict = judge(result.value, e)
             if not verdict.holds:
                 text = f"row {row} computed alone is wrong: {verdict.faults[0].text}"
-                return Finding("invariance", text, call, e.name, e.axes, verdict, verdict.wrong, results)
+                return Finding("invariance", text, call, e.name, e.axes, verdict, verdict.wrong, results, row)
             if self.task.bitwise and not inputs.is_reduced(call):
                 different = ~inputs.same_bits(result.value, whole.value[part])
                 if different.any():
                     count = int(different.sum())
                     text = f"row {row} computed alone has other bits than in its batch ({count} elements)"
-                    return Finding("invariance", text, call, e.name, e.axes, None, different, results)
+                    return Finding("invariance", text, call, e.name, e.axes, None, different, results, row)
         return None
 
 
@@ -154,28 +160,28 @@ def _cut(e: Expected, part: slice) -> Expected:
     return replace(e, **{name: getattr(e, name)[part] for name in ("exact", "contract", "variance", "inner")})
 
 
-def _structure(call: Call, results: tuple[Result, ...], expected: tuple[Expected, ...], device: str) -> Finding | None:
+def _structure(call: Call, results: tuple[Result, ...], expected: tuple[Expected, ...], task: Task) -> Finding | None:
     if len(results) != len(expected):
         names = ", ".join(e.name for e in expected)
         returned = "1 result" if len(results) == 1 else f"{len(results)} results"
         text = f"it returns {returned}; the contract has {len(expected)}: {names}{missing_result(call, len(results))}"
         return Finding("result", text, call)
     for result, e in zip(results, expected, strict=True):
-        text = _unlike(result, e, device)
+        text = _unlike(result, e, task)
         if text:
             return Finding("result", text, call, e.name, e.axes)
     return None
 
 
-def _unlike(result: Result, e: Expected, device: str) -> str:
+def _unlike(result: Result, e: Expected, task: Task) -> str:
     if result.kind:
-        return f"{e.name} is a {result.kind}; expected a tensor"
+        return f"{e.name} is a {result.kind}; expected a {'NumPy array' if task.arrays == 'numpy' else 'dense tensor'}"
     if result.shape != e.exact.shape:
         return f"{e.name} has the shape {list(result.shape)}; expected {list(e.exact.shape)}"
     if result.dtype != e.dtype:
         return f"{e.name} is {result.dtype}; expected {e.dtype}"
-    if result.device != device.partition(":")[0]:
-        return f"{e.name} is on {result.device}; expected {device}"
+    if result.device != task.device.partition(":")[0]:
+        return f"{e.name} is on {result.device}; expected {task.device}"
     if result.view_of:
         return f"{e.name} shares its memory with the input {result.view_of}"
     return ""
@@ -187,7 +193,7 @@ def _wrong(call: Call, bad: Judgement, expected: tuple[Expected, ...], seen: Obs
     order = ("not finite", "element", "row", "one rounding", "rms")
     fault = min(bad.faults, key=lambda f: order.index(f.rule))
     text = f"{bad.name}: {fault.text}"
-    return Finding(fault.property, text, call, bad.name, e.axes, bad, bad.wrong, seen.results, seen.seconds)
+    return Finding(fault.property, text, call, bad.name, e.axes, bad, bad.wrong, seen.results)
 
 
 def _outright(call: Call, seen: Observation, expected: tuple[Expected, ...]) -> Finding:
@@ -201,5 +207,5 @@ def _outright(call: Call, seen: Observation, expected: tuple[Expected, ...]) -> 
         None,
         seen.where,
         seen.results,
-        seen.seconds,
+        seen.row_alone,
     )

@@ -76,7 +76,9 @@ def _function(mutant: Any) -> Callable[..., Any]:
 
 
 def _has_values(finding: Finding) -> bool:
-    return finding.property in ("value", "NaN pattern", "invariance") and bool(finding.results)
+    """Whether a mutant's result on the same call can be compared: that of a row alone is one of another call."""
+    known = finding.property in ("value", "NaN pattern", "invariance") and bool(finding.results)
+    return known and finding.row_alone is None
 
 
 def _nearness(mutant: Any, finding: Finding, policy: str) -> float:
@@ -110,7 +112,7 @@ def _distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray], expected: Sequen
 def _apart(a: Any, b: Any, e: Expected) -> np.ndarray:
     sigma = np.sqrt(e.variance + np.square(e.inner))
     sigma = np.maximum(sigma, sigma.max(initial=0.0) * 1e-3 + np.finfo(np.float32).tiny)
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # memory that nobody wrote may hold NaN that signal
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         z = np.minimum(np.abs(a - b) / sigma, _CLIP)
     return np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.where(np.isnan(z), _CLIP, z))

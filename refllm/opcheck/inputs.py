@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from refllm.opcheck.signatures import ROWS, signature
+from refllm.opcheck.signatures import is_batched, signature
 from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
 
 _SMALL = 1 << 24
 """Bytes of memory up to which all of it is compared or changed, what lies between the elements included."""
-_BATCH = ("B", "N", ROWS)
-"""First axes whose entries do not know of each other."""
 
 
 def make(call: Call, device: str) -> tuple[list[Any], dict[str, Any]]:
@@ -22,10 +20,11 @@ def make(call: Call, device: str) -> tuple[list[Any], dict[str, Any]]:
 
 def as_numpy(arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """The same memory as NumPy arrays, with the same strides; bfloat16 is that of ml_dtypes."""
-    return [_as_numpy(x) for x in arguments], {name: _as_numpy(x) for name, x in keywords.items()}
+    return [to_array(x) for x in arguments], {name: to_array(x) for name, x in keywords.items()}
 
 
-def _as_numpy(x: Any) -> Any:
+def to_array(x: Any) -> Any:
+    """A tensor as an array over the same memory; anything else as it is."""
     if not hasattr(x, "numpy"):
         return x
     import torch
@@ -127,7 +126,7 @@ def rows_of(call: Call) -> int:
     """How many rows there are that do not know of each other: the length of the first axis, 1 where there is none."""
     first = call.arguments[0]
     axes = next(iter(signature(call.operator).arguments.values()))
-    return first.shape[0] if isinstance(first, Array) and axes[0] in _BATCH and len(first.shape) > 1 else 1
+    return first.shape[0] if isinstance(first, Array) and is_batched(axes, len(first.shape)) else 1
 
 
 def row_alone(
@@ -138,11 +137,8 @@ def row_alone(
     part = slice(row, row + 1)
 
     def cut(name: str, x: Any) -> Any:
-        names = axes.get(name)
-        if names is None or not hasattr(x, "shape") or names[0] not in _BATCH:
-            return x
-        whole = x.ndim > 1 if ROWS in names else x.ndim == len(names)
-        return x[part] if whole else x
+        batched = name in axes and hasattr(x, "shape") and is_batched(axes[name], x.ndim)
+        return x[part] if batched else x
 
     return (
         [cut(name, x) for name, x in zip(call.names, arguments, strict=True)],

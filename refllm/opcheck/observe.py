@@ -29,6 +29,7 @@ _INTERPRETER = {
 """What the interpreter raises, and the property that it breaks."""
 _LARGEST = 1 << 26
 """Elements up to which a result is looked at; more have the wrong shape anyway."""
+_NOTHING = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """One output. kind: its type if it is no tensor (array), else "". view_of: the argument whose memory it shares."""
+    """One output. kind: what it is if not a dense tensor (an array, of a NumPy function), else "". view_of: the
+    argument whose memory it shares."""
 
     value: np.ndarray
     shape: tuple[int, ...]
@@ -61,22 +63,24 @@ class Result:
 class Observation:
     """What a candidate did. property, text: what it broke outright, "" if nothing. where: elements that show it.
 
-    alone: (row, results) of one row by itself. many: whether it returned a tuple.
+    alone: (row, results) of one row by itself; row_alone: its number, if that run is the one that broke it.
+    output: the number of the result that shows it. seconds: of its longest run.
     """
 
     property: str = ""
     text: str = ""
     results: tuple[Result, ...] = ()
     alone: tuple[int, tuple[Result, ...]] | None = None
+    row_alone: int | None = None
     output: int = 0
     where: np.ndarray | None = None
     seconds: float = 0.0
 
 
 class _Broken(Exception):
-    def __init__(self, property: str, text: str) -> None:
+    def __init__(self, property: str, text: str, row_alone: int | None = None) -> None:
         super().__init__(text)
-        self.property, self.text = property, text
+        self.property, self.text, self.row_alone = property, text, row_alone
 
 
 Step = Callable[[str], None]
@@ -84,27 +88,26 @@ Step = Callable[[str], None]
 
 def observe(function: Callable[..., Any], task: Task, step: Step = lambda name: None) -> Observation:
     """See the module docstring. step: told before each run of the candidate."""
-    start = time.monotonic()
     run = _Run(function, task, step)
     results: tuple[Result, ...] = ()
     try:
         results = run()
         if not task.deep:
-            return Observation(results=results, seconds=time.monotonic() - start)
+            return Observation(results=results, seconds=run.longest)
         alone = run.alone()
         different = _different(results, run(filling=1, padding=True, unread=True))
         if different is not None:
             return _why(run, results, different)
-        return Observation(results=results, alone=alone, seconds=time.monotonic() - start)
+        return Observation(results=results, alone=alone, seconds=run.longest)
     except _Broken as broken:
-        return Observation(broken.property, broken.text, results, seconds=time.monotonic() - start)
+        return Observation(broken.property, broken.text, results, None, broken.row_alone, seconds=run.longest)
 
 
 def _why(run: "_Run", results: tuple[Result, ...], different: tuple[int, np.ndarray]) -> Observation:
     """Which of the changes the candidate felt, one by one."""
 
     def found(property: str, text: str, again: tuple[int, np.ndarray]) -> Observation:
-        return Observation(property, text, results, output=again[0], where=again[1])
+        return Observation(property, text, results, output=again[0], where=again[1], seconds=run.longest)
 
     again = _different(results, run())
     if again is not None:
@@ -139,12 +142,14 @@ def _different(a: tuple[Result, ...], b: tuple[Result, ...]) -> tuple[int, np.nd
 
 
 class _Run:
-    """Calls the candidate on new inputs. padded, unread: what was changed in the last run that changed something."""
+    """Calls the candidate on new inputs. padded, unread: what was changed in the last run that changed something.
+    longest: seconds of the longest run."""
 
     def __init__(self, function: Callable[..., Any], task: Task, step: Step) -> None:
         self.function, self.task, self.step = function, task, step
         self.padded: list[str] = []
         self.unread: list[str] = []
+        self.longest = 0.0
 
     def __call__(self, *, filling: int = 0, padding: bool = False, unread: bool = False) -> tuple[Result, ...]:
         call = self.task.call
@@ -160,7 +165,7 @@ class _Run:
         if modified:
             what = "inputs" if len(modified) > 1 else "input"
             raise _Broken("purity", f"it changes its {what} {', '.join(modified)}")
-        return tuple(_result(x, tensors) for x in out)
+        return self._results(out, tensors)
 
     def alone(self) -> tuple[int, tuple[Result, ...]] | None:
         """The last row of the batch by itself."""
@@ -172,11 +177,18 @@ class _Run:
         try:
             out = self._call(arguments, keywords, 0)
         except _Broken as broken:
-            raise _Broken(broken.property, f"row {row} computed alone: {broken.text}") from None
-        return row, tuple(_result(x, {}) for x in out)
+            raise _Broken(broken.property, f"row {row} computed alone: {broken.text}", row) from None
+        return row, self._results(out, {})
+
+    def _results(self, out: tuple[Any, ...], tensors: dict[str, Any]) -> tuple[Result, ...]:
+        try:
+            return tuple(_result(x, tensors, self.task.arrays) for x in out)
+        except Exception as error:  # tensors that cannot be read are of many kinds
+            raise _Broken("result", f"what it returns cannot be read: {type(error).__name__}: {error}"[:300]) from None
 
     def _call(self, arguments: Sequence[Any], keywords: dict[str, Any], filling: int) -> tuple[Any, ...]:
         self.step("run")
+        begin = time.monotonic()
         if self.task.arrays == "numpy":
             arguments, keywords = inputs.as_numpy(arguments, keywords)
         try:
@@ -191,6 +203,8 @@ class _Run:
             raise
         except BaseException as error:
             raise _Broken(_property(error), _sentence(error, self.task.call.operator)) from None
+        finally:
+            self.longest = max(self.longest, time.monotonic() - begin)
         return tuple(out) if isinstance(out, tuple | list) else (out,)
 
 
@@ -232,20 +246,31 @@ def _sentence(error: BaseException, operator: str) -> str:
     return f"{said} ({last.filename.rsplit('/', 1)[-1]}:{last.lineno})" + refused(operator, error, False)
 
 
-def _result(x: Any, tensors: dict[str, Any]) -> Result:
-    nothing = np.zeros(0)
-    if isinstance(x, np.generic):
-        x = np.asarray(x)
-    if isinstance(x, np.ndarray):
-        view = next((name for name, t in tensors.items() if x.size and np.shares_memory(x, inputs._as_numpy(t))), "")
-        narrow = x.dtype.kind == "V" or x.dtype.name in ("bfloat16", "float16")
-        value = x.astype(np.float32) if narrow else x.copy()
-        return Result(value if x.size <= _LARGEST else nothing, x.shape, x.dtype.name, "cpu", view)
-    if not hasattr(x, "data_ptr"):
-        return Result(nothing, (), "", "", kind=type(x).__name__)
-    dtype, shape = str(x.dtype).removeprefix("torch."), tuple(int(n) for n in x.shape)
-    if x.layout.__str__() != "torch.strided" or x.device.type == "meta" or x.numel() > _LARGEST:
-        return Result(nothing, shape, dtype, str(x.device))
+def _result(x: Any, tensors: dict[str, Any], arrays: str) -> Result:
+    """What came back as one output, whatever it is. tensors: the inputs, of which it may be a view."""
+    if arrays == "numpy" and isinstance(x, np.ndarray | np.generic):
+        return _array_result(np.asarray(x), tensors)
+    if arrays == "torch" and hasattr(x, "data_ptr"):
+        return _tensor_result(x, tensors)
+    module = type(x).__module__
+    name = type(x).__name__ if module == "builtins" else f"{module.partition('.')[0]}.{type(x).__name__}"
+    return Result(_NOTHING, (), "", "", kind=name)
+
+
+def _array_result(x: np.ndarray, tensors: dict[str, Any]) -> Result:
+    view = next((name for name, t in tensors.items() if x.size and np.shares_memory(x, inputs.to_array(t))), "")
+    narrow = x.dtype.kind == "V" or x.dtype.name in ("bfloat16", "float16")
+    value = x.astype(np.float32) if narrow else x.copy()
+    return Result(value if x.size <= _LARGEST else _NOTHING, x.shape, x.dtype.name, "cpu", view)
+
+
+def _tensor_result(x: Any, tensors: dict[str, Any]) -> Result:
+    dtype, layout = str(x.dtype).removeprefix("torch."), str(x.layout).removeprefix("torch.")
+    if x.is_nested or layout != "strided":
+        return Result(_NOTHING, (), dtype, x.device.type, kind="nested tensor" if x.is_nested else f"{layout} tensor")
+    shape = tuple(int(n) for n in x.shape)
+    if x.device.type == "meta" or x.numel() > _LARGEST:
+        return Result(_NOTHING, shape, dtype, str(x.device))
     place = x.untyped_storage().data_ptr()
     shared = (name for name, t in tensors.items() if t.untyped_storage().data_ptr() == place)
     view = next(shared, "") if x.numel() else ""

@@ -15,7 +15,7 @@ from refllm.opcheck.tile import begin, tile
 from refllm.strategies.call import Call
 
 WIDTH = 110
-_STYLE = {"pass": "green", "fail": "bold red"}
+_STYLE = {"pass": "green", "incomplete": "yellow", "fail": "bold red"}
 
 
 def show_report(report: OpReport, with_repro: bool = False) -> RenderableType:

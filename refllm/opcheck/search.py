@@ -7,6 +7,7 @@ from typing import Any
 
 from refllm.errors import InputError, MissingExtraError
 from refllm.opcheck.examine import Examiner, Finding
+from refllm.opcheck.worker import TimeIsUpError
 from refllm.strategies.call import Call
 
 Progress = Callable[[str, float, float], None]
@@ -15,10 +16,14 @@ Progress = Callable[[str, float, float], None]
 
 @dataclass(frozen=True)
 class Searched:
-    """finding: the first, or None. ended: why it stopped before the last example, "" if it did not."""
+    """finding: the first, or None. ended: why it stopped before the last example, "" if it did not.
+
+    complete: whether no finding means that it passes: every fixed call was examined, and no run was cut off.
+    """
 
     finding: Finding | None
     ended: str = ""
+    complete: bool = True
 
 
 class _Stop(Exception):
@@ -30,12 +35,19 @@ def fixed(examine: Examiner, calls: Iterable[Call], deadline: float, progress: P
     calls = list(calls)
     for i, call in enumerate(calls):
         if time.monotonic() > deadline:
-            return Searched(None, f"the time was up after {i} of {len(calls)} fixed calls")
+            return Searched(None, f"the time was up after {i} of {len(calls)} fixed calls", complete=False)
         progress(f"{call.operator}, {call.dtype}: {call.family}", i, len(calls))
-        finding = examine(call)
+        try:
+            finding = examine(call)
+        except TimeIsUpError:
+            return _cut_off(call, f"fixed call {i + 1} of {len(calls)}")
         if finding is not None:
             return Searched(finding)
     return Searched(None)
+
+
+def _cut_off(call: Call, which: str) -> Searched:
+    return Searched(None, f"the time was up while {which} was running: {call}", complete=False)
 
 
 def drawn(
@@ -61,7 +73,11 @@ def drawn(
             raise _Stop
         progress(f"{call.operator}, {call.dtype}: drawn, {call.family}", done, max_examples)
         done += 1
-        finding = examine(call)
+        try:
+            finding = examine(call)
+        except TimeIsUpError:
+            found = _cut_off(call, f"drawn call {done} of {max_examples}")
+            raise _Stop from None
         if finding is not None:
             found = Searched(finding)
             raise _Stop

@@ -11,7 +11,7 @@ from typing import Any
 
 from refllm.errors import RefllmError
 from refllm.opcheck.examine import Finding
-from refllm.opcheck.signatures import ROWS, axis_names, signature
+from refllm.opcheck.signatures import ROWS, axis_names, is_batched, signature
 from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
 
@@ -29,6 +29,7 @@ _ORDER = ("B", "S", "N", "T", "E", "F", "V", "D", "R/2")
 def shrink(finding: Finding, retry: Retry, deadline: float) -> tuple[Finding, int]:
     """The smallest call found that breaks the same property, with its finding; and how many calls were tried."""
     work = _Shrinker(finding, retry, deadline)
+    work.row_alone()
     before = None
     while work.best.call != before and work.in_time:
         before = work.best.call
@@ -73,6 +74,12 @@ class _Shrinker:
         kept = True
         while kept and self.in_time:
             kept = any(self.attempt(change) for change in changes(self.best.call))
+
+    def row_alone(self) -> None:
+        """What was found in one row by itself, as a call of that row: it may be no matter of the batch at all."""
+        row = self.best.row_alone
+        if row is not None:
+            self.attempt(lambda: _only_row(self.best.call, row))
 
     def drop_row_axes(self) -> None:
         """One axis of rows where there were several."""
@@ -160,6 +167,26 @@ def resized(call: Call, changed: dict[str, int]) -> Call:
         return _bounded(name, fitted, sizes) if name in _BOUNDS else fitted
 
     return _mapped(call, fit)
+
+
+def _only_row(call: Call, row: int) -> Call:
+    """One row of a batch: what is planted in it stays, its drawn numbers are others."""
+    axes = signature(call.operator).arguments
+
+    def only(name: str, x: Any) -> Any:
+        if not isinstance(x, Array) or not is_batched(axes[name], len(x.shape)):
+            return x
+        planted = [(index, value) for index, value in x.planted if not index or _holds(index[0], row, x.shape[0])]
+        moved = tuple(((0, *index[1:]) if index else (), value) for index, value in planted)
+        layout = "dense" if x.layout == "expanded" else x.layout
+        return replace(x, shape=(1, *x.shape[1:]), planted=moved, layout=layout)
+
+    return _mapped(call, only)
+
+
+def _holds(part: Any, row: int, size: int) -> bool:
+    """Whether an index along one axis, as in `Array.planted`, holds a row."""
+    return row in range(size)[slice(*part)] if isinstance(part, tuple) else part % size == row
 
 
 def _mapped(call: Call, change: Callable[[str, Any], Any]) -> Call:

@@ -9,6 +9,9 @@ from refllm.errors import InputError
 ROWS = "*"
 """Any number of axes, of any length: the front of what works row by row."""
 
+_BATCH = ("B", "N", ROWS)
+"""First axes whose entries do not know of each other."""
+
 _NORM = {"x": (ROWS, "E"), "weight": ("E",)}
 _ADD = {"x": (ROWS, "E"), "residual": (ROWS, "E"), "weight": ("E",)}
 _TABLE = {"cos": ("B", "S", "R/2"), "sin": ("B", "S", "R/2")}  # or without B
@@ -97,6 +100,11 @@ def signature(operator: str) -> Signature:
             f"{operator!r} is no operator; there are {', '.join(SIGNATURES)}. Their signatures: refllm check-op --list"
         )
     return SIGNATURES[operator]
+
+
+def is_batched(axes: tuple[str, ...], ndim: int) -> bool:
+    """Whether the first axis of an array with `ndim` axes is one of rows that do not know of each other."""
+    return axes[0] in _BATCH and (ndim > 1 if ROWS in axes else ndim == len(axes))
 
 
 def axis_names(axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:

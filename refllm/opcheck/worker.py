@@ -5,40 +5,51 @@ does not survive a fork, it is a new interpreter that imports the candidate agai
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
 import tempfile
 import time
-import warnings
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from refllm.errors import InputError
-from refllm.opcheck.candidate import Candidate
+from refllm.errors import InputError, RefllmError
+from refllm.opcheck import forked
+from refllm.opcheck.candidate import Candidate, find
 from refllm.opcheck.observe import Observation, Task, observe
 
 _START_SECONDS = 120.0
-"""For a new interpreter to import Torch and the candidate, and for a GPU to compile its first kernel."""
+"""For a new interpreter to import Torch and the candidate; and then for a GPU to compile its first kernel."""
+
+
+NEVER = float("inf")
+
+
+class TimeIsUpError(RefllmError):
+    """The time of the whole search ended while a candidate was running, which had not reached its own limit."""
 
 
 class Runner(Protocol):
     """Runs a candidate on tasks."""
 
-    def observe(self, task: Task, limit: float) -> Observation:
-        """limit: seconds for each run of the candidate."""
+    def observe(self, task: Task, limit: float, until: float = NEVER) -> Observation:
+        """limit: seconds for each run of the candidate. until: when all time is up, in time.monotonic().
+
+        Raises TimeIsUpError if that comes first.
+        """
 
     def close(self) -> None:
         """Ends it."""
 
 
 class InProcess:
-    """Runs the candidate right here: fast, and as safe as the candidate is."""
+    """Runs the candidate right here: fast, and as safe as the candidate is. Nothing ends a run that takes too long."""
 
     def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
 
-    def observe(self, task: Task, limit: float) -> Observation:
+    def observe(self, task: Task, limit: float, until: float = NEVER) -> Observation:
         return observe(self.candidate.function, task)
 
     def close(self) -> None:
@@ -58,8 +69,10 @@ class Worker:
                 f"{candidate.name}: a GPU needs a process that imports the candidate; give it as module:function or "
                 "file.py:function, or check it in this process with isolate=False"
             )
+        if not self.fork:
+            self._start()  # what it imports is not the candidate's time
 
-    def observe(self, task: Task, limit: float) -> Observation:
+    def observe(self, task: Task, limit: float, until: float = NEVER) -> Observation:
         """A candidate that takes longer "hangs", one whose process ends "crashes"."""
         started = self._process is None
         if started:
@@ -69,16 +82,16 @@ class Worker:
         try:
             pipe.send(task)
             patience = _START_SECONDS if started and not self.fork else limit
-            while pipe.poll(patience):
+            while pipe.poll(max(0.0, min(patience, left := until - time.monotonic()))):
                 message = pipe.recv()
                 if isinstance(message, Observation):
                     return message
-                if isinstance(message, InputError):
-                    raise message
                 patience = max(limit, _START_SECONDS if message == "first" and not self.fork else 0.0)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return Observation("crashes", self._epitaph(), seconds=time.monotonic() - begin)
         self.close()
+        if left < patience:
+            raise TimeIsUpError("the time is up")
         return Observation("hangs", f"it did not return within {patience:.2g} s", seconds=time.monotonic() - begin)
 
     def close(self) -> None:
@@ -100,22 +113,27 @@ class Worker:
         candidate = self.candidate.function if self.fork else self.candidate.reference
         arguments = (theirs, candidate, self._log.fileno() if self.fork else None)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        with warnings.catch_warnings():  # that this process has threads: the new one uses none of theirs
-            warnings.simplefilter("ignore", DeprecationWarning)
-            with _without_main() if not self.fork else contextlib.nullcontext():
-                self._process.start()
+        with _without_main() if not self.fork else contextlib.nullcontext():
+            forked.start(self._process)
         theirs.close()
+        if not self.fork:
+            self._wait_until_imported()
+
+    def _wait_until_imported(self) -> None:
+        assert self._pipe is not None
+        try:
+            said = self._pipe.recv() if self._pipe.poll(_START_SECONDS) else f"no answer within {_START_SECONDS:g} s"
+        except EOFError:
+            said = self._epitaph()
+        if said is not None:
+            self.close()
+            raise InputError(f"{self.candidate.name} cannot be imported by a process of its own: {said}")
 
     def _epitaph(self) -> str:
         """How the process ended, and the last thing it said."""
-        self._process.join(5)
-        code = self._process.exitcode
-        how = f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
-        self._log.seek(0)
-        said = self._log.read()[-2000:].decode(errors="replace").strip().splitlines()
-        said = [line for line in said if "Extension modules" not in line and line.strip()]
+        how = forked.how_it_ended(self._process, self._log)
         self.close()
-        return f"its process ended: {how}" + (f" ({said[-1].strip()[:200]})" if said else "")
+        return how
 
 
 @contextlib.contextmanager
@@ -137,26 +155,19 @@ def _without_main() -> Any:
 
 def _serve(pipe: Connection, candidate: Any, log: int | None) -> None:
     """The process: takes tasks, returns observations, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked ends this process
-    import faulthandler
-
-    faulthandler.disable()
     if log is not None:
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        import torch
-
-        torch.set_num_threads(1)  # the threads of the process that forked are not in this one
+        forked.silence(log)
     else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked ends this process
+        faulthandler.disable()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
-        from refllm.opcheck.candidate import load
-
         try:
-            candidate = load(candidate).function
+            candidate = find(candidate)
         except InputError as error:
-            pipe.send(error)
+            pipe.send(str(error))
             return
+        pipe.send(None)
     word = "first"
 
     def step(name: str) -> None:

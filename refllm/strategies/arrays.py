@@ -96,8 +96,9 @@ class Array:
         out.copy_(x)
         return out
 
-    def code(self, name: str) -> list[str]:
+    def code(self, name: str, device: str = "cpu") -> list[str]:
         """Python lines that make the same tensor as `name`, bit for bit; they need numpy as np and torch."""
+        there = "" if device == "cpu" else f", device={device!r}"
         lines = [f"{name} = {self._base_code()}"]
         if self.scale != 1 and self.values not in ("integers", "cos", "sin"):
             lines[0] += f" * {self.scale!r}"
@@ -107,12 +108,13 @@ class Array:
         lines += [f"{name}[{_index_code(index)}] = {_number_code(value)}" for index, value in self.planted]
         if self.dtype in FLOATS:
             cast = "" if self.dtype == "float64" else ".astype(np.float32)"
-            lines.append(f"{name} = torch.from_numpy({name}{cast}).to(torch.{self.dtype})")
+            place = f"{device!r}, " if there else ""
+            lines.append(f"{name} = torch.from_numpy({name}{cast}).to({place}torch.{self.dtype})")
         else:
-            lines.append(
-                f"{name} = torch.from_numpy({name}.astype(np.{'int64' if self.dtype == 'int64' else 'bool_'}))"
-            )
-        return lines + self._placement_code(name)
+            place = f".to({device!r})" if there else ""
+            kind = "int64" if self.dtype == "int64" else "bool_"
+            lines.append(f"{name} = torch.from_numpy({name}.astype(np.{kind})){place}")
+        return lines + self._placement_code(name, there)
 
     # ------------------------------------------------------------------------------------------------------- values
 
@@ -195,7 +197,8 @@ class Array:
         swapped = (self.shape[0], self.shape[2], self.shape[1], *self.shape[3:])
         return swapped, lambda base: base.transpose(1, 2)
 
-    def _placement_code(self, name: str) -> list[str]:
+    def _placement_code(self, name: str, there: str) -> list[str]:
+        """there: the argument `device` of what makes memory, with a comma before it; "" on the CPU."""
         if self.layout == "dense":
             return []
         if self.layout == "expanded":
@@ -203,8 +206,8 @@ class Array:
         if self.layout == "far":
             strides = _far_strides(self.shape)
             return [
-                f"memory = torch.UntypedStorage({_far_size(self.shape, strides)} * {name}.element_size())",
-                f"far = torch.empty(0, dtype={name}.dtype).set_(memory, 0, {self.shape}, {strides})",
+                f"memory = torch.UntypedStorage({_far_size(self.shape, strides)} * {name}.element_size(){there})",
+                f"far = torch.empty(0, dtype={name}.dtype{there}).set_(memory, 0, {self.shape}, {strides})",
                 f"{name} = far.copy_({name})",
             ]
         n = self.shape[-1]
@@ -217,7 +220,7 @@ class Array:
             "heads": ".transpose(1, 2)",
         }[self.layout]
         padding = _number_code(_PADDING.get(self.dtype, float("nan")))
-        base = f"torch.full({self._placement()[0]}, {padding}, dtype=torch.{self.dtype})"
+        base = f"torch.full({self._placement()[0]}, {padding}, dtype=torch.{self.dtype}{there})"
         return [f"{name} = {base}{view}.copy_({name})"]
 
 

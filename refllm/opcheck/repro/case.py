@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refllm.opcheck import inputs
 from refllm.opcheck.candidate import Candidate
 from refllm.opcheck.examine import Finding
 from refllm.strategies.call import Call
@@ -34,12 +35,7 @@ class Case:
     @property
     def alone(self) -> bool:
         """Whether it is one row computed by itself that fails."""
-        return self.finding.property == "invariance" and self.finding.text.startswith("row ")
-
-    @property
-    def row(self) -> int:
-        """Which one."""
-        return int(self.finding.text.split()[1])
+        return self.finding.row_alone is not None
 
     @property
     def kind(self) -> str:
@@ -68,13 +64,31 @@ class Case:
         if self.numpy:
             given = "*map(as_numpy, arguments), **{name: as_numpy(x) for name, x in keywords.items()}"
         lines = [f"got = candidate({given})"]
+        if self.candidate.device != "cpu":
+            lines.append("torch.cuda.synchronize()  # until then a kernel may not have run")
         if self.candidate.interpreted:
-            lines = [f"with interpreted({'poison=False' if self.fills else ''}):", f"    {lines[0]}"]
+            lines = [f"with interpreted({'poison=False' if self.fills else ''}):", *indented(lines)]
         return [*lines, "got = got if isinstance(got, (tuple, list)) else (got,)"]
 
     def read(self, x: str) -> str:
         """An expression for the values of the result `x` in float64."""
         return f"np.array({x}, np.float64)" if self.numpy else f"{x}.detach().double().cpu().numpy()"
+
+
+def made(case: Case) -> list[str]:
+    """Lines that make `arguments` and `keywords`; one row of them where that is what fails."""
+    lines, row = case.call.code(case.candidate.device), case.finding.row_alone
+    if row is not None:
+        arguments = case.call.tensors()[0]
+        cut = inputs.row_alone(case.call, arguments, {}, row)[0]
+        which = [i for i, (a, b) in enumerate(zip(arguments, cut, strict=True)) if a is not b]
+        lines += [
+            f"whole, cut = list(arguments), {which}",
+            f"arguments = [x[{row}:{row + 1}] if i in cut else x for i, x in enumerate(whole)]  # one row alone",
+        ]
+        if any(n == "key_mask" and v is not None for n, v in case.call.keywords):
+            lines.append(f'keywords = {{**keywords, "key_mask": keywords["key_mask"][{row}:{row + 1}]}}')
+    return lines
 
 
 def indented(lines: list[str]) -> list[str]:

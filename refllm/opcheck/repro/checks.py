@@ -2,7 +2,7 @@
 
 from refllm.opcheck.expected import remembered
 from refllm.opcheck.poison import FILLINGS
-from refllm.opcheck.repro.case import Case, indented, listed, number
+from refllm.opcheck.repro.case import Case, indented, listed, made, number
 from refllm.opcheck.repro.unread import BETWEEN, unread_changed
 from refllm.opcheck.repro.values import values
 
@@ -41,14 +41,19 @@ def _hangs(case: Case) -> list[str]:
 
 
 def _crashes(case: Case) -> list[str]:
+    # Its process may end with exit code 0 as well: what counts is that it said so when the candidate had returned.
     return [
+        "read, write = os.pipe()",
         "child = os.fork()",
         "if child == 0:",
-        *indented(case.called()),
+        *indented([*made(case), *case.called()]),
+        '    os.write(write, b"returned")',
         "    os._exit(0)",
-        "status = os.waitpid(child, 0)[1]",
-        'print("its process ended with", os.waitstatus_to_exitcode(status))',
-        "sys.exit(int(status != 0))",
+        "os.close(write)",
+        "status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])",
+        "returned = bool(os.read(read, 8))",
+        'print("it returned" if returned else f"its process ended before it returned, with {status}")',
+        "sys.exit(int(not returned))",
     ]
 
 
@@ -63,7 +68,8 @@ def _pair(case: Case) -> list[str]:
     changes: list[str] = []
     if not case.fills:
         changes = BETWEEN if "between the elements" in case.finding.text else unread_changed(case.call)
-    first, second = ([f"filling = {number(x)}"] if case.fills else [] for x in FILLINGS)
+    fillings = ([f"filling, integer = {number(x)}, {n}"] for x, n in zip(FILLINGS, (100, 3), strict=True))
+    first, second = fillings if case.fills else ([], [])
     unread = "memory that nobody wrote" if case.fills else "what is not read"
     return [
         *first,
@@ -111,10 +117,11 @@ got = [(x.shape, x.dtype.name) if isinstance(x, (np.ndarray, np.generic)) else t
 _SEEN_TORCH = """
 given = [x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor)]
 places = [x.untyped_storage().data_ptr() for x in given]
-tensors = [x for x in got if isinstance(x, torch.Tensor)]
+tensors = [x for x in got if isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_nested]
 shared = [x.untyped_storage().data_ptr() in places for x in tensors if x.numel()]
 devices = {x.device.type for x in tensors}
-got = [(tuple(x.shape), str(x.dtype)[6:]) if isinstance(x, torch.Tensor) else type(x) for x in got]
+dense = [any(x is y for y in tensors) for x in got]
+got = [(tuple(x.shape), str(x.dtype)[6:]) if d else getattr(x, "layout", type(x)) for x, d in zip(got, dense)]
 """.strip().splitlines()
 
 

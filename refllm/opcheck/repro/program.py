@@ -2,14 +2,14 @@
 
 import textwrap
 
-from refllm.opcheck import inputs
 from refllm.opcheck.candidate import Candidate
 from refllm.opcheck.examine import Finding
 from refllm.opcheck.formulas import FORMULAS
-from refllm.opcheck.repro.case import WIDTH, Case, indented
+from refllm.opcheck.repro.case import WIDTH, Case, indented, made
 from refllm.opcheck.repro.checks import check
 from refllm.opcheck.repro.source import candidate_code
 from refllm.opcheck.repro.unread import filled_memory
+from refllm.strategies.arrays import Array
 
 
 def reproduction(finding: Finding, candidate: Candidate, policy: str, limit: float) -> str:
@@ -26,7 +26,7 @@ def reproduction(finding: Finding, candidate: Candidate, policy: str, limit: flo
         *_imports(case),
         "",
         *_helpers(case),
-        *([] if case.kind == "pair" else [*finding.call.code(), *_placed(case), ""]),
+        *([] if case.kind in ("pair", "crashes") else [*made(case), ""]),
         *check(case),
     ]
     return "\n".join(lines) + "\n"
@@ -36,14 +36,26 @@ def _imports(case: Case) -> list[str]:
     own, needs = candidate_code(case.candidate)
     special = {"hangs": {"faulthandler"}, "crashes": {"os"}}.get(case.finding.property, set())
     lines = [f"import {name}" for name in sorted({"sys"} | special | needs)]
-    lines += ["", *(["import ml_dtypes"] if case.numpy else []), "import numpy as np", "import torch"]
+    lines += ["", *(["import ml_dtypes"] if _bfloat16_arrays(case) else []), "import numpy as np", "import torch"]
     if case.candidate.interpreted:
         lines.append("from refllm.kernels import interpreted")
     # Before the candidate, which may import torch.empty by name.
     return [*lines, *(["", *filled_memory(case.numpy)] if case.fills else []), "", *own]
 
 
+def _bfloat16_arrays(case: Case) -> bool:
+    """Whether there are NumPy arrays of a type that NumPy does not have."""
+    given = (*case.call.arguments, *(x for _, x in case.call.keywords))
+    return case.numpy and any(isinstance(x, Array) and x.dtype == "bfloat16" for x in given)
+
+
 _AS_NUMPY = """
+def as_numpy(x):
+    return x.numpy() if isinstance(x, torch.Tensor) else x
+
+
+"""
+_AS_NUMPY_BFLOAT16 = """
 def as_numpy(x):
     if not isinstance(x, torch.Tensor):
         return x
@@ -60,33 +72,19 @@ def _helpers(case: Case) -> list[str]:
     if case.whole:
         lines += ["", *FORMULAS[case.call.operator].splitlines(), "", ""]
     if case.numpy:
-        lines += _AS_NUMPY.splitlines()
+        lines += (_AS_NUMPY_BFLOAT16 if _bfloat16_arrays(case) else _AS_NUMPY).splitlines()
     if case.kind == "pair":
-        made = [*case.call.code(), *_placed(case), "return arguments, keywords"]
+        made_here = [*made(case), "return arguments, keywords"]
         run = [*case.called(), f"return [{case.read('x')} for x in got]"]
-        lines += ["", "def make():", *indented(made), "", "", "def run(arguments, keywords):", *indented(run), "", ""]
-    return lines
-
-
-def _placed(case: Case) -> list[str]:
-    """The arrays on their device; one row of them where that is what fails."""
-    lines = []
-    if case.candidate.device != "cpu":
-        lines = [
-            "def there(x):",
-            f"    return x.to({case.candidate.device!r}) if isinstance(x, torch.Tensor) else x",
-            "",
-            "",
-            "arguments, keywords = [there(x) for x in arguments], {n: there(x) for n, x in keywords.items()}",
-        ]
-    if case.alone:
-        row, arguments = case.row, case.call.tensors()[0]
-        cut = inputs.row_alone(case.call, arguments, {}, row)[0]
-        which = [i for i, (a, b) in enumerate(zip(arguments, cut, strict=True)) if a is not b]
         lines += [
-            f"whole, cut = list(arguments), {which}",
-            f"arguments = [x[{row}:{row + 1}] if i in cut else x for i, x in enumerate(whole)]  # one row alone",
+            "",
+            "def make():",
+            *indented(made_here),
+            "",
+            "",
+            "def run(arguments, keywords):",
+            *indented(run),
+            "",
+            "",
         ]
-        if any(n == "key_mask" and v is not None for n, v in case.call.keywords):
-            lines.append(f'keywords = {{**keywords, "key_mask": keywords["key_mask"][{row}:{row + 1}]}}')
     return lines

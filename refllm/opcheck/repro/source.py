@@ -31,7 +31,10 @@ def _source(function: Any) -> tuple[list[str], set[str]]:
     imports: dict[str, None] = {}
     sources: dict[str, str] = {}
     if not _gather(function, imports, sources):
-        return ['sys.exit("put your function here, as `candidate`: it has no name by which it can be imported")'], set()
+        return [
+            'print("put your function here, as `candidate`: it has no name by which it can be imported")',
+            "sys.exit(2)",
+        ], set()
     texts = [line for text in sources.values() for line in ("", "", *text.splitlines())]
     return [*imports, *texts, "", "", f"candidate = {function.__name__}"], set()
 

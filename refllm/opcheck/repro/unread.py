@@ -3,7 +3,7 @@
 from refllm.strategies.call import Call
 
 _FILLED = """
-filling = 0.0
+filling, integer = 0.0, 0
 
 
 def filled(allocate):
@@ -15,25 +15,33 @@ def filled(allocate):
 
 
 """.removeprefix("\n")
-_FILL_NUMPY = "x[...] = filling if x.dtype.kind in 'fV' else 3\n        return x"
-_FILL_TORCH = "return x.fill_(filling) if x.is_floating_point() else x.fill_(3)"
+_FILL_NUMPY = "x[...] = filling if x.dtype.kind in 'fV' else integer\n        return x"
+_FILL_TORCH = "return x.fill_(filling if x.is_floating_point() else integer)"
 _PLACE_NUMPY = "np.empty, np.empty_like = filled(np.empty), filled(np.empty_like)"
-_PLACE_TORCH = """
-for owner, names in ((torch, "empty empty_like empty_strided"), (torch.Tensor, "new_empty")):
-    for name in names.split():
-        setattr(owner, name, filled(getattr(owner, name)))
-""".strip()
 
 
 def filled_memory(numpy: bool) -> list[str]:
     """Lines after which new memory holds `filling`."""
     made = _FILLED.replace("FILL", _FILL_NUMPY if numpy else _FILL_TORCH)
-    return [*made.splitlines(), *(_PLACE_NUMPY if numpy else _PLACE_TORCH).splitlines()]
+    return [*made.splitlines(), *([_PLACE_NUMPY] if numpy else _place_torch())]
+
+
+def _place_torch() -> list[str]:
+    """Every function that the search itself exchanges."""
+    import torch
+
+    from refllm.kernels.interpreter.poison import ALLOCATORS
+
+    lines = []
+    for owner, where in ((torch, "torch"), (torch.Tensor, "torch.Tensor")):
+        names = " ".join(name for one, name in ALLOCATORS if one is owner)
+        lines += [f'for name in "{names}".split():', f"    setattr({where}, name, filled(getattr({where}, name)))"]
+    return lines
 
 
 BETWEEN = """
 for x in [x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor)]:
-    memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    memory = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
     between = torch.ones_like(memory, dtype=torch.bool)
     between.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(False)
     memory[between] = 3
@@ -46,13 +54,13 @@ for x, where in ((k, hidden), (v, hidden)):
     x[where] = 1 - x[where]
 """.strip()
 _BLIND = """
-blind = (torch.arange(q.shape[2]) < q.shape[2] - k.shape[2]).expand(q.shape[:3])
+blind = (torch.arange(q.shape[2], device=q.device) < q.shape[2] - k.shape[2]).expand(q.shape[:3])
 where = blind & keywords.get("causal", True)
 q[where] = 1 - q[where]
 """.strip()
 _BEYOND = """
 _, k, v, lengths = arguments
-beyond = (torch.arange(k.shape[2]) >= lengths[:, None])[:, None].expand(k.shape[:3])
+beyond = (torch.arange(k.shape[2], device=k.device) >= lengths[:, None])[:, None].expand(k.shape[:3])
 for x, where in ((k, beyond), (v, beyond)):
     x[where] = 1 - x[where]
 """.strip()

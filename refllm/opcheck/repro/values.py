@@ -80,7 +80,8 @@ def _whole(case: Case, judgement: Judgement, i: int) -> list[str]:
 
 def _bits(case: Case, i: int) -> list[str]:
     """Of a row alone against those that it has in its batch."""
-    part = f"{case.row}:{case.row + 1}"
+    assert case.finding.row_alone is not None
+    part = f"{case.finding.row_alone}:{case.finding.row_alone + 1}"
     masked = any(name == "key_mask" for name, _ in case.call.keywords)
     return [
         *case.called(),

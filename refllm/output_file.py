@@ -1,0 +1,26 @@
+"""Files that a user asks for with an option: refused before the work if they cannot be written, and not after it."""
+
+import os
+from pathlib import Path
+
+from refllm.errors import InputError
+
+
+def must_be_writable(option: str, path: str | os.PathLike[str]) -> None:
+    """Raises InputError for a file whose folder is not there, or that cannot be written. option: "--json"."""
+    file = Path(path)
+    folder = file.resolve().parent
+    if not folder.is_dir():
+        raise InputError(f"{option} {path} cannot be written: there is no folder {file.parent}")
+    if file.is_dir():
+        raise InputError(f"{option} {path} cannot be written: it is a folder")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise InputError(f"{option} {path} cannot be written: permission denied")
+
+
+def write(option: str, path: str | os.PathLike[str], text: str) -> None:
+    """Raises InputError for a file that cannot be written."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be written: {error.strerror or error}") from None
