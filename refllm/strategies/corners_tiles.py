@@ -97,6 +97,7 @@ def projection(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     yield call("infinite bias in dims past R", (1, 2, 24, 2, 1, 8, 4), bias=infinite)
     # x times the norm's weight, before it is scaled, ends in float16.
     yield call("large rows and norm weights", (1, 2, 24, 2, 1, 8, 8), {"scale": 300.0}, 300.0)
+    yield call("10 tokens, 513 features", (2, 5, 513, 1, 1, 8, 8))  # partial sums that are kept narrow
     yield call("x past 2^31", (3, 1, 16, 1, 1, 2, 2), FAR)
     yield call("weights past 2^31", (1, 1, 16, 1, 1, 2, 2), w=FAR)
 
@@ -170,6 +171,8 @@ def linear_cross_entropy(operator: str, dtype: str, policy: str) -> Iterator[Cal
         return Call(operator, dtype, (*arrays, labels), (("reduction", "none"),), family)
 
     yield call("1025 classes, each row", 3, 1025, 24)  # chunks of the vocabulary, merged
+    small = {"scale": 2 * 2049.0**-0.5}
+    yield call("2049 features", 17, 33, 2049, None, small)  # partial sums that are kept narrow
     yield call("rows past 2^31", 3, 3, 8, FAR)
     yield call("weights past 2^31", 2, 3, 8, None, FAR)
 
