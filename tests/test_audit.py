@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,13 @@ def test_the_right_operators_pass_where_their_mutants_fail() -> None:
 
 
 def in_one_dtype() -> Iterator[tuple[Legitimate, str]]:
-    """Every implementation in one of its dtypes, which take turns; `python tests/legitimate.py` runs all."""
-    turn = itertools.count()
+    """Every implementation in one of its dtypes, which take turns; `python tests/legitimate.py` runs all.
+
+    Those with the same dtypes take turns among themselves: else every second one would always have the same.
+    """
+    turns: dict[tuple[str, ...], Iterator[int]] = defaultdict(itertools.count)
     for one in RIGHT:
-        yield one, one.dtypes[next(turn) % len(one.dtypes)]
+        yield one, one.dtypes[next(turns[one.dtypes]) % len(one.dtypes)]
 
 
 @pytest.mark.parametrize(
@@ -148,20 +152,41 @@ def test_the_list_of_right_implementations_is_worth_its_name() -> None:
     for operator in kernels.OPERATORS:
         assert sum(one.operator == operator for one in RIGHT) >= 5, operator
     assert {dtype for _, dtype in in_one_dtype()} == {"bfloat16", "float16", "float32"}
+    ours = {dtype for one, dtype in in_one_dtype() if "interpreted" in one.name}
+    assert ours == {"bfloat16", "float32"}
     names = [(one.operator, one.name) for one in RIGHT]
     assert len(set(names)) == len(names)
 
 
-def test_a_deviation_of_a_library_is_reported_as_what_it_is() -> None:
+@pytest.mark.parametrize(
+    ("operator", "dtype", "family", "property"),
+    [
+        ("relu2", "bfloat16", "NaN in one element", "NaN pattern"),
+        ("cross_entropy", "bfloat16", "plain", "result"),
+        ("cross_entropy", "float32", "all ignored", "NaN pattern"),
+        ("linear_cross_entropy", "float32", "all ignored", "NaN pattern"),
+    ],
+)
+def test_a_deviation_of_a_library_is_reported_as_what_it_is(
+    operator: str, dtype: str, family: str, property: str
+) -> None:
     pytest.importorskip("liger_kernel")
-    report = check_op("relu2", legitimate_libraries.liger_relu2, shrink=False, isolate=False, max_examples=0)
-    assert report.property == "NaN pattern"
+    deviating = getattr(legitimate_libraries, f"liger_{operator}")
+    calls = [call for call in corners(operator, dtype) if call.family == family]
+    report = check_op(operator, deviating, dtype=dtype, calls=calls, shrink=False, isolate=False)
+    assert report.property == property
 
 
 def test_a_refused_implementation_fails_the_test() -> None:
     wrong = Legitimate("relu2", "a ReLU", lambda x: x.clamp(min=0))
     with pytest.raises(AssertionError, match="a ReLU"):
         legitimate.must_pass(wrong, "float32")
+
+
+def test_an_implementation_that_was_not_examined_fails_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legitimate, "SECONDS", 1e-9)
+    with pytest.raises(AssertionError, match="relu2, plain"):
+        legitimate.must_pass(Legitimate("relu2", "plain", plain.relu2), "float32")
 
 
 # -- the catalogue -----------------------------------------------------------------------------------------------------
