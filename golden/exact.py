@@ -25,6 +25,7 @@ from refllm.model import Model
 from refllm.precision import POLICIES as BY_NAME
 from refllm.precision import Policy
 from refllm.rope import RotaryEmbedding
+from refllm.strategies.call import argument_names
 
 Arrays = dict[str, np.ndarray]
 _LEAST = float(np.finfo(np.float32).smallest_subnormal)
@@ -86,7 +87,7 @@ def _stored(variance: np.ndarray) -> np.ndarray:
 
 def _operator(case: OperatorCase) -> Golden:
     call, operator = case.call(), case.group
-    names = run.argument_names(operator)[: len(call.arguments)]
+    names = argument_names(operator)[: len(call.arguments)]
     given = dict(zip(names, call.arguments, strict=True)) | call.keywords
     inputs = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
     outputs = run.output_names(operator, call.keywords)

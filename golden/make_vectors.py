@@ -3,15 +3,14 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refllm import __version__
 from refllm.errors import InputError
 from refllm.golden import exact, run, store
+from refllm.golden import manifest as manifests
 from refllm.golden.cases import Case, all_cases, quiet, select
 from refllm.golden.exact import Golden
 from refllm.golden.model_cases import ModelCase, embedded
@@ -64,8 +63,14 @@ class Made:
 
 
 def make(folder: Path, names: Sequence[str] = (), step: Step = lambda text: None) -> Made:
-    """Compute the cases asked for (all if none is); the other cases of their groups stay as they are on disk."""
+    """Compute the cases asked for (all if none is); the other cases of their groups stay as they are on disk.
+
+    Raises InputError where others would stay and the manifest, which tells of them, was changed.
+    """
     chosen, old = set(select(names)), _old(folder)
+    changed = manifests.changed(folder, old) if old["cases"] else ""
+    if changed and chosen != set(all_cases()):
+        raise InputError(f"{changed}; restore it, or make all goldens again")
     groups: dict[str, list[Golden]] = {}
     changes = []
     for group in dict.fromkeys(name.split("/")[0] for name in chosen):
@@ -83,14 +88,14 @@ def make(folder: Path, names: Sequence[str] = (), step: Step = lambda text: None
     entries = {n: e for n, e in old["cases"].items() if n in all_cases()}
     entries |= {one.case.name: one.about for goldens in groups.values() for one in goldens}
     ordered = {name: entries[name] for name in all_cases() if name in entries}
-    manifest = {"format": store.FORMAT, "files": {}, "cases": ordered}
+    manifest = {"files": {}, "cases": ordered}
     return Made(folder, manifest, dict(sorted(groups.items())), changes)
 
 
 def _old(folder: Path) -> dict[str, Any]:
     """The manifest on disk; an empty one where there is none, or one of another format."""
     try:
-        return store.read_manifest(folder)
+        return manifests.read_manifest(folder)
     except InputError:
         return {"cases": {}, "files": {}}
 
@@ -101,17 +106,6 @@ def _readable(folder: Path, manifest: dict[str, Any], group: str) -> bool:
     except InputError:
         return False
     return True
-
-
-def versions() -> dict[str, str]:
-    """Of what computed the goldens and their witnesses."""
-    found = {"refllm": __version__}
-    for package in ("numpy", "torch", "transformers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _with_evidence(case: Case) -> Golden:
@@ -128,7 +122,7 @@ def _computed(case: Case) -> Golden:
         about["weights_sha256"] = store.checkpoint_hash(case.model) if embedded(case.model) else store.weights_hash(one)
     about["inputs"] = {name: list(x.shape) for name, x in one.inputs.items()}
     about["outputs"] = {name: list(x.shape) for name, x in one.exact.items()}
-    about["versions"] = versions()
+    about["versions"] = manifests.versions()
     about["dtypes"], about["sigma"] = list(case.dtypes), list(one.sigma)
     about["reference"], about["witness"] = exact.honest(one), _witnessed(one)
     one.about = about

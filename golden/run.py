@@ -1,7 +1,6 @@
 """Runs a golden on a backend: the reference in NumPy, plain Torch, or the Triton kernels (interpreted on a CPU)."""
 
 import contextlib
-import inspect
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,12 @@ import numpy as np
 
 from refllm import families, golden, ops
 from refllm.check.measure import errors
-from refllm.config import ModelConfig
 from refllm.errors import InputError
 from refllm.golden.cases import DTYPES, OperatorCase
 from refllm.golden.model_cases import ModelCase, config_of, embedded
 from refllm.inputs import to_numpy
 from refllm.model import Model
+from refllm.opcheck.signatures import signature
 from refllm.precision import EXACT, FUSED, Arithmetic, arithmetic, largest, rounding
 from refllm.weights import Weights
 
@@ -24,30 +23,12 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, np.ndarray]
 BACKENDS = ("numpy", "torch", "triton")
-_OUTPUTS = {
-    "add_rms_norm": ("y", "residual"),
-    "add_layer_norm": ("y", "residual"),
-    "rope": ("q", "k"),
-    "norm_rope": ("q", "k"),
-    "rms_norm_qkv_rope": ("q", "k", "v"),
-    "cross_entropy": ("loss",),
-    "linear_cross_entropy": ("loss",),
-    "attention": ("o",),
-    "decode_attention": ("o",),
-}
-
-
-def argument_names(operator: str) -> list[str]:
-    """The positional arguments of an operator, without their shape suffixes: q, k_cache, lengths."""
-    parameters = inspect.signature(getattr(ops, operator)).parameters.values()
-    names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    return [name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name for name in names]
 
 
 def output_names(operator: str, keywords: dict[str, Any]) -> tuple[str, ...]:
-    """What its results are called."""
-    names = _OUTPUTS.get(operator, ("y",))
-    return (*names, "lse") if keywords.get("return_lse") else names
+    """What its results are called: as in the contract, a sum by its first term."""
+    names = (name.partition(" ")[0] for name in signature(operator).outputs)
+    return tuple(name for name in names if name != "lse" or keywords.get("return_lse"))
 
 
 def evaluate(one: "Golden", backend: str, dtype: str, device: str | None = None) -> Arrays:
@@ -241,10 +222,3 @@ def in_sigma(got: np.ndarray, exact: np.ndarray, sigma: np.ndarray, dtype: str) 
         return np.inf, np.inf
     z = np.abs(error[V > 0]) / np.sqrt(V[V > 0])
     return (rms(error) / np.sqrt(V.mean()), float(z.max())) if z.size else (0.0, 0.0)
-
-
-def config_hash(config: ModelConfig) -> str:
-    """Of what the config says about the mathematics."""
-    from refllm.check.trace import config_hash
-
-    return config_hash(config)

@@ -1,4 +1,4 @@
-"""Goldens on disk: vectors/<group>.safetensors and manifest.json, and whether they are what the manifest says.
+"""Goldens on disk: vectors/<group>.safetensors, and whether they are what the manifest says.
 
 One file per operator or family. A tensor is called case/part/name: "mean-1000/input/x", "mean-1000/exact/y",
 "mean-1000/sigma.bfloat16.fused/y"; the weights of small models "weights/llama-small/norm.weight".
@@ -18,12 +18,10 @@ from refllm import golden
 from refllm.errors import InputError
 from refllm.golden.cases import all_cases
 from refllm.golden.exact import Golden
+from refllm.golden.manifest import AGAIN, FORMAT, MANIFEST, sealed
 from refllm.golden.model_cases import ModelCase
 
-FORMAT = "refllm golden 1"
-MANIFEST = "manifest.json"
 VECTORS = "vectors"
-_AGAIN = "make it again with: refllm golden make"
 
 
 def sha256(path: Path) -> str:
@@ -36,21 +34,6 @@ def checkpoint_hash(name: str) -> str:
     folder = golden.path(name)
     files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
     return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest. Raises InputError if there is none, it is not readable, or of another format."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; {_AGAIN}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); {_AGAIN}") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise InputError(f"{path}: its format is {found!r}, this refllm reads {FORMAT!r}; {_AGAIN}")
-    return manifest
 
 
 def problems(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -72,30 +55,32 @@ def problems(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, str]
             )
     for path in sorted((folder / VECTORS).glob("*")):
         if f"{VECTORS}/{path.name}" not in files:
-            yield path.stem, f"{path}: not in the manifest; remove it, or {_AGAIN}"
+            yield path.stem, f"{path}: not in the manifest; remove it, or {AGAIN}"
     for name, entry in manifest["cases"].items():
         yield from ((name.split("/")[0], f"{folder / MANIFEST}: {name}: {text}") for text in _changed(name, entry))
     for name in all_cases():
         if name not in manifest["cases"]:
-            yield name.split("/")[0], f"{folder / MANIFEST}: {name} is missing; {_AGAIN} {name}"
+            yield name.split("/")[0], f"{folder / MANIFEST}: {name} is missing; {AGAIN} {name}"
 
 
 def _changed(name: str, entry: dict[str, Any]) -> Iterator[str]:
     case = all_cases().get(name)
     if case is None:
-        yield f"this refllm has no such case; {_AGAIN}"
+        yield f"this refllm has no such case; {AGAIN}"
     elif case.seed != entry["seed"]:
         yield f"its seed is {entry['seed']}, expected {case.seed}"
+    elif (entry["what"], entry["dtypes"]) != (case.what, list(case.dtypes)):
+        yield f"it is told as {entry['what']!r} in {', '.join(entry['dtypes'])}; {AGAIN} {name}"
     elif isinstance(case, ModelCase):
         found = config_hash(case)
         if found != entry["config_hash"]:
             made = entry["config_hash"]
-            yield f"made with config {made}, that of {case.model} is now {found}; restore it or {_AGAIN}"
+            yield f"made with config {made}, that of {case.model} is now {found}; restore it or {AGAIN}"
         elif entry["checkpoint"] and (weights := checkpoint_hash(case.model)) != entry["weights_sha256"]:
             made = entry["weights_sha256"]
             yield (
                 f"made with weights {made[:16]}..., those of {case.model} are now {weights[:16]}...; restore them or "
-                f"{_AGAIN}"
+                f"{AGAIN}"
             )
 
 
@@ -127,7 +112,7 @@ def load(folder: Path, manifest: dict[str, Any], group: str) -> dict[str, Golden
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not readable as safetensors ({error}); {_AGAIN} {group}") from None
+        raise InputError(f"{path}: not readable as safetensors ({error}); {AGAIN} {group}") from None
     found = {}
     for name, entry in manifest["cases"].items():
         if name.split("/")[0] == group and name in all_cases():
@@ -150,8 +135,9 @@ def _assemble(name: str, entry: dict[str, Any], tensors: dict[str, np.ndarray], 
             one.exact[rest] = x
         else:
             one.sigma.setdefault(part.removeprefix("sigma."), {})[rest] = x
-    if sorted(one.exact) != sorted(entry["outputs"]):
-        raise InputError(f"{path}: {name} has the outputs {sorted(one.exact)}, the manifest {sorted(entry['outputs'])}")
+    for what, found, told in (("outputs", one.exact, entry["outputs"]), ("sigma of", one.sigma, entry["sigma"])):
+        if sorted(found) != sorted(told):
+            raise InputError(f"{path}: {name} has the {what} {sorted(found)}, the manifest {sorted(told)}")
     one.weights = {n: x for n, x in one.weights.items() if n in entry.get("weights", [])}
     return one
 
@@ -187,10 +173,10 @@ def write(folder: Path, group: str, goldens: list[Golden]) -> None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """The manifest, last of all, with the hashes of the files as they lie there."""
+    """The manifest, last of all, with the hashes of the files as they lie there and its own."""
     files = sorted((folder / VECTORS).glob("*.safetensors"))
     manifest["files"] = {f"{VECTORS}/{f.name}": {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files}
-    _replace(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    _replace(folder / MANIFEST, (json.dumps(sealed(manifest), indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _replace(path: Path, content: bytes) -> None:

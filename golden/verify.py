@@ -15,6 +15,7 @@ import numpy as np
 
 from refllm.check.limits import END_TO_END, ISOLATED, ROW
 from refllm.check.measure import Measure, measure, sampling
+from refllm.golden import manifest as manifests
 from refllm.golden import run, store
 from refllm.golden.cases import OperatorCase, quiet, select
 from refllm.golden.exact import Golden
@@ -58,7 +59,11 @@ class Verified:
 
 
 def verify_files(folder: Path, manifest: dict[str, Any], names: Sequence[str] = ()) -> list[Finding]:
-    """Everything that is not as the manifest says, of the groups asked for."""
+    """Everything that is not as the manifest says, of the groups asked for; of a manifest that was changed itself only
+    that, under its own name, for then nothing that it says counts."""
+    changed = manifests.changed(folder, manifest)
+    if changed:
+        return [Finding(manifests.MANIFEST, changed)]
     known = dict.fromkeys([*manifest["cases"], *select(())])
     groups = {name.split("/")[0] for name in select(names, list(known))}
     with quiet():
@@ -90,7 +95,9 @@ def verify(
 def goldens_of(
     folder: Path, manifest: dict[str, Any], names: Sequence[str] = (), without: Container[str] = ()
 ) -> Iterator[Golden]:
-    """The goldens asked for, group by group, from disk; without: groups to leave out."""
+    """The goldens asked for, group by group, from disk; without: groups to leave out, or the manifest and so all."""
+    if manifests.MANIFEST in without:
+        return
     chosen = select(names, list(manifest["cases"]))
     for group in dict.fromkeys(name.split("/")[0] for name in chosen):
         if group in without:

@@ -20,7 +20,7 @@ from transformers.models.helium import modeling_helium
 from transformers.models.llama import modeling_llama
 from transformers.models.stablelm import modeling_stablelm
 
-__all__ = ["RIGHT", "liger_relu2"]
+__all__ = ["RIGHT", "liger_cross_entropy", "liger_linear_cross_entropy", "liger_relu2"]
 
 EAGER: dict[str, Any] = {"policy": "hf-eager"}
 
@@ -220,13 +220,39 @@ def liger_relu2(x: Tensor) -> Tensor:
     return LigerReLUSquaredFunction.apply(x.contiguous().view(-1, x.shape[-1])).view(x.shape)
 
 
-liger_relu2.uses_triton = True  # type: ignore[attr-defined]  # for `check_op`: its module is only imported inside
+def liger_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """Liger's cross entropy: right but for a mean over no row, which is 0 where torch has NaN, and for its loss, which
+    is in the dtype of the logits and not in float32."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    if not labels.numel():
+        return torch.zeros(() if reduction != "none" else (0,))
+    rows = logits.clone(memory_format=torch.contiguous_format)  # it writes the gradient over them
+    return LigerCrossEntropyFunction.apply(rows, labels.contiguous(), None, ignore_index, 0.0, 0.0, reduction)[0]
+
+
+def liger_linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """Liger's linear cross entropy, which has the same two deviations."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    if not labels.numel():
+        return torch.zeros(() if reduction != "none" else (0,))
+    given = (x.contiguous(), weight.contiguous(), labels.contiguous(), None, None, ignore_index, 0.0, 0.0, reduction)
+    return LigerFusedLinearCrossEntropyFunction.apply(*given)[0]
+
+
+for _deviating in (liger_relu2, liger_cross_entropy, liger_linear_cross_entropy):
+    # For `check_op`: their modules are only imported inside.
+    _deviating.uses_triton = True  # type: ignore[attr-defined]
 
 
 def enter_liger() -> None:
     """Liger-Kernel's forward kernels, if it is installed. It launches no empty grids: such calls do not reach it.
 
-    Not here: its squared ReLU, which turns a NaN into 0 (`liger_relu2`).
+    Not here: its squared ReLU, which turns a NaN into 0 (`liger_relu2`), and its losses, as they are
+    (`liger_cross_entropy`, `liger_linear_cross_entropy`). In float32, and where some label counts, those are right.
     """
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
@@ -284,6 +310,21 @@ def enter_liger() -> None:
         # One row at least: it views its argument as rows.
         a, b = (x.clone(memory_format=torch.contiguous_format).view(-1, x.shape[-1]) for x in (gate, up))
         return LigerSiLUMulFunction.apply(a, b).view(gate.shape)
+
+    def where_a_label_counts(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def with_mean(*given: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+            if reduction == "mean" and (given[-1] == ignore_index).all():
+                return torch.tensor(float("nan"))
+            return loss(*given, ignore_index=ignore_index, reduction=reduction)
+
+        with_mean.uses_triton = True  # type: ignore[attr-defined]
+        return with_mean
+
+    for operator, loss in (
+        ("cross_entropy", liger_cross_entropy),
+        ("linear_cross_entropy", liger_linear_cross_entropy),
+    ):
+        right(operator, "Liger's, where a label counts", dtypes=("float32",))(where_a_label_counts(loss))
 
 
 with contextlib.suppress(ModuleNotFoundError):  # the rest stands without it

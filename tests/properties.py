@@ -19,7 +19,7 @@ from refllm.check.predict_operator import predict
 from refllm.inputs import to_numpy
 from refllm.kernels import plain
 from refllm.precision import FUSED
-from refllm.strategies import Call, calls
+from refllm.strategies import Array, Call, calls, corners
 
 NUMPY, PLAIN, TRITON = BACKENDS = ("numpy", "plain", "triton")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -98,13 +98,46 @@ def some_calls(
     return st.one_of(drawn).filter(full)
 
 
+def known_call(operator: str, family: str, dtype: str = "bfloat16") -> Call:
+    """The fixed call of that family, for an example that is to be there whatever is drawn."""
+    (call,) = (c for c in corners(operator, dtype) if c.family == family)
+    return call
+
+
+def lies_apart(call: Call) -> bool:
+    """Whether some argument is no dense array: with others, a layout cannot matter."""
+    arrays = (x for x in call.arguments if isinstance(x, Array) and x.layout != "dense")
+    return any(not x.tensor().is_contiguous() for x in arrays)
+
+
+class Chosen:
+    """In the place of `st.data()` in a known example: what is drawn under a label is what was written down here."""
+
+    def __init__(self, **values: Any) -> None:
+        self._values = values
+
+    def draw(self, strategy: Any, label: str) -> Any:
+        """The value of that label; KeyError for one that the example does not choose."""
+        return self._values[label]
+
+    def __repr__(self) -> str:
+        return f"Chosen({', '.join(f'{name}={value!r}' for name, value in self._values.items())})"
+
+
+def how_many(few: int) -> settings:
+    """So many examples in CI, and more in a long run in the proportion of its profile: the first one that Hypothesis
+    draws is always the smallest, which shows little."""
+    return settings(settings(), max_examples=few * settings().max_examples // settings.get_profile("ci").max_examples)
+
+
 def for_every_backend(
     *, examples: int = 6, interpreted: int = 3, known: Sequence[Any] = (), **drawn: Any
 ) -> Callable[[Callable[..., None]], Any]:
     """Make f(backend, **drawn) a test of each backend.
 
     The argument `call`, if there is one, is a `Call`, and says the dtype; else `dtype` does. examples, interpreted: how
-    many are drawn per run, the latter for Triton without a GPU. known: examples that once failed, as dictionaries.
+    many are drawn per run (`how_many`), the latter for Triton without a GPU. known: examples, as dictionaries, that
+    come first: those that once failed, and one at the sizes that the property is about, which few draws may miss.
     """
 
     def decorate(f: Callable[..., None]) -> Any:
@@ -120,7 +153,7 @@ def for_every_backend(
             for values in known:
                 run = example(**values)(run)
             few = interpreted if name == TRITON and DEVICE == "cpu" else examples
-            settings(settings(), max_examples=few)(run)()
+            how_many(few)(run)()
 
         test.__name__, test.__doc__ = f.__name__, f.__doc__
         return test

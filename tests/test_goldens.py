@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from refllm import cli, families, golden, ops
-from refllm.golden import cases, exact, make_vectors, model_cases, run, store, verify
+from refllm.golden import cases, exact, make_vectors, manifest, model_cases, run, store, verify
 from refllm.golden.cases import OperatorCase
 from refllm.golden.exact import Golden
 from refllm.golden.model_cases import ModelCase
@@ -23,19 +23,9 @@ from refllm.kernels import OPERATORS
 from refllm.precision import rounding
 
 FOLDER = golden.FOLDER
-MANIFEST = store.read_manifest(FOLDER)
+MANIFEST = manifest.read_manifest(FOLDER)
 MEGABYTE = 1_000_000
 Run = Callable[..., tuple[int, str, str]]
-
-# Interpreted, all goldens take a minute; `refllm golden verify --backend triton` runs them. Here: every operator and
-# every family, in bfloat16.
-ON_TRITON = [
-    *(f"{operator}/plain" for operator in ("rms_norm", "add_rms_norm", "swiglu", "relu2")),
-    "layer_norm/ragged", "add_layer_norm/bias", "rope/half-split-partial", "norm_rope/layer-half-split-partial",
-    "rms_norm_qkv_rope/one-token", "attention/masked-nan", "decode_attention/unread-slots", "cross_entropy/none",
-    "linear_cross_entropy/mean", "helium/loss", "llama/token-classification", "stablelm/parallel-cache",
-    "arcee/question-answering",
-]  # fmt: skip
 
 
 @pytest.fixture
@@ -56,7 +46,7 @@ def refllm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 def copy(tmp_path: Path) -> Path:
     """A folder with the manifest and the vectors, to be damaged."""
     shutil.copytree(FOLDER / store.VECTORS, tmp_path / store.VECTORS)
-    shutil.copy(FOLDER / store.MANIFEST, tmp_path)
+    shutil.copy(FOLDER / manifest.MANIFEST, tmp_path)
     return tmp_path
 
 
@@ -154,11 +144,13 @@ def test_torch_holds(dtype: str) -> None:
     assert 0.8 < done.ratio < 2
 
 
-def test_triton_holds_on_a_part() -> None:
-    assert {name.split("/")[0] for name in ON_TRITON} == set(cases.groups())
-    done = verify.verify(verify.goldens_of(FOLDER, MANIFEST, ON_TRITON), "triton", "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("group", cases.groups())
+def test_triton_holds(group: str, dtype: str) -> None:
+    """Every golden that `refllm golden verify --backend triton` runs, in parts that test processes can share."""
+    done = verify.verify(verify.goldens_of(FOLDER, MANIFEST, [group]), "triton", dtype)
     assert not done.findings
-    assert done.cases == len(ON_TRITON)
+    assert done.cases == sum(dtype in case.dtypes for case in cases.groups()[group])
 
 
 def test_the_reference_is_within_the_predicted_error_of_every_golden() -> None:
@@ -251,31 +243,114 @@ def test_a_missing_and_an_extra_file_are_named(copy: Path, refllm: Run) -> None:
     assert refllm("verify", "attention", "--dtype", "float64", "--folder", copy)[0] == 0  # which is not concerned
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = folder / store.MANIFEST
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = True) -> None:
+    """Changes the manifest. seal: and its hash, as if it had been written so."""
+    path = folder / manifest.MANIFEST
+    told = json.loads(path.read_text())
+    change(told)
+    path.write_text(json.dumps(manifest.sealed(told) if seal else told))
 
 
 def test_another_format_is_wrong_use(copy: Path, refllm: Run) -> None:
-    edit(copy, lambda manifest: manifest.update(format="refllm golden 2"))
+    edit(copy, lambda told: told.update(format="refllm golden 2"), seal=False)
     for command in ("verify", "show"):
         code, out, err = refllm(command, "--folder", copy)
         assert code == 2
         assert not out
         assert err == (
-            f"refllm: {copy / store.MANIFEST}: its format is 'refllm golden 2', this refllm reads 'refllm golden 1'; "
-            "make it again with: refllm golden make\n"
+            f"refllm: {copy / manifest.MANIFEST}: its format is 'refllm golden 2', this refllm reads "
+            "'refllm golden 1'; make it again with: refllm golden make\n"
         )
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"format": 3}'])
 def test_a_manifest_that_is_none_is_wrong_use(copy: Path, refllm: Run, content: str) -> None:
-    (copy / store.MANIFEST).write_text(content)
+    (copy / manifest.MANIFEST).write_text(content)
     code, out, err = refllm("verify", "--folder", copy)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
+
+
+def every_entry(**values: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda told: [entry.update(values) for entry in told["cases"].values()]
+
+
+def generous(told: dict[str, Any]) -> None:
+    """The ratios that limits are multiplied by become a million."""
+    for entry in told["cases"].values():
+        for outputs in entry["reference"].values():
+            outputs.update({name: [1e6, 1e6] for name in outputs})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [generous, every_entry(versions={}), every_entry(sigma=[]), every_entry(what="")],
+    ids=["reference", "versions", "sigma", "what"],
+)
+def test_a_changed_manifest_is_named_and_nothing_counts_that_it_says(
+    copy: Path, refllm: Run, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    edit(copy, change, seal=False)
+    sentence = one_finding(refllm, copy, "swiglu")
+    assert sentence.startswith(f"{copy / manifest.MANIFEST}: changed; the sha256 of its content is ")
+    code, out, _ = refllm("verify", "--dtype", "bfloat16", "--folder", copy, "--json", "-")
+    (result,) = json.loads(out)["results"]
+    assert (code, result["cases"]) == (1, 0)
+    code, out, err = refllm("make", "relu2", "--folder", copy, "--yes")
+    assert (code, out) == (2, "")
+    assert "restore it, or make all goldens again" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda told: told.pop("cases"), "cases is missing"),
+        (lambda told: told.update(cases=[]), "cases cannot be []"),
+        (lambda told: told["cases"]["relu2/plain"].pop("seed"), "relu2/plain: seed is missing"),
+        (lambda told: told["cases"].update({"relu2/plain": 3}), "relu2/plain: expected names and values, found 3"),
+        (every_entry(witness={}), "rms_norm/plain: witness: who is missing"),
+        (every_entry(reference={}), "rms_norm/plain: reference bfloat16: expected names and values, found null"),
+        (every_entry(kind="tensor"), "rms_norm/plain: its kind is 'tensor', expected operator or model"),
+        (lambda told: told["files"]["vectors/rope.safetensors"].pop("bytes"), "rope.safetensors: bytes is missing"),
+    ],
+)
+def test_a_manifest_that_lacks_something_is_wrong_use(
+    copy: Path, refllm: Run, change: Callable[[dict[str, Any]], Any], sentence: str
+) -> None:
+    edit(copy, change, seal=False)
+    for command in ("verify", "show"):
+        code, out, err = refllm(command, "--folder", copy)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"refllm: {copy / manifest.MANIFEST}: ")
+        assert sentence in err
+        assert len(err.splitlines()) == 1
+
+
+def test_other_versions_are_named_and_what_holds_holds(copy: Path, refllm: Run) -> None:
+    assert not manifest.other_versions({"cases": {"a": {"versions": manifest.versions()}}})
+    edit(copy, lambda told: told["cases"]["relu2/plain"]["versions"].update(numpy="1.2.3", torch="2.1+rocm"))
+    code, out, _ = refllm("verify", "relu2", "--folder", copy)
+    assert code == 0
+    here = manifest.versions()["numpy"]
+    assert f"made with numpy 1.2.3 (here {here}), torch 2.1+rocm (here " in out
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [({"dtypes": ["float32"]}, "it is told as 'gates"), ({"what": ""}, "it is told as ''")],
+)
+def test_a_manifest_that_tells_of_another_case_is_named(
+    copy: Path, refllm: Run, values: dict[str, Any], sentence: str
+) -> None:
+    edit(copy, lambda told: told["cases"]["swiglu/plain"].update(values))
+    assert f"{copy / manifest.MANIFEST}: swiglu/plain: {sentence}" in one_finding(refllm, copy)
+
+
+def test_sigmas_are_those_that_the_manifest_lists(copy: Path, refllm: Run) -> None:
+    edit(copy, lambda told: told["cases"]["swiglu/plain"].update(sigma=[]))
+    code, _, err = refllm("verify", "swiglu", "--folder", copy)
+    assert code == 2
+    assert "swiglu/plain has the sigma of ['bfloat16.fused'" in err
 
 
 @pytest.mark.parametrize(
@@ -295,12 +370,12 @@ def test_a_manifest_that_is_none_is_wrong_use(copy: Path, refllm: Run, content: 
 def test_another_config_weight_or_seed_is_named(
     copy: Path, refllm: Run, name: str, key: str, value: Any, sentence: str
 ) -> None:
-    edit(copy, lambda manifest: manifest["cases"][name].update({key: value}))
-    assert one_finding(refllm, copy).startswith(f"{copy / store.MANIFEST}: {name}: {sentence}")
+    edit(copy, lambda told: told["cases"][name].update({key: value}))
+    assert one_finding(refllm, copy).startswith(f"{copy / manifest.MANIFEST}: {name}: {sentence}")
 
 
 def test_a_case_missing_or_unknown_is_named(copy: Path, refllm: Run) -> None:
-    edit(copy, lambda manifest: manifest["cases"].pop("relu2/plain"))
+    edit(copy, lambda told: told["cases"].pop("relu2/plain"))
     assert "relu2/plain is missing; make it again with: refllm golden make relu2/plain" in one_finding(refllm, copy)
     edit(copy, lambda m: m["cases"].update({"relu2/plain": MANIFEST["cases"]["relu2/plain"]}))
     edit(copy, lambda m: m["cases"].update({"relu2/other": MANIFEST["cases"]["relu2/plain"]}))
@@ -431,12 +506,12 @@ def test_what_a_mean_would_hide_is_found(
 
 def with_exact(folder: Path, name: str, change: Callable[[Golden], None]) -> None:
     """Damages a golden and its hash alike, as if it had been made with other code."""
-    manifest = store.read_manifest(folder)
+    told = manifest.read_manifest(folder)
     group = name.split("/")[0]
-    goldens = store.load(folder, manifest, group)
+    goldens = store.load(folder, told, group)
     change(goldens[name])
     store.write(folder, group, list(goldens.values()))
-    store.write_manifest(folder, manifest)
+    store.write_manifest(folder, told)
 
 
 def test_make_prints_the_change_in_sigma_and_replaces_only_if_told(copy: Path, refllm: Run) -> None:

@@ -5,13 +5,14 @@ evaluated in float64 and as a good float32 implementation, and their largest dif
 float64 has 2^-29 of that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties import Chosen, how_many
 from where_kernels_run import DEVICE
 
 from refllm.config import ModelConfig
@@ -19,8 +20,17 @@ from refllm.inputs import to_numpy
 from refllm.kernels.models.fast_model import FastModel
 from refllm.model import Model
 from refllm.precision import EXACT
-from refllm.strategies.models import configs, cuts, inputs, key_masks, packed_positions, paddings
-from refllm.strategies.small_models import FAMILIES, build, model_class, random_tensors
+from refllm.strategies.models import (
+    WholeInput,
+    configs,
+    cuts,
+    inputs,
+    key_masks,
+    packed_positions,
+    paddings,
+    whole_inputs,
+)
+from refllm.strategies.small_models import FAMILIES, build, model_class, random_tensors, small_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*beyond max_position_embeddings", "ignore:.*factor=.* is used")
 
@@ -31,6 +41,9 @@ EXAMPLES = {"numpy": 4, "torch": 4, "triton": 2}
 """Per run; the first is the plainest of all."""
 LIMIT = 8.0
 """Units that two results may differ by: each has an error of about one, its largest value a few."""
+
+TWELVE_TOKENS = np.array([[5, 71, 2, 33, 90, 14, 5, 11, 68, 30, 42, 7], [8, 8, 61, 40, 3, 27, 95, 52, 1, 19, 77, 8]])
+"""More than a kernel for decoding takes at once: with fewer keys the fast models do not use it."""
 
 data, seeds = st.data(), st.integers(0, 1000)
 
@@ -49,14 +62,14 @@ class Subject:
         fast = backend != "numpy"
         self.model: Any = FastModel.of(self.single, backend=backend, device=DEVICE) if fast else self.exact
 
-    def logits(self, ids: np.ndarray, **options: Any) -> np.ndarray:
+    def logits(self, input_ids: np.ndarray, **options: Any) -> np.ndarray:
         """[B, S, V], float64."""
-        return np.float64(to_numpy(self.model(input_ids=ids, **options).logits))
+        return np.float64(to_numpy(self.model(input_ids=input_ids, **options).logits))
 
-    def unit(self, ids: np.ndarray, **options: Any) -> float:
+    def unit(self, input_ids: np.ndarray, **options: Any) -> float:
         """The largest error of a good float32 implementation on this input, and not less than one rounding."""
-        exact = self.exact(input_ids=ids, **options).logits
-        error = np.abs(self.single(input_ids=ids, **options).logits - exact).max(initial=0)
+        exact = self.exact(input_ids=input_ids, **options).logits
+        error = np.abs(self.single(input_ids=input_ids, **options).logits - exact).max(initial=0)
         return float(max(error, 2.0**-24 * np.abs(exact).max(initial=0))) * (1 if self.backend != "numpy" else 2.0**-24)
 
 
@@ -67,24 +80,36 @@ def agree(a: np.ndarray, b: np.ndarray, unit: float) -> None:
     assert difference <= LIMIT * unit, f"differs by {difference / unit:.3g} units of {unit:.3g}"
 
 
-def of_every_family(*, steady: bool = True, longest: int = 12) -> Any:
-    """Make f(subject, ids, data) a test of every family on every backend. steady: every type of `STEADY`, else the
-    default one alone."""
+def tokens(config: ModelConfig) -> st.SearchStrategy[np.ndarray]:
+    """ids [B, S], long enough for a prompt and some tokens more."""
+    return inputs(config, shortest=4, longest=12).map(lambda made: made.ids)
 
-    def decorate(f: Callable[[Subject, np.ndarray, st.DataObject], None]) -> Any:
+
+def of_every_family(
+    *, steady: bool = True, draws: Callable[[ModelConfig], Any] = tokens, known: Sequence[Chosen] = ()
+) -> Any:
+    """Make f(subject, given, data) a test of every family on every backend.
+
+    steady: every type of `STEADY`, else the default one alone. draws: a config -> the strategy of `given`, its ids if
+    nothing else is said. known: what is drawn in examples that come first, on twelve tokens of two sequences and on a
+    small model with grouped heads, in which StableLM rotates half of the dims.
+    """
+
+    def decorate(f: Callable[[Subject, Any, Any], None]) -> Any:
         @pytest.mark.hypothesis
         @pytest.mark.parametrize("family", FAMILIES)
         @pytest.mark.parametrize("backend", BACKENDS)
         def test(backend: str, family: str) -> None:
             def property_holds(data: st.DataObject, seed: int) -> None:
-                few = {"num_hidden_layers": 1} if backend == "triton" else {}
                 config = data.draw(configs(family, STEADY if steady else ("default",), smallest_head=8, **few))
-                ids = data.draw(inputs(config, shortest=2, longest=longest)).ids
-                f(Subject(backend, config, seed), ids, data)
+                f(Subject(backend, config, seed), data.draw(draws(config)), data)
 
+            few = {"num_hidden_layers": 1} if backend == "triton" else {}
+            for chosen in known:
+                f(Subject(backend, small_config(family, **few), 0), TWELVE_TOKENS, chosen)
             property_holds.__name__ = f"{f.__name__}_{backend}_{family}"  # each draws examples of its own
             run = given(data=data, seed=seeds)(property_holds)
-            settings(settings(), max_examples=EXAMPLES[backend] if DEVICE == "cpu" else 4)(run)()
+            how_many(EXAMPLES[backend] if DEVICE == "cpu" else 4)(run)()
 
         test.__name__, test.__doc__ = f.__name__, f.__doc__
         return test
@@ -92,34 +117,49 @@ def of_every_family(*, steady: bool = True, longest: int = 12) -> Any:
     return decorate
 
 
-@of_every_family()
-def test_a_sequence_in_pieces_is_the_sequence(subject: Subject, ids: np.ndarray, data: st.DataObject) -> None:
+PADDED = np.array([[1] * 12, [0] * 2 + [1] * 10])
+TOKEN_BY_TOKEN = [slice(0, 9), slice(9, 10), slice(10, 11), slice(11, 12)]
+
+
+def masks(B: int, S: int) -> st.SearchStrategy[Any]:
+    """None, padding, or any mask in which every sequence has two tokens that see each other."""
+    return st.none() | paddings(B, S) | key_masks(B, S).filter(lambda mask: (mask.sum(1) > 1).all())
+
+
+@of_every_family(
+    known=[
+        Chosen(mask=None, static=False, pieces=TOKEN_BY_TOKEN),
+        Chosen(mask=PADDED, static=True, pieces=[slice(0, 4), slice(4, 12)]),
+    ]
+)
+def test_a_sequence_in_pieces_is_the_sequence(subject: Subject, ids: np.ndarray, data: Any) -> None:
     """Chunked prefill for any split, and decoding token by token; with padding and holes in the mask; both caches."""
     B, S = ids.shape
-    mask = data.draw(st.none() | key_masks(B, S), "mask")
+    mask = data.draw(masks(B, S), "mask")
     cache = subject.model.new_cache(*([S] if data.draw(st.booleans(), "static") else []))
     options = {} if mask is None else {"attention_mask": mask}
     parts = []
-    for piece in data.draw(cuts(S), "pieces"):
+    for piece in data.draw(cuts(S).filter(lambda pieces: len(pieces) > 1), "pieces"):
         so_far = {} if mask is None else {"attention_mask": mask[:, : piece.stop]}
         parts.append(subject.logits(ids[:, piece], past_key_values=cache, **so_far))
     agree(np.concatenate(parts, axis=1), subject.logits(ids, **options), subject.unit(ids, **options))
     assert cache.get_seq_length() == S
 
 
-@of_every_family(steady=False)
-def test_a_row_alone_is_the_row_in_a_batch(subject: Subject, ids: np.ndarray, data: st.DataObject) -> None:
-    ids = np.concatenate([ids, (ids[:1] + 1) % subject.config.vocab_size])
-    mask = data.draw(st.none() | paddings(*ids.shape), "mask")
-    b = data.draw(st.integers(0, len(ids) - 1), "row")
-    options = {} if mask is None else {"attention_mask": mask}
-    alone = {} if mask is None else {"attention_mask": mask[b : b + 1]}
-    whole = subject.logits(ids, **options)
-    agree(whole[b : b + 1], subject.logits(ids[b : b + 1], **alone), subject.unit(ids, **options))
+def rows_of_any_kind(config: ModelConfig) -> st.SearchStrategy[WholeInput]:
+    """Inputs of two or more sequences: plain, padded, with holes, packed, at positions in any order."""
+    return whole_inputs(config, longest=12).filter(lambda whole: len(whole.ids) > 1)
 
 
-@of_every_family()
-def test_padding_on_either_side_is_no_padding(subject: Subject, ids: np.ndarray, data: st.DataObject) -> None:
+@of_every_family(steady=False, draws=rows_of_any_kind)
+def test_a_row_alone_is_the_row_in_a_batch(subject: Subject, whole: WholeInput, data: Any) -> None:
+    given, b = whole.arguments(), data.draw(st.integers(0, len(whole.ids) - 1), "row")
+    alone = {name: x[b : b + 1] for name, x in given.items()}
+    agree(subject.logits(**given)[b : b + 1], subject.logits(**alone), subject.unit(**given))
+
+
+@of_every_family(known=[Chosen(padding=3)])
+def test_padding_on_either_side_is_no_padding(subject: Subject, ids: np.ndarray, data: Any) -> None:
     (B, S), n = ids.shape, data.draw(st.integers(1, 5), "padding")
     filler, ones, zeros = np.full((B, n), ids[0, 0]), np.ones((B, S), int), np.zeros((B, n), int)
     plain, unit = subject.logits(ids), subject.unit(ids)
@@ -133,7 +173,7 @@ def test_padding_on_either_side_is_no_padding(subject: Subject, ids: np.ndarray,
 
 
 @of_every_family(steady=False)
-def test_later_tokens_change_no_bit_of_earlier_logits(subject: Subject, ids: np.ndarray, data: st.DataObject) -> None:
+def test_later_tokens_change_no_bit_of_earlier_logits(subject: Subject, ids: np.ndarray, data: Any) -> None:
     s = data.draw(st.integers(1, ids.shape[1] - 1), "first that differs")
     other = ids.copy()
     other[:, s:] = (other[:, s:] + 1) % subject.config.vocab_size
@@ -143,7 +183,7 @@ def test_later_tokens_change_no_bit_of_earlier_logits(subject: Subject, ids: np.
 
 
 @of_every_family()
-def test_only_differences_of_positions_matter(subject: Subject, ids: np.ndarray, data: st.DataObject) -> None:
+def test_only_differences_of_positions_matter(subject: Subject, ids: np.ndarray, data: Any) -> None:
     shift = data.draw(st.integers(1, 300), "shift")
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     moved = {"position_ids": positions + shift, "use_cache": True}
@@ -153,7 +193,7 @@ def test_only_differences_of_positions_matter(subject: Subject, ids: np.ndarray,
 
 
 @of_every_family()
-def test_packed_sequences_do_not_see_each_other(subject: Subject, ids: np.ndarray, data: st.DataObject) -> None:
+def test_packed_sequences_do_not_see_each_other(subject: Subject, ids: np.ndarray, data: Any) -> None:
     positions = data.draw(packed_positions(*ids.shape), "positions")
     options = {"position_ids": positions, "use_cache": False}
     packed, unit = subject.logits(ids, **options), subject.unit(ids, **options)
@@ -164,7 +204,7 @@ def test_packed_sequences_do_not_see_each_other(subject: Subject, ids: np.ndarra
 
 
 @of_every_family(steady=False)
-def test_grouped_heads_are_repeated_keys_and_values(subject: Subject, ids: np.ndarray, data: st.DataObject) -> None:
+def test_grouped_heads_are_repeated_keys_and_values(subject: Subject, ids: np.ndarray, data: Any) -> None:
     """A model with as many key/value heads as query heads, each a copy: query head j reads head j // (H / K)."""
     config = subject.config
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -186,7 +226,7 @@ def test_grouped_heads_are_repeated_keys_and_values(subject: Subject, ids: np.nd
 
 
 @of_every_family(steady=False)
-def test_tokens_have_no_names(subject: Subject, ids: np.ndarray, data: st.DataObject) -> None:
+def test_tokens_have_no_names(subject: Subject, ids: np.ndarray, data: Any) -> None:
     """Renumbering the vocabulary renumbers the logits, and changes nothing else."""
     seed = data.draw(st.integers(0, 99), "order")
     order = np.random.default_rng(seed).permutation(subject.config.vocab_size)
@@ -201,7 +241,7 @@ def test_tokens_have_no_names(subject: Subject, ids: np.ndarray, data: st.DataOb
 
 @of_every_family()
 def test_a_cache_that_was_cropped_copied_and_reordered_goes_on_right(
-    subject: Subject, ids: np.ndarray, data: st.DataObject
+    subject: Subject, ids: np.ndarray, data: Any
 ) -> None:
     """Some operations on a cache, then one more token: as if the tokens that it holds had been given at once."""
     ids = np.concatenate([ids, (ids[:1] + 1) % subject.config.vocab_size])  # two rows that differ
@@ -228,23 +268,21 @@ def test_a_cache_that_was_cropped_copied_and_reordered_goes_on_right(
     agree(found, subject.logits(whole)[:, -1:], subject.unit(whole))
 
 
-@of_every_family(steady=False)
-def test_a_second_call_gives_the_same_bits_and_inputs_stay(
-    subject: Subject, ids: np.ndarray, data: st.DataObject
-) -> None:
-    mask = data.draw(key_masks(*ids.shape), "mask")
-    ids_before, mask_before = ids.copy(), mask.copy()
-    first = subject.logits(ids, attention_mask=mask)
+@of_every_family(steady=False, draws=rows_of_any_kind)
+def test_a_second_call_gives_the_same_bits_and_inputs_stay(subject: Subject, whole: WholeInput, data: Any) -> None:
+    given = whole.arguments()
+    before = {name: x.copy() for name, x in given.items()}
+    first = subject.logits(**given)
     weights = {name: np.array(to_numpy(x)) for name, x in subject.single.weights.items()}
-    np.testing.assert_array_equal(subject.logits(ids, attention_mask=mask), first)
-    np.testing.assert_array_equal(ids, ids_before)
-    np.testing.assert_array_equal(mask, mask_before)
+    np.testing.assert_array_equal(subject.logits(**given), first)
+    for name, x in before.items():
+        np.testing.assert_array_equal(given[name], x)
     for name, x in weights.items():
         np.testing.assert_array_equal(to_numpy(subject.model.weights[name]), x)
 
 
 @of_every_family(steady=False)
-def test_logits_to_keep_are_those_of_the_whole(subject: Subject, ids: np.ndarray, data: st.DataObject) -> None:
+def test_logits_to_keep_are_those_of_the_whole(subject: Subject, ids: np.ndarray, data: Any) -> None:
     keep = data.draw(st.integers(1, ids.shape[1]), "keep")
     agree(subject.logits(ids, logits_to_keep=keep), subject.logits(ids)[:, -keep:], subject.unit(ids))
 

@@ -1,11 +1,25 @@
 """What holds for operators whatever the numbers are, on all three backends: definition, plain Torch, Triton."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
-from properties import DTYPES, NUMPY, PLAIN, Backend, agree, for_every_backend, same, some_calls
+from properties import (
+    DTYPES,
+    NUMPY,
+    PLAIN,
+    Backend,
+    Chosen,
+    agree,
+    for_every_backend,
+    known_call,
+    lies_apart,
+    same,
+    some_calls,
+)
 
 from refllm.inputs import to_numpy
 from refllm.kernels import OPERATORS
@@ -32,10 +46,10 @@ def arrays_of(backend: Backend, call: Call) -> tuple[list[Any], dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ what all operators do
 
 
-def quiet(operator: str) -> Any:
+def quiet(operator: str, where: Callable[[Call], bool] = lambda _: True) -> Any:
     """Calls of every family without NaN, with two or more rows of a batch."""
     kept = [f for f in families(operator) if "NaN" not in f and "infinity" not in f and "subnormal" not in f]
-    return some_calls(operator, *kept, where=lambda c: isinstance(c.arguments[0], Array) and batch(c) > 1)
+    return some_calls(operator, *kept, where=lambda c: isinstance(c.arguments[0], Array) and batch(c) > 1 and where(c))
 
 
 def batch(call: Call) -> int:
@@ -92,7 +106,7 @@ def layout_does_not_matter(backend: Backend, call: Call) -> None:
 def _as_it_lies(x: torch.Tensor) -> np.ndarray:
     """An array with the strides of the tensor, in float64 where it holds floating values."""
     wide = x.double() if x.is_floating_point() else x
-    places = [slice(1) if stride == 0 else slice(None) for stride in x.stride()]  # of an expanded axis one entry
+    places = tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())  # of an expanded axis one entry
     out = torch.empty_strided(x.shape, x.stride(), dtype=wide.dtype)
     out[places] = wide[places]
     return out.numpy()
@@ -119,7 +133,7 @@ for _operator in OPERATORS:
         examples=5, interpreted=2, call=quiet(_operator), data=st.data()
     )(row_alone_is_row_in_batch)
     globals()[f"test_layout_does_not_matter_{_operator}"] = for_every_backend(
-        examples=4, interpreted=2, call=quiet(_operator)
+        examples=4, interpreted=2, call=quiet(_operator, where=lies_apart)
     )(layout_does_not_matter)
     globals()[f"test_inputs_stay_and_a_second_run_is_the_same_{_operator}"] = for_every_backend(
         examples=3, interpreted=2, call=quiet(_operator)
@@ -177,9 +191,10 @@ def test_the_residual_sum_is_symmetric_and_the_norm_is_that_of_the_sum(backend: 
 # ------------------------------------------------------------------------------------------------------------ rotations
 
 ropes = some_calls("rope", "plain", "scale", "far positions", "positions in any order", "tables end at R")
+PARTIAL = [{"call": known_call("rope", f"partial rotation{pairing}")} for pairing in ("", ", interleaved")]
 
 
-@for_every_backend(call=ropes)
+@for_every_backend(call=ropes, known=PARTIAL)
 def test_a_rotation_keeps_the_length_of_every_pair_and_the_opposite_one_undoes_it(backend: Backend, call: Call) -> None:
     """Up to the rounding of cos and sin, which the arrays of a narrow dtype have on all backends."""
     (q, k, cos, sin), keywords = arrays_of(backend, call)
@@ -192,7 +207,7 @@ def test_a_rotation_keeps_the_length_of_every_pair_and_the_opposite_one_undoes_i
         assert (np.linalg.norm(np.float64(z) - x, axis=-1) <= 6 * unit * size).all()
 
 
-@for_every_backend(call=ropes)
+@for_every_backend(call=ropes, known=PARTIAL)
 def test_interleaved_and_half_split_are_one_up_to_the_order_of_dims(backend: Backend, call: Call) -> None:
     (q, k, cos, sin), _ = arrays_of(backend, call)
     R, D = 2 * cos.shape[-1], q.shape[-1]
@@ -203,7 +218,7 @@ def test_interleaved_and_half_split_are_one_up_to_the_order_of_dims(backend: Bac
         same(a[..., order], b)
 
 
-@for_every_backend(call=ropes)
+@for_every_backend(call=ropes, known=PARTIAL)
 def test_q_and_k_are_rotated_alike_and_what_is_past_r_not_at_all(backend: Backend, call: Call) -> None:
     (q, k, cos, sin), keywords = arrays_of(backend, call)
     found, swapped = backend("rope", q, k, cos, sin, **keywords), backend("rope", k, q, cos, sin, **keywords)
@@ -212,7 +227,7 @@ def test_q_and_k_are_rotated_alike_and_what_is_past_r_not_at_all(backend: Backen
         same(a[..., 2 * cos.shape[-1] :], x[..., 2 * cos.shape[-1] :])
 
 
-@for_every_backend(call=ropes)
+@for_every_backend(call=ropes, known=PARTIAL)
 def test_an_angle_of_0_changes_nothing(backend: Backend, call: Call) -> None:
     (q, k, cos, sin), keywords = arrays_of(backend, call)
     for x, y in zip((q, k), backend("rope", q, k, np.ones_like(cos), np.zeros_like(sin), **keywords), strict=True):
@@ -220,7 +235,14 @@ def test_an_angle_of_0_changes_nothing(backend: Backend, call: Call) -> None:
 
 
 @for_every_backend(
-    dtype=st.just("float32"), seed=seeds, interleaved=st.booleans(), at=st.integers(0, 3000), shift=st.integers(1, 3000)
+    dtype=st.just("float32"),
+    seed=seeds,
+    interleaved=st.booleans(),
+    at=st.integers(0, 3000),
+    shift=st.integers(1, 3000),
+    known=[
+        {"dtype": "float32", "seed": 1, "interleaved": pairing, "at": 7, "shift": 1000} for pairing in (False, True)
+    ],
 )
 def test_scores_depend_on_relative_positions_only(
     backend: Backend, dtype: str, seed: int, interleaved: bool, at: int, shift: int
@@ -236,7 +258,10 @@ def test_scores_depend_on_relative_positions_only(
     agree(*scores, 4 * unit * np.linalg.norm(q, axis=-1)[..., None] * np.linalg.norm(k, axis=-1)[..., None, :])
 
 
-@for_every_backend(call=some_calls("norm_rope", "plain", "scale", "positions in any order"))
+@for_every_backend(
+    call=some_calls("norm_rope", "plain", "scale", "positions in any order"),
+    known=[{"call": known_call("norm_rope", f"partial rotation{pairing}")} for pairing in ("", ", interleaved")],
+)
 def test_norm_rope_is_the_norm_and_then_the_rotation(backend: Backend, call: Call) -> None:
     (q, k, q_weight, k_weight, cos, sin, eps), keywords = arrays_of(backend, call)
     norm, normed = keywords.pop("norm"), []
@@ -285,7 +310,9 @@ def all_agree(found: list[tuple[np.ndarray, np.ndarray]], expected: list[tuple[n
         agree(a, b, s, t)
 
 
-@for_every_backend(call=unmasked, seed=seeds)
+@for_every_backend(
+    call=unmasked, seed=seeds, known=[{"call": known_call("attention", "257 keys, head dim 160"), "seed": 1}]
+)
 def test_the_order_of_keys_does_not_matter_without_a_mask(backend: Backend, call: Call, seed: int) -> None:
     (q, k, v), keywords = arrays_of(backend, call)
     keywords["causal"] = False
@@ -332,8 +359,9 @@ def test_a_query_of_0_gives_the_mean_of_what_it_sees(backend: Backend, call: Cal
 
 
 @for_every_backend(
-    dtype=dtypes, seed=seeds, shift=st.sampled_from([-100352.0, 1024.0]), T=st.sampled_from([1, 7, 40, 130])
-)
+    dtype=dtypes, seed=seeds, shift=st.sampled_from([-100352.0, 1024.0]), T=st.sampled_from([1, 7, 40, 130]),
+    known=[{"dtype": "bfloat16", "seed": 1, "shift": -100352.0, "T": 130}],
+)  # fmt: skip
 def test_a_shift_of_all_scores_shifts_only_the_lse(
     backend: Backend, dtype: str, seed: int, shift: float, T: int
 ) -> None:
@@ -349,7 +377,11 @@ def test_a_shift_of_all_scores_shifts_only_the_lse(
     agree(lse - shift, plain[1][0], s, plain[1][1])
 
 
-@for_every_backend(call=some_calls("attention", "plain", where=lambda c: c.arguments[0].shape[2] > 1), data=st.data())
+@for_every_backend(
+    call=some_calls("attention", "plain", where=lambda c: c.arguments[0].shape[2] > 1),
+    data=st.data(),
+    known=[{"call": known_call("attention", "a tile and one, head dim 80"), "data": Chosen(first=60, last=128)}],
+)
 def test_an_earlier_query_is_what_it_is_without_the_later_ones(backend: Backend, call: Call, data: Any) -> None:
     """Causal prefix, and chunked prefill for any split: queries a .. b with the keys up to theirs."""
     (q, k, v), keywords = arrays_of(backend, call)
@@ -364,7 +396,11 @@ def test_an_earlier_query_is_what_it_is_without_the_later_ones(backend: Backend,
     all_agree(chunk, whole)
 
 
-@for_every_backend(call=some_calls("attention", *SEEN, where=lambda c: c.arguments[1].shape[2] > 1), data=st.data())
+@for_every_backend(
+    call=some_calls("attention", *SEEN, where=lambda c: c.arguments[1].shape[2] > 1),
+    data=st.data(),
+    known=[{"call": known_call("attention", "257 keys, head dim 160"), "data": Chosen(split=128)}],
+)
 def test_parts_of_the_keys_merge_by_their_lse(backend: Backend, call: Call, data: Any) -> None:
     """What a kernel that splits the keys relies on: the number of splits is irrelevant."""
     (q, k, v), keywords = arrays_of(backend, call)
@@ -421,9 +457,20 @@ def test_attention_is_linear_in_values_and_sees_only_the_product_of_scale_and_qu
 
 
 decodes = some_calls("decode_attention", *SEEN, "slots past the length hold NaN", "slots past the length hold 10000")
+LONG = known_call("decode_attention", "1025 slots")
+"""A cache of several chunks, some of which hold nothing of a sequence."""
+WIDER = (300, 3072)
+"""Slots more: another chunk, and so many that they are not added up at once."""
 
 
-@for_every_backend(call=decodes)
+def test_the_long_cache_is_split_and_a_wider_one_into_more_chunks_than_are_added_at_once() -> None:
+    decoding = pytest.importorskip("refllm.kernels.triton.decode_attention")
+    slots = [LONG.arguments[1].shape[2] + more for more in (0, *WIDER)]
+    chunks = [-(-n // decoding.CHUNK) for n in slots]
+    assert 2 < chunks[0] < chunks[1] <= decoding.COMBINED < chunks[2]
+
+
+@for_every_backend(call=decodes, known=[{"call": LONG}])
 def test_decoding_is_attention_over_the_filled_slots(backend: Backend, call: Call) -> None:
     (q, k, v, lengths), keywords = arrays_of(backend, call)
     (o,) = backend("decode_attention", q, k, v, lengths, **keywords)
@@ -433,7 +480,9 @@ def test_decoding_is_attention_over_the_filled_slots(backend: Backend, call: Cal
         agree(o[one], p, sigma, sigma)
 
 
-@for_every_backend(call=decodes, more=st.sampled_from([1, 63, 300]))
+@for_every_backend(
+    call=decodes, more=st.sampled_from([1, 63, 300]), known=[{"call": LONG, "more": more} for more in WIDER]
+)
 def test_slots_that_are_not_filled_change_no_bit(backend: Backend, call: Call, more: int) -> None:
     """The same cache with room for more: the number of splits may depend on it, the result may not."""
     (q, k, v, lengths), keywords = arrays_of(backend, call)

@@ -45,13 +45,17 @@ def verify(
     json_file: Json = None,
 ) -> None:
     """Check the files' hashes, then compute every golden again: exactly, and in each dtype within its sigma."""
-    from refllm.golden import show, store
+    from refllm.golden import show
     from refllm.golden import verify as work
+    from refllm.golden.manifest import other_versions, read_manifest
 
     where, asked = _folder(folder), list(names or ())
-    manifest = store.read_manifest(where)
+    manifest = read_manifest(where)
     changed = work.verify_files(where, manifest, asked)
     out = console(quiet=to_stdout(json_file))
+    versions = other_versions(manifest)
+    if versions:  # no finding: whether it matters is what is computed now
+        out.print(versions, soft_wrap=True, markup=False)
     for finding in changed:
         out.print(finding.problem, soft_wrap=True, markup=False)
     results = []
@@ -70,6 +74,7 @@ def verify(
     write_json(
         {
             "verdict": "holds" if holds else "fails",
+            "versions": versions,
             "files": [finding.to_dict() for finding in changed],
             "results": [result.to_dict() for result in results],
         },
@@ -114,12 +119,13 @@ def make(
 @app.command("show")
 def show_command(names: Names = None, folder: Folder = None, json_file: Json = None) -> None:
     """List the goldens, or show what one holds: its inputs, outputs and predicted errors."""
-    from refllm.golden import show, store
+    from refllm.golden import show
     from refllm.golden.cases import select
+    from refllm.golden.manifest import read_manifest
     from refllm.golden.verify import goldens_of
 
     where = _folder(folder)
-    manifest = store.read_manifest(where)
+    manifest = read_manifest(where)
     chosen = select(names or (), list(manifest["cases"]))
     out = console(quiet=to_stdout(json_file))
     if names and len(chosen) == 1:

@@ -5,6 +5,9 @@
     print(report.kill_rate, report.survivors)
 
 A test that dislikes the right operator is void: what it says of the others means nothing.
+
+`check_op` has to find a bug in every dtype in which it makes a difference. Of Triton kernels it is asked `bitwise`,
+which our own promise: some of their mutants break nothing else.
 """
 
 import contextlib
@@ -52,6 +55,8 @@ class _TimeIsUpError(BaseException):
 class Outcome:
     """One mutant under one checker. by: the property that was found broken, or what the test raised; "" if it survived.
 
+    dtype: what the rest is about: where it survived (an equivalent one: where it was killed), else the first in which
+    it was looked for. dtypes: all in which it was; empty for a user's test, which chooses by itself.
     examples: how many calls were examined, the last one included; 0 for a user's test. repro: a program that shows the
     failure; "" of a user's test. equivalent: why it is no bug, as in `Mutant`; then it must survive.
     """
@@ -68,6 +73,7 @@ class Outcome:
     seconds: float
     repro: str = ""
     equivalent: str = ""
+    dtypes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to JSON: all but the program."""
@@ -145,7 +151,7 @@ def audit(
 
     test: a user's test function test(fn), or "file.py:function", "module:function"; it needs an operator. None is
         `check_op`. form: "torch" or "triton" mutants; None is both, for a user's test "torch".
-    dtype: in which `check_op` looks, and only mutants that differ in it; None is the first in which each differs.
+    dtype: in which `check_op` looks, and only mutants that differ in it; None is all in which each differs.
     max_examples, seed: of `check_op`. time_limit: seconds for a user's test and one mutant.
     known_first: `check_op` begins with the fixed call that is known to show a mutant (`Mutant.corner`), and draws none:
         the same answers in less time, but not the same number of examples.
@@ -169,7 +175,7 @@ def audit(
         raise InputError("--test needs an operator: refllm audit OPERATOR --test file.py:function")
     mutants = catalogue(operator, "torch" if test is not None and form is None else form)
     mutants = [m for m in mutants if dtype is None or dtype in m.dtypes]
-    checker = _OurCheck(dtype, max_examples, seed, known_first) if test is None else _UsersTest(test, time_limit)
+    checker = _OurCheck(max_examples, seed, known_first) if test is None else _UsersTest(test, time_limit)
     if isinstance(checker, _UsersTest) and operator is not None:
         for kind in dict.fromkeys(m.form for m in mutants):
             checker.must_like(operator, kind)
@@ -182,36 +188,44 @@ def audit(
 
 def _outcome(mutant: "Mutant", checker: "_OurCheck | _UsersTest", dtype: str | None) -> Outcome:
     start = time.monotonic()
-    by, examples, repro = checker(mutant)
+    dtypes = (dtype,) if dtype else mutant.dtypes[: None if checker.looks_in_every_dtype else 1]
+    answers = []
+    for one in dtypes:
+        answers.append((one, *checker(mutant, one)))
+        if bool(answers[-1][1]) == bool(mutant.equivalent):  # a bug that survives, or what is none and does not
+            answers = answers[-1:]
+            break
+    told, by, examples, repro = answers[0]
     return Outcome(
         mutant.operator,
         mutant.name,
         mutant.form,
         mutant.what,
         mutant.source,
-        dtype or mutant.dtypes[0],
+        told,
         bool(by),
         by,
         examples,
         round(time.monotonic() - start, 3),
         repro,
         mutant.equivalent,
+        dtypes if checker.looks_in_every_dtype else (),
     )
 
 
 class _OurCheck:
     """check_op in this process, without shrinking: (the broken property or "", examples, reproduction)."""
 
-    name = "refllm check-op"
+    name, looks_in_every_dtype = "refllm check-op", True
 
-    def __init__(self, dtype: str | None, max_examples: int, seed: int, known_first: bool) -> None:
-        self._dtype, self._examples, self._seed, self._known_first = dtype, max_examples, seed, known_first
+    def __init__(self, max_examples: int, seed: int, known_first: bool) -> None:
+        self._examples, self._seed, self._known_first = max_examples, seed, known_first
 
-    def __call__(self, mutant: "Mutant") -> tuple[str, int, str]:
+    def __call__(self, mutant: "Mutant", dtype: str) -> tuple[str, int, str]:
         from refllm.opcheck.api import check_op
         from refllm.strategies import corners
 
-        dtype, calls = self._dtype or mutant.dtypes[0], None
+        calls = None
         if self._known_first:
             calls = sorted(corners(mutant.operator, dtype), key=lambda call: call.family != mutant.corner)
         report = check_op(
@@ -223,13 +237,15 @@ class _OurCheck:
             seed=self._seed,
             shrink=False,
             isolate=False,
-            bitwise=mutant.form == "triton",  # our kernels promise it
+            bitwise=mutant.form == "triton",
         )
         return report.property, report.examples, report.repro
 
 
 class _UsersTest:
     """A test of somebody's: (what it raised or "", 0, "")."""
+
+    looks_in_every_dtype = False
 
     def __init__(self, test: str | Test, limit: float) -> None:
         if limit <= 0:
@@ -252,7 +268,7 @@ class _UsersTest:
                 + (f": {text}" if text else "")
             )
 
-    def __call__(self, mutant: "Mutant") -> tuple[str, int, str]:
+    def __call__(self, mutant: "Mutant", dtype: str) -> tuple[str, int, str]:
         said, _ = self._answer(mutant.function(), mutant.form)
         return ("" if said == _SKIPPED else said), 0, ""
 

@@ -18,16 +18,21 @@ from refllm.strategies.draws import (
     scales,
     seeded,
     spot,
+    values,
 )
 
-LOGITS = ("plain", "scale", "q is 0", "equal logits", "near ties", "logits shifted by -100000", "huge logits", "NaN")
+ROWS = ("mean 1000", "outlier 10000", "zero rows", "subnormal")
+LOGITS = (
+    "plain", "scale", "q is 0", "equal logits", "near ties", "logits shifted by -100000", "huge logits", *ROWS, "NaN",
+)  # fmt: skip
 FAMILIES = {
     "attention": (*LOGITS, "infinity", "masked values hold NaN", "masked values hold 10000", "rows without a key"),
     "decode_attention": (*LOGITS, "infinity", "slots past the length hold NaN", "slots past the length hold 10000"),
 }
 """q is 0: the result is the mean of the visible values. equal logits: all keys are one. near ties: scores that differ
 by little. logits shifted by -100000: by -28672 where scores are rounded to float16. huge logits: one weight is 1, the
-others underflow. NaN: in one visible element. infinity: in one visible value. masked values, slots past the length:
+others underflow. mean 1000, outlier 10000, zero rows, subnormal: of q, k or v, as in `draws.values`. NaN: in one
+visible element. infinity: in one visible value. masked values, slots past the length:
 what the contract says is never read; keys are as bad as values there."""
 NEEDS_FUSED = (
     "masked values hold NaN", "slots past the length hold NaN", "rows without a key", "NaN", "infinity",
@@ -137,6 +142,8 @@ def _logits(
         # Scores that are rounded: by so little that the error of a weight is still proportional to it.
         eager = {"bfloat16": [4.0], "float16": [30.0]}.get(q.dtype) if policy == "hf-eager" else None
         return q, k, v, draw(st.sampled_from(eager or [30.0, 300.0]))
+    if family in ROWS:
+        return (*_special(draw, family, policy, q, k, v), None)
     if family == "scale":
         return replace(q, scale=draw(scales())), k, replace(v, scale=draw(scales())), draw(st.sampled_from([None, 0.1]))
     if family in ("NaN", "infinity") and visible and 0 not in q.shape:
@@ -151,6 +158,21 @@ def _logits(
         return (q, k, plant(v, (place, float("nan"))), None) if which == "v" else (
             q, plant(k, (place, float("nan"))), v, None)  # fmt: skip
     return q, k, v, None
+
+
+def _special(draw: st.DrawFn, family: str, policy: str, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """One of q, k and v of a family of `ROWS`. Only v where scores are rounded, of which an error must stay small; and
+    never a subnormal v but in float16: the bfloat16 instructions of CPUs, and some libraries, take those for 0."""
+    of_v = family != "subnormal" or v.dtype == "float16"
+    places = ([0, 1] if policy == "fused" else []) + ([2] if of_v else [])
+    if not places:
+        return q, k, v
+    arrays, at = [q, k, v], draw(st.sampled_from(places))
+    x = arrays[at]
+    special = values(draw, family, x.shape, x.dtype, x.layout)
+    keeps_mean = family in ("outlier 10000", "zero rows")
+    arrays[at] = replace(special, mean=x.mean) if keeps_mean else special
+    return arrays[0], arrays[1], arrays[2]
 
 
 # ------------------------------------------------------------------------------------------------------------- masks

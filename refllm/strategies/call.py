@@ -26,9 +26,8 @@ class Call:
 
     @property
     def names(self) -> list[str]:
-        """The names of the arguments, in order, as in the contract but without shape suffixes: q, k_cache, lengths."""
-        parameters = list(inspect.signature(getattr(ops, self.operator)).parameters)[: len(self.arguments)]
-        return [name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name for name in parameters]
+        """The names of its arguments, in order."""
+        return argument_names(self.operator)[: len(self.arguments)]
 
     def arrays(self) -> tuple[list[Any], dict[str, Any]]:
         """(arguments, keywords) for `refllm.ops`."""
@@ -54,6 +53,13 @@ class Call:
     def __str__(self) -> str:
         parts = [f"{name} {describe(x)}" for name, x in (*zip(self.names, self.arguments, strict=True), *self.keywords)]
         return f"{self.operator} ({self.family}): {', '.join(parts)}"
+
+
+def argument_names(operator: str) -> list[str]:
+    """The positional arguments as in the contract, but without shape suffixes: q, k_cache, lengths."""
+    parameters = inspect.signature(getattr(ops, operator)).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    return [name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name for name in names]
 
 
 def describe(x: Any) -> str:

@@ -32,6 +32,7 @@ def norms(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     yield call("mean 1000, little spread", x, Array((2, 17), dtype, "zeros"))
     yield call("a row longer than 16384", Array((1, 16_385), dtype))  # rows of several tiles
     if add:
+        yield call("x is 0", Array((2, 24), dtype, "zeros"))  # the residual given back, and not a copy
         yield call("residual past 2^31", Array((3, 16), dtype), Array((3, 16), dtype, seed=3, **FAR))
 
 
@@ -77,6 +78,7 @@ def projection(operator: str, dtype: str, policy: str) -> Iterator[Call]:
         w: dict[str, Any] | None = None,
         bias: tuple[Any, ...] | None = None,
         interleaved: bool = True,
+        eps: float = 1e-5,
     ) -> Call:
         B, S, E, H, K, D, R = sizes
         rows = (H + 2 * K) * D
@@ -86,7 +88,7 @@ def projection(operator: str, dtype: str, policy: str) -> Iterator[Call]:
             Array((rows, E), dtype, scale=float(E) ** -0.5, seed=2, **(w or {})),
             None if bias is None else Array((rows,), dtype, seed=3, planted=bias),
             *(Array((S, R // 2), dtype, values, mean=1000.0) for values in ("cos", "sin")),
-            1e-5,
+            eps,
         )
         heads = (("num_heads", H), ("num_kv_heads", K), ("interleaved", interleaved))
         return Call(operator, dtype, arguments, heads, family)
@@ -97,6 +99,8 @@ def projection(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     yield call("infinite bias in dims past R", (1, 2, 24, 2, 1, 8, 4), bias=infinite)
     # x times the norm's weight, before it is scaled, ends in float16.
     yield call("large rows and norm weights", (1, 2, 24, 2, 1, 8, 8), {"scale": 300.0}, 300.0)
+    # Partial sums that are kept narrow; an eps that is always the usual one.
+    yield call("10 tokens, 513 features", (2, 5, 513, 1, 1, 8, 8), eps=0.1)
     yield call("x past 2^31", (3, 1, 16, 1, 1, 2, 2), FAR)
     yield call("weights past 2^31", (1, 1, 16, 1, 1, 2, 2), w=FAR)
 
@@ -170,6 +174,8 @@ def linear_cross_entropy(operator: str, dtype: str, policy: str) -> Iterator[Cal
         return Call(operator, dtype, (*arrays, labels), (("reduction", "none"),), family)
 
     yield call("1025 classes, each row", 3, 1025, 24)  # chunks of the vocabulary, merged
+    small = {"scale": 2 * 2049.0**-0.5}
+    yield call("2049 features", 17, 33, 2049, None, small)  # partial sums that are kept narrow
     yield call("rows past 2^31", 3, 3, 8, FAR)
     yield call("weights past 2^31", 2, 3, 8, None, FAR)
 

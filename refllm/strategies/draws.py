@@ -117,6 +117,16 @@ def seeded(seeds: Seeds, *arrays: Array) -> list[Array]:
     return [replace(x, seed=seeds()) for x in arrays]
 
 
+def beside(draw: st.DrawFn, dtype: str, policy: str) -> str:
+    """The dtype of what may be float32 beside narrower activations, weights of a norm or tables: now and then it is.
+
+    Eager code is not asked for that: it has one dtype.
+    """
+    if policy != "fused" or dtype not in ("bfloat16", "float16"):
+        return dtype
+    return draw(st.sampled_from([dtype, dtype, "float32"]))
+
+
 def weights(shape: tuple[int, ...], dtype: str, layout: str = "dense") -> Array:
     """Weights of a norm: near 1, all different, so that one taken for another shows."""
     return Array(shape, dtype, scale=0.3, mean=1.0, layout=layout)

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
-from refllm.strategies.draws import VALUES, Seeds, layouts, row_shape, seeded, values, weights
+from refllm.strategies.draws import VALUES, Seeds, beside, layouts, row_shape, seeded, values, weights
 
 FAMILIES = VALUES
 EPSILONS = (1e-5, 1e-6, 0.01, 0.0)
@@ -22,9 +22,9 @@ def norm(draw: st.DrawFn, operator: str, dtype: str, policy: str, family: str | 
     x = values(draw, family, shape, dtype, lie[0])
     residual = _residual(x, family, shape, dtype, lie[1])
     eps = draw(st.sampled_from(EPSILONS[: 4 if _eps_may_be_0(family, operator, shape) else 3]))
-    seeds = Seeds(draw)
+    wide = beside(draw, dtype, policy)
     x, residual, weight, bias = seeded(
-        seeds, x, residual, weights(shape[-1:], dtype, lie[2]), Array(shape[-1:], dtype, layout=lie[3])
+        Seeds(draw), x, residual, weights(shape[-1:], wide, lie[2]), Array(shape[-1:], wide, layout=lie[3])
     )
     first = [x, residual, weight] if operator.startswith("add") else [x, weight]
     last = [bias if with_bias else None, eps] if "layer" in operator else [eps]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
-from refllm.strategies.draws import VALUES, Seeds, layouts, plant, seeded, spot, values, weights
+from refllm.strategies.draws import VALUES, Seeds, beside, layouts, plant, seeded, spot, values, weights
 
 POSITIONS = (
     "far positions",
@@ -50,13 +50,14 @@ def rope(draw: st.DrawFn, operator: str, dtype: str, policy: str, family: str | 
     if family == "NaN past R" and R < D and 0 not in q_shape:
         place = spot(draw, (B, H, S))
         q = plant(q, ((*place, draw(st.sampled_from([R, D - 1]))), float("nan")))
-    cos, sin = _tables(draw, family, B, S, R, dtype)
+    cos, sin = _tables(draw, family, B, S, R, beside(draw, dtype, policy))
     keywords: dict[str, object] = {"norm": draw(st.sampled_from(["rms", "layer"]))} if operator == "norm_rope" else {}
     keywords["interleaved"] = draw(st.booleans())
     eps = draw(st.sampled_from([1e-5, 1e-6, 0.01]))
+    wide = beside(draw, dtype, policy) if operator == "norm_rope" else dtype
     seeds = Seeds(draw)
     cos, sin = _same_positions(seeds, family, cos, sin)
-    q, k, q_weight, k_weight = seeded(seeds, q, k, weights((H, D), dtype, lie[2]), weights((K, D), dtype, lie[3]))
+    q, k, q_weight, k_weight = seeded(seeds, q, k, weights((H, D), wide, lie[2]), weights((K, D), wide, lie[3]))
     normed = (q_weight, k_weight, cos, sin, eps) if operator == "norm_rope" else (cos, sin)
     return Call(operator, dtype, (q, k, *normed), tuple(keywords.items()), family)
 
@@ -78,12 +79,12 @@ def projected(draw: st.DrawFn, operator: str, dtype: str, policy: str, family: s
     w = Array((rows, E), dtype, scale=float(E) ** -0.5, layout=lie[2])
     if family == "NaN in a weight":
         w = plant(w, (spot(draw, (rows, E)), float("nan")))
-    cos, sin = _tables(draw, family, B, S, R, dtype)
+    cos, sin = _tables(draw, family, B, S, R, beside(draw, dtype, policy))
     interleaved, eps = draw(st.booleans()), draw(st.sampled_from([1e-5, 1e-6, 0.01]))
+    norm_weight = weights((E,), beside(draw, dtype, policy), lie[1])
     seeds = Seeds(draw)
     cos, sin = _same_positions(seeds, family, cos, sin)
-    bias = Array((rows,), dtype, layout=lie[3])
-    x, norm_weight, w, bias = seeded(seeds, x, weights((E,), dtype, lie[1]), w, bias)
+    x, norm_weight, w, bias = seeded(seeds, x, norm_weight, w, Array((rows,), dtype, layout=lie[3]))
     keywords = (("num_heads", H), ("num_kv_heads", K), ("interleaved", interleaved))
     arguments = (x, norm_weight, w, bias if with_bias else None, cos, sin, eps)
     return Call(operator, dtype, arguments, keywords, family)
