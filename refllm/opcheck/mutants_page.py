@@ -1,6 +1,6 @@
 """Writes docs/mutants.md: the catalogue of known bugs, and how many of them a test finds: ours, and typical ones.
 
-    python -m refllm.opcheck.mutants_page docs/mutants.md      # three minutes on one core
+    python -m refllm.opcheck.mutants_page docs/mutants.md      # six minutes on one core
     python -m refllm.opcheck.mutants_page docs/mutants.md --catalogue-only     # keeps what was measured
 
 Exit code 1 if our own check lets a bug pass or rejects what is none.
