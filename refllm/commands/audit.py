@@ -33,7 +33,7 @@ def audit(
         typer.Option(
             "--dtype",
             help="Only bugs that show in this dtype: name the one that your test works in. Default: all of them, and "
-            "check-op looks in the first in which a bug shows.",
+            "check-op has to find a bug in every dtype in which it shows.",
         ),
     ] = None,
     max_examples: Annotated[int, typer.Option("--max-examples", min=0, help="That check-op draws.")] = 100,
