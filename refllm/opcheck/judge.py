@@ -182,13 +182,10 @@ def _one_rounding(y: np.ndarray, error: np.ndarray, expected: Expected, finite: 
     near = np.minimum(1.0, _over(2 * expected.inner, spacing))
     differs = float(np.mean((y != expected.contract)[finite]))
     share = limits.misrounded_limit(int(finite.sum()), float(np.mean(np.minimum(near, 1.0)[finite])))
+    most = float(beyond.max())
+    past = f"an element is past the half ulp of one rounding by {most:.3g} times what float32 inside explains"
     return [
-        _check(
-            "one rounding",
-            float(beyond.max()),
-            limits.ELEMENT_LIMIT,
-            "an element is further off than the rounding of the result alone can be",
-        ),
+        _check("one rounding", most, limits.ELEMENT_LIMIT, past),
         _check("one rounding", differs, share, f"{differs:.2%} of the elements are not rounded once, from the truth"),
     ]
 
