@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from refllm import published
 from refllm.errors import InputError
 
 
@@ -24,7 +25,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Layer:
-    """The sizes of one decoder layer. Sources: the published config.json of each model."""
+    """The sizes of one decoder layer; interleaved: rotary pairs lie side by side."""
 
     name: str
     E: int
@@ -37,13 +38,16 @@ class Layer:
     interleaved: bool
 
 
-LAYERS = (
-    Layer("helium-1-preview-2b", 2560, 7040, 20, 20, 128, 128, 48_000, True),
-    Layer("helium-1-2b", 2048, 8192, 16, 8, 128, 128, 64_000, False),
-    Layer("stablelm-3b-4e1t", 2560, 6912, 32, 32, 80, 20, 50_304, False),
-    Layer("stablelm-2-12b", 5120, 13_824, 32, 8, 160, 40, 100_352, False),
-    Layer("afm-4.5b", 2560, 18_432, 20, 4, 128, 128, 128_005, False),
-)
+def layer_of(name: str) -> Layer:
+    """That of a published model."""
+    cls, sizes = published.MODELS[name]
+    E, F, H, K = (sizes[n] for n in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"))
+    D = sizes.get("head_dim", E // H)
+    R = int(D * sizes.get("partial_rotary_factor", 1))
+    return Layer(name, E, F, H, K, D, R, sizes["vocab_size"], cls.startswith("Helium"))
+
+
+LAYERS = tuple(layer_of(name) for name in published.MODELS)
 REDUCED = (
     Layer("reduced", 96, 160, 4, 2, 32, 32, 300, True),
     Layer("reduced partial", 80, 72, 4, 4, 40, 20, 257, False),

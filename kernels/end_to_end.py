@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import refllm
-from refllm import golden
+from refllm import golden, published
 from refllm.check.api import compare
 from refllm.families import CLASSES
 from refllm.kernels.models.operators import BACKENDS
@@ -20,37 +20,17 @@ from refllm.kernels.models.operators import BACKENDS
 Row = dict[str, Any]
 Step = Callable[[str], None]
 
-# Layers of published checkpoints (their config.json), few of them and with a small vocabulary: what a GPU computes
-# depends on the shapes of a layer, and the reference has to follow in float64.
-REAL_LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "helium-1-preview-2b, 2 layers": (
-        "HeliumForCausalLM",
-        {
-            "vocab_size": 4096,
-            "hidden_size": 2560,
-            "intermediate_size": 7040,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 20,
-            "num_key_value_heads": 20,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-8,
-        },
-    ),
-    "stablelm-2-12b, 1 layer": (
-        "StableLmForCausalLM",
-        {
-            "vocab_size": 4096,
-            "hidden_size": 5120,
-            "intermediate_size": 13_824,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "qk_layernorm": True,
-            "use_parallel_residual": True,
-            "partial_rotary_factor": 0.25,
-            "layer_norm_eps": 1e-5,
-        },
-    ),
+
+def _few(name: str, layers: int) -> tuple[str, dict[str, Any]]:
+    """A published model with few layers and a small vocabulary: what a GPU computes depends on the shapes of a layer,
+    and the reference has to follow in float64."""
+    cls, sizes = published.MODELS[name]
+    return cls, {**sizes, "vocab_size": 4096, "num_hidden_layers": layers}
+
+
+REAL_LAYERS = {
+    "helium-1-preview-2b, 2 layers": _few("helium-1-preview-2b", 2),
+    "stablelm-2-12b, 1 layer": _few("stablelm-2-12b", 1),
 }
 TOKENS = 96
 NEW_TOKENS = 24

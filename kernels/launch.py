@@ -31,6 +31,7 @@ class Launch:
     tensor_cores: whether the gate should find tensor-core instructions (there is a product of narrow numbers).
     async_copies: whether the gate should find asynchronous copies (there is a loop that they can run ahead of).
     wide_loads: whether the gate should find 16-byte loads (its speed is that of the memory).
+    narrow: why it has none, where its speed is that of the memory and no load can be that wide.
     """
 
     kernel: Any
@@ -42,6 +43,7 @@ class Launch:
     tensor_cores: bool = False
     async_copies: bool = False
     wide_loads: bool = False
+    narrow: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:

@@ -18,7 +18,7 @@ from triton.runtime import driver
 from refllm.errors import InputError, MissingExtraError
 from refllm.kernels.aot import DoesNotCompile, Report, batch, compile_code, compile_launch, disassemble, gates, layers
 from refllm.kernels.aot.batch import Checked, check, collect
-from refllm.kernels.aot.gates import Finding
+from refllm.kernels.aot.gates import WIDE_SHARE, Finding
 from refllm.kernels.aot.machine_code import Resources, read_dots, read_ptxas_log, read_sass
 from refllm.kernels.aot.occupancy import occupancy
 from refllm.kernels.aot.sources import FileSource, our_sources
@@ -90,15 +90,34 @@ def test_the_kept_figures_of_real_layers_are_what_the_compiler_says_today() -> N
         ]
 
 
-def test_the_kept_figures_have_every_layer_and_target_and_their_page_is_rendered_from_them() -> None:
+def test_the_kept_figures_have_every_layer_size_and_target_and_their_page_is_rendered_from_them() -> None:
     """One finding is known: of StableLM-2-12B's 40 rotated dims per head an MI300 loads the pairs in narrow pieces."""
     kept = layers.read(KEPT)
-    assert {row["layer"] for row in kept["rows"]} == {layer.name for layer in LAYERS}
-    assert {row["phase"] for row in kept["rows"]} == {"decode", "prefill"}
-    assert {row["target"] for row in kept["rows"]} == set(TARGETS)
+    assert {call["layer"] for call in kept["calls"]} == {layer.name for layer in LAYERS}
+    assert {call["size"] for call in kept["calls"]} == {
+        "1 x 1 tokens", "64 x 1 tokens", "1 x 2048 tokens", "1 x 32768 tokens",
+    }  # fmt: skip
+    calls = {(target, call["layer"], call["operator"], call["size"]) for target in TARGETS for call in kept["calls"]}
+    rows = {(row["target"], row["layer"], row["operator"], size) for row in kept["rows"] for size in row["programs"]}
+    assert calls == rows
     found = {(row["target"], row["layer"], row["operator"]) for row in kept["rows"] if row["findings"]}
     assert found == {("gfx942", "stablelm-2-12b", "norm_rope")}
     assert KEPT.with_suffix(".md").read_text() == layers.page(kept)
+
+
+def test_what_a_call_cannot_do_without_is_what_it_says_today() -> None:
+    """Bytes and flops of every layer, operator and size: arithmetic on shapes."""
+    assert layers.read(KEPT)["calls"] == layers.calls()
+
+
+def test_a_kernel_of_the_memory_loads_16_bytes_at_a_time_or_says_why_not() -> None:
+    """Where neither the size of a head nor the vocabulary forbids it."""
+    kept, products = layers.read(KEPT), {"attention", "decode_attention", "rms_norm_qkv_rope", "linear_cross_entropy"}
+    of_memory = [row for row in kept["rows"] if row["operator"] not in products]
+    for row in of_memory:
+        assert row["wide_share"] >= WIDE_SHARE or row["narrow"] or row["findings"], row
+    narrow = {(row["layer"], row["operator"]) for row in of_memory if row["narrow"]}
+    assert narrow == {("stablelm-3b-4e1t", "rope"), ("afm-4.5b", "cross_entropy")}
 
 
 def test_figures_of_another_kind_or_layer_are_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_configs import FILE_BYTES, PUBLISHED_CONFIGS
 
-from refllm import ops
+from refllm import ops, published
 from refllm.config import (
     ACTIVATIONS,
     CONFIG_CLASSES,
@@ -101,6 +101,15 @@ def test_name_lists_are_those_of_transformers() -> None:
     assert set(ACTIVATIONS) == set(ACT2FN) - {"prelu", "xielu"} == set(ops.ACTIVATIONS)
     assert set(ROPE_TYPES) == {"default", *ROPE_INIT_FUNCTIONS}
     assert set(GENERATION_KEYS) == set(generation) - {"use_cache"}
+
+
+@pytest.mark.parametrize("name", published.MODELS)
+def test_the_sizes_that_benchmarks_use_are_those_of_the_published_files(name: str) -> None:
+    cls, sizes = published.MODELS[name]
+    owners = {repository.rpartition("/")[2]: config for repository, config in PUBLISHED_CONFIGS.items()}
+    file = owners["Austral-AFM-SFT" if name == "afm-4.5b" else name]
+    assert file["architectures"] == [cls]
+    assert {key: file[key] for key in sizes} == sizes
 
 
 @pytest.mark.parametrize("repository", PUBLISHED_CONFIGS)

@@ -84,7 +84,7 @@ def layers_line(kept: dict[str, Any]) -> str:
     """How many rows there are and how many have findings."""
     bad = sum(bool(row["findings"]) for row in kept["rows"])
     verdict = f"{bad} with findings" if bad else "all within the gates"
-    return f"{len(kept['rows'])} kernels of {len(kept['settings']['sizes'])} phases, {kept['seconds']:.0f} s: {verdict}"
+    return f"{len(kept['rows'])} kernels of {len(kept['calls'])} calls, {kept['seconds']:.0f} s: {verdict}"
 
 
 def read_targets(names: str) -> list[Target]:

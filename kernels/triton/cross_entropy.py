@@ -7,31 +7,49 @@ The label's own logit stays out of the sum. With it the sum of a confident row w
 tiny number beside 1 nothing below 6e-8; without it a loss of 1e-9 has seven correct digits. For d < 0 the same thing
 is written as -d + log(s + e^d), so that nothing overflows; both terms are positive, so nothing cancels either.
 
-Tiles: a program takes one row, `LANES` x `PER_LANE` logits at a time. A lane is the 16 bytes that a thread loads at
-once; it has a maximum and a sum of its own, so the loop needs no exchange between threads and 1 + 1 / PER_LANE
-exponentials per logit. Lanes are merged once, at the end.
+Tiles: a program takes one row, `LANES` x `PER_LANE` logits at a time. A lane has a maximum and a sum of its own, so the
+loop needs no exchange between threads and 1 + 1 / PER_LANE exponentials per logit. Lanes are merged once, at the end.
+A lane is the 16 bytes that a thread loads at once. Where rows do not start at multiples of 16 bytes, as those of AFM's
+128,005 words, no such load exists; a lane then is every LANES-th logit, so that threads side by side load logits side
+by side.
 Traffic: every logit of a counted row is read once, of an ignored row none; 4 bytes are written per row. About 8 flops
 per logit: the loads decide the speed.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import CHUNK, chunk_length
 from refllm.kernels.targets import DEFAULT, Target, target_of
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2(x log2 e) = exp(x); exp2 is one instruction on a GPU
 
-TILE = 8192
-"""Logits per step of a long row: at 8 warps four loads of 16 bytes (8 narrow numbers) per thread are under way."""
-
 SUM_TILE = 4096
 """Losses per step of the one program that adds them up."""
+
+
+class Tile(NamedTuple):
+    """Logits per step of a long row; warps per program, of a short row fewer."""
+
+    logits: int
+    warps: int
+
+
+def shape_class(V: int, dtype: torch.dtype) -> str:
+    """Which line of the table of tiles serves: whether V numbers are a multiple of 16 bytes. The stride has no say,
+    because that of a lone row is arbitrary and its bits must not depend on it."""
+    return "rows of 16 bytes" if V % (16 // dtype.itemsize) == 0 else "odd V"
+
+
+def choose_tile(V: int, dtype: torch.dtype, target: Target) -> Tile:
+    """Of tuning/tiles.json."""
+    return Tile(**tuning.tile("cross_entropy", shape_class(V, dtype), target))
 
 
 @triton.jit
@@ -80,9 +98,9 @@ def merge(m, s):
 @triton.jit(do_not_specialize=["logits_stride", "column_stride", "label_stride"])
 def cross_entropy_kernel(
     logits_ptr, labels_ptr, loss_ptr, logits_stride, column_stride, label_stride, ignore_index, V,
-    DENSE: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr,
+    DENSE: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """A program: the loss of one row; an ignored row reads no logits."""
+    """A program: the loss of one row; an ignored row reads no logits. AXIS: that of the logits of a lane."""
     row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2^31 in large tensors
     label = tl.load(labels_ptr + row * label_stride).to(tl.int64)
     if label == ignore_index:
@@ -91,17 +109,21 @@ def cross_entropy_kernel(
         logits_ptr += tl.multiple_of(row * logits_stride, CHUNK)
         exists = (label >= 0) & (label < V)
         own = tl.load(logits_ptr + label * column_stride, mask=exists, other=float("nan")).to(tl.float32)
-        columns = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
+        own_column = tl.where(exists, label, -1).to(tl.int32)  # int64 would take twice the instructions per column
+        if AXIS == 1:
+            columns = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
+        else:
+            columns = tl.arange(0, PER_LANE)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         m = tl.full([LANES], -float("inf"), tl.float32)
         s = tl.zeros([LANES], tl.float32)
         for start in range(0, V, LANES * PER_LANE):
             j = start + columns
             places = j if DENSE else j.to(tl.int64) * column_stride
             x = tl.load(logits_ptr + places, mask=j < V, other=-float("inf")).to(tl.float32)
-            x = tl.where(j == label, -float("inf"), x)
-            m_new = tl.maximum(m, tl.max(x, 1))
+            x = tl.where(j == own_column, -float("inf"), x)
+            m_new = tl.maximum(m, tl.max(x, AXIS))
             shift = finite_shift(m_new)
-            s = s * tl.exp2((m - shift) * LOG2E) + tl.sum(tl.exp2((x - shift[:, None]) * LOG2E), 1)
+            s = s * tl.exp2((m - shift) * LOG2E) + tl.sum(tl.exp2((x - tl.expand_dims(shift, AXIS)) * LOG2E), AXIS)
             m = m_new
         m_all, s_all = merge(m, s)
         tl.store(loss_ptr + row, row_loss(own, m_all, s_all))
@@ -126,22 +148,27 @@ def reduce_kernel(
 
 
 def plan(
-    logits_NV: torch.Tensor, labels_N: torch.Tensor, ignore_index: int, reduction: str, target: Target = DEFAULT
-) -> tuple[list[Launch], torch.Tensor]:
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, ignore_index: int, reduction: str, target: Target = DEFAULT,
+    tile: Tile | None = None,
+) -> tuple[list[Launch], torch.Tensor]:  # fmt: skip
     """The launches in their order, and the loss: [N] for "none", else []; float32."""
     N, V = logits_NV.shape
     loss_N = logits_NV.new_empty(N, dtype=torch.float32)
     per_lane = 16 // logits_NV.element_size()
-    lanes = min(TILE // per_lane, max(target.warp_size, triton.next_power_of_2(triton.cdiv(V, per_lane))))
+    tile = tile or choose_tile(V, logits_NV.dtype, target)
+    lanes = min(tile.logits // per_lane, max(target.warp_size, triton.next_power_of_2(triton.cdiv(V, per_lane))))
     given = {
         "logits_ptr": logits_NV, "labels_ptr": labels_N, "loss_ptr": loss_N, "logits_stride": logits_NV.stride(0),
         "column_stride": logits_NV.stride(1), "label_stride": labels_N.stride(0), "ignore_index": ignore_index, "V": V,
     }  # fmt: skip
     dense = logits_NV.stride(1) == 1
     chunk = chunk_length(V, logits_NV) if dense else 1
-    constants = {"DENSE": dense, "CHUNK": chunk, "LANES": lanes, "PER_LANE": per_lane}
-    warps = min(8, max(1, lanes // target.warp_size))
-    first = Launch(cross_entropy_kernel, (N,), given, constants, num_warps=warps, wide_loads=chunk == CHUNK)
+    axis = int(V % per_lane == 0)  # as `shape_class`
+    constants = {"DENSE": dense, "CHUNK": chunk, "LANES": lanes, "PER_LANE": per_lane, "AXIS": axis}
+    warps = min(tile.warps, max(1, lanes // target.warp_size))
+    wide = chunk == CHUNK
+    narrow = "" if wide else f"{CHUNK} does not divide the {V:,} words of a row, so that rows start anywhere"
+    first = Launch(cross_entropy_kernel, (N,), given, constants, num_warps=warps, wide_loads=wide, narrow=narrow)
     last, loss = plan_reduction(loss_N, labels_N, ignore_index, reduction)
     return [first, *last], loss
 

@@ -19,11 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import CHUNK, chunk_length, rows
 from refllm.kernels.targets import DEFAULT, Target, target_of
-from refllm.kernels.triton.rms_norm import inverse_root, load_sum, row_tile
+from refllm.kernels.triton.rms_norm import Tile, inverse_root, load_sum, row_tile, shape_class
 
 
 @triton.jit
@@ -88,13 +88,15 @@ def plan(
     bias: torch.Tensor | None,
     eps: float,
     target: Target = DEFAULT,
+    tile: Tile | None = None,
 ) -> tuple[Launch, torch.Tensor, torch.Tensor | None]:
     """The launch, y, and residual + x (None without a residual). Both results are contiguous, shaped as x."""
     y, total = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
     x, E = rows(x), x.shape[-1]
     if residual is not None:
         total, residual = torch.empty_like(y), rows(residual)
-    block, warps = row_tile(E, target)
+    tile = tile or Tile(**tuning.tile("layer_norm", shape_class(E), target))
+    block, warps = row_tile(E, tile, target)
     chunk = CHUNK if chunk_length(E, x, residual) == CHUNK else 1  # of an E in run time Triton sees no other divisor
     given = {
         "x_ptr": x, "residual_ptr": residual, "weight_ptr": weight.contiguous(),

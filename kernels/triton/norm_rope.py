@@ -33,10 +33,10 @@ from refllm.kernels.triton.rope import (
     load_angles,
     load_pairs,
     load_rest,
-    reads_16_bytes,
     sizes_and_tiles,
     store_pairs,
     store_rest,
+    why_narrow,
 )
 
 
@@ -130,9 +130,10 @@ def plan(
         "q_ptr": q, "k_ptr": k, "q_weight_ptr": q_weight.contiguous(), "k_weight_ptr": k_weight.contiguous(),
         "cos_ptr": cos, "sin_ptr": sin, "q_out_ptr": outputs[0], "k_out_ptr": outputs[1], "eps": eps,
     } | sizes  # fmt: skip
-    wide = reads_16_bytes(tiles["D"], tiles["HALF"], tiles["CHUNK"], interleaved)
+    narrow = why_narrow(tiles, interleaved)
     constants = tiles | {"INTERLEAVED": interleaved, "LAYER": norm == "layer"}
-    return Launch(norm_rope_kernel, (grid,), given, constants, num_warps=warps, wide_loads=wide), *outputs
+    launch = Launch(norm_rope_kernel, (grid,), given, constants, num_warps=warps, wide_loads=not narrow, narrow=narrow)
+    return launch, *outputs
 
 
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:

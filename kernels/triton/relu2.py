@@ -12,14 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device
 from refllm.kernels.layout import CHUNK, chunk_length, flat_rows
 from refllm.kernels.targets import DEFAULT, Target, target_of
-
-THREAD_BYTES = 64
-"""What a thread reads: four loads of 16 bytes, so that several are under way at once."""
-WARPS = 4
+from refllm.kernels.triton.swiglu import Tile, piece
 
 
 @triton.jit
@@ -33,17 +30,17 @@ def relu2_kernel(x_ptr, y_ptr, x_stride, F, BLOCK_F: tl.constexpr):
     tl.store(y_ptr + row * F + columns, (x * x).to(y_ptr.dtype.element_ty), mask=columns < F)
 
 
-def plan(x: torch.Tensor, target: Target = DEFAULT) -> tuple[Launch, torch.Tensor]:
+def plan(x: torch.Tensor, target: Target = DEFAULT, tile: Tile | None = None) -> tuple[Launch, torch.Tensor]:
     """The launch and y, contiguous and shaped as x."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (x,) = flat_rows(x)
     N, F = x.shape
-    longest = WARPS * target.warp_size * THREAD_BYTES // x.element_size()
-    block = min(longest, max(16, triton.next_power_of_2(F)))
+    tile = tile or Tile(**tuning.tile("relu2", tuning.ANY, target))
+    block, full = piece(F, x.element_size(), tile, target)
     given = {"x_ptr": x, "y_ptr": y, "x_stride": x.stride(0), "F": F}
-    wide = block == longest and chunk_length(F, x) == CHUNK
+    wide = full and chunk_length(F, x) == CHUNK
     grid = (N * triton.cdiv(F, block),)
-    return Launch(relu2_kernel, grid, given, {"BLOCK_F": block}, num_warps=WARPS, wide_loads=wide), y
+    return Launch(relu2_kernel, grid, given, {"BLOCK_F": block}, num_warps=tile.warps, wide_loads=wide), y
 
 
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:

@@ -9,18 +9,30 @@ Traffic: reads and writes E numbers each per row (twice that with the residual; 
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import CHUNK, chunk_length, rows
 from refllm.kernels.targets import DEFAULT, Target, target_of
 
 ROW = 16_384
 """Columns up to which a row is one tile: at 16 warps 32 numbers per thread. Longer rows take tiles of a quarter."""
+
+
+class Tile(NamedTuple):
+    """Numbers of the tile per thread, as long as that makes no more than 16 warps: the tile itself is the row."""
+
+    per_thread: int
+
+
+def shape_class(E: int) -> str:
+    """Which line of the table of tiles serves rows of E numbers; layer_norm.py has the same classes."""
+    return "E <= 4096" if E <= ROW // 4 else "E <= 16384" if E <= ROW else "longer"
 
 
 @triton.jit
@@ -87,21 +99,23 @@ def rms_norm_kernel(
             _store_normed(y_ptr, weight_ptr, r, scale, start + columns, E)
 
 
-def row_tile(E: int, target: Target) -> tuple[int, int]:
-    """Columns per tile and warps per program: 16 numbers per thread, so that a thread loads 16 bytes at a time."""
+def row_tile(E: int, tile: Tile, target: Target) -> tuple[int, int]:
+    """Columns per tile and warps per program. A thread has 8 columns at least: 16 bytes of narrow numbers."""
     block = max(8 * target.warp_size, triton.next_power_of_2(E)) if E <= ROW else ROW // 4
-    return block, min(16, max(1, block // (16 * target.warp_size)))
+    return block, min(16, max(1, block // (tile.per_thread * target.warp_size)))
 
 
 def plan(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, target: Target = DEFAULT
-) -> tuple[Launch, torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, target: Target = DEFAULT,
+    tile: Tile | None = None,
+) -> tuple[Launch, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """The launch, y, and residual + x (None without a residual). Both results are contiguous, shaped as x."""
     y, total = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
     x, E = rows(x), x.shape[-1]
     if residual is not None:
         total, residual = torch.empty_like(y), rows(residual)
-    block, warps = row_tile(E, target)
+    tile = tile or Tile(**tuning.tile("rms_norm", shape_class(E), target))
+    block, warps = row_tile(E, tile, target)
     chunk = CHUNK if chunk_length(E, x, residual) == CHUNK else 1  # of an E in run time Triton sees no other divisor
     given = {
         "x_ptr": x, "residual_ptr": residual, "weight_ptr": weight.contiguous(), "y_ptr": y, "sum_ptr": total,

@@ -4,7 +4,7 @@
 
 The pair (a, b) is dims (2i, 2i + 1) if interleaved, else dims (i, i + R/2). Dims R..D-1 are copied, bit for bit.
 
-Tiles: a program takes one token and up to 4096 numbers (`Tile`) of its heads, of q and of k, and reads the cos and sin
+Tiles: a program takes one token and some numbers (`Tile`) of its heads, of q and of k, and reads the cos and sin
 of that token once for all of them. Interleaved pairs are loaded side by side and split in registers: a load of every
 second number would move twice the bytes in pieces of two.
 Traffic: reads and writes D numbers per head, reads R per token. 3 R flops per head: the loads decide the speed.
@@ -27,6 +27,11 @@ class Tile(NamedTuple):
     """Numbers of q (and at most as many of k) per program; a thread holds 32 of them, up to 4 warps."""
 
     numbers: int
+
+
+def shape_class(D: int, R: int) -> str:
+    """Which line of the table of tiles serves: heads that are rotated as a whole, or in part."""
+    return "R = D" if R == D else "R < D"
 
 
 @triton.jit
@@ -171,10 +176,14 @@ def sizes_and_tiles(
     return B * S * shares, sizes, tiles, warps
 
 
-def reads_16_bytes(D: int, half: int, chunk: int, interleaved: bool) -> bool:
-    """Whether some part of a head can be read 16 bytes at a time: what of it starts at a multiple of 8 elements."""
-    starts_well = half > 0 and (interleaved or half % 8 == 0)
-    return chunk == CHUNK and (starts_well or (2 * half < D and half % 4 == 0))
+def why_narrow(tiles: dict[str, int], interleaved: bool) -> str:
+    """Why no part of a head can be read 16 bytes at a time; "" if some part can: it starts at a multiple of 8 dims."""
+    D, half = tiles["D"], tiles["HALF"]
+    if tiles["CHUNK"] != CHUNK:
+        return f"{CHUNK} does not divide the strides of q and k"
+    if (half > 0 and (interleaved or half % 8 == 0)) or (2 * half < D and half % 4 == 0):
+        return ""
+    return f"a head is read in parts that meet at dims {half} and {2 * half}: in loads of 8 bytes at most"
 
 
 def plan(
@@ -184,14 +193,14 @@ def plan(
     """The launch and the rotated q and k, which are contiguous, whatever the strides of q and k are."""
     outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     q, k, cos, sin = dense(q), dense(k), dense(cos), dense(sin)
-    tile = tile or Tile(**tuning.tile("rope", tuning.ANY, target))
+    tile = tile or Tile(**tuning.tile("rope", shape_class(q.shape[-1], 2 * cos.shape[-1]), target))
     grid, sizes, tiles, warps = sizes_and_tiles(q, k, cos, sin, tile, target)
     given = {
         "q_ptr": q, "k_ptr": k, "cos_ptr": cos, "sin_ptr": sin, "q_out_ptr": outputs[0], "k_out_ptr": outputs[1],
     } | sizes  # fmt: skip
-    wide = reads_16_bytes(tiles["D"], tiles["HALF"], tiles["CHUNK"], interleaved)
-    constants = tiles | {"INTERLEAVED": interleaved}
-    return Launch(rope_kernel, (grid,), given, constants, num_warps=warps, wide_loads=wide), *outputs
+    narrow, constants = why_narrow(tiles, interleaved), tiles | {"INTERLEAVED": interleaved}
+    launch = Launch(rope_kernel, (grid,), given, constants, num_warps=warps, wide_loads=not narrow, narrow=narrow)
+    return launch, *outputs
 
 
 HEADS = (

@@ -11,19 +11,30 @@ Rounding: on a GPU tl.exp(x) is exp2(x log2(e)) with that product rounded, off b
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device
 from refllm.kernels.layout import CHUNK, chunk_length, flat_rows
 from refllm.kernels.targets import DEFAULT, Target, target_of
 
-THREAD_BYTES = 32
-"""What a thread reads of each input: two loads of 16 bytes, so that several are under way at once."""
-WARPS = 4
+
+class Tile(NamedTuple):
+    """Bytes of each input that a thread reads, in loads of 16; warps per program. Also that of relu2.py."""
+
+    bytes: int
+    warps: int
+
+
+def piece(F: int, element_size: int, tile: Tile, target: Target) -> tuple[int, bool]:
+    """Numbers of a row of F per program, and whether every thread has its bytes: a shorter row gives it fewer."""
+    longest = tile.warps * target.warp_size * tile.bytes // element_size
+    block = min(longest, max(16, triton.next_power_of_2(F)))
+    return block, block == longest
 
 
 @triton.jit
@@ -55,19 +66,21 @@ def swiglu_kernel(
     tl.store(y_ptr + row * F + columns, (silu * up).to(y_ptr.dtype.element_ty), mask=columns < F)
 
 
-def plan(gate: torch.Tensor, up: torch.Tensor, target: Target = DEFAULT) -> tuple[Launch, torch.Tensor]:
+def plan(
+    gate: torch.Tensor, up: torch.Tensor, target: Target = DEFAULT, tile: Tile | None = None
+) -> tuple[Launch, torch.Tensor]:
     """The launch and y, contiguous and shaped as gate."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = flat_rows(gate, up)
     N, F = gate.shape
-    longest = WARPS * target.warp_size * THREAD_BYTES // gate.element_size()
-    block = min(longest, max(16, triton.next_power_of_2(F)))
+    tile = tile or Tile(**tuning.tile("swiglu", tuning.ANY, target))
+    block, full = piece(F, gate.element_size(), tile, target)
     given = {
         "gate_ptr": gate, "up_ptr": up, "y_ptr": y, "gate_stride": gate.stride(0), "up_stride": up.stride(0), "F": F,
     }  # fmt: skip
     constants = {"PRECISE": gate.dtype == torch.float32, "BLOCK_F": block}
-    wide = block == longest and chunk_length(F, gate, up) == CHUNK
-    return Launch(swiglu_kernel, (N * triton.cdiv(F, block),), given, constants, num_warps=WARPS, wide_loads=wide), y
+    wide, grid = full and chunk_length(F, gate, up) == CHUNK, (N * triton.cdiv(F, block),)
+    return Launch(swiglu_kernel, grid, given, constants, num_warps=tile.warps, wide_loads=wide), y
 
 
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:

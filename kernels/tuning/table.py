@@ -1,8 +1,9 @@
 """Reads and writes tiles.json. Light: kernels import it."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,20 @@ from refllm.kernels.targets import Target
 FILE = Path(__file__).with_name("tiles.json")
 
 ANY = "any"
-"""The shape class, and the target, of the line that serves where no other does."""
+"""The only class of a kernel whose tile serves all shapes."""
 
-AHEAD_OF_TIME, MEASURED = "ahead of time", "measured"
+AHEAD_OF_TIME, MEASURED, BY_HAND = "ahead of time", "measured", "by hand"
 
 
 @dataclass(frozen=True)
 class Entry:
     """One line of the table.
 
-    kernel: its file. shape: the class, as the `shape_class` of that file names it. target: a name, or ANY.
-    tile: the fields of the kernel's `Tile`. chosen: AHEAD_OF_TIME or MEASURED.
-    by: the machine if it was measured, the date and the command; or the reason for a choice by hand.
+    kernel: its file. shape: the class, as the `shape_class` of that file names it. target: a name.
+    tile: the fields of the kernel's `Tile`. chosen: AHEAD_OF_TIME, MEASURED or BY_HAND.
+    by: the date and the command that wrote the line, before them the GPU if it was measured; by hand: why the tile is
+        not the one that the command would take, with the figure that shows it.
+    triton: the version that compiled it. figures: what this tile was chosen by. Both empty by hand.
     """
 
     kernel: str
@@ -33,6 +36,8 @@ class Entry:
     tile: dict[str, int]
     chosen: str
     by: str
+    triton: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -48,13 +53,12 @@ def read(file: Path = FILE) -> list[Entry]:
         raise InputError(f"{file} is no table of tiles: {error}") from None
     for entry in found:
         sizes = entry.tile.values() if isinstance(entry.tile, dict) else [0]
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or entry.chosen not in (
-            AHEAD_OF_TIME,
-            MEASURED,
-        ):
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise InputError(f"{file}: the line of {' / '.join(entry.key)} needs a tile of whole numbers above 0")
+        if entry.chosen not in (AHEAD_OF_TIME, MEASURED, BY_HAND) or not entry.by:
             raise InputError(
-                f"{file}: the line of {' / '.join(entry.key)} needs a tile of whole numbers above 0, and chosen "
-                f"{AHEAD_OF_TIME!r} or {MEASURED!r}"
+                f"{file}: the line of {' / '.join(entry.key)} must say how it was chosen ({AHEAD_OF_TIME!r}, "
+                f"{MEASURED!r} or {BY_HAND!r}) and by what"
             )
     if len({entry.key for entry in found}) != len(found):
         raise InputError(f"{file} has two lines for the same kernel, shape and target; each may have one")
@@ -62,19 +66,25 @@ def read(file: Path = FILE) -> list[Entry]:
 
 
 def write(changed: Iterable[Entry], file: Path = FILE) -> None:
-    """Replaces the lines with the keys of `changed`, in their places; new ones go to the end. Others keep their text.
+    """Replaces the lines with the keys of `changed`, adds new ones, and keeps all in the order of their keys.
 
     Raises InputError as `read`, and if the file cannot be written.
     """
-    new = {entry.key: entry for entry in changed}
-    lines = [new.pop(entry.key, entry) for entry in read(file)]
-    text = ",\n  ".join(json.dumps(asdict(entry)) for entry in (*lines, *new.values()))
+    lines = {entry.key: entry for entry in (*read(file), *changed)}
+    text = ",\n  ".join(json.dumps(_shown(lines[key])) for key in sorted(lines))
     try:
-        file.write_text(f'{{"tiles": [\n  {text}\n]}}\n', encoding="utf-8")
+        new = file.with_suffix(".new")
+        new.write_text(f'{{"tiles": [\n  {text}\n]}}\n', encoding="utf-8")
+        new.replace(file)  # in one piece: who reads meanwhile sees a whole table
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror or error}") from None
     entries.cache_clear()
     tile.cache_clear()
+
+
+def _shown(entry: Entry) -> dict[str, Any]:
+    """The fields of a line; empty ones are left out."""
+    return {name: value for name, value in asdict(entry).items() if value}
 
 
 @cache
@@ -85,14 +95,27 @@ def entries() -> dict[tuple[str, str, str], Entry]:
 
 @cache
 def tile(kernel: str, shape: str, target: Target) -> dict[str, int]:
-    """The tile of a kernel for a class of shapes on a target.
+    """The tile of a kernel for a class of shapes on a target. Raises InputError if the table has no line for them."""
+    entry = entries().get((kernel, shape, target.name))
+    if entry is None:
+        raise InputError(
+            f"the table has no tile of {kernel} for {shape} on {target.name}; "
+            f"refllm bench tune --kernel {kernel} --target {target.name} --write makes one"
+        )
+    return entry.tile
 
-    Without a line for that target the line of the class for ANY target serves, without that the one for ANY shape.
-    Raises InputError for a kernel of which the table knows nothing.
-    """
+
+@contextmanager
+def instead(kernel: str, target: Target, tiles: Mapping[str, dict[str, int]]) -> Iterator[None]:
+    """Within it, kernels are planned with these tiles for these classes. Nothing is written."""
     table = entries()
-    for key in ((kernel, shape, target.name), (kernel, shape, ANY), (kernel, ANY, target.name), (kernel, ANY, ANY)):
-        if key in table:
-            return table[key].tile
-    known = sorted({entry.kernel for entry in table.values()})
-    raise InputError(f"there is no tile for {kernel}; the table knows {', '.join(known)}")
+    before = dict(table)
+    for shape, fields in tiles.items():
+        table[kernel, shape, target.name] = Entry(kernel, shape, target.name, fields, BY_HAND, "to be judged")
+    tile.cache_clear()
+    try:
+        yield
+    finally:
+        table.clear()
+        table.update(before)
+        tile.cache_clear()

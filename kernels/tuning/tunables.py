@@ -5,9 +5,10 @@ A call is made of the sizes of a published layer. On the meta device it is compi
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from math import prod
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ import torch
 from refllm.errors import InputError
 from refllm.kernels.launch import Launch
 from refllm.kernels.targets import TARGETS, Target
-from refllm.kernels.tuning.table import ANY, Entry, entries, tile
+from refllm.kernels.tuning.table import ANY, entries
 
 Arrays = Callable[..., torch.Tensor]
 
 SMALL = {"S": 144, "N": 304, "V": 992, "E": 992}
 """Sizes of a small call: over one tile by a few. A remainder by 16 is added to them, so that the class stays."""
+
+
+HELD = 160
+"""Sums per thread: with more of them the addresses and operands do not fit into its 255 registers beside them."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +49,23 @@ class Tunable:
 
     shapes: classes, as its `shape_class` names them, with the sizes of the call that stands for each.
     call: makes it from those sizes, a dtype and a function that makes arrays.
-    fields: of its tile, with the values worth trying. outer: those that say how often an operand is read again.
-    streamed: fields and constants whose product is what one step reads of the large operand (weights, keys).
+    fields: of its tile, with the values worth trying; a field that is not among them is that size of the call.
+    only: of some classes fewer: in float32 products become single multiplications, and large tiles endless code.
+    outer, inner: fields that say how often an operand of a product is read again, from memory and from shared memory.
+    sums: sizes and fields of the accumulators of its products.
+    streamed: fields and constants whose product is what one step reads of the large operand (weights, keys, logits);
+        none if a program reads all that it needs at once.
     """
 
     kernel: str
     shapes: dict[str, dict[str, int]]
     call: Callable[[dict[str, int], torch.dtype, Arrays], Call]
     fields: dict[str, tuple[int, ...]]
+    only: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     outer: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
     streamed: tuple[str, ...] = ()
+    sums: tuple[tuple[str, str], ...] = ()
 
     @property
     def module(self) -> Any:
@@ -82,21 +94,29 @@ class Tunable:
         return (first if isinstance(first, Launch) else first[0]), planned
 
     def candidates(self, shape: str, target: Target) -> list[Any]:
-        """The tile of the table first, then its neighbours: those that differ from it in one or two fields."""
-        kind, now = self.module.Tile, tile(self.kernel, shape, target)
-        tiles = [kind(*values) for values in itertools.product(*self.fields.values())]
-        near = [each for each in tiles if 1 <= sum(each._asdict()[f] != now[f] for f in now) <= 2]
-        return [kind(**now), *near]
+        """Every tile worth trying for a class: on AMD in 2 stages, since copies there pass through registers."""
+        sizes, kind = self.shapes[shape], self.module.Tile
+        fields = {**self.fields, **self.only.get(shape, {}), **({"stages": (2,)} if target.is_amd else {})}
+        values = (fields.get(name) or (sizes[name],) for name in kind._fields)
+        tiles = [kind(*each) for each in itertools.product(*values)]
+        return [tile for tile in tiles if self._sums_per_thread(shape, tile, target) <= HELD]
 
-    def classes(self, target: Target) -> list[str]:
-        """Those that the table has lines for, on this target."""
-        return [shape for shape in self.shapes if line(self.kernel, shape, target)]
+    def _sums_per_thread(self, shape: str, tile: Any, target: Target) -> float:
+        """Those that live as long as the loop over the products does; 0 without products."""
+        sizes = {"warps": 1, **self.shapes[shape], **tile._asdict()}
+        sums = sum(prod(sizes[name] for name in names) for names in self.sums)
+        return sums / (sizes["warps"] * target.warp_size)
 
-
-def line(kernel: str, shape: str, target: Target) -> Entry | None:
-    """The line of the table that serves a class on a target; None if only the one for any shape would."""
-    table = entries()
-    return table.get((kernel, shape, target.name)) or table.get((kernel, shape, ANY))
+    def near(self, shape: str, target: Target) -> list[Any]:
+        """The tile of the table first, then the candidates that differ from it in one or two fields; all without it."""
+        entry = entries().get((self.kernel, shape, target.name))
+        if entry is None:
+            return self.candidates(shape, target)
+        now = self.module.Tile(**entry.tile)
+        differ = [
+            (sum(a != b for a, b in zip(each, now, strict=True)), each) for each in self.candidates(shape, target)
+        ]
+        return [now, *(each for count, each in differ if 1 <= count <= 2)]
 
 
 def _attention(n: dict[str, int], dtype: torch.dtype, array: Arrays) -> Call:
@@ -131,23 +151,53 @@ def _linear_cross_entropy(n: dict[str, int], dtype: torch.dtype, array: Arrays) 
     )
 
 
+def _cross_entropy(n: dict[str, int], dtype: torch.dtype, array: Arrays) -> Call:
+    logits = array(n["N"], n["V"], dtype=dtype)
+    given = (logits, torch.zeros(n["N"], dtype=torch.int64, device=logits.device))
+    return Call("cross_entropy", (*given, -100, "none"), given, {"reduction": "none"}, 0)
+
+
 def _rotated(n: dict[str, int], dtype: torch.dtype, array: Arrays, norm: str | None = None) -> Call:
-    H, K, D, R, S = (n[name] for name in "HKDRS")
+    H, K, D, R, S, interleaved = (n[name] for name in ("H", "K", "D", "R", "S", "interleaved"))
     q, k = (array(1, S, heads, D, dtype=dtype).transpose(1, 2) for heads in (H, K))
     cos, sin = (array(S, R // 2, dtype=dtype) for _ in range(2))
+    order = {"interleaved": bool(interleaved)}
     if norm is None:
-        return Call("rope", (q, k, cos, sin, False), (q, k, cos, sin), {"interleaved": False}, 0)
+        return Call("rope", (q, k, cos, sin, *order.values()), (q, k, cos, sin), order, 0)
     weights = array(H, D, dtype=dtype), array(K, D, dtype=dtype)
     given = (q, k, *weights, cos, sin, 1e-5)
-    return Call("norm_rope", (*given, norm, False), given, {"norm": norm, "interleaved": False}, 0)
+    return Call("norm_rope", (*given, norm, *order.values()), given, {"norm": norm, **order}, 0)
 
 
 def _norm_rope(n: dict[str, int], dtype: torch.dtype, array: Arrays) -> Call:
     return _rotated(n, dtype, array, "layer")
 
 
+def _rms_norm(n: dict[str, int], dtype: torch.dtype, array: Arrays) -> Call:
+    x, residual = (array(n["N"], n["row"], dtype=dtype) for _ in range(2))
+    given = (x, residual, array(n["row"], dtype=dtype), 1e-5)
+    return Call("add_rms_norm", given, given, {}, 0)
+
+
+def _layer_norm(n: dict[str, int], dtype: torch.dtype, array: Arrays) -> Call:
+    x, residual = (array(n["N"], n["row"], dtype=dtype) for _ in range(2))
+    given = (x, residual, array(n["row"], dtype=dtype), array(n["row"], dtype=dtype), 1e-5)
+    return Call("add_layer_norm", given, given, {}, 0)
+
+
+def _swiglu(n: dict[str, int], dtype: torch.dtype, array: Arrays) -> Call:
+    both = array(n["N"], 2 * n["F"], dtype=dtype)
+    given = (both[:, : n["F"]], both[:, n["F"] :])
+    return Call("swiglu", given, given, {}, 0)
+
+
+def _relu2(n: dict[str, int], dtype: torch.dtype, array: Arrays) -> Call:
+    given = (array(n["N"], n["F"], dtype=dtype),)
+    return Call("relu2", given, given, {}, 0)
+
+
 _ATTENTION = {f"16-bit, D <= {D}": {"S": 4096, "H": 32, "K": 8, "D": D} for D in (64, 128, 160, 192, 256)}
-_DECODE = {f"16-bit, rows <= {8 * S}": {"S": S, "N": 8192, "H": 32, "K": 4, "D": 128} for S in (2, 4, 8)}
+_DECODE = {f"16-bit, rows <= {8 * S}": {"S": S, "N": 8192, "H": 32, "K": 4, "D": 128, "M": 8 * S} for S in (2, 4, 8)}
 _LAYER = {"E": 2560, "H": 20, "K": 4, "D": 128}
 _QKV = {
     "16-bit, prefill": {**_LAYER, "S": 2048},
@@ -161,42 +211,65 @@ _LOSS = {
     "16-bit, ragged": {"N": 512, "V": 8000, "E": 1000},
     "float32": {"N": 512, "V": 48_000, "E": 2560},
 }
-_HEADS = {"H": 32, "K": 8, "D": 160, "R": 40, "S": 4096}
-_STAGES, _WARPS = (2, 3, 4, 5), (4, 8)
+_LOGITS = {"rows of 16 bytes": {"N": 2048, "V": 48_000}, "odd V": {"N": 2048, "V": 128_005}}
+_ROWS = {"E <= 4096": 2560, "E <= 16384": 5120, "longer": 20_480}
+_NORMS = {shape: {"N": 2048, "row": E} for shape, E in _ROWS.items()}
+_ROPE = {
+    "R = D": {"H": 20, "K": 20, "D": 128, "R": 128, "S": 2048, "interleaved": 1},
+    "R < D": {"H": 32, "K": 32, "D": 80, "R": 20, "S": 2048, "interleaved": 0},
+}
+_NORM_ROPE = {ANY: {"H": 32, "K": 8, "D": 160, "R": 40, "S": 2048, "interleaved": 0}}
+_WARPS, _NUMBERS = (4, 8), (512, 1024, 2048, 4096)
+_STAGES = (3, 4)
+"""Where every step waits for copies: in two stages they would have to arrive within one step."""
 
 TUNABLES = {
     tunable.kernel: tunable
     for tunable in (
+        # 128 keys per step take all 255 registers for D = 128 on sm_90, and 4,337 instructions instead of 3,148.
         Tunable(
             "attention", {**_ATTENTION, "float32": {"S": 1024, "H": 8, "K": 2, "D": 128}}, _attention,
-            {"M": (32, 64, 128), "N": (16, 32, 64, 128), "warps": _WARPS, "stages": (2, 3, 4)}, ("M",),
+            {"M": (32, 64, 128), "N": (16, 32, 64), "warps": _WARPS, "stages": (2, 3)},
+            {"float32": {"M": (32,), "N": (16, 32), "stages": (2,)}}, ("M",), ("N",), sums=(("M", "D"), ("M", "N")),
         ),
         Tunable(
-            "decode_attention", {**_DECODE, "float32": {"S": 1, "N": 4096, "H": 32, "K": 8, "D": 128}},
-            _decode_attention,
-            {"M": (16, 32, 64), "N": (16, 32, 64, 128), "warps": (2, 4, 8), "stages": _STAGES}, (), ("N", "D"),
+            "decode_attention", {**_DECODE, "float32": {"S": 1, "N": 4096, "H": 32, "K": 8, "D": 128, "M": 16}},
+            _decode_attention, {"N": (32, 64), "warps": _WARPS, "stages": _STAGES},
+            {"float32": {"N": (16, 32), "stages": (2,)}}, streamed=("N", "D"),
         ),
         Tunable(
             "rms_norm_qkv_rope", _QKV, _qkv,
-            {"M": (16, 32, 64, 128), "C": (32, 64, 128), "E": (16, 32, 64, 128), "warps": _WARPS, "stages": _STAGES},
-            ("M", "C"), ("C", "E"),
+            {"M": (32, 64, 128), "C": (32, 64, 128), "E": (32, 64), "warps": _WARPS, "stages": _STAGES},
+            {
+                "16-bit, decode": {"M": (16,), "C": (32, 64), "E": (128,), "stages": (3, 4, 5)},
+                "float32": {"M": (32, 64), "C": (32, 64), "E": (16,), "stages": (2,)},
+            },
+            ("M", "C"), streamed=("C", "E"), sums=(("M", "C"),),
         ),
         Tunable(
             "linear_cross_entropy", _LOSS, _linear_cross_entropy,
-            {"N": (64, 128), "V": (64, 128, 256), "E": (16, 32, 64), "warps": _WARPS, "stages": _STAGES},
-            ("N", "V"),
+            {"N": (64, 128), "V": (64, 128, 256), "E": (32, 64), "warps": _WARPS, "stages": _STAGES},
+            {"float32": {"N": (32, 64), "V": (64, 128), "E": (16,), "stages": (2, 3)}}, ("N", "V"), sums=(("N", "V"),),
         ),
-        Tunable("rope", {ANY: _HEADS}, _rotated, {"numbers": (512, 1024, 2048, 4096)}),
-        Tunable("norm_rope", {ANY: _HEADS}, _norm_rope, {"numbers": (512, 1024, 2048, 4096)}),
+        Tunable("rms_norm", _NORMS, _rms_norm, {"per_thread": (8, 16, 32)}),
+        Tunable("layer_norm", _NORMS, _layer_norm, {"per_thread": (8, 16, 32)}),
+        Tunable("rope", _ROPE, _rotated, {"numbers": _NUMBERS}),
+        Tunable("norm_rope", _NORM_ROPE, _norm_rope, {"numbers": _NUMBERS}),
+        Tunable("swiglu", {ANY: {"N": 2048, "F": 7040}}, _swiglu, {"bytes": (16, 32, 64), "warps": _WARPS}),
+        Tunable("relu2", {ANY: {"N": 2048, "F": 18_432}}, _relu2, {"bytes": (16, 32, 64), "warps": _WARPS}),
+        Tunable(
+            "cross_entropy", _LOGITS, _cross_entropy, {"logits": (4096, 8192), "warps": (4, 8, 16)},
+            streamed=("LANES", "PER_LANE"),
+        ),
     )
 }  # fmt: skip
-"""Kernels with tiles to choose, by name."""
+"""Every kernel, by name. Calls: layers of published models where their sizes serve the class."""
 
 
 def tunable(kernel: str) -> Tunable:
     """Of that name; InputError for another."""
     if kernel not in TUNABLES:
-        raise InputError(f"--kernel {kernel!r} has no tiles to choose; use one of {', '.join(TUNABLES)}")
+        raise InputError(f"--kernel {kernel!r} is no kernel; use one of {', '.join(TUNABLES)}")
     return TUNABLES[kernel]
 
 
@@ -214,5 +287,5 @@ def everything() -> Iterator[tuple[Tunable, str, Target]]:
     """Every class of every kernel on every target."""
     for each in TUNABLES.values():
         for target in TARGETS.values():
-            for shape in each.classes(target):
+            for shape in each.shapes:
                 yield each, shape, target

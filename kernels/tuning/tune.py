@@ -4,9 +4,10 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import triton
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -15,8 +16,8 @@ from refllm.errors import InputError
 from refllm.kernels.targets import Target, target, target_of
 from refllm.kernels.tuning import table
 from refllm.kernels.tuning.rank import Candidate, rank
-from refllm.kernels.tuning.table import AHEAD_OF_TIME, MEASURED, Entry
-from refllm.kernels.tuning.tunables import TUNABLES, Tunable, line, meta_call, tunable
+from refllm.kernels.tuning.table import AHEAD_OF_TIME, BY_HAND, MEASURED, Entry, entries
+from refllm.kernels.tuning.tunables import TUNABLES, Tunable, tunable
 
 MARGIN = 0.98
 """A measured tile replaces another if it takes less than this share of its time: two runs differ by a percent."""
@@ -41,47 +42,50 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """One class of shapes. now: its line. best: the line that would replace it, None if the present one stays.
+    """One class of shapes. now: its line, None if the table has none. best: the line that would replace it, with the
+    same tile where only what it says of itself would change; None if the present one stays.
 
-    candidates: the best first. note: why the best candidate does not replace the line, where it does not.
+    candidates: the best first. note: why the present tile stays, where it does.
     """
 
-    now: Entry
+    kernel: str
+    shape: str
+    target: str
+    now: Entry | None
     best: Entry | None
     candidates: list[Candidate]
     note: str
 
     def to_dict(self) -> dict[str, Any]:
         """kernel, shape, target, now, best (tiles), chosen, note, candidates."""
+        line = self.best or self.now
         return {
-            "kernel": self.now.kernel,
-            "shape": self.now.shape,
-            "target": self.now.target,
-            "now": self.now.tile,
+            "kernel": self.kernel,
+            "shape": self.shape,
+            "target": self.target,
+            "now": None if self.now is None else self.now.tile,
             "best": None if self.best is None else self.best.tile,
-            "chosen": (self.best or self.now).chosen,
+            "chosen": None if line is None else line.chosen,
             "note": self.note,
             "candidates": [candidate.to_dict() for candidate in self.candidates],
         }
 
 
-def tune(settings: Settings, step: Step | None = None) -> list[Result]:
-    """One result per class. Raises InputError for settings that name nothing, or a GPU that is not there."""
+def tune(settings: Settings, step: Step | None = None) -> Iterator[Result]:
+    """A result per class, as they are found. InputError for settings that name nothing, or a GPU that is not there."""
     gpu, find = _finder(settings)
     kernels = [tunable(settings.kernel)] if settings.kernel else list(TUNABLES.values())
-    classes = [(each, shape) for each in kernels for shape in each.classes(gpu) if settings.shape in shape]
+    classes = [(each, shape) for each in kernels for shape in each.shapes if settings.shape in shape]
     if not classes:
-        raise InputError(f"--shape {settings.shape!r} names no class; there are {', '.join(_shapes(kernels, gpu))}")
-    results = []
+        raise InputError(f"--shape {settings.shape!r} names no class; there are {', '.join(_shapes(kernels))}")
     for done, (each, shape) in enumerate(classes):
         if step is not None:
             step(f"{each.kernel}, {shape}", done, len(classes))
-        results.append(_result(each, shape, gpu, *find(each, shape)))
-    return results
+        yield _result(each, shape, gpu, *find(each, shape))
 
 
-def _shapes(kernels: Sequence[Tunable], gpu: Target) -> Iterator[str]:
-    yield from dict.fromkeys(repr(shape) for each in kernels for shape in each.classes(gpu))
+def _shapes(kernels: Sequence[Tunable]) -> Iterator[str]:
+    yield from dict.fromkeys(repr(shape) for each in kernels for shape in each.shapes)
 
 
 Find = Callable[[Tunable, str], tuple[list[Candidate], str]]
@@ -91,10 +95,7 @@ def _finder(settings: Settings) -> tuple[Target, Find]:
     """The target, and what finds candidates (the best first) and says how they were chosen."""
     if not settings.device:
         gpu = target(settings.target or "sm_90")
-        return gpu, lambda each, shape: (
-            rank(each, meta_call(each.kernel, shape), each.candidates(shape, gpu), gpu),
-            AHEAD_OF_TIME,
-        )
+        return gpu, lambda each, shape: (rank(each, shape, gpu), AHEAD_OF_TIME)
     import torch
 
     if settings.device.partition(":")[0] != "cuda":
@@ -113,7 +114,7 @@ def measured(each: Tunable, shape: str, gpu: Target) -> list[Candidate]:
     from refllm.kernels.tuning.measure import Check, seconds
 
     check, timer, candidates = Check(each, shape, "cuda"), clock("cuda"), []
-    for tile in each.candidates(shape, gpu):
+    for tile in each.near(shape, gpu):
         try:
             refused = check.problem(tile, gpu)
             took = 0.0 if refused else seconds(each, shape, tile, gpu, timer, BUDGET)
@@ -124,46 +125,57 @@ def measured(each: Tunable, shape: str, gpu: Target) -> list[Candidate]:
 
 
 def _result(each: Tunable, shape: str, gpu: Target, candidates: list[Candidate], chosen: str) -> Result:
-    now = line(each.kernel, shape, gpu)
-    assert now is not None  # `classes` lists only those
-    present = next(candidate for candidate in candidates if candidate.tile == now.tile)
+    now, best = entries().get((each.kernel, shape, gpu.name)), candidates[0]
+    note = _keep(now, candidates, chosen)
+    new = None
+    if not note or (now and now.tile == best.tile and now.chosen != BY_HAND and _says_more(now, best, chosen)):
+        words = chosen, _by(chosen), triton.__version__, best.figures
+        new = Entry(each.kernel, shape, gpu.name, best.tile, *words)
+    return Result(each.kernel, shape, gpu.name, now, new, candidates, note)
+
+
+def _keep(now: Entry | None, candidates: list[Candidate], chosen: str) -> str:
+    """Why the tile stays as it is; "" if it should change."""
     best = candidates[0]
-    note = _keep(now, present, best, chosen)
-    if note:
-        return Result(now, None, candidates, note)
-    return Result(now, replace(now, target=gpu.name, tile=best.tile, chosen=chosen, by=_by(chosen)), candidates, "")
-
-
-def _keep(now: Entry, present: Candidate, best: Candidate, chosen: str) -> str:
-    """Why the line stays as it is; "" if it should change."""
     if best.refused:
         return "every candidate is refused"
+    if now is None:
+        return ""
+    if chosen == AHEAD_OF_TIME and now.chosen == BY_HAND:
+        return f"by hand: {now.by}"
     if best.tile == now.tile:
         return "the present tile is the best"
-    if chosen == AHEAD_OF_TIME and now.chosen == MEASURED:
-        return "the present tile was measured, which counts for more"
-    if present.refused:
-        return ""
-    if chosen == MEASURED and best.order[0] > MARGIN * present.order[0]:
-        return "the best is faster by less than two runs differ"
-    return ""
+    if chosen == AHEAD_OF_TIME:
+        return "the present tile was measured, which counts for more" if now.chosen == MEASURED else ""
+    present = next(candidate for candidate in candidates if candidate.tile == now.tile)
+    faster = present.refused or best.order[0] <= MARGIN * present.order[0]
+    return "" if faster else "the best is faster by less than two runs differ"
+
+
+def _says_more(now: Entry, best: Candidate, chosen: str) -> bool:
+    """Whether the line of the best tile would say something else of it, and nothing weaker."""
+    if now.chosen != chosen:
+        return chosen == MEASURED
+    return (now.triton, now.figures) != (triton.__version__, best.figures)
 
 
 def _by(chosen: str) -> str:
+    """The command as typed, but where its JSON went."""
     where = ""
     if chosen == MEASURED:
         import torch
 
         where = f"{torch.cuda.get_device_name()}, "
-    return f"{where}{time.strftime('%Y-%m-%d')}, {shlex.join(['refllm', *sys.argv[1:]])}"
+    words = [word for before, word in zip(sys.argv, sys.argv[1:], strict=False) if "--json" not in (before, word)]
+    return f"{where}{time.strftime('%Y-%m-%d')}, {shlex.join(['refllm', *words])}"
 
 
-def write(results: Sequence[Result]) -> int:
-    """Writes the lines that change into the table; how many that are."""
-    changed = [result.best for result in results if result.best is not None]
-    if changed:
-        table.write(changed)
-    return len(changed)
+def write(result: Result) -> int:
+    """Writes the line that changes into the table; how many that are: 0 or 1."""
+    if result.best is None:
+        return 0
+    table.write([result.best])
+    return 1
 
 
 def show(results: Sequence[Result], ahead_of_time: bool) -> RenderableType:
@@ -172,10 +184,10 @@ def show(results: Sequence[Result], ahead_of_time: bool) -> RenderableType:
     for name in ("kernel", "shape", "target", "tile now", "better", "why"):
         shown.add_column(name)
     for result in results:
-        now, best, first = result.now, result.best, result.candidates[0]
-        better = "-" if best is None else _words(best.tile)
+        now, best, first = result.now and result.now.tile, result.best, result.candidates[0]
+        better = "-" if best is None or best.tile == now else _words(best.tile)
         why = result.note or ", ".join(f"{name} {_number(value)}" for name, value in first.figures.items())
-        shown.add_row(now.kernel, now.shape, now.target, _words(now.tile), better, why)
+        shown.add_row(result.kernel, result.shape, result.target, _words(now) if now else "-", better, why)
     tried = sum(len(result.candidates) for result in results)
     refused = sum(bool(candidate.refused) for result in results for candidate in result.candidates)
     how = "ahead of time, not measured" if ahead_of_time else "measured on this GPU, each checked first"

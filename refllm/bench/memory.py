@@ -15,23 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from refllm import bench
+from refllm import bench, published
 from refllm.errors import InputError
 
 GIB = 2**30
 MODES = ("float32", "low_memory")
 
-# The published shapes of the models (config.json of kyutai/helium-1-preview-2b), and a small one to try the command.
+# A published shape, and a small one to try the command.
 SHAPES: dict[str, dict[str, int]] = {
-    "helium-1-preview-2b": {
-        "vocab_size": 48000,
-        "hidden_size": 2560,
-        "intermediate_size": 7040,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 20,
-        "num_key_value_heads": 20,
-        "head_dim": 128,
-    },
+    "helium-1-preview-2b": published.MODELS["helium-1-preview-2b"][1],
     "helium-1m": bench.SHAPES["helium-1m"],
 }
 

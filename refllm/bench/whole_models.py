@@ -15,76 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from refllm import bench
+from refllm import bench, published
 from refllm.bench import traffic
 from refllm.bench.traffic import Traffic
 from refllm.errors import InputError
 from refllm.weights import Weights
 
-# Sizes of the published config.json of each model.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "helium-1-preview-2b": (
-        "HeliumForCausalLM",
-        {
-            "vocab_size": 48_000,
-            "hidden_size": 2560,
-            "intermediate_size": 7040,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 20,
-            "num_key_value_heads": 20,
-            "head_dim": 128,
-        },
-    ),
-    "helium-1-2b": (
-        "LlamaForCausalLM",
-        {
-            "vocab_size": 64_000,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-        },
-    ),
-    "stablelm-3b-4e1t": (
-        "StableLmForCausalLM",
-        {
-            "vocab_size": 50_304,
-            "hidden_size": 2560,
-            "intermediate_size": 6912,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "partial_rotary_factor": 0.25,
-        },
-    ),
-    "afm-4.5b": (
-        "ArceeForCausalLM",
-        {
-            "vocab_size": 128_005,
-            "hidden_size": 2560,
-            "intermediate_size": 18_432,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 20,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-        },
-    ),
-    "stablelm-2-12b": (
-        "StableLmForCausalLM",
-        {
-            "vocab_size": 100_352,
-            "hidden_size": 5120,
-            "intermediate_size": 13_824,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "partial_rotary_factor": 0.25,
-            "qk_layernorm": True,
-            "use_parallel_residual": True,
-        },
-    ),
+    **published.MODELS,
     **{name: ("HeliumForCausalLM", dict(sizes)) for name, sizes in bench.SHAPES.items()},
 }
 POSITIONS = 65_536

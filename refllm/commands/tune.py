@@ -25,12 +25,15 @@ def bench_tune(
     """Look for better tiles than those of the committed table; say what would change, and with --write change it."""
     from refllm.kernels.tuning import tune
 
+    results, written = [], 0
     with StatusLine(sys.stderr) as step:
-        results = tune.tune(tune.Settings(kernel, target, device, shape), step)
+        for result in tune.tune(tune.Settings(kernel, target, device, shape), step):
+            results.append(result)
+            written += tune.write(result) if write else 0  # at once: what was found stays if the rest is stopped
     out = console(quiet=to_stdout(json_file))
     out.print(tune.show(results, ahead_of_time=not device))
     if write:
-        out.print(f"{tune.write(results)} lines of the table written")
+        out.print(f"{written} lines of the table written")
     write_json(
         {"chosen": "measured" if device else "ahead of time", "classes": [r.to_dict() for r in results]}, json_file
     )
