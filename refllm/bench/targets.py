@@ -272,7 +272,7 @@ TARGETS = (
         _from("decode", lambda rows: _shares(_alone(rows), "triton")),
     ),
     Target(
-        "generate, batch 1, 128 tokens behind 512, prompt and recording included: speed over Transformers'",
+        "generate, batch 1, behind 512 tokens, prompt and recording included: speed over Transformers'",
         "3.0 x",
         "cuda",
         "refllm bench decode",
