@@ -522,7 +522,7 @@ def test_commands_run_end_to_end(
     assert result["bench"] == name
     assert result["verdict"] == "holds"
     assert result["machine"]["device"] == "cpu"
-    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert result["command"].startswith(f"refllm bench {name}")
     assert set(result) == {
         *("bench", "format", "date", "command", "verdict", "machine", "versions"),

@@ -52,12 +52,6 @@ def verify(
     where, asked = _folder(folder), list(names or ())
     manifest = read_manifest(where)
     changed = work.verify_files(where, manifest, asked)
-    out = console(quiet=to_stdout(json_file))
-    versions = other_versions(manifest)
-    if versions:  # no finding: whether it matters is what is computed now
-        out.print(versions, soft_wrap=True, markup=False)
-    for finding in changed:
-        out.print(finding.problem, soft_wrap=True, markup=False)
     results = []
     # What cannot be trusted is not computed: its group is left out.
     broken = {finding.name for finding in changed}
@@ -65,6 +59,12 @@ def verify(
         for one, kind in work.combinations(backend or ["numpy"], dtype or (), device):
             goldens = (g for g in work.goldens_of(where, manifest, asked, without=broken))
             results.append(work.verify(goldens, one, kind, device, step))
+    out = console(quiet=to_stdout(json_file))
+    versions = other_versions(manifest)
+    if versions:  # no finding: whether it matters is what was computed
+        out.print(versions, soft_wrap=True, markup=False)
+    for finding in changed:
+        out.print(finding.problem, soft_wrap=True, markup=False)
     for result in results:
         for finding in result.findings:
             out.print(f"{finding.name}: {finding.problem}", soft_wrap=True, markup=False)
