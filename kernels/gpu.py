@@ -47,7 +47,7 @@ import torch
 import triton
 
 import refllm
-from refllm import kernels
+from refllm import kernels, output_file
 from refllm.errors import InputError, RefllmError
 from refllm.kernels.gpu_benchmarks import BENCHMARKS, run_benchmarks, start_compilers
 from refllm.kernels.gpu_checks import layers, read_rows
@@ -186,9 +186,7 @@ def _write(result: dict[str, Any], start: float, output: Path, to_come: Sequence
     found = any(row["problem"] for row in [*result["operators"], *result["models"], *parts])
     verdict = "fails" if found else "incomplete" if missing else "holds"
     result |= {"verdict": verdict, "missing": missing, "seconds": round(time.perf_counter() - start, 1)}
-    new = output.with_suffix(".new")
-    new.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(new, output)
+    output_file.replace(output, json.dumps(result, indent=1) + "\n")
 
 
 def _name(part: dict[str, Any]) -> str:

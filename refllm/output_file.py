@@ -1,4 +1,4 @@
-"""Files that a user asks for with an option: refused before the work if they cannot be written, and not after it."""
+"""Files that a user asks for: refused before the work if they cannot be written, and at no moment half a file."""
 
 import os
 from pathlib import Path
@@ -24,3 +24,13 @@ def write(option: str, path: str | os.PathLike[str], text: str) -> None:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{option} {path} cannot be written: {error.strerror or error}") from None
+
+
+def replace(file: Path, text: str) -> None:
+    """Writes a file in one piece: who reads meanwhile, or is left with it, has all of the old text or of the new.
+
+    Raises OSError if it cannot be written.
+    """
+    new = file.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, file)

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from refllm import output_file
 from refllm.errors import InputError
 from refllm.kernels.targets import Target
 
@@ -73,9 +74,7 @@ def write(changed: Iterable[Entry], file: Path = FILE) -> None:
     lines = {entry.key: entry for entry in (*read(file), *changed)}
     text = ",\n  ".join(json.dumps(_shown(lines[key])) for key in sorted(lines))
     try:
-        new = file.with_suffix(".new")
-        new.write_text(f'{{"tiles": [\n  {text}\n]}}\n', encoding="utf-8")
-        new.replace(file)  # in one piece: who reads meanwhile sees a whole table
+        output_file.replace(file, f'{{"tiles": [\n  {text}\n]}}\n')
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror or error}") from None
     entries.cache_clear()

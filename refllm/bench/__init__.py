@@ -173,9 +173,7 @@ def bench_cpu(folder: Path, settings: Settings, step: Callable[[str], None] = la
         with Worker("transformers", folder, settings.prompt_tokens, settings) as theirs:
             step("comparing outputs")
             difference, peaks = compare_outputs(ours, theirs)
-            limit = AGREEMENT[settings.dtype]
-            if not difference <= limit:
-                raise BenchError(f"the sides disagree by {difference:.2e} (relative rms, limit {limit:.0e}): not timed")
+            require_agreement("the sides", difference, settings.dtype)
             with Worker("memory", folder, weights["read_per_token"], settings) as memory:
                 times = take_turns(ours, theirs, memory, settings.repeats, step)
     return summary(settings, weights, times, difference, {"refllm": ours.ready, "transformers": theirs.ready}, peaks)
@@ -191,6 +189,13 @@ def compare_outputs(ours: Worker, theirs: Worker) -> tuple[float, dict[str, int]
             logits.append(np.load(file).astype(np.float64))
     a, b = logits
     return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))), peaks
+
+
+def require_agreement(who: str, difference: float, dtype: str) -> None:
+    """Raises BenchError for a difference (relative rms) of more than `AGREEMENT`."""
+    limit = AGREEMENT[dtype]
+    if not difference <= limit:
+        raise BenchError(f"{who} disagree by {difference:.2e} (relative rms, limit {limit:.0e}): not timed")
 
 
 def take_turns(

@@ -121,10 +121,7 @@ def _compare(side: str, worker: bench.Worker, folder: Path, settings: Settings) 
     """Prefill and decoding of a side, held against the NumPy reference's. Raises BenchError."""
     with _worker("numpy", folder, settings) as reference:
         difference, _ = bench.compare_outputs(reference, worker)
-    limit = bench.AGREEMENT["float32"]
-    if not difference <= limit:
-        text = f"{side} and the reference disagree by {difference:.2e} (relative rms, limit {limit:.0e})"
-        raise bench.BenchError(f"{text}: not timed")
+    bench.require_agreement(f"{side} and the reference", difference, "float32")
 
 
 def _pass(times: Times, seconds: Callable[[int], float], what: str, step: Step) -> None:

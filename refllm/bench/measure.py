@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refllm.bench.forms import Form, NotTakenError
+from refllm.bench.faults import clause, guarded
+from refllm.bench.forms import Form
 from refllm.bench.probes import Checker, Judgement
 from refllm.bench.results import Row
 from refllm.bench.timer import Clock, sets_needed
@@ -79,32 +80,18 @@ def _draw(job: Job, forms: Sequence[Form], bench: Bench) -> list[Arguments]:
     return [first, *(job.draw(seed) for seed in range(1, count))]
 
 
-def clause(error: Exception) -> str:
-    """Type and first line of whatever a library raised."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-
-
 def _row(job: Job, form: Form, size: int, flops: int) -> Row:
     return Row(job.operator, job.panel, job.group, form.name, form.ours, job.dtype, job.sizes, size, flops)
 
 
 def _fill(row: Row, form: Form, calls: Sequence[Arguments], truth: Truth, bench: Bench) -> None:
     """Checks and times one form; whatever it raises becomes the row's finding (ours) or note (a peer)."""
-    import torch
-
-    try:
+    with guarded(row):
         thunk = form.bind(*calls[0])
         if _accept(row, truth.judge(_poisoned(thunk, form), 0, form.ours)):
             row.note = form.note or getattr(thunk, "note", "")
             if not form.note:
                 _time(row, form, calls, truth, bench)
-    except NotTakenError as error:
-        row.note = f"not timed: {error}"
-    except torch.OutOfMemoryError:
-        row.note = "not timed: not enough memory"
-    except Exception as error:  # whatever a kernel or a library raises is this row's; the others still count
-        row.note = f"not timed: it raised {clause(error)}"
-        row.finding = clause(error) if form.ours else ""
 
 
 def _time(row: Row, form: Form, calls: Sequence[Arguments], truth: Truth, bench: Bench) -> None:

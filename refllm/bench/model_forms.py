@@ -7,15 +7,14 @@ What a form returns is compared three times, each time with something that was c
     what it generates    every token with the logits that the first form has for that text read at once (`wrong_tokens`)
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from refllm.bench.faults import excuse, guarded
 from refllm.bench.forms import NotTakenError
-from refllm.bench.measure import clause
 from refllm.bench.results import Row
 from refllm.bench.whole_models import Whole, limit_of, relative_error
 from refllm.inputs import to_numpy
@@ -70,29 +69,6 @@ def prepare(name: str, dtype: str, device: str, forms: tuple[str, ...]) -> Subje
             subject.reasons[form] = note
             subject.findings.setdefault(form, finding)
     return subject
-
-
-def excuse(error: Exception, ours: bool) -> tuple[str, str]:
-    """(note, finding) of a form that raised this. Too little memory is nobody's mistake, nor is what a peer lacks."""
-    import torch
-
-    if isinstance(error, NotTakenError):
-        return f"not timed: {error}", ""
-    # A fast model says it in a sentence of its own, whose cause it is.
-    if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError):
-        return "not timed: not enough memory", ""
-    said = clause(error)
-    return f"not timed: it raised {said}", said if ours else ""
-
-
-@contextmanager
-def guarded(row: Row) -> Iterator[None]:
-    """Whatever is raised inside becomes the row's note, and of ours its finding; the rows after it still count."""
-    try:
-        yield
-    except Exception as error:
-        row.time = None
-        row.note, row.finding = excuse(error, row.ours)
 
 
 def refuse(row: Row, problem: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from refllm.bench import results
 from refllm.bench.ceilings import measure_ceilings
+from refllm.bench.faults import excuse, guarded
 from refllm.bench.kernels import DTYPE, Save, Step, check_device
 from refllm.bench.measure import Bench
 from refllm.bench.model_forms import (
@@ -27,10 +28,8 @@ from refllm.bench.model_forms import (
     Subject,
     agree,
     differ,
-    excuse,
     forward,
     generation,
-    guarded,
     last_logits,
     last_of,
     prepare,

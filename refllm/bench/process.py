@@ -12,11 +12,11 @@ Needs Torch, Triton and NumPy, and nothing for a terminal. Exit codes as everywh
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from refllm import output_file
 from refllm.bench.timer import Deadline
 from refllm.errors import InputError, MissingExtraError, RefllmError
 from refllm.json_text import json_text
@@ -41,7 +41,7 @@ def run(name: str, device: str, minutes: float, passes: list[dict[str, Any]], fi
 
     def write(result: Result, later: list[dict[str, Any]]) -> Result:
         whole = merge([*done, result], later) | {"command": command}
-        _replace(file, whole)
+        output_file.replace(file, json_text(whole) + "\n")
         return whole
 
     for number, given in enumerate(passes):
@@ -62,13 +62,6 @@ def merge(results: list[Result], later: list[dict[str, Any]]) -> Result:
     verdict = "fails" if any(row["finding"] for row in rows) else "incomplete" if left_out else "holds"
     seconds = round(sum(result["seconds"] for result in results), 1)
     return results[0] | {"verdict": verdict, "seconds": seconds, "rows": rows, "left_out": left_out}
-
-
-def _replace(file: Path, result: Result) -> None:
-    """At no moment is there half a file."""
-    new = file.with_suffix(".new")
-    new.write_text(json_text(result) + "\n", encoding="utf-8")
-    os.replace(new, file)
 
 
 def _tuples(value: Any) -> Any:

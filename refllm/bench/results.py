@@ -5,6 +5,7 @@ import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 from refllm.bench import numpy_blas, processor_name
@@ -76,6 +77,7 @@ class Row:
         return asdict(self)
 
 
+@cache  # asked again for every row that is saved
 def describe_machine(device: str) -> dict[str, Any]:
     """Processor and, on "cuda", the GPU."""
     values: dict[str, Any] = {
@@ -101,6 +103,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     return values
 
 
+@cache
 def installed_versions() -> dict[str, str | None]:
     """Of the packages whose speed this is; None for one that is not installed."""
     from importlib.metadata import PackageNotFoundError, version
