@@ -19,6 +19,7 @@ from refllm.commands.shared_options import console as _console
 from refllm.commands.shared_options import to_stdout as _to_stdout
 from refllm.commands.shared_options import write_json as _write_json
 from refllm.errors import InputError, RefllmError
+from refllm.extras import needs, optional_package, require
 from refllm.status_line import StatusLine
 
 # The base class of all errors in arguments; where it is imported from differs between versions of typer.
@@ -302,6 +303,7 @@ def kernels_list(
     json_file: Json = None,
 ) -> None:
     """Every kernel file: its operators, kernels and shipped configurations."""
+    require("kernels list", "torch", "triton")
     from refllm.kernels.aot import commands, show
 
     described = commands.describe()
@@ -349,6 +351,7 @@ def kernels_check_aot(
     json_file: Json = None,
 ) -> None:
     """Compile kernels without a GPU; find spills, too much shared memory, missing tensor cores and slow loads."""
+    require("kernels check-aot", "torch", "triton")
     from refllm.kernels.aot import commands, show
 
     if layers:
@@ -390,6 +393,11 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], prog_name="refllm", standalone_mode=False)
     except RefllmError as error:
         code = _complain(str(error))
+    except ModuleNotFoundError as error:
+        package = optional_package(error)
+        if package is None:
+            raise
+        code = _complain(needs("this command", package))
     except _USAGE_ERROR as error:
         code = _complain(error.format_message())
     except BrokenPipeError:  # the reader of the output went away, as `head` does

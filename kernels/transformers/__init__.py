@@ -21,6 +21,7 @@ Needs the package `transformers`. All operators are forward only: a backward pas
 """
 
 from refllm.errors import MissingExtraError
+from refllm.extras import install_command
 
 try:
     from refllm.kernels.transformers.attention import register
@@ -29,7 +30,7 @@ except ImportError as error:
     if (error.name or "").split(".")[0] != "transformers":
         raise
     what = f"refllm.kernels.transformers does not find what it needs of transformers 5.23 ({error})"
-    raise MissingExtraError(f"{what}; install it with: pip install 'refllm[witness]'") from error
+    raise MissingExtraError(f"{what}; install with: {install_command('transformers')}") from error
 
 __all__ = ["Patch", "patch", "register", "unpatch"]
 

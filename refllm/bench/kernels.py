@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from refllm import extras
 from refllm.bench import results
 from refllm.bench.ceilings import measure_ceilings
 from refllm.bench.forms import ATTENTION, PEERS, Form, forms
@@ -81,14 +82,11 @@ def check_device(device: str) -> None:
 
 def _torch() -> Any:
     """Torch; raises MissingExtraError without it."""
-    from refllm.errors import MissingExtraError
-
     try:
         import torch
         import triton  # noqa: F401
     except ModuleNotFoundError as error:
-        command = "pip install 'refllm[fast]'"
-        raise MissingExtraError(f"this benchmark needs {error.name}; install it with: {command}") from error
+        raise extras.missing_extra("this benchmark", *extras.not_installed(("torch", "triton"))) from error
     return torch
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from refllm import extras
 from refllm.check.candidates import DTYPES, FAST, open_candidate, record
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.oracle import Report, judge
@@ -89,15 +89,12 @@ def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tup
     if given or checkpoint is not None:
         return given or ["transformers"], []
     needs = {"torch": ("torch",), "triton": ("torch", "triton"), "transformers": ("torch", "transformers")}
-    missing = {name: [p for p in packages if find_spec(p) is None] for name, packages in needs.items()}
+    missing = {name: extras.not_installed(packages) for name, packages in needs.items()}
     names = [name for name, packages in missing.items() if not packages]
     if not names:
-        raise InputError("nothing to check: install torch and triton with: pip install 'refllm[fast]'")
-    extra = {"torch": "fast", "triton": "fast", "transformers": "witness"}
+        raise extras.missing_extra("check without a CHECKPOINT and a --candidate", "torch", "triton")
     return names, [
-        f"not checked: {name}, because {packages[0]} is not installed (pip install 'refllm[{extra[name]}]')"
-        for name, packages in missing.items()
-        if packages
+        f"not checked: {extras.needs(name, *packages)}" for name, packages in missing.items() if packages
     ]
 
 

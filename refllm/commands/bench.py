@@ -9,6 +9,7 @@ import typer
 
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
+from refllm.extras import require
 from refllm.status_line import StatusLine
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Measure speed and memory.")
@@ -53,6 +54,7 @@ def bench_cpu(
     json_file: Json = None,
 ) -> None:
     """Prefill and decode against Transformers: same weights, same dtype, same threads, taking turns."""
+    require("bench cpu", "torch", "transformers")
     from refllm import bench
     from refllm.bench import report
     from refllm.bench.results import stamp
@@ -112,6 +114,10 @@ def bench_growth(
         names(sides) or growth.SIDES,
         names(measures) or growth.MEASURES,
     )
+    if "transformers" in settings.sides:
+        require("bench growth (--side numpy leaves the others out)", "torch", "transformers")
+    elif "torch" in settings.sides:
+        require("bench growth --side torch", "torch")
     result = _or_finding(lambda step: growth.bench_growth(settings, step), plots)
     _show(growth.show_growth(result), result, json_file, plots)
 

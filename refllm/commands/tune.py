@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from refllm.commands.shared_options import Json, console, to_stdout, write_json
+from refllm.extras import require
 from refllm.status_line import StatusLine
 
 
@@ -23,6 +24,7 @@ def bench_tune(
     json_file: Json = None,
 ) -> None:
     """Look for better tiles than those of the committed table; say what would change, and with --write change it."""
+    require("bench tune", "torch", "triton")
     from refllm.kernels.tuning import tune
 
     results, written = [], 0

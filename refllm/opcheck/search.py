@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from refllm.errors import InputError, MissingExtraError
+from refllm.errors import InputError
+from refllm.extras import missing_extra
 from refllm.opcheck.examine import Examiner, Finding
 from refllm.opcheck.worker import TimeIsUpError
 from refllm.strategies.call import Call
@@ -60,8 +61,7 @@ def drawn(
     try:
         import hypothesis
     except ModuleNotFoundError:
-        command = "pip install 'refllm[check]'"
-        raise MissingExtraError(f"drawing examples needs hypothesis; install it with: {command}") from None
+        raise missing_extra("drawing examples (--max-examples 0 draws none)", "hypothesis") from None
     done, found = 0, Searched(None)
 
     def body(call: Call) -> None:
