@@ -40,6 +40,7 @@ def __getattr__(name: str) -> Any:
     if name in OPERATORS:
         return getattr(_import("refllm.kernels.triton"), name)
     if name == "interpreted":
+        extras.require("refllm.kernels.interpreted", "torch", "triton")
         return _import("refllm.kernels.interpreter").interpreted
     if name == "fast_class":
         return _import("refllm.kernels.models.fast_model").fast_class

@@ -23,6 +23,7 @@ from refllm.cache import DynamicCache, NoCache, StaticCache
 from refllm.checkpoint import Checkpoint
 from refllm.config import ModelConfig
 from refllm.errors import CheckpointError, InputError
+from refllm.extras import require
 from refllm.inputs import as_array, as_integers
 from refllm.masks import masking
 from refllm.models import heads
@@ -387,6 +388,7 @@ def _fast_class(cls: type[Model], backend: str, policy: str | Policy | None, low
         raise InputError(f"low_memory is the NumPy backend's; backend={backend!r} holds its weights on the device")
     from refllm import kernels
 
+    require(f"backend={backend!r}", *(("torch", "triton") if backend == "triton" else ("torch",)))
     return kernels.fast_class(cls)
 
 

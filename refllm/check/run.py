@@ -93,9 +93,7 @@ def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tup
     names = [name for name, packages in missing.items() if not packages]
     if not names:
         raise extras.missing_extra("check without a CHECKPOINT and a --candidate", "torch", "triton")
-    return names, [
-        f"not checked: {extras.needs(name, *packages)}" for name, packages in missing.items() if packages
-    ]
+    return names, [f"not checked: {extras.needs(name, *packages)}" for name, packages in missing.items() if packages]
 
 
 def check_all(folders: list[Path], settings: Settings, step: Step = lambda *_: None) -> Iterator[Report]:

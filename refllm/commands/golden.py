@@ -8,6 +8,7 @@ import typer
 
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
+from refllm.extras import require
 from refllm.status_line import StatusLine
 
 app = typer.Typer(
@@ -95,6 +96,7 @@ def make(
     json_file: Json = None,
 ) -> None:
     """Compute goldens again with a witness beside them, print their change in sigma, and replace them if told to."""
+    require("golden make", "torch", "transformers")
     from refllm.golden import make_vectors, show
 
     where = _folder(folder)

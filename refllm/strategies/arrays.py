@@ -4,9 +4,11 @@ The bulk of the values comes from NumPy and a seed; a few are planted by hand. T
 `layout`, and then everything between its elements holds NaN, so that who reads beside them is seen.
 """
 
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from refllm.errors import InputError
@@ -94,6 +96,29 @@ class Array:
         base = torch.full(base_shape, _PADDING.get(self.dtype, float("nan")), dtype=dtype, device=device)
         out = view(base)
         out.copy_(x)
+        return out
+
+    def placed(self) -> np.ndarray:
+        """The same as a NumPy array (bfloat16: that of ml_dtypes), over bytes of its own: `memory_of` returns them."""
+        x = self.array().astype(getattr(ml_dtypes, self.dtype) if self.dtype == "bfloat16" else self.dtype)
+        if self.layout == "dense":
+            out = _over_memory(x.shape, x.dtype)
+        elif self.layout == "expanded":
+            first = _over_memory((min(1, self.shape[0]), *self.shape[1:]), x.dtype)
+            out = np.ndarray(self.shape, x.dtype, memory_of(first), strides=(0, *first.strides[1:]))
+            if not out.size:
+                return out
+        elif self.layout == "far":
+            strides = _far_strides(self.shape)
+            memory = _over_memory((_far_size(self.shape, strides),), x.dtype)
+            bytes_apart = tuple(stride * x.itemsize for stride in strides)
+            out = np.ndarray(self.shape, x.dtype, memory_of(memory), strides=bytes_apart)
+        else:
+            base_shape, view = self._placement()
+            base = _over_memory(base_shape, x.dtype)
+            base[...] = _PADDING.get(self.dtype, float("nan"))
+            out = view(base)
+        out[...] = x
         return out
 
     def code(self, name: str, device: str = "cpu") -> list[str]:
@@ -193,9 +218,9 @@ class Array:
         if self.layout == "gaps":
             return (*front[:-1], 2 * front[-1], n), lambda base: base[..., ::2, :]
         if self.layout == "transposed":
-            return (*front[:-1], n, front[-1]), lambda base: base.transpose(-1, -2)
+            return (*front[:-1], n, front[-1]), lambda base: base.swapaxes(-1, -2)
         swapped = (self.shape[0], self.shape[2], self.shape[1], *self.shape[3:])
-        return swapped, lambda base: base.transpose(1, 2)
+        return swapped, lambda base: base.swapaxes(1, 2)
 
     def _placement_code(self, name: str, there: str) -> list[str]:
         """there: the argument `device` of what makes memory, with a comma before it; "" on the CPU."""
@@ -234,6 +259,21 @@ def _far_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _far_size(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum(max(0, n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+
+
+def _over_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array of zeros over bytes of its own that start at a page, as aligned as a tensor's. Only the pages that are
+    touched take memory."""
+    count = int(np.prod(shape)) * dtype.itemsize
+    memory = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8, count)
+    return np.ndarray(shape, dtype, memory)
+
+
+def memory_of(x: np.ndarray) -> np.ndarray:
+    """All bytes of the memory that an array of `Array.placed`, or a view of it, lies in."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
 
 
 def _far(x: Any) -> Any:

@@ -39,6 +39,11 @@ class Call:
         made = [x.tensor(device) if isinstance(x, Array) else x for x in self.arguments]
         return made, {name: x.tensor(device) if isinstance(x, Array) else x for name, x in self.keywords}
 
+    def placed(self) -> tuple[list[Any], dict[str, Any]]:
+        """The same as NumPy arrays in the same layouts: new ones on every call, of which no two share memory."""
+        made = [x.placed() if isinstance(x, Array) else x for x in self.arguments]
+        return made, {name: x.placed() if isinstance(x, Array) else x for name, x in self.keywords}
+
     def code(self, device: str = "cpu") -> list[str]:
         """Python lines that set `arguments` and `keywords` to what `tensors` gives; they need numpy as np and torch."""
         lines, given, named = [], [], []

@@ -79,7 +79,7 @@ def made(case: Case) -> list[str]:
     """Lines that make `arguments` and `keywords`; one row of them where that is what fails."""
     lines, row = case.call.code(case.candidate.device), case.finding.row_alone
     if row is not None:
-        arguments = case.call.tensors()[0]
+        arguments = case.call.placed()[0]
         cut = inputs.row_alone(case.call, arguments, {}, row)[0]
         which = [i for i, (a, b) in enumerate(zip(arguments, cut, strict=True)) if a is not b]
         lines += [
