@@ -33,6 +33,7 @@ from refllm.config_values import (
     show,
     warn,
 )
+from refllm.dtype_names import IN_TORCH
 from refllm.errors import ConfigError
 from refllm.rope_parameters import LEGACY_KEYS, check_rope, normalise_rope, rotary_dim_of, unused_rope_keys
 
@@ -76,17 +77,6 @@ ACTIVATIONS = (
 _LEARNED_ACTIVATIONS = ("prelu", "xielu")
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-DTYPES = {
-    "float64": "float64",
-    "double": "float64",
-    "float32": "float32",
-    "float": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "half": "float16",
-}
-"""Every accepted spelling of a dtype, and its normal form."""
 
 # fmt: off
 GENERATION_KEYS = frozenset(
@@ -173,9 +163,9 @@ def _read_dtype(source: str, name: str, value: Any) -> str | None:
     if value is None:
         return None
     spelled = str(value) if isinstance(value, str) or type(value).__module__ == "torch" else show(value)
-    if spelled.removeprefix("torch.") not in DTYPES:
+    if spelled.removeprefix("torch.") not in IN_TORCH:
         raise ConfigError(f"{source}: {name}={show(value)} is not one of float64, float32, bfloat16, float16")
-    return DTYPES[spelled.removeprefix("torch.")]
+    return IN_TORCH[spelled.removeprefix("torch.")]
 
 
 def _read_optional_problem(source: str, name: str, value: Any) -> str | None:

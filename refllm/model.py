@@ -22,6 +22,7 @@ import numpy as np
 from refllm.cache import DynamicCache, NoCache, StaticCache
 from refllm.checkpoint import Checkpoint
 from refllm.config import ModelConfig
+from refllm.dtype_names import dtype_name
 from refllm.errors import CheckpointError, InputError
 from refllm.extras import require
 from refllm.inputs import as_array, as_integers
@@ -126,7 +127,7 @@ class Model:
 
         dtype: of the file; None takes the model's own. Raises CheckpointError if the folder cannot be written.
         """
-        dtype = dtype or self.dtype
+        dtype = dtype_name(dtype or self.dtype)
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -17,6 +17,7 @@ from refllm.bench.measure import Bench, measure
 from refllm.bench.targets import MANY_TOKENS, STREAMING
 from refllm.bench.timer import Deadline, clock
 from refllm.bench.workloads import Job, attention_jobs, operator_jobs
+from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 
 Step = Callable[..., None]
@@ -65,6 +66,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.dtype not in ("", "bfloat16", "float16", "float32"):
             raise InputError(f"--dtype {self.dtype} is not a kernel's: use bfloat16, float16 or float32")
         for peer in self.peers or ():

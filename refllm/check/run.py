@@ -13,6 +13,7 @@ from refllm.check.inputs import Inputs, stressed
 from refllm.check.oracle import Report, judge
 from refllm.check.taps import Candidate
 from refllm.check.trace import Trace
+from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 from refllm.model import Model
 from refllm.precision import POLICIES, Policy
@@ -51,6 +52,7 @@ class Settings:
     tokens: dict[str, Any] = field(default_factory=lambda: {"prompt": None, "ids": None, "ids_file": None})
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
