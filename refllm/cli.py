@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm import output_file
 from refllm.commands import audit, bench, golden, operators, tune
-from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json
+from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, can_be_written
 from refllm.commands.shared_options import console as _console
 from refllm.commands.shared_options import to_stdout as _to_stdout
 from refllm.commands.shared_options import write_json as _write_json
@@ -94,7 +95,10 @@ def check(
     ids_file: IdsFile = None,
     json_file: Json = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", metavar="F", help="Write everything as one HTML page.")
+        Path | None,
+        typer.Option(
+            "--html", metavar="F", callback=can_be_written("--html"), help="Write everything as one HTML page."
+        ),
     ] = None,
 ) -> None:
     """Run the same tokens through an implementation and the reference; say where and by how much they differ."""
@@ -130,7 +134,12 @@ def check(
 @app.command()
 def trace(
     checkpoint: Folder,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="F", help="The safetensors file to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="F", callback=can_be_written("--output"), help="The safetensors file to write."
+        ),
+    ],
     candidate: Candidate = "transformers",
     dtype: Dtype = "float32",
     policy: Rounding = None,
@@ -374,9 +383,11 @@ def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[
         raise InputError(
             "--layers compiles our kernels as they are; leave out the file, --kernel, --arg and --constant"
         )
+    page = None if json_file is None or _to_stdout(json_file) else json_file.with_suffix(".md")
+    if page is not None:
+        output_file.must_be_writable("the page beside --json:", page)
     with StatusLine(sys.stderr) as step:
         found, text = commands.check_layers(targets, jobs, step)
-    page = None if json_file is None or _to_stdout(json_file) else json_file.with_suffix(".md")
     _write_json(found, json_file)
     if page is not None:
         page.write_text(text, encoding="utf-8")

@@ -35,6 +35,7 @@ from refllm.config_values import (
 )
 from refllm.dtype_names import IN_TORCH
 from refllm.errors import ConfigError
+from refllm.not_a_checkpoint import no_config
 from refllm.rope_parameters import LEGACY_KEYS, check_rope, normalise_rope, rotary_dim_of, unused_rope_keys
 
 # The annotation of a field says how its value is read: see _READERS.
@@ -639,6 +640,8 @@ def _config_class(model_type: Any, source: str) -> type[ModelConfig]:
 def read_config_json(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """The path and the parsed content of FOLDER/config.json, or of the JSON file itself. Raises ConfigError."""
     path = Path(folder)
+    if (found := no_config(path)) is not None:
+        raise ConfigError(f"{path}: {found}")
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():

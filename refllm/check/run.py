@@ -16,6 +16,7 @@ from refllm.check.trace import Trace
 from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 from refllm.model import Model
+from refllm.not_a_checkpoint import explain
 from refllm.precision import POLICIES, Policy
 
 Step = Callable[..., None]
@@ -81,7 +82,7 @@ def folders_to_check(checkpoint: Path | None) -> list[Path]:
 
         return [Path(folder) for folder in golden.checkpoints().values()]
     if not checkpoint.is_dir():
-        raise InputError(f"{checkpoint} is not a folder: expected a checkpoint with config.json and safetensors files")
+        raise InputError(f"{checkpoint}: {explain(checkpoint)}")
     return [checkpoint]
 
 

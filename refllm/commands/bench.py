@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm import output_file
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
 from refllm.extras import require
@@ -299,6 +300,15 @@ def _report(work: Callable[[Any], dict[str, Any]], json_file: Path | None, plots
         raise typer.Exit(FINDING)
 
 
+def _must_be_folder(plots: Path) -> None:
+    """Makes the folder of the pictures. Raises InputError if it cannot be one that is written to."""
+    try:
+        plots.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--plots {plots} cannot be made a folder: {error.strerror or error}") from None
+    output_file.must_be_writable("--plots", plots / "picture.png")
+
+
 def _or_finding(work: Callable[[Any], dict[str, Any]], plots: Path | None = None) -> dict[str, Any]:
     """The result; a benchmark whose sides disagree is a sentence and exit code 1."""
     from refllm.bench import BenchError
@@ -307,6 +317,7 @@ def _or_finding(work: Callable[[Any], dict[str, Any]], plots: Path | None = None
         from refllm.bench.plots import pyplot
 
         pyplot()
+        _must_be_folder(plots)
     with StatusLine(sys.stderr) as step:
         try:
             return work(step)

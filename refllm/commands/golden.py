@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm import output_file
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
 from refllm.extras import require
@@ -100,6 +101,7 @@ def make(
     from refllm.golden import make_vectors, show
 
     where = _folder(folder)
+    output_file.must_be_writable("--folder", where / "manifest.json")
     with StatusLine(sys.stderr) as step:
         made = make_vectors.make(where, names or (), step)
     out = console(quiet=to_stdout(json_file))

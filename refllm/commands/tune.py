@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from refllm import output_file
 from refllm.commands.shared_options import Json, console, to_stdout, write_json
 from refllm.extras import require
 from refllm.status_line import StatusLine
@@ -25,8 +26,10 @@ def bench_tune(
 ) -> None:
     """Look for better tiles than those of the committed table; say what would change, and with --write change it."""
     require("bench tune", "torch", "triton")
-    from refllm.kernels.tuning import tune
+    from refllm.kernels.tuning import table, tune
 
+    if write:
+        output_file.must_be_writable("--write changes the table:", table.FILE)
     results, written = [], 0
     with StatusLine(sys.stderr) as step:
         for result in tune.tune(tune.Settings(kernel, target, device, shape), step):
