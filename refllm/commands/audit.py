@@ -74,8 +74,9 @@ def audit(
 def show(report: Any, screen: Any) -> None:
     """The table, the survivors, and a closing line."""
     from rich import box
-    from rich.table import Table
     from rich.text import Text
+
+    from refllm.fitted_table import Table
 
     screen.print(Text(f"{report.checker} against known bugs\n"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
