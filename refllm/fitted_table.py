@@ -26,8 +26,10 @@ class Table(RichTable):
         if sum(wanted) + gap * len(wanted) <= room:
             yield from super().__rich_console__(console, options)
             return
-        gap = min(1, gap)
-        for number, part in enumerate(_parts([least for least, _ in measured], room, gap)):
+        least = [width for width, _ in measured]
+        if sum(least) + gap * len(least) > room:
+            gap = min(1, gap)
+        for number, part in enumerate(_parts(least, room, gap)):
             if number:
                 yield ""
             widths = _given([measured[index] for index in part], room - gap * len(part))
