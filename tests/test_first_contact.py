@@ -192,7 +192,7 @@ WITH_NUMPY = {
     "info": ["info", HELIUM],
     "generate": ["generate", HELIUM, "--ids", "1,2", "--max-new-tokens", "2"],
     "score": ["score", HELIUM, "--ids", "1,2,3"],
-    "check": ["check", HELIUM, "--candidate", "numpy", "--dtype", "bfloat16", "--prompt", "The residual stream of it"],
+    "check, numpy": ["check", HELIUM, "--candidate", "numpy", "--dtype", "bf16", "--prompt", "The residual stream"],
     "golden verify": ["golden", "verify", "rms_norm"],
     "golden show": ["golden", "show", "rms_norm"],
     "check-op --list": ["check-op", "--list"],
@@ -278,7 +278,7 @@ def test_what_needs_no_more_than_numpy_works_with_numpy_alone(
 ) -> None:
     code, out, err = numpy_only[name]
     expected = {"check-op of a wrong one": ("fail", 1), "check-op of one that changes its input": ("fail, purity", 1)}
-    says, wanted = expected.get(name, ("pass" if name.startswith("check-op") else "", 0))
+    says, wanted = expected.get(name, ("pass" if name.startswith("check-op of") else "", 0))
     assert code == wanted, err
     assert says in out
 
