@@ -16,6 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy_operators
 import pytest
 import torch
 import typer.main
@@ -25,6 +26,7 @@ from refllm.config import AutoConfig
 from refllm.dtype_names import dtype_name
 from refllm.errors import ConfigError, InputError, MissingExtraError, RefllmError, TokenizerError
 from refllm.opcheck import inputs
+from refllm.opcheck.api import check_op
 from refllm.precision import check_dtype
 from refllm.strategies.arrays import LAYOUTS, Array, memory_of
 from refllm.tokenizer import AutoTokenizer
@@ -300,6 +302,47 @@ def test_arrays_lie_in_memory_as_tensors_do(layout: str, dtype: str) -> None:
                 np.testing.assert_array_equal(inputs.memory(ours), inputs.memory(theirs).numpy())
                 changed = inputs.change_padding({"x": ours})
                 assert changed == inputs.change_padding({"x": theirs})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int64", "bool"])
+def test_the_lines_that_make_an_array_make_that_array(layout: str, dtype: str) -> None:
+    values = "integers" if dtype in ("int64", "bool") else "normal"
+    array = Array((2, 3, 4), dtype, values=values, scale=2, planted=(((0, 1, 2), 1.0),), layout=layout)
+    scope: dict[str, Any] = {"np": np, "ml_dtypes": ml_dtypes}
+    exec("\n".join(array.code("x", numpy=True)), scope)
+    ours, made = array.placed(), scope["x"]
+    assert (made.dtype, made.shape) == (ours.dtype, ours.shape)
+    assert made.strides == ours.strides
+    assert made.tobytes() == ours.tobytes()
+    if layout not in ("dense", "expanded", "far"):
+        assert made.base.tobytes() == memory_of(ours).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("operator", "function", "broken"),
+    [
+        ("relu2", "wrong", "value"),
+        ("relu2", "in_place", "purity"),
+        ("relu2", "raises", "raises"),
+        ("relu2", "half_written", "unwritten"),
+        ("relu2", "reads_beside", "invariance"),
+        ("relu2", "other_dtype", "result"),
+        ("decode_attention", "reads_past_the_lengths", ""),
+        ("attention", "sees_masked_keys", ""),
+    ],
+)
+def test_the_reproduction_of_a_numpy_function_needs_no_torch(operator: str, function: str, broken: str) -> None:
+    candidate = getattr(numpy_operators, function)
+    report = check_op(
+        operator, candidate, dtype="bfloat16", arrays="numpy", max_examples=0, isolate=False, shrink=function == "wrong"
+    )
+    assert report.verdict == "fail"
+    assert broken in ("", report.property)
+    assert "torch" not in report.repro
+    with pytest.raises(SystemExit) as ended:
+        exec(compile(report.repro, "repro.py", "exec"), {"__name__": "repro"})
+    assert ended.value.code == 1
 
 
 def test_large_inputs_are_copied_to_see_whether_they_change() -> None:

@@ -121,8 +121,11 @@ class Array:
         out[...] = x
         return out
 
-    def code(self, name: str, device: str = "cpu") -> list[str]:
-        """Python lines that make the same tensor as `name`, bit for bit; they need numpy as np and torch."""
+    def code(self, name: str, device: str = "cpu", numpy: bool = False) -> list[str]:
+        """Python lines that make the same tensor as `name`, bit for bit; they need numpy as np and torch.
+
+        numpy: lines that make what `placed` does instead, with numpy, and ml_dtypes for bfloat16.
+        """
         there = "" if device == "cpu" else f", device={device!r}"
         lines = [f"{name} = {self._base_code()}"]
         if self.scale != 1 and self.values not in ("integers", "cos", "sin"):
@@ -131,6 +134,8 @@ class Array:
             lines[0] += f" + {self.mean!r}"
         lines[:0] = self._positions_code(name)
         lines += [f"{name}[{_index_code(index)}] = {_number_code(value)}" for index, value in self.planted]
+        if numpy:
+            return [*lines, *self._numpy_code(name)]
         if self.dtype in FLOATS:
             cast = "" if self.dtype == "float64" else ".astype(np.float32)"
             place = f"{device!r}, " if there else ""
@@ -178,6 +183,25 @@ class Array:
     def _frequencies(self) -> np.ndarray:
         half = self.shape[-1]
         return (1e4 * self.scale) ** (-np.arange(half) / max(1, half))
+
+    def _numpy_code(self, name: str) -> list[str]:
+        """Lines that turn the values into an array of the right dtype and layout."""
+        cast = "" if self.dtype not in FLOATS or self.dtype == "float64" else ".astype(np.float32)"
+        kind = {"bfloat16": "ml_dtypes.bfloat16", "bool": "np.bool_"}.get(self.dtype, f"np.{self.dtype}")
+        lines = [f"{name} = {name}{cast}.astype({kind})"]
+        if self.layout == "dense":
+            return lines
+        view = "np.lib.stride_tricks.as_strided"
+        if self.layout == "expanded":
+            return [*lines, f"{name} = {view}({name}[:1].copy(), {self.shape}, (0, *{name}.strides[1:]))"]
+        if self.layout == "far":
+            strides = _far_strides(self.shape)
+            memory = f"np.zeros({_far_size(self.shape, strides)}, {name}.dtype)"
+            place = f"{view}({memory}, {self.shape}, [n * {name}.itemsize for n in {strides}])"
+        else:
+            padding = _number_code(_PADDING.get(self.dtype, float("nan")))
+            place = f"np.full({self._placement()[0]}, {padding}, {name}.dtype){self._view_code()}"
+        return [*lines, f"place = {place}", f"place[...] = {name}", f"{name} = place"]
 
     def _base_code(self) -> str:
         shape, rng = self._shape, f"np.random.default_rng({self.seed})"
@@ -235,18 +259,21 @@ class Array:
                 f"far = torch.empty(0, dtype={name}.dtype{there}).set_(memory, 0, {self.shape}, {strides})",
                 f"{name} = far.copy_({name})",
             ]
+        padding = _number_code(_PADDING.get(self.dtype, float("nan")))
+        base = f"torch.full({self._placement()[0]}, {padding}, dtype=torch.{self.dtype}{there})"
+        return [f"{name} = {base}{self._view_code()}.copy_({name})"]
+
+    def _view_code(self) -> str:
+        """What is put behind the memory to get the array, of tensors and of NumPy arrays."""
         n = self.shape[-1]
-        view = {
+        return {
             "wider": f"[..., :{n}]",
             "shifted": f"[..., 1:{1 + n}]",
             "step": "[..., ::2]",
             "gaps": "[..., ::2, :]",
-            "transposed": ".transpose(-1, -2)",
-            "heads": ".transpose(1, 2)",
+            "transposed": ".swapaxes(-1, -2)",
+            "heads": ".swapaxes(1, 2)",
         }[self.layout]
-        padding = _number_code(_PADDING.get(self.dtype, float("nan")))
-        base = f"torch.full({self._placement()[0]}, {padding}, dtype=torch.{self.dtype}{there})"
-        return [f"{name} = {base}{view}.copy_({name})"]
 
 
 def _far_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
