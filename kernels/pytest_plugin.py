@@ -83,6 +83,10 @@ def triton_interpreter() -> Iterator[Callable[..., contextlib.AbstractContextMan
 
 
 def _interpreted(**arguments: Any) -> contextlib.AbstractContextManager[None]:
+    from refllm import extras
+
+    if missing := extras.not_installed(("torch", "triton")):
+        pytest.fail(extras.needs("Triton's interpreter", *missing), False)
     from refllm.kernels.interpreter import interpreted
 
     return interpreted(**arguments)
