@@ -20,13 +20,13 @@ class Table(RichTable):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         measured = [self._widths(column, console, options) for column in self.columns]
-        wanted = [width for _, width in measured]
+        wanted = [width for _, _, width in measured]
         gap = self.padding[1] + self.padding[3]
         room = options.max_width - (0 if self.box is None else len(wanted) + 1)
         if sum(wanted) + gap * len(wanted) <= room:
             yield from super().__rich_console__(console, options)
             return
-        least = [width for width, _ in measured]
+        least = [width for _, width, _ in measured]
         if sum(least) + gap * len(least) > room:
             gap = min(1, gap)
         for number, part in enumerate(_parts(least, room, gap)):
@@ -39,17 +39,17 @@ class Table(RichTable):
         """As Rich shows it."""
         return super().__rich_console__(console, options)
 
-    def _widths(self, column: Column, console: Console, options: ConsoleOptions) -> tuple[int, int]:
-        """The least width in which nothing is broken that must not be, and that in which nothing is broken at all."""
+    def _widths(self, column: Column, console: Console, options: ConsoleOptions) -> tuple[int, int, int]:
+        """Three widths: in which no word is broken, in which text has room, and in which nothing is broken at all."""
         endless = options.update(width=1 << 16)
         head = Measurement.get(console, endless, column.header)
         cells = [Measurement.get(console, endless, cell) for cell in column.cells]
         widest = max((cell.maximum for cell in cells), default=0)
+        word = max((cell.minimum for cell in cells), default=0)
         if column.no_wrap or column.justify == "right":
-            least = widest
-        else:
-            least = max(max((cell.minimum for cell in cells), default=0), min(widest, _PROSE))
-        return max(least, head.minimum), max(widest, head.maximum)
+            word = widest
+        least = max(word, head.minimum, min(widest, _PROSE))
+        return max(word, head.minimum), least, max(widest, head.maximum)
 
     def _with(self, part: Sequence[int], widths: Sequence[int], gap: int, first: bool) -> "Table":
         """A table of some of the columns."""
@@ -81,10 +81,12 @@ def _parts(widths: Sequence[int], room: int, gap: int) -> list[list[int]]:
     return parts
 
 
-def _given(measured: Sequence[tuple[int, int]], room: int) -> list[int]:
+def _given(measured: Sequence[tuple[int, int, int]], room: int) -> list[int]:
     """The widths of columns: the least that each needs, and what is left to the first that wants more."""
-    given, left = [], max(0, room - sum(least for least, _ in measured))
-    for least, wanted in measured:
+    fits = sum(least for _, least, _ in measured) <= room
+    start = [least if fits else word for word, least, _ in measured]
+    given, left = [], max(0, room - sum(start))
+    for least, (_, _, wanted) in zip(start, measured, strict=True):
         more = min(left, max(0, wanted - least))
         given.append(min(least + more, max(1, room)))
         left -= more
