@@ -7,7 +7,7 @@ from rich.measure import Measurement
 from rich.table import Column
 from rich.table import Table as RichTable
 
-_PROSE = 24
+_PROSE = 20
 """Columns that text of several words is given before it is broken into lines."""
 
 
