@@ -10,11 +10,9 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from refllm.errors import MissingExtraError
 
@@ -87,6 +85,8 @@ def _source(extras: str) -> str:
 
 def _origin() -> tuple[Path, bool] | None:
     """The folder or the wheel that refllm was installed from, and whether it runs in place; None if it is not there."""
+    from urllib.request import url2pathname  # slow to import, as is what comes below, and rarely needed
+
     try:
         direct = json.loads(_distribution_file("direct_url.json") or "{}")
         url = urlsplit(direct.get("url", ""))
@@ -111,6 +111,8 @@ def _is_checkout(folder: Path) -> bool:
 
 def _distribution_file(name: str) -> str:
     """A file of the metadata of the installed package, "" if there is none."""
+    from importlib import metadata
+
     try:
         return metadata.distribution("refllm").read_text(name) or ""
     except metadata.PackageNotFoundError:
