@@ -10,12 +10,18 @@ BIN    := .venv/bin
 TORCH  := torch==2.13.0
 # The Triton that belongs to it. Elsewhere than on Linux there is none, and the checks that need it say so.
 TRITON := triton==3.7.1; platform_system == "Linux"
+# Everything that the README shows works after `make check`: its commands need these, and its tests pytest.
+EXTRAS := bench,check,fast,witness
+PYTEST := 'pytest>=8'
+# A clone is called refllm, and so a script in the folder above it finds that folder instead of the package in it. Asked
+# first, the finder of the editable install knows better; where PYTHONPATH names another copy, that one counts.
+FINDER := import os, sys; "PYTHONPATH" in os.environ or sys.meta_path.sort(key=lambda f: "editable___refllm" not in getattr(f, "__module__", ""))
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-long lint types format bench gpu golden clean
+.PHONY: help check test test-long test-wheel lint types format bench gpu golden clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 check: .venv/ready-to-check  ## the main job: every embedded checkpoint; Torch, Triton and Transformers against it
 	$(BIN)/refllm check
@@ -26,6 +32,10 @@ test: .venv/ready-to-test  ## all tests
 MINUTES ?= 60
 test-long: .venv/ready-to-test  ## the drawn tests with random seeds for an hour, or MINUTES=...
 	$(BIN)/python tests/run_long.py --minutes $(MINUTES)
+
+PYTHONS ?=
+test-wheel: .venv/ready-to-check  ## the wheel in clean environments of Python 3.11 to 3.13, or PYTHONS="..."; needs a network
+	$(BIN)/python tests/check_wheel.py $(addprefix --python ,$(PYTHONS)) $(ARGS)
 
 lint: .venv/ready-to-test  ## ruff: rules and layout
 	$(BIN)/ruff check .
@@ -65,7 +75,8 @@ clean:  ## remove everything that make made
 	@echo "setting up .venv (once; takes a minute or a few)"
 	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet $(TORCH)
-	@$(BIN)/python -m pip install --quiet --editable '.[fast,witness]' '$(TRITON)'
+	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]' '$(TRITON)' $(PYTEST)
+	@echo '$(FINDER)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/refllm-first.pth"
 	@touch $@
 
 .venv/ready-to-test: .venv/ready-to-check

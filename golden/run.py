@@ -2,12 +2,11 @@
 
 import contextlib
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refllm import families, golden, ops
+from refllm import extras, families, golden, ops
 from refllm.check.measure import errors
 from refllm.errors import InputError
 from refllm.golden.cases import DTYPES, OperatorCase
@@ -53,9 +52,9 @@ def check(backend: str, dtype: str, device: str | None = None) -> None:
     if dtype not in DTYPES and (dtype, backend) != ("float64", "numpy"):
         also = " (float64 is numpy's alone)" if dtype == "float64" else ""
         raise InputError(f"--dtype {dtype} cannot be verified with {backend}: use {', '.join(DTYPES)}{also}")
-    missing = [name for name in {"triton": ("torch", "triton")}.get(backend, (backend,)) if find_spec(name) is None]
+    missing = extras.not_installed({"triton": ("torch", "triton")}.get(backend, (backend,)))
     if missing:
-        raise InputError(f"--backend {backend}: {missing[0]} is not installed; pip install 'refllm[fast]'")
+        raise extras.missing_extra(f"--backend {backend}", *missing)
     if device is None:
         return
     if backend == "numpy":

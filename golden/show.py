@@ -4,8 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-
+from refllm.fitted_table import Table
 from refllm.golden.exact import Golden
 from refllm.golden.make_vectors import Change
 from refllm.golden.verify import Finding, Verified

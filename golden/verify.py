@@ -15,6 +15,7 @@ import numpy as np
 
 from refllm.check.limits import END_TO_END, ISOLATED, ROW
 from refllm.check.measure import Measure, measure, sampling
+from refllm.dtype_names import dtype_name
 from refllm.golden import manifest as manifests
 from refllm.golden import run, store
 from refllm.golden.cases import OperatorCase, quiet, select
@@ -191,6 +192,6 @@ def combinations(backends: Sequence[str], dtypes: Sequence[str], device: str | N
             every = ["float64", *every]
         elif backend == "triton" and device in (None, "cpu"):
             every = every[:2]
-        for dtype in dtypes or every:
+        for dtype in [dtype_name(given) for given in dtypes] or every:
             run.check(backend, dtype, device)
             yield backend, dtype

@@ -14,7 +14,7 @@ Nothing here is imported before it is used, so that this package can be imported
 import importlib
 from typing import Any
 
-from refllm.errors import MissingExtraError
+from refllm import extras
 
 OPERATORS = (
     "rms_norm",
@@ -40,6 +40,7 @@ def __getattr__(name: str) -> Any:
     if name in OPERATORS:
         return getattr(_import("refllm.kernels.triton"), name)
     if name == "interpreted":
+        extras.require("refllm.kernels.interpreted", "torch", "triton")
         return _import("refllm.kernels.interpreter").interpreted
     if name == "fast_class":
         return _import("refllm.kernels.models.fast_model").fast_class
@@ -58,8 +59,7 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        extra = {"torch": "fast", "triton": "fast", "transformers": "witness"}.get(error.name or "")
-        if extra is None:
+        missing = extras.optional_package(error)
+        if missing is None:
             raise
-        command = f"pip install 'refllm[{extra}]'"
-        raise MissingExtraError(f"{module} needs {error.name}; install it with: {command}") from error
+        raise extras.missing_extra(module, missing) from error

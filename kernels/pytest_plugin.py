@@ -13,7 +13,6 @@ process; pytest-xdist works.
 """
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,9 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
         f"{MARKER}(**arguments): run this test inside refllm.kernels.interpreted(**arguments), on the CPU",
     )
     if config.getoption("--triton-interpret"):
-        missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+        from refllm import extras
+
+        missing = extras.not_installed(("torch", "triton"))
         if missing:
-            raise pytest.UsageError(f"--triton-interpret needs {' and '.join(missing)}: pip install 'refllm[fast]'")
+            raise pytest.UsageError(extras.needs("--triton-interpret", *missing))
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -82,6 +83,10 @@ def triton_interpreter() -> Iterator[Callable[..., contextlib.AbstractContextMan
 
 
 def _interpreted(**arguments: Any) -> contextlib.AbstractContextManager[None]:
+    from refllm import extras
+
+    if missing := extras.not_installed(("torch", "triton")):
+        pytest.fail(extras.needs("Triton's interpreter", *missing), False)
     from refllm.kernels.interpreter import interpreted
 
     return interpreted(**arguments)

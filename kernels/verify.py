@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from refllm import ops
 from refllm.errors import RefllmError
+from refllm.extras import missing_extra
 from refllm.inputs import to_numpy
 from refllm.opcheck.judge import errors, kind, rms, rounding_error
 from refllm.opcheck.limits import ELEMENTWISE_LIMIT, LIMITS, PRODUCT_LIMIT, chance, rms_limit
 from refllm.precision import EXACT, FUSED, Arithmetic
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise missing_extra("refllm.kernels.verify", "torch") from error
 
 __all__ = [
     "ELEMENTWISE_LIMIT",

@@ -13,12 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm import output_file
 from refllm.commands import audit, bench, golden, operators, tune
-from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json
+from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, can_be_written
 from refllm.commands.shared_options import console as _console
 from refllm.commands.shared_options import to_stdout as _to_stdout
 from refllm.commands.shared_options import write_json as _write_json
 from refllm.errors import InputError, RefllmError
+from refllm.extras import needs, optional_package, require
 from refllm.status_line import StatusLine
 
 # The base class of all errors in arguments; where it is imported from differs between versions of typer.
@@ -93,7 +95,10 @@ def check(
     ids_file: IdsFile = None,
     json_file: Json = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", metavar="F", help="Write everything as one HTML page.")
+        Path | None,
+        typer.Option(
+            "--html", metavar="F", callback=can_be_written("--html"), help="Write everything as one HTML page."
+        ),
     ] = None,
 ) -> None:
     """Run the same tokens through an implementation and the reference; say where and by how much they differ."""
@@ -129,7 +134,12 @@ def check(
 @app.command()
 def trace(
     checkpoint: Folder,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="F", help="The safetensors file to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="F", callback=can_be_written("--output"), help="The safetensors file to write."
+        ),
+    ],
     candidate: Candidate = "transformers",
     dtype: Dtype = "float32",
     policy: Rounding = None,
@@ -302,6 +312,7 @@ def kernels_list(
     json_file: Json = None,
 ) -> None:
     """Every kernel file: its operators, kernels and shipped configurations."""
+    require("kernels list", "torch", "triton")
     from refllm.kernels.aot import commands, show
 
     described = commands.describe()
@@ -349,6 +360,7 @@ def kernels_check_aot(
     json_file: Json = None,
 ) -> None:
     """Compile kernels without a GPU; find spills, too much shared memory, missing tensor cores and slow loads."""
+    require("kernels check-aot", "torch", "triton")
     from refllm.kernels.aot import commands, show
 
     if layers:
@@ -371,9 +383,11 @@ def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[
         raise InputError(
             "--layers compiles our kernels as they are; leave out the file, --kernel, --arg and --constant"
         )
+    page = None if json_file is None or _to_stdout(json_file) else json_file.with_suffix(".md")
+    if page is not None:
+        output_file.must_be_writable("the page beside --json:", page)
     with StatusLine(sys.stderr) as step:
         found, text = commands.check_layers(targets, jobs, step)
-    page = None if json_file is None or _to_stdout(json_file) else json_file.with_suffix(".md")
     _write_json(found, json_file)
     if page is not None:
         page.write_text(text, encoding="utf-8")
@@ -390,6 +404,11 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], prog_name="refllm", standalone_mode=False)
     except RefllmError as error:
         code = _complain(str(error))
+    except ModuleNotFoundError as error:
+        package = optional_package(error)
+        if package is None:
+            raise
+        code = _complain(needs("this command", package))
     except _USAGE_ERROR as error:
         code = _complain(error.format_message())
     except BrokenPipeError:  # the reader of the output went away, as `head` does

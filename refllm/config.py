@@ -33,7 +33,9 @@ from refllm.config_values import (
     show,
     warn,
 )
+from refllm.dtype_names import IN_TORCH
 from refllm.errors import ConfigError
+from refllm.not_a_checkpoint import no_config
 from refllm.rope_parameters import LEGACY_KEYS, check_rope, normalise_rope, rotary_dim_of, unused_rope_keys
 
 # The annotation of a field says how its value is read: see _READERS.
@@ -76,17 +78,6 @@ ACTIVATIONS = (
 _LEARNED_ACTIVATIONS = ("prelu", "xielu")
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-DTYPES = {
-    "float64": "float64",
-    "double": "float64",
-    "float32": "float32",
-    "float": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "half": "float16",
-}
-"""Every accepted spelling of a dtype, and its normal form."""
 
 # fmt: off
 GENERATION_KEYS = frozenset(
@@ -173,9 +164,9 @@ def _read_dtype(source: str, name: str, value: Any) -> str | None:
     if value is None:
         return None
     spelled = str(value) if isinstance(value, str) or type(value).__module__ == "torch" else show(value)
-    if spelled.removeprefix("torch.") not in DTYPES:
+    if spelled.removeprefix("torch.") not in IN_TORCH:
         raise ConfigError(f"{source}: {name}={show(value)} is not one of float64, float32, bfloat16, float16")
-    return DTYPES[spelled.removeprefix("torch.")]
+    return IN_TORCH[spelled.removeprefix("torch.")]
 
 
 def _read_optional_problem(source: str, name: str, value: Any) -> str | None:
@@ -649,6 +640,8 @@ def _config_class(model_type: Any, source: str) -> type[ModelConfig]:
 def read_config_json(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """The path and the parsed content of FOLDER/config.json, or of the JSON file itself. Raises ConfigError."""
     path = Path(folder)
+    if (found := no_config(path)) is not None:
+        raise ConfigError(f"{path}: {found}")
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():

@@ -169,8 +169,9 @@ def _number(value: Any) -> str:
 def show_info(info: Info, *, tensors: bool = False) -> Any:
     """The description as tables; a line per tensor if `tensors`."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
+
+    from refllm.fitted_table import Table
 
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in features(info.config).items():
@@ -195,8 +196,9 @@ def show_info(info: Info, *, tensors: bool = False) -> Any:
 
 
 def _fusion_lines(config: ModelConfig) -> list[Any]:
-    from rich.table import Table
     from rich.text import Text
+
+    from refllm.fitted_table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for fusion in fusions(config):
@@ -216,7 +218,7 @@ def _files_line(info: Info) -> str:
 
 
 def _tensor_table(info: Info) -> Any:
-    from rich.table import Table
+    from refllm.fitted_table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("tensor")

@@ -22,7 +22,9 @@ import numpy as np
 from refllm.cache import DynamicCache, NoCache, StaticCache
 from refllm.checkpoint import Checkpoint
 from refllm.config import ModelConfig
+from refllm.dtype_names import dtype_name
 from refllm.errors import CheckpointError, InputError
+from refllm.extras import require
 from refllm.inputs import as_array, as_integers
 from refllm.masks import masking
 from refllm.models import heads
@@ -125,7 +127,7 @@ class Model:
 
         dtype: of the file; None takes the model's own. Raises CheckpointError if the folder cannot be written.
         """
-        dtype = dtype or self.dtype
+        dtype = dtype_name(dtype or self.dtype)
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -387,6 +389,7 @@ def _fast_class(cls: type[Model], backend: str, policy: str | Policy | None, low
         raise InputError(f"low_memory is the NumPy backend's; backend={backend!r} holds its weights on the device")
     from refllm import kernels
 
+    require(f"backend={backend!r}", *(("torch", "triton") if backend == "triton" else ("torch",)))
     return kernels.fast_class(cls)
 
 

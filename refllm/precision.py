@@ -29,11 +29,13 @@ add                        residual sums
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from refllm import torch_cpu
+from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -130,10 +132,10 @@ def rounding(dtype: Dtype) -> Callable[[np.ndarray], np.ndarray]:
     return _ROUND[check_dtype(dtype)]
 
 
-def check_dtype(dtype: str) -> Dtype:
-    """`dtype` if it names one of `DTYPES` (an optional "torch." prefix is dropped), else InputError."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
+def check_dtype(dtype: Any) -> Dtype:
+    """The one of `DTYPES` that `dtype` names, in any of the ways of `dtype_name`, else InputError."""
+    name = dtype_name(dtype)
+    if not isinstance(name, str) or name not in DTYPES:
         raise InputError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
     return name
 

@@ -168,8 +168,9 @@ def score_source(
 def show_score(score: Score, most: int = 40) -> Any:
     """The figures, then a line per token; of a long text the tokens that surprised the model most."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
+
+    from refllm.fitted_table import Table
 
     figures = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     figures.add_row("tokens scored", f"{len(score.nll)} of {len(score.ids)}")

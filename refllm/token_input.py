@@ -56,7 +56,11 @@ def parse_ids(text: str, source: str) -> list[int]:
         if not all(type(value) is int for value in values):
             raise InputError(f"{source}: a JSON list of token ids must hold integers only")
         return list(values)
-    words = [word for word in re.split(r"[\s,]+", text) if word]
+    fields = [field.split() for field in text.split(",")]
+    if len(fields) > 1 and not all(fields):
+        where = 1 + fields.index([])
+        raise InputError(f"{source}: nothing stands in place {where} between the commas; expected ids as in 1,2,3")
+    words = [word for field in fields for word in field]
     for word in words:
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", word):
             raise InputError(

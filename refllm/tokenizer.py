@@ -20,6 +20,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from refllm.errors import InputError, RefllmError, TokenizerError
+from refllm.not_a_checkpoint import explain
 from refllm.text.arguments import as_array, as_ids, check_pair, check_text
 from refllm.text.entries import (
     read_added_tokens,
@@ -545,7 +546,7 @@ def warn_about_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def _read_backend(folder: Path) -> tokenizers.Tokenizer:
     if not folder.is_dir():
-        raise TokenizerError(f"{folder}: no such folder; a tokenizer is read from a local checkpoint folder")
+        raise TokenizerError(f"{folder}: {explain(folder)}")
     file = folder / "tokenizer.json"
     if not file.is_file():
         others = (name for name in _OTHER_FORMATS if (folder / name).is_file())

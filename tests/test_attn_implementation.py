@@ -26,6 +26,7 @@ import refllm.kernels.transformers
 from refllm import golden, kernels
 from refllm.check import assert_matches
 from refllm.errors import InputError, RefllmError
+from refllm.extras import install_command
 from refllm.kernels.transformers import attention, masks
 from refllm.kernels.verify import assert_meets_contract
 
@@ -450,4 +451,4 @@ def test_without_the_right_transformers_it_says_what_to_install(missing: str) ->
     code = f"import sys; sys.modules[{missing!r}] = None\nfrom refllm import kernels\nkernels.patch"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "MissingExtraError: refllm.kernels.transformers" in found.stderr
-    assert found.stderr.rstrip().endswith("pip install 'refllm[witness]'")
+    assert found.stderr.rstrip().endswith(install_command("transformers"))

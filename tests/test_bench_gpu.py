@@ -25,6 +25,7 @@ from refllm.bench.probes import Checker, loss_contract
 from refllm.bench.timer import CpuClock, GpuClock, Timed, spread
 from refllm.bench.traffic import decode_step, prefill, traffic
 from refllm.bench.workloads import Job, attention_jobs, operator_jobs
+from refllm.extras import install_command
 from refllm.kernels import gpu, gpu_benchmarks
 from refllm.kernels.cases import REDUCED
 from refllm.kernels.verify import Contract
@@ -809,7 +810,7 @@ def test_without_matplotlib_plots_say_how_to_get_it(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(kernel_bench, "run", lambda *_: pytest.fail("began"))
     assert run_cli(monkeypatch, "kernels", "--device", "cpu", "--plots", tmp_path) == 2
-    assert "pip install 'refllm[bench]'" in capsys.readouterr().err
+    assert install_command("matplotlib") in capsys.readouterr().err
 
 
 def test_make_gpu_takes_all_benchmarks_on_a_gpu_and_none_elsewhere() -> None:

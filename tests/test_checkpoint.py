@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from refllm.checkpoint import Checkpoint, save_checkpoint
@@ -354,6 +354,9 @@ def read_or_refused(path: Path) -> bool:
     except CheckpointError as error:
         message = str(error)
     assert message.isprintable()
+    if message and not ("fit into memory" in message or "holds no tensors" in message):
+        with pytest.raises(SafetensorError):
+            safe_open(path, "np")
     assert message or library_reads(path) == ours
     return not message
 
@@ -398,13 +401,13 @@ BROKEN_HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "data left over": ({"a": entry("F32", [1], 0, 4)}, EIGHT, "4 bytes at the end"),
     "offsets reversed": ({"a": entry("F32", [2], 8, 0)}, EIGHT, "begin <= end"),
     "one offset": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}, EIGHT, "begin <= end"),
-    "negative offset": ({"a": entry("F32", [2], -8, 0)}, EIGHT, "outside 0"),
-    "offset of 2^80": ({"a": entry("F32", [2], 0, 2**80)}, EIGHT, "outside 0"),
+    "negative offset": ({"a": entry("F32", [2], -8, 0)}, EIGHT, "begin <= end"),
+    "offset of 2^80": ({"a": entry("F32", [2], 0, 2**80)}, EIGHT, "begin <= end"),
     "fractional offset": ({"a": entry("F32", [2], 0, 8.0)}, EIGHT, "begin <= end"),  # type: ignore[arg-type]
     "boolean offset": ({"a": entry("U8", [1], False, True)}, b"\0", "begin <= end"),
     "shape too large": ({"a": entry("F32", [3], 0, 8)}, EIGHT, "occupies 8 bytes, but shape [3] of F32 takes 12"),
     "shape too small": ({"a": entry("F32", [1], 0, 8)}, EIGHT, "takes 4"),
-    "negative shape": ({"a": entry("F32", [-1, -2], 0, 8)}, EIGHT, "outside 0"),
+    "negative shape": ({"a": entry("F32", [-1, -2], 0, 8)}, EIGHT, "fit into memory"),
     "shape that overflows": ({"a": entry("F32", [2**62, 4, 0], 0, 0)}, b"", "fit into memory"),
     "shape of 65 axes": ({"a": entry("F32", [1] * 64 + [2], 0, 8)}, EIGHT, "fit into memory"),
     "shape that is no list": ({"a": entry("F32", 2, 0, 8)}, EIGHT, "fit into memory"),  # type: ignore[arg-type]
@@ -413,21 +416,31 @@ BROKEN_HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "lower-case dtype": ({"a": entry("f32", [2], 0, 8)}, EIGHT, "dtype 'f32'"),
     "dtype list": ({"a": entry(["F32"], [2], 0, 8)}, EIGHT, "has dtype ['F32']"),  # type: ignore[arg-type]
     "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, EIGHT, "expected dtype, shape and data_offsets"),
-    "strides": ({"a": {**entry("F32", [2], 0, 8), "strides": [4]}}, EIGHT, "expected dtype, shape and data_offsets"),
     "tensor null": ({"a": None}, b"", "described by None"),
-    "duplicate tensor": (f"{{{A},{A}}}".encode(), EIGHT, "key 'a' appears twice"),
-    "duplicate dtype": (b'{"a":{"dtype":"F32","dtype":"F64","shape":[1],"data_offsets":[0,8]}}', EIGHT, "twice"),
+    "duplicate tensor of other bytes": (f"{{{A},{A.replace('0,8', '8,16')}}}".encode(), EIGHT * 2, "leaves a hole"),
+    "duplicate tensor, the first null": (f'{{"a":null,{A}}}'.encode(), EIGHT, "described by None"),
+    "duplicate dtype": (b'{"a":{"dtype":"F32","dtype":"F64","shape":[1],"data_offsets":[0,8]}}', EIGHT, "once"),
+    "duplicate metadata": (f'{{"__metadata__":null,"__metadata__":{{}},{A}}}'.encode(), EIGHT, "appears twice"),
     "metadata list": (f'{{"__metadata__":["x"],{A}}}'.encode(), EIGHT, "expected an object of strings"),
     "metadata number": (f'{{"__metadata__":{{"x":1}},{A}}}'.encode(), EIGHT, "expected an object of strings"),
-    "surrogate in a name": (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', EIGHT, "not Unicode text"),
+    "surrogate in a name": (
+        b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        EIGHT,
+        "half of a character",
+    ),
+    "surrogate in a field that is skipped": (f'{{{A[:-1]},"x":"\\ud800"}}}}'.encode(), EIGHT, "half of a character"),
     "not UTF-8": (f"{{{A}}}".replace('"a"', '"\xff"').encode("latin-1"), EIGHT, "not valid JSON"),
     "NaN": (b'{"a":NaN}', b"", "NaN is not a JSON value"),
     "array": (b"[1, 2]  ", b"", "starts with b'[1, '"),
-    "leading space": (f" {{{A}}}".encode(), EIGHT, "starts with"),
     "cut JSON": (f"{{{A}"[:-1].encode(), EIGHT, "not valid JSON"),
     "text after JSON": (f"{{{A}}}x".encode(), EIGHT, "not valid JSON"),
     "nested too deeply": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"", "too deeply"),
-    "number of 5000 digits": (b'{"a":' + b"9" * 5000 + b"}", b"", "outside 0"),
+    "nested too deeply in a field that is skipped": (
+        f'{{{A[:-1]},"x":{"[" * 126}{"]" * 126}}}}}'.encode(),
+        EIGHT,
+        "too deeply",
+    ),
+    "number of 5000 digits": (b'{"a":' + b"9" * 5000 + b"}", b"", "out of range"),
     "long name": ({"n" * 100_000: entry("F7", [2], 0, 8)}, EIGHT, "dtype 'F7'"),
     "newline in a name": ({"n\n\x1b[31m": entry("F7", [2], 0, 8)}, EIGHT, r"'n\n\x1b[31m'"),
     "no tensors": ({"__metadata__": {"format": "pt"}}, b"", "holds no tensors"),
@@ -439,6 +452,47 @@ def test_broken_header_is_refused_in_one_line(tmp_path: Path, case: str) -> None
     header, data, said = BROKEN_HEADERS[case]
     raw_file(tmp_path / "model.safetensors", header, data)
     assert said in refusal(tmp_path)
+
+
+ODD_HEADERS: dict[str, tuple[Any, bytes]] = {
+    "metadata null": ({"__metadata__": None, "a": entry("F32", [2], 0, 8)}, EIGHT),
+    "metadata empty": ({"__metadata__": {}, "a": entry("F32", [2], 0, 8)}, EIGHT),
+    "metadata key twice": (f'{{"__metadata__":{{"x":"1","x":"2"}},{A}}}'.encode(), EIGHT),
+    "metadata spelled with an escape": (f'{{"\\u005f_metadata__":{{"x":"1"}},{A}}}'.encode(), EIGHT),
+    "a field that nobody knows": ({"a": {**entry("F32", [2], 0, 8), "strides": [4, -1, 0.5, None, "x", {}]}}, EIGHT),
+    "such a field twice": (f'{{{A[:-1]},"x":1,"x":2}}}}'.encode(), EIGHT),
+    "such a field, as deep as it may be": (f'{{{A[:-1]},"x":{"[" * 125}{"]" * 125}}}}}'.encode(), EIGHT),
+    "such a field, a long number": (f'{{{A[:-1]},"x":{"9" * 300}}}}}'.encode(), EIGHT),
+    "a tensor as a list": ({"a": ["F32", [2], [0, 8]]}, EIGHT),
+    "a tensor twice": (f"{{{A},{A}}}".encode(), EIGHT),
+    "a tensor twice, the first of a wrong size": (f"{{{A.replace('[2]', '[9]')},{A}}}".encode(), EIGHT),
+    "spaces after": (f"{{{A}}} \t\r\n ".encode(), EIGHT),
+    "spaces before": (f" \t\r\n{{{A}}}".encode(), EIGHT),
+    "not in the order of the data": ({"b": entry("F32", [1], 4, 8), "a": entry("F32", [1], 0, 4)}, EIGHT),
+    "empty tensors everywhere": (
+        {"z": entry("F32", [0], 8, 8), "a": entry("F32", [2], 0, 8), "e": entry("F16", [3, 0, 2], 0, 0)},
+        EIGHT,
+    ),
+    "not aligned": ({"x": entry("U8", [1], 0, 1), "a": entry("F32", [1], 1, 5)}, EIGHT[:5]),
+    "names of nothing and of escapes": ({"": entry("U8", [4], 0, 4), "\n\0\U0001f600": entry("U8", [4], 4, 8)}, EIGHT),
+}
+
+
+@pytest.mark.parametrize("case", ODD_HEADERS)
+def test_odd_header_is_read_as_the_library_reads_it(tmp_path: Path, case: str) -> None:
+    path = raw_file(tmp_path / "model.safetensors", *ODD_HEADERS[case])
+    assert read_or_refused(path)
+    with safe_open(path, "np") as file, Checkpoint.open(path) as checkpoint:
+        assert checkpoint.metadata == (file.metadata() or {})
+
+
+@pytest.mark.parametrize("case", BROKEN_HEADERS)
+def test_what_is_refused_is_refused_by_the_library_too(tmp_path: Path, case: str) -> None:
+    header, data, said = BROKEN_HEADERS[case]
+    if said not in ("fit into memory", "holds no tensors"):
+        path = raw_file(tmp_path / "model.safetensors", header, data)
+        with pytest.raises(SafetensorError):
+            safe_open(path, "np")
 
 
 def test_git_lfs_pointer_is_named(tmp_path: Path) -> None:

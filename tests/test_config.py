@@ -333,7 +333,7 @@ def test_unreadable_config_file_gives_one_sentence(tmp_path: Path, text: str, na
 
 
 def test_missing_and_binary_config_files_are_config_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no such file; a checkpoint folder holds a config\.json"):
+    with pytest.raises(ConfigError, match=r"there is no config\.json in this folder"):
         AutoConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not valid JSON"):

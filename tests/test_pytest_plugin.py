@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from refllm import extras
+from refllm.kernels import pytest_plugin
+
 pytest.importorskip("triton")
 
 KERNELS = """
@@ -142,3 +145,9 @@ def test_threads():
 """
     code, output = session(tmp_path, test)
     assert code == 0, output
+
+
+def test_marker_and_fixture_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "not_installed", list)
+    with pytest.raises(pytest.fail.Exception, match="needs torch and triton, which are not installed; install with: "):
+        pytest_plugin._interpreted()

@@ -185,21 +185,31 @@ def test_unknown_tap_is_a_key_error() -> None:
 # ------------------------------------------------------------------------------------------------------------- terminal
 
 
+@pytest.mark.parametrize("width", [WIDTH, 80])
 @pytest.mark.parametrize("verbose", [False, True])
 @pytest.mark.parametrize("index", range(6))
-def test_terminal_report_fits_its_width_and_loses_nothing(index: int, verbose: bool) -> None:
-    text = printed(show_report(all_reports()[index], verbose=verbose))
-    assert max(map(len, text.splitlines())) <= WIDTH
+def test_terminal_report_fits_its_width_and_loses_nothing(index: int, verbose: bool, width: int) -> None:
+    report = all_reports()[index]
+    text = printed(show_report(report, verbose=verbose), width)
+    assert max(map(len, text.splitlines())) <= width
+    if verbose:
+        assert len(re.findall(r" (?:holds|fails|untested) *$", text, re.MULTILINE)) >= len(report.taps)
     assert "\N{HORIZONTAL ELLIPSIS}" not in text  # cells that were cut
 
 
-def test_summary_and_closing_line_fit_their_width() -> None:
+@pytest.mark.parametrize("width", [WIDTH, 80, 60])
+def test_summary_and_closing_line_fit_their_width(width: int) -> None:
     other = replace(holding(), checkpoint="stablelm-tiny-sequential", candidate="my.module:forward", dtype="float32")
     for reports in (all_reports(), [*all_reports(), other]):
-        text = printed(show_summary(reports)) + printed(closing_line(reports))
-        assert max(map(len, text.splitlines())) <= WIDTH
+        text = printed(show_summary(reports), width) + printed(closing_line(reports), width)
+        assert max(map(len, text.splitlines())) <= width
         assert "\N{HORIZONTAL ELLIPSIS}" not in text
-    assert max(map(len, legend().splitlines())) <= WIDTH
+    explained = printed(closing_line(all_reports()), width).splitlines()
+    labels = [label for label, _ in legend()]
+    # A line of it begins with its label, or goes on under what the label means: nothing comes back to the margin.
+    start = max(map(len, labels)) + 2
+    for line in [line for line in explained[1:-2] if line.strip()]:
+        assert line[:start].strip() in ("", *labels)
 
 
 def test_a_report_without_a_failure_has_a_line_per_layer() -> None:

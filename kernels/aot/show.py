@@ -5,9 +5,9 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from refllm.fitted_table import Table
 from refllm.kernels.aot.batch import Checked
 
 

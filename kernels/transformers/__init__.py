@@ -21,15 +21,19 @@ Needs the package `transformers`. All operators are forward only: a backward pas
 """
 
 from refllm.errors import MissingExtraError
+from refllm.extras import install_command, missing_extra, not_installed
 
 try:
     from refllm.kernels.transformers.attention import register
     from refllm.kernels.transformers.patching import Patch, patch, unpatch
 except ImportError as error:
-    if (error.name or "").split(".")[0] != "transformers":
+    package = (error.name or "").split(".")[0]
+    if package == "torch":
+        raise missing_extra("refllm.kernels.transformers", *not_installed(("torch", "transformers"))) from error
+    if package != "transformers":
         raise
     what = f"refllm.kernels.transformers does not find what it needs of transformers 5.23 ({error})"
-    raise MissingExtraError(f"{what}; install it with: pip install 'refllm[witness]'") from error
+    raise MissingExtraError(f"{what}; install with: {install_command('transformers')}") from error
 
 __all__ = ["Patch", "patch", "register", "unpatch"]
 

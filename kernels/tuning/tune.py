@@ -9,10 +9,10 @@ from typing import Any
 
 import triton
 from rich.console import Group, RenderableType
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from refllm.errors import InputError
+from refllm.fitted_table import Table as RichTable
 from refllm.kernels.targets import Target, target, target_of
 from refllm.kernels.tuning import table
 from refllm.kernels.tuning.rank import Candidate, rank

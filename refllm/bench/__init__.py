@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from refllm.dtype_names import dtype_name
 from refllm.errors import InputError, RefllmError
 
 # Shapes to fill with random weights: Helium-1-preview-2b, narrower and less deep (226.7 million parameters), and tiny.
@@ -68,6 +69,7 @@ class Settings:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.backend not in BACKENDS:
             raise InputError(f"--backend {self.backend} is not timed on a CPU: use {' or '.join(BACKENDS)}")
         if self.dtype not in AGREEMENT or (self.backend == "numpy" and self.dtype != "float32"):

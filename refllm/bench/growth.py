@@ -187,7 +187,8 @@ def series_of(what: str, side: str, times: Times) -> dict[str, Any]:
 def show_growth(result: dict[str, Any]) -> Any:
     """The series as tables for a terminal."""
     from rich.console import Group
-    from rich.table import Table
+
+    from refllm.fitted_table import Table
 
     labels = {"prefill": "prefill, tokens", "decode": "decode, per token behind", "check": "check, layers"}
     tables: list[Any] = []

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from refllm import extras
 from refllm.bench import results
 from refllm.bench.ceilings import measure_ceilings
 from refllm.bench.forms import ATTENTION, PEERS, Form, forms
@@ -16,6 +17,7 @@ from refllm.bench.measure import Bench, measure
 from refllm.bench.targets import MANY_TOKENS, STREAMING
 from refllm.bench.timer import Deadline, clock
 from refllm.bench.workloads import Job, attention_jobs, operator_jobs
+from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 
 Step = Callable[..., None]
@@ -64,6 +66,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.dtype not in ("", "bfloat16", "float16", "float32"):
             raise InputError(f"--dtype {self.dtype} is not a kernel's: use bfloat16, float16 or float32")
         for peer in self.peers or ():
@@ -81,14 +84,11 @@ def check_device(device: str) -> None:
 
 def _torch() -> Any:
     """Torch; raises MissingExtraError without it."""
-    from refllm.errors import MissingExtraError
-
     try:
         import torch
         import triton  # noqa: F401
     except ModuleNotFoundError as error:
-        command = "pip install 'refllm[fast]'"
-        raise MissingExtraError(f"this benchmark needs {error.name}; install it with: {command}") from error
+        raise extras.missing_extra("this benchmark", *extras.not_installed(("torch", "triton"))) from error
     return torch
 
 

@@ -97,7 +97,7 @@ def _run(folder: str, mode: str, tokens: int) -> dict[str, Any]:
 
 def show_memory(result: dict[str, Any]) -> Any:
     """The result as a table for a terminal."""
-    from rich.table import Table
+    from refllm.fitted_table import Table
 
     weights = 4 * result["parameters"]
     title = f"{result['shape']}: {result['parameters'] / 1e6:,.1f} million parameters, {result['tokens']} tokens, "

@@ -40,6 +40,7 @@ from refllm.bench.results import STEP_ALONE, WHOLE_CALL, Row
 from refllm.bench.timer import Deadline, Spread, clock, spread
 from refllm.bench.traffic import Traffic
 from refllm.bench.whole_models import MODELS, relative_error
+from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 from refllm.inputs import to_numpy
 
@@ -86,6 +87,7 @@ class Settings:
                 raise InputError(f"--peers {form} is not known: use {', '.join(FORMS)}")
         if self.new and self.new < 4:
             raise InputError(f"--new-tokens {self.new} is too few: at least 4, of which the first two are not counted")
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.dtype not in ("", *_ELEMENT):
             raise InputError(f"--dtype {self.dtype} is not a kernel's: use bfloat16, float16 or float32")
 

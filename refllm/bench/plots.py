@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from refllm import extras
 from refllm.bench.charts import COLOURS, MARKERS, largest, roofline_figure, shares_figure, split, title
 from refllm.bench.results import span
-from refllm.errors import InputError, MissingExtraError
+from refllm.errors import InputError
 
 LABELS = {
     "prefill": ("tokens of the prompt", "time"),
@@ -23,8 +24,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        command = "pip install 'refllm[bench]'"
-        raise MissingExtraError(f"--plots needs matplotlib; install it with: {command}") from error
+        raise extras.missing_extra("--plots", "matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

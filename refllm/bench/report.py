@@ -4,8 +4,9 @@ import os
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from refllm.fitted_table import Table
 
 
 def show_bench(result: dict[str, Any]) -> RenderableType:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from refllm.bench.results import span, speed
+from refllm.fitted_table import Table
 
 
 def show_result(result: dict[str, Any]) -> RenderableType:

@@ -12,6 +12,7 @@ import numpy as np
 from refllm.check.inputs import Inputs
 from refllm.check.taps import HEAD_TAPS, Candidate, Sink, as_array
 from refllm.check.trace import Trace, config_hash
+from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 from refllm.inputs import to_numpy
 from refllm.model import Model
@@ -30,6 +31,7 @@ checkpoint: the folder. The others are int64 arrays [B, S]. tap(name, value) han
 
 def open_candidate(name: str, folder: Path, *, head: str, dtype: str, attention: str) -> Candidate:
     """The candidate that `--candidate` names. Raises InputError for a name, dtype or attention that is not known."""
+    dtype = dtype_name(dtype)
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
     if attention not in ATTENTION:
@@ -140,6 +142,7 @@ class FunctionCandidate:
     """A forward pass that somebody wrote (`Forward`)."""
 
     def __init__(self, function: Forward, folder: Path, *, head: str, dtype: str, name: str | None = None) -> None:
+        dtype = dtype_name(dtype)
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
         self.function, self.folder, self.head, self.dtype = function, folder, head, dtype

@@ -1,10 +1,10 @@
 """The table of `refllm diff`."""
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from refllm.check.difference import Difference, TapDifference
+from refllm.fitted_table import Table
 
 
 def show_difference(found: Difference) -> RenderableType:

@@ -3,7 +3,6 @@
 from rich import box
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from refllm.check import findings, formulas, limits
@@ -11,6 +10,7 @@ from refllm.check.findings import count, figure, percent
 from refllm.check.measure import Measure
 from refllm.check.next_tokens import Flip
 from refllm.check.oracle import Report, TapReport
+from refllm.fitted_table import Table
 
 WIDTH = 100
 STYLE = {"holds": "green", "fails": "bold red", "untested": "yellow"}
@@ -49,26 +49,37 @@ def show_summary(reports: list[Report]) -> Table:
     return table
 
 
-def closing_line(reports: list[Report]) -> Text:
+def closing_line(reports: list[Report]) -> RenderableType:
     """What the columns mean, and the verdict over all reports in one line."""
     verdicts = [report.verdict for report in reports]
     worst = findings.worst_verdict(verdicts)
     words = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in STYLE if verdict in verdicts)
-    return Text.assemble(("\n" + legend() + "\n\n", "dim"), (f"{len(reports)} checked: {words}", STYLE[worst]))
+    columns = Table.grid(padding=(0, 2, 0, 0))
+    for label, said in legend():
+        columns.add_row(Text(label, style="dim"), Text(said, style="dim"))
+    return Group("", columns, "", Text(f"{len(reports)} checked: {words}", style=STYLE[worst]))
 
 
-def legend() -> str:
-    """The columns in words, with their limits; `limits.MISROUNDED` shows in a failure's own words."""
+def legend() -> list[tuple[str, str]]:
+    """The columns and what they mean, with their limits; `limits.MISROUNDED` shows in a failure's own words."""
     narrow, wide = limits.ISOLATED["bfloat16"], limits.ISOLATED["float32"]
     row, wide_row = limits.ROW["bfloat16"], limits.ROW["float32"]
-    return f"""\
-sigma       predicted rounding error of a correct implementation that rounds where the policy says
-own inputs  rms error / rms sigma of an operator's result, given the candidate's own inputs: is this
-            operator wrong? Limit {narrow:g} (float32: {wide:g}), and more where there are few numbers
-worst row   the same of the worst position or head. Limit {row:g} (float32: {wide_row:g}), and more as above
-end to end  rms error / rms sigma after everything before it, from the token ids on. Limit {limits.END_TO_END:g},
-            or {limits.END_TO_END:g} times what an honest run in the same format has, if that is more
-untested    a wrong answer such as zeros, or everything times 1.01, would hold here: no verdict"""
+    own = (
+        f"rms error / rms sigma of an operator's result, given the candidate's own inputs: is this operator wrong? "
+        f"Limit {narrow:g} (float32: {wide:g}), and more where there are few numbers"
+    )
+    end = (
+        f"rms error / rms sigma after everything before it, from the token ids on. Limit {limits.END_TO_END:g}, "
+        f"or {limits.END_TO_END:g} times what an honest run in the same format has, if that is more"
+    )
+    same = f"the same of the worst position or head. Limit {row:g} (float32: {wide_row:g}), and more as above"
+    return [
+        ("sigma", "predicted rounding error of a correct implementation that rounds where the policy says"),
+        ("own inputs", own),
+        ("worst row", same),
+        ("end to end", end),
+        ("untested", "a wrong answer such as zeros, or everything times 1.01, would hold here: no verdict"),
+    ]
 
 
 def _title(report: Report) -> Text:

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from refllm import extras
 from refllm.check.candidates import DTYPES, FAST, open_candidate, record
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.oracle import Report, judge
 from refllm.check.taps import Candidate
 from refllm.check.trace import Trace
+from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 from refllm.model import Model
+from refllm.not_a_checkpoint import explain
 from refllm.precision import POLICIES, Policy
 
 Step = Callable[..., None]
@@ -51,6 +53,7 @@ class Settings:
     tokens: dict[str, Any] = field(default_factory=lambda: {"prompt": None, "ids": None, "ids_file": None})
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
@@ -79,7 +82,7 @@ def folders_to_check(checkpoint: Path | None) -> list[Path]:
 
         return [Path(folder) for folder in golden.checkpoints().values()]
     if not checkpoint.is_dir():
-        raise InputError(f"{checkpoint} is not a folder: expected a checkpoint with config.json and safetensors files")
+        raise InputError(f"{checkpoint}: {explain(checkpoint)}")
     return [checkpoint]
 
 
@@ -89,16 +92,11 @@ def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tup
     if given or checkpoint is not None:
         return given or ["transformers"], []
     needs = {"torch": ("torch",), "triton": ("torch", "triton"), "transformers": ("torch", "transformers")}
-    missing = {name: [p for p in packages if find_spec(p) is None] for name, packages in needs.items()}
+    missing = {name: extras.not_installed(packages) for name, packages in needs.items()}
     names = [name for name, packages in missing.items() if not packages]
     if not names:
-        raise InputError("nothing to check: install torch and triton with: pip install 'refllm[fast]'")
-    extra = {"torch": "fast", "triton": "fast", "transformers": "witness"}
-    return names, [
-        f"not checked: {name}, because {packages[0]} is not installed (pip install 'refllm[{extra[name]}]')"
-        for name, packages in missing.items()
-        if packages
-    ]
+        raise extras.missing_extra("check without a CHECKPOINT and a --candidate", "torch", "triton")
+    return names, [f"not checked: {extras.needs(name, *packages)}" for name, packages in missing.items() if packages]
 
 
 def check_all(folders: list[Path], settings: Settings, step: Step = lambda *_: None) -> Iterator[Report]:

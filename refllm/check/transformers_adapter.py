@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from refllm import extras
 from refllm.check.inputs import Inputs
 from refllm.check.taps import Sink
 from refllm.check.transformers_taps import hooks
-from refllm.errors import InputError
 
 _AUTO_CLASS = {
     "base": "AutoModel",
@@ -21,15 +21,13 @@ _AUTO_CLASS = {
 
 
 def require_transformers() -> None:
-    """Raises InputError, naming the command that helps, if Torch or Transformers is not installed."""
+    """Raises MissingExtraError, naming the command that helps, if Torch or Transformers is not installed."""
     try:
         import torch  # noqa: F401
         import transformers
     except ImportError as error:
-        missing = error.name or "transformers"
-        raise InputError(
-            f"this needs the package {missing}, which is not installed: pip install 'refllm[witness]'"
-        ) from None
+        missing = extras.not_installed(("torch", "transformers")) or ["transformers"]
+        raise extras.missing_extra("a candidate of Transformers", *missing) from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
+from refllm.extras import require
 from refllm.status_line import StatusLine
 
 
@@ -44,6 +45,11 @@ def audit(
     json_file: Json = None,
 ) -> None:
     """How good is a test? Give it every known bug of an operator; list those that it lets pass. Exit code 1 if any."""
+    require("audit", "torch")
+    if test is None:
+        require("audit without --test", "hypothesis")
+    if form == "triton" or (test is None and form is None):
+        require("audit (not with --form torch)", "triton")
     from refllm.opcheck.audit import audit as work
 
     screen = console(quiet=to_stdout(json_file))
@@ -68,8 +74,9 @@ def audit(
 def show(report: Any, screen: Any) -> None:
     """The table, the survivors, and a closing line."""
     from rich import box
-    from rich.table import Table
     from rich.text import Text
+
+    from refllm.fitted_table import Table
 
     screen.print(Text(f"{report.checker} against known bugs\n"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm import output_file
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
+from refllm.extras import require
 from refllm.status_line import StatusLine
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Measure speed and memory.")
@@ -53,6 +55,7 @@ def bench_cpu(
     json_file: Json = None,
 ) -> None:
     """Prefill and decode against Transformers: same weights, same dtype, same threads, taking turns."""
+    require("bench cpu", "torch", "transformers")
     from refllm import bench
     from refllm.bench import report
     from refllm.bench.results import stamp
@@ -112,6 +115,10 @@ def bench_growth(
         names(sides) or growth.SIDES,
         names(measures) or growth.MEASURES,
     )
+    if "transformers" in settings.sides:
+        require("bench growth (--side numpy leaves the others out)", "torch", "transformers")
+    elif "torch" in settings.sides:
+        require("bench growth --side torch", "torch")
     result = _or_finding(lambda step: growth.bench_growth(settings, step), plots)
     _show(growth.show_growth(result), result, json_file, plots)
 
@@ -293,6 +300,15 @@ def _report(work: Callable[[Any], dict[str, Any]], json_file: Path | None, plots
         raise typer.Exit(FINDING)
 
 
+def _must_be_folder(plots: Path) -> None:
+    """Makes the folder of the pictures. Raises InputError if it cannot be one that is written to."""
+    try:
+        plots.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--plots {plots} cannot be made a folder: {error.strerror or error}") from None
+    output_file.must_be_writable("--plots", plots / "picture.png")
+
+
 def _or_finding(work: Callable[[Any], dict[str, Any]], plots: Path | None = None) -> dict[str, Any]:
     """The result; a benchmark whose sides disagree is a sentence and exit code 1."""
     from refllm.bench import BenchError
@@ -301,6 +317,7 @@ def _or_finding(work: Callable[[Any], dict[str, Any]], plots: Path | None = None
         from refllm.bench.plots import pyplot
 
         pyplot()
+        _must_be_folder(plots)
     with StatusLine(sys.stderr) as step:
         try:
             return work(step)

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm import output_file
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
+from refllm.extras import require
 from refllm.status_line import StatusLine
 
 app = typer.Typer(
@@ -95,9 +97,11 @@ def make(
     json_file: Json = None,
 ) -> None:
     """Compute goldens again with a witness beside them, print their change in sigma, and replace them if told to."""
+    require("golden make", "torch", "transformers")
     from refllm.golden import make_vectors, show
 
     where = _folder(folder)
+    output_file.must_be_writable("--folder", where / "manifest.json")
     with StatusLine(sys.stderr) as step:
         made = make_vectors.make(where, names or (), step)
     out = console(quiet=to_stdout(json_file))

@@ -1,6 +1,7 @@
 """What commands share: exit codes, options, where tables go, and the JSON file."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,17 +12,21 @@ from refllm import output_file
 HOLDS, FINDING, WRONG_USE = 0, 1, 2
 
 
-def _can_be_written(json_file: Path | None) -> Path | None:
-    """Before the work, and not after it."""
-    if json_file is not None and not to_stdout(json_file):
-        output_file.must_be_writable("--json", json_file)
-    return json_file
+def can_be_written(option: str) -> Callable[[Path | None], Path | None]:
+    """The callback of an option that names a file to write: it is tried before the work, and not after it."""
+
+    def tried(file: Path | None) -> Path | None:
+        if file is not None and not (option == "--json" and to_stdout(file)):
+            output_file.must_be_writable(option, file)
+        return file
+
+    return tried
 
 
 Json = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="F", callback=_can_be_written, help="Write the result as JSON; - is standard output."
+        "--json", metavar="F", callback=can_be_written("--json"), help="Write the result as JSON; - is standard output."
     ),
 ]
 

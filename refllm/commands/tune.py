@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from refllm import output_file
 from refllm.commands.shared_options import Json, console, to_stdout, write_json
+from refllm.extras import require
 from refllm.status_line import StatusLine
 
 
@@ -23,8 +25,11 @@ def bench_tune(
     json_file: Json = None,
 ) -> None:
     """Look for better tiles than those of the committed table; say what would change, and with --write change it."""
-    from refllm.kernels.tuning import tune
+    require("bench tune", "torch", "triton")
+    from refllm.kernels.tuning import table, tune
 
+    if write:
+        output_file.must_be_writable("--write changes the table:", table.FILE)
     results, written = [], 0
     with StatusLine(sys.stderr) as step:
         for result in tune.tune(tune.Settings(kernel, target, device, shape), step):

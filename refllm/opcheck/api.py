@@ -8,6 +8,7 @@ from typing import Any
 
 from refllm import output_file
 from refllm.errors import InputError, RefllmError
+from refllm.extras import require
 from refllm.opcheck import candidate as candidates
 from refllm.opcheck import search
 from refllm.opcheck.examine import Examiner, Finding
@@ -122,6 +123,8 @@ def check_op(
     dtype = find_dtype(dtype)
     _must_be_possible(time_limit, seconds, max_examples, calls)
     without = find_left_out(operator, without)
+    if max_examples and not isinstance(calls, Sequence):
+        require("drawing examples (--max-examples 0 draws none)", "hypothesis")
     if repro is not None:
         output_file.must_be_writable("--repro", repro)
     found = candidates.load(candidate, arrays=arrays, device=device)

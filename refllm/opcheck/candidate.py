@@ -12,6 +12,7 @@ from typing import Any
 
 from refllm.check.candidates import find_function
 from refllm.errors import InputError
+from refllm.extras import require
 from refllm.opcheck.forked import Ended, forked
 
 ARRAYS = ("torch", "numpy")
@@ -44,6 +45,8 @@ def load(candidate: Any, *, arrays: str = "torch", device: str = "cpu") -> Candi
         raise InputError(f"--arrays {arrays} is not known; use {' or '.join(ARRAYS)}")
     if device.partition(":")[0] not in DEVICES:
         raise InputError(f"--device {device} is not known; use {' or '.join(DEVICES)}")
+    if arrays == "torch":
+        require("a candidate that takes tensors (--arrays numpy takes NumPy arrays)", "torch")
     if device != "cpu":
         _needs_gpu(device, arrays)
     if isinstance(candidate, str):
@@ -143,7 +146,8 @@ def survive_import(reference: str, find: Callable[[str], Any]) -> None:
     """Raises InputError for a file or module whose import ends the process, as os._exit and a crash do."""
     if reference.rpartition(":")[0] in sys.modules:
         return
-    import torch  # noqa: F401 (once, and not in every process)
+    with contextlib.suppress(ModuleNotFoundError):
+        import torch  # noqa: F401 (once, and not in every process)
 
     def imported() -> None:
         with contextlib.suppress(InputError):  # is said where it is imported to stay

@@ -9,6 +9,7 @@ import numpy as np
 
 from refllm import ops
 from refllm.check.predict_operator import predict
+from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 from refllm.opcheck.limits import CHAIN, INNER, NO_SUMS
 from refllm.opcheck.signatures import signature
@@ -88,11 +89,11 @@ def find_policy(policy: str) -> Policy:
     return POLICIES[policy]
 
 
-def find_dtype(dtype: str) -> str:
-    """`dtype` without "torch.". Raises InputError for one that no kernel works in."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise InputError(f"--dtype {name} is not known; use {', '.join(DTYPES)}")
+def find_dtype(dtype: Any) -> str:
+    """The name of a dtype, given in any of the ways of `dtype_name`. Raises InputError if no kernel works in it."""
+    name = dtype_name(dtype)
+    if not isinstance(name, str) or name not in DTYPES:
+        raise InputError(f"--dtype {dtype} is not known; use {', '.join(DTYPES)}")
     return name
 
 

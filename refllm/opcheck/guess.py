@@ -54,10 +54,12 @@ def guess(findings: Sequence[Finding], policy: str, probe: Finding | None = None
         return []
     try:
         from refllm.kernels.mutants import catalogue
+
+        mutants = catalogue(findings[0].call.operator, form="torch")
     except ModuleNotFoundError:
         return []  # without Torch there are none
     scored = []
-    for mutant in catalogue(findings[0].call.operator, form="torch"):
+    for mutant in mutants:
         shares = [_nearness(mutant, finding, policy) for finding in findings]
         if max(shares) > _NEARER and probes:
             shares = [_nearness(mutant, probes[0], policy) + _NEARER] * len(shares)  # second to those near everywhere

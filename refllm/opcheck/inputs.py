@@ -5,50 +5,36 @@ from typing import Any
 
 import numpy as np
 
+from refllm.inputs import to_numpy
 from refllm.opcheck.signatures import is_batched, signature
-from refllm.strategies.arrays import Array
+from refllm.strategies.arrays import Array, memory_of
 from refllm.strategies.call import Call
 
 _SMALL = 1 << 24
 """Bytes of memory up to which all of it is compared or changed, what lies between the elements included."""
 
 
-def make(call: Call, device: str) -> tuple[list[Any], dict[str, Any]]:
-    """New tensors for a call."""
-    return call.tensors(device)
-
-
-def as_numpy(arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The same memory as NumPy arrays, with the same strides; bfloat16 is that of ml_dtypes."""
-    return [to_array(x) for x in arguments], {name: to_array(x) for name, x in keywords.items()}
-
-
-def to_array(x: Any) -> Any:
-    """A tensor as an array over the same memory; anything else as it is."""
-    if not hasattr(x, "numpy"):
-        return x
-    import torch
-
-    if x.dtype != torch.bfloat16:
-        return x.numpy()
-    import ml_dtypes
-
-    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+def make(call: Call, device: str, arrays: str) -> tuple[list[Any], dict[str, Any]]:
+    """New tensors for a call, or new NumPy arrays. With arrays="numpy" nothing in this module needs Torch."""
+    return call.placed() if arrays == "numpy" else call.tensors(device)
 
 
 def named(call: Call, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
-    """The tensors among the arguments, by name."""
+    """The arrays or tensors among the arguments, by name."""
     given = {**dict(zip(call.names, arguments, strict=True)), **keywords}
-    return {name: x for name, x in given.items() if hasattr(x, "data_ptr")}
+    return {name: x for name, x in given.items() if hasattr(x, "shape")}
 
 
 def memory(x: Any) -> Any:
-    """A copy of all bytes of a tensor's memory; of its elements alone where that memory is huge."""
+    """A copy of all bytes of the memory of an array or a tensor; of its elements alone where that memory is huge."""
+    if isinstance(x, np.ndarray):
+        whole = memory_of(x)
+        return (whole if whole.nbytes <= _SMALL else x.reshape(-1).view(np.uint8)).copy()
     import torch
 
     storage = x.untyped_storage()
     if storage.nbytes() > _SMALL:
-        return x.detach().contiguous().view(torch.uint8) if x.numel() else None
+        return x.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8) if x.numel() else None
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage).clone()
 
 
@@ -61,6 +47,8 @@ def change_padding(tensors: dict[str, Any]) -> list[str]:
 
 
 def _change_padding(x: Any) -> bool:
+    if isinstance(x, np.ndarray):
+        return _change_padding_of_array(x)
     import torch
 
     storage = x.untyped_storage()
@@ -69,6 +57,18 @@ def _change_padding(x: Any) -> bool:
     flat = torch.empty(0, dtype=x.dtype, device=x.device).set_(storage)
     between = torch.ones_like(flat, dtype=torch.bool)
     between.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(False)
+    flat[between] = 3
+    return bool(between.any())
+
+
+def _change_padding_of_array(x: np.ndarray) -> bool:
+    whole = memory_of(x)
+    if whole.nbytes > _SMALL or not x.size or whole.nbytes == x.nbytes:
+        return False
+    flat = whole.view(x.dtype)
+    between = np.ones(flat.size, bool)
+    offset = (x.ctypes.data - whole.ctypes.data) // x.itemsize
+    np.ndarray(x.shape, bool, between, offset, tuple(stride // x.itemsize for stride in x.strides))[...] = False
     flat[between] = 3
     return bool(between.any())
 
@@ -82,6 +82,7 @@ def change_unread(call: Call, tensors: dict[str, Any]) -> list[str]:
     changed = []
     for phrase, x, where in _unread(call, tensors):
         if bool(where.any()) and _separate(x):
+            where = where if isinstance(x, np.ndarray) else _as_tensor(where, x)
             x[where] = 1 - x[where]
             changed.append(phrase)
     return changed
@@ -89,33 +90,38 @@ def change_unread(call: Call, tensors: dict[str, Any]) -> list[str]:
 
 def _separate(x: Any) -> bool:
     """Whether no two elements share memory."""
-    return all(stride or size <= 1 for size, stride in zip(x.shape, x.stride(), strict=True))
+    strides = x.strides if isinstance(x, np.ndarray) else x.stride()
+    return all(stride or size <= 1 for size, stride in zip(x.shape, strides, strict=True))
 
 
-def _unread(call: Call, tensors: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(phrase, tensor, which of its leading axes are not read)."""
+def _as_tensor(where: np.ndarray, x: Any) -> Any:
     import torch
 
+    return torch.from_numpy(where).to(x.device)
+
+
+def _unread(call: Call, tensors: dict[str, Any]) -> Iterator[tuple[str, Any, np.ndarray]]:
+    """(phrase, array or tensor, which entries of its leading axes are not read)."""
     keywords = dict(call.keywords)
     if call.operator == "attention":
         q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "key_mask"))
         assert q is not None
         assert k is not None
         if mask is not None:
-            hidden = ~mask[:, None, :].expand(k.shape[:3])
+            hidden = np.array(np.broadcast_to(~to_numpy(mask)[:, None, :], k.shape[:3]))
             yield "masked keys", k, hidden
             yield "masked values", v, hidden
         if keywords.get("causal", True) and q.shape[2] > k.shape[2]:
-            blind = torch.arange(q.shape[2], device=q.device) < q.shape[2] - k.shape[2]
-            yield "queries that see no key", q, blind.expand(q.shape[:3])
+            blind = np.arange(q.shape[2]) < q.shape[2] - k.shape[2]
+            yield "queries that see no key", q, np.array(np.broadcast_to(blind, q.shape[:3]))
     elif call.operator == "decode_attention":
         k, v, lengths = tensors["k_cache"], tensors["v_cache"], tensors["lengths"]
-        beyond = torch.arange(k.shape[2], device=k.device) >= lengths[:, None]
+        beyond = np.arange(k.shape[2]) >= to_numpy(lengths)[:, None]
         for name, x in (("keys", k), ("values", v)):
-            yield f"{name} past the length", x, beyond[:, None, :].expand(x.shape[:3])
+            yield f"{name} past the length", x, np.array(np.broadcast_to(beyond[:, None, :], x.shape[:3]))
     elif call.operator in ("cross_entropy", "linear_cross_entropy"):
         rows = "logits" if call.operator == "cross_entropy" else "x"
-        ignored = tensors["labels"] == keywords.get("ignore_index", -100)
+        ignored = to_numpy(tensors["labels"]) == keywords.get("ignore_index", -100)
         yield "rows whose label is ignored", tensors[rows], ignored
 
 

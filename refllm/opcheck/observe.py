@@ -153,7 +153,7 @@ class _Run:
 
     def __call__(self, *, filling: int = 0, padding: bool = False, unread: bool = False) -> tuple[Result, ...]:
         call = self.task.call
-        arguments, keywords = inputs.make(call, self.task.device)
+        arguments, keywords = inputs.make(call, self.task.device, self.task.arrays)
         tensors = inputs.named(call, arguments, keywords)
         if padding:
             self.padded = inputs.change_padding(tensors) or self.padded
@@ -173,7 +173,7 @@ class _Run:
         row = inputs.rows_of(call) - 1
         if row < 1:
             return None
-        arguments, keywords = inputs.row_alone(call, *inputs.make(call, self.task.device), row)
+        arguments, keywords = inputs.row_alone(call, *inputs.make(call, self.task.device, self.task.arrays), row)
         try:
             out = self._call(arguments, keywords, 0)
         except _Broken as broken:
@@ -189,8 +189,6 @@ class _Run:
     def _call(self, arguments: Sequence[Any], keywords: dict[str, Any], filling: int) -> tuple[Any, ...]:
         self.step("run")
         begin = time.monotonic()
-        if self.task.arrays == "numpy":
-            arguments, keywords = inputs.as_numpy(arguments, keywords)
         try:
             memory = filled(filling, self.task.arrays, self.function)
             with _no_grad(self.task), memory, _interpreter(self.task, filling):
@@ -226,6 +224,8 @@ def _interpreter(task: Task, filling: int) -> Any:
 
 
 def _same_memory(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
     import torch
 
     return (a is None and b is None) or torch.equal(a, b)
@@ -258,7 +258,7 @@ def _result(x: Any, tensors: dict[str, Any], arrays: str) -> Result:
 
 
 def _array_result(x: np.ndarray, tensors: dict[str, Any]) -> Result:
-    view = next((name for name, t in tensors.items() if x.size and np.shares_memory(x, inputs.to_array(t))), "")
+    view = next((name for name, t in tensors.items() if x.size and np.shares_memory(x, t)), "")
     narrow = x.dtype.kind == "V" or x.dtype.name in ("bfloat16", "float16")
     value = x.astype(np.float32) if narrow else x.copy()
     return Result(value if x.size <= _LARGEST else _NOTHING, x.shape, x.dtype.name, "cpu", view)

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.syntax import Syntax
-from rich.table import Table
 from rich.text import Text
 
+from refllm.fitted_table import Table
 from refllm.opcheck.api import OpReport
 from refllm.opcheck.judge import Judgement
 from refllm.opcheck.signatures import SIGNATURES

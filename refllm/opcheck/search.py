@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from refllm.errors import InputError, MissingExtraError
+from refllm.errors import InputError
+from refllm.extras import require
 from refllm.opcheck.examine import Examiner, Finding
 from refllm.opcheck.worker import TimeIsUpError
 from refllm.strategies.call import Call
@@ -57,11 +58,9 @@ def drawn(
     InputError for a strategy that has no calls, or none that are left."""
     if max_examples < 1:
         return Searched(None)
-    try:
-        import hypothesis
-    except ModuleNotFoundError:
-        command = "pip install 'refllm[check]'"
-        raise MissingExtraError(f"drawing examples needs hypothesis; install it with: {command}") from None
+    require("drawing examples (--max-examples 0 draws none)", "hypothesis")
+    import hypothesis
+
     done, found = 0, Searched(None)
 
     def body(call: Call) -> None:

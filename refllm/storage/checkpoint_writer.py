@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from refllm.dtype_names import dtype_name
 from refllm.errors import CheckpointError
 from refllm.storage.safetensors_format import DTYPES, FORMAT_NAMES, MAX_HEADER_BYTES, WEIGHT_DTYPES, is_text, quote
 from refllm.storage.upcast import blocks
@@ -48,6 +49,7 @@ def save_checkpoint(
     Returns the paths written. A failure leaves the folder as it was; weight files of an earlier checkpoint in the
     folder are removed after success. Raises CheckpointError for what the format cannot hold.
     """
+    dtype = dtype_name(dtype)
     if dtype not in WEIGHT_DTYPES:
         raise CheckpointError(f"dtype={quote(dtype)} is not a weight dtype, expected one of {', '.join(WEIGHT_DTYPES)}")
     folder = Path(folder)

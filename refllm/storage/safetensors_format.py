@@ -4,11 +4,13 @@ Layout of the format (https://huggingface.co/docs/safetensors, section "Format")
 
     8 bytes    N, little-endian unsigned: length of the header
     N bytes    JSON object {name: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...};
-               it starts with "{" and may be padded with spaces; "__metadata__" maps strings to strings
+               it may be padded with spaces; "__metadata__" maps strings to strings, or is null
     the rest   the tensors, row-major and little-endian; offsets count from here, without holes and without overlap
 
 The safetensors library checks the same things, but it does not say where a tensor lies in the file, and a memory map
-needs to know that. What `read_header` accepts, the library accepts; the tests hold the two against each other.
+needs to know that. What `read_header` accepts is what the library loads; the tests hold the two against each other. Of
+the library's parser come the rules that the format does not spell out: fields that it does not know are skipped, of a
+name that appears twice the last one counts (the first one's data is then a hole), and nesting ends at `MAX_DEPTH`.
 """
 
 import json
@@ -23,6 +25,9 @@ from refllm.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 # numpy's own limit (NPY_MAXDIMS).
 MAX_DIMENSIONS = 64
+# Of lists and objects inside each other: that of the library's parser.
+MAX_DEPTH = 127
+_FIELDS = ("dtype", "shape", "data_offsets")
 
 # Format name -> (our name, bits per element). Only the first four can be model weights; the others can be listed.
 DTYPES: dict[str, tuple[str, int]] = {
@@ -90,11 +95,12 @@ def read_header(file: BinaryIO, where: str) -> tuple[dict[str, TensorInfo], dict
     raw = file.read(length)
     if len(raw) != length:
         raise CheckpointError(f"{where}: the file shrank while it was read, expected a header of {length} bytes")
-    if not raw.startswith(b"{"):
+    if not raw.lstrip(b" \t\r\n").startswith(b"{"):
         raise CheckpointError(f"{where}: the header starts with {quote(raw[:4])}, expected '{{' (is the file damaged?)")
-    entries = parse_json_object(raw, f"{where}: header")
-    metadata = _metadata(entries.pop("__metadata__", {}), where)
-    tensors = {name: _tensor(name, entry, 8 + length, where) for name, entry in entries.items()}
+    entries = _parse_header(raw, f"{where}: header")
+    metadata = _metadata([value for name, value in entries if name == "__metadata__"], where)
+    described = {name: _described(name, entry, where) for name, entry in entries if name != "__metadata__"}
+    tensors = {name: _tensor(name, fields, 8 + length, where) for name, fields in described.items()}
     return _in_file_order(tensors, 8 + length, size, where), metadata
 
 
@@ -110,20 +116,44 @@ def _explain_length(prefix: bytes, length: int, size: int) -> str:
 
 def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
     """A JSON object from an untrusted file: UTF-8, no duplicate keys, no NaN, no negative integers."""
+    value = _parse(raw, where, object_pairs_hook=_unique_keys, parse_int=_natural)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as its pairs, in order: of a key that appears twice it depends on the key which one counts."""
+
+
+def _parse_header(raw: bytes, where: str) -> _Pairs:
+    """The pairs of the header's object."""
+    value = _parse(raw, where, object_pairs_hook=_Pairs, parse_int=_header_number, parse_float=_finite)
+    if not isinstance(value, _Pairs):
+        raise CheckpointError(f"{where} is a JSON {type(value).__name__}, expected an object")
+    if _depth(value) > MAX_DEPTH:
+        raise CheckpointError(f"{where} is nested too deeply to be JSON of this format")
+    if b"\\ud" in raw.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise CheckpointError(f"{where} is not valid JSON: it spells half of a character")
+    return value
+
+
+def _parse(raw: bytes, where: str, **hooks: Any) -> Any:
     try:
-        value = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_int=_natural,
-            parse_constant=_no_constant,
-        )
+        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, **hooks)
     except RecursionError:
         raise CheckpointError(f"{where} is nested too deeply to be JSON of this format") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise CheckpointError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is a JSON {type(value).__name__}, expected an object")
-    return value
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects lie inside each other."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, list)]:
+        depth += 1
+        level = [inner[1] if isinstance(item, _Pairs) else inner for item in level for inner in item]
+    return depth
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,6 +173,19 @@ def _natural(digits: str) -> int:
     return int(digits)
 
 
+def _header_number(digits: str) -> int | float:
+    """An integer that sizes and offsets can be, 0 .. 2^64 - 1; any other one as the fraction that no size is."""
+    if digits.startswith("-") or len(digits) > 20 or int(digits) >= 2**64:
+        return _finite(digits)
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(float(digits)):
+        raise ValueError(f"the number {quote(digits)} is out of range")
+    return float(digits)
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON value")
 
@@ -153,34 +196,71 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _metadata(value: Any, where: str) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(is_text(text) for text in value.values()):
-        raise CheckpointError(f"{where}: header: __metadata__ is {quote(value)}, expected an object of strings")
-    return value
+def _metadata(values: list[Any], where: str) -> dict[str, str]:
+    """values: of every __metadata__ in the header, of which there may be one."""
+    if len(values) > 1:
+        raise CheckpointError(f"{where}: header: __metadata__ appears twice")
+    value = values[0] if values else None
+    if value is None:
+        return {}
+    if not isinstance(value, _Pairs) or not all(is_text(text) for pair in value for text in pair):
+        raise CheckpointError(f"{where}: header: __metadata__ is {quote(_plain(value))}, expected an object of strings")
+    return dict(value)
 
 
-def _tensor(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
+def _plain(value: Any) -> Any:
+    """A value as Python shows it, for messages."""
+    return dict(value) if isinstance(value, _Pairs) else value
+
+
+def _fields(entry: Any) -> dict[str, Any] | None:
+    """dtype, shape and data_offsets of a tensor, by name or in a list of these three; None for anything else."""
+    if not isinstance(entry, _Pairs):
+        return dict(zip(_FIELDS, entry, strict=True)) if isinstance(entry, list) and len(entry) == 3 else None
+    known = [pair for pair in entry if pair[0] in _FIELDS]
+    return dict(known) if sorted(name for name, _ in known) == sorted(_FIELDS) else None
+
+
+def _described(name: str, entry: Any, where: str) -> dict[str, Any]:
+    """What the header says of a tensor, of the right types."""
     at = f"{where}: tensor {quote(name)}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{at} is described by {quote(entry)}, expected dtype, shape and data_offsets")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"{at} has dtype {quote(entry['dtype'])}, expected one of {', '.join(DTYPES)}")
-    dtype, bits = DTYPES[entry["dtype"]]
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _integers(shape) or len(shape) > MAX_DIMENSIONS or math.prod(filter(None, shape)) * bits >= 2**63:
+    fields = _fields(entry)
+    if fields is None:
+        raise CheckpointError(
+            f"{at} is described by {quote(_plain(entry))}, expected dtype, shape and data_offsets, once"
+        )
+    if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
+        raise CheckpointError(f"{at} has dtype {quote(fields['dtype'])}, expected one of {', '.join(DTYPES)}")
+    if not _integers(fields["shape"]):
+        raise CheckpointError(
+            f"{at} has shape {quote(_plain(fields['shape']))}, expected a list of sizes that fit into memory"
+        )
+    offsets = fields["data_offsets"]
+    if not _integers(offsets) or len(offsets) != 2:
+        raise CheckpointError(
+            f"{at} has data_offsets {quote(_plain(offsets))}, expected [begin, end] with begin <= end"
+        )
+    return fields
+
+
+def _tensor(name: str, fields: dict[str, Any], data_start: int, where: str) -> TensorInfo:
+    at = f"{where}: tensor {quote(name)}"
+    dtype, bits = DTYPES[fields["dtype"]]
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    if len(shape) > MAX_DIMENSIONS or math.prod(filter(None, shape)) * bits >= 2**63:
         raise CheckpointError(f"{at} has shape {quote(shape)}, expected a list of sizes that fit into memory")
-    if not _integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if offsets[0] > offsets[1]:
         raise CheckpointError(f"{at} has data_offsets {quote(offsets)}, expected [begin, end] with begin <= end")
     total_bits, found = math.prod(shape) * bits, offsets[1] - offsets[0]
     if total_bits != found * 8:
         raise CheckpointError(
-            f"{at} occupies {found} bytes, but shape {shape} of {entry['dtype']} takes {total_bits / 8:.15g}"
+            f"{at} occupies {found} bytes, but shape {shape} of {fields['dtype']} takes {total_bits / 8:.15g}"
         )
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
 def _integers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return type(value) is list and all(type(item) is int for item in value)
 
 
 def _in_file_order(tensors: dict[str, TensorInfo], begin: int, size: int, where: str) -> dict[str, TensorInfo]:

@@ -13,7 +13,7 @@ draws needs Hypothesis; `Array`, `Call` and `corners` do not. Strategies for who
 import importlib
 from typing import Any
 
-from refllm.errors import MissingExtraError
+from refllm.extras import missing_extra
 
 _WHERE = {
     "Array": "refllm.strategies.arrays",
@@ -34,8 +34,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise
-        command = "pip install 'refllm[check]'"
-        raise MissingExtraError(f"refllm.strategies.{name} needs hypothesis; install it with: {command}") from error
+        raise missing_extra(f"refllm.strategies.{name}", "hypothesis") from error
 
 
 def __dir__() -> list[str]:

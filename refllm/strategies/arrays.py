@@ -4,9 +4,11 @@ The bulk of the values comes from NumPy and a seed; a few are planted by hand. T
 `layout`, and then everything between its elements holds NaN, so that who reads beside them is seen.
 """
 
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from refllm.errors import InputError
@@ -96,8 +98,34 @@ class Array:
         out.copy_(x)
         return out
 
-    def code(self, name: str, device: str = "cpu") -> list[str]:
-        """Python lines that make the same tensor as `name`, bit for bit; they need numpy as np and torch."""
+    def placed(self) -> np.ndarray:
+        """The same as a NumPy array (bfloat16: that of ml_dtypes), over bytes of its own: `memory_of` returns them."""
+        x = self.array().astype(getattr(ml_dtypes, self.dtype) if self.dtype == "bfloat16" else self.dtype)
+        if self.layout == "dense":
+            out = _over_memory(x.shape, x.dtype)
+        elif self.layout == "expanded":
+            first = _over_memory((min(1, self.shape[0]), *self.shape[1:]), x.dtype)
+            out = np.ndarray(self.shape, x.dtype, memory_of(first), strides=(0, *first.strides[1:]))
+            if not out.size:
+                return out
+        elif self.layout == "far":
+            strides = _far_strides(self.shape)
+            memory = _over_memory((_far_size(self.shape, strides),), x.dtype)
+            bytes_apart = tuple(stride * x.itemsize for stride in strides)
+            out = np.ndarray(self.shape, x.dtype, memory_of(memory), strides=bytes_apart)
+        else:
+            base_shape, view = self._placement()
+            base = _over_memory(base_shape, x.dtype)
+            base[...] = _PADDING.get(self.dtype, float("nan"))
+            out = view(base)
+        out[...] = x
+        return out
+
+    def code(self, name: str, device: str = "cpu", numpy: bool = False) -> list[str]:
+        """Python lines that make the same tensor as `name`, bit for bit; they need numpy as np and torch.
+
+        numpy: lines that make what `placed` does instead, with numpy, and ml_dtypes for bfloat16.
+        """
         there = "" if device == "cpu" else f", device={device!r}"
         lines = [f"{name} = {self._base_code()}"]
         if self.scale != 1 and self.values not in ("integers", "cos", "sin"):
@@ -106,6 +134,8 @@ class Array:
             lines[0] += f" + {self.mean!r}"
         lines[:0] = self._positions_code(name)
         lines += [f"{name}[{_index_code(index)}] = {_number_code(value)}" for index, value in self.planted]
+        if numpy:
+            return [*lines, *self._numpy_code(name)]
         if self.dtype in FLOATS:
             cast = "" if self.dtype == "float64" else ".astype(np.float32)"
             place = f"{device!r}, " if there else ""
@@ -154,6 +184,25 @@ class Array:
         half = self.shape[-1]
         return (1e4 * self.scale) ** (-np.arange(half) / max(1, half))
 
+    def _numpy_code(self, name: str) -> list[str]:
+        """Lines that turn the values into an array of the right dtype and layout."""
+        cast = "" if self.dtype not in FLOATS or self.dtype == "float64" else ".astype(np.float32)"
+        kind = {"bfloat16": "ml_dtypes.bfloat16", "bool": "np.bool_"}.get(self.dtype, f"np.{self.dtype}")
+        lines = [f"{name} = {name}{cast}.astype({kind})"]
+        if self.layout == "dense":
+            return lines
+        view = "np.lib.stride_tricks.as_strided"
+        if self.layout == "expanded":
+            return [*lines, f"{name} = {view}({name}[:1].copy(), {self.shape}, (0, *{name}.strides[1:]))"]
+        if self.layout == "far":
+            strides = _far_strides(self.shape)
+            memory = f"np.zeros({_far_size(self.shape, strides)}, {name}.dtype)"
+            place = f"{view}({memory}, {self.shape}, [n * {name}.itemsize for n in {strides}])"
+        else:
+            padding = _number_code(_PADDING.get(self.dtype, float("nan")))
+            place = f"np.full({self._placement()[0]}, {padding}, {name}.dtype){self._view_code()}"
+        return [*lines, f"place = {place}", f"place[...] = {name}", f"{name} = place"]
+
     def _base_code(self) -> str:
         shape, rng = self._shape, f"np.random.default_rng({self.seed})"
         half = self.shape[-1] if self.shape else 0
@@ -193,9 +242,9 @@ class Array:
         if self.layout == "gaps":
             return (*front[:-1], 2 * front[-1], n), lambda base: base[..., ::2, :]
         if self.layout == "transposed":
-            return (*front[:-1], n, front[-1]), lambda base: base.transpose(-1, -2)
+            return (*front[:-1], n, front[-1]), lambda base: base.swapaxes(-1, -2)
         swapped = (self.shape[0], self.shape[2], self.shape[1], *self.shape[3:])
-        return swapped, lambda base: base.transpose(1, 2)
+        return swapped, lambda base: base.swapaxes(1, 2)
 
     def _placement_code(self, name: str, there: str) -> list[str]:
         """there: the argument `device` of what makes memory, with a comma before it; "" on the CPU."""
@@ -210,18 +259,21 @@ class Array:
                 f"far = torch.empty(0, dtype={name}.dtype{there}).set_(memory, 0, {self.shape}, {strides})",
                 f"{name} = far.copy_({name})",
             ]
+        padding = _number_code(_PADDING.get(self.dtype, float("nan")))
+        base = f"torch.full({self._placement()[0]}, {padding}, dtype=torch.{self.dtype}{there})"
+        return [f"{name} = {base}{self._view_code()}.copy_({name})"]
+
+    def _view_code(self) -> str:
+        """What is put behind the memory to get the array, of tensors and of NumPy arrays."""
         n = self.shape[-1]
-        view = {
+        return {
             "wider": f"[..., :{n}]",
             "shifted": f"[..., 1:{1 + n}]",
             "step": "[..., ::2]",
             "gaps": "[..., ::2, :]",
-            "transposed": ".transpose(-1, -2)",
-            "heads": ".transpose(1, 2)",
+            "transposed": ".swapaxes(-1, -2)",
+            "heads": ".swapaxes(1, 2)",
         }[self.layout]
-        padding = _number_code(_PADDING.get(self.dtype, float("nan")))
-        base = f"torch.full({self._placement()[0]}, {padding}, dtype=torch.{self.dtype}{there})"
-        return [f"{name} = {base}{view}.copy_({name})"]
 
 
 def _far_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -234,6 +286,21 @@ def _far_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _far_size(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum(max(0, n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+
+
+def _over_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array of zeros over bytes of its own that start at a page, as aligned as a tensor's. Only the pages that are
+    touched take memory."""
+    count = int(np.prod(shape)) * dtype.itemsize
+    memory = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8, count)
+    return np.ndarray(shape, dtype, memory)
+
+
+def memory_of(x: np.ndarray) -> np.ndarray:
+    """All bytes of the memory that an array of `Array.placed`, or a view of it, lies in."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
 
 
 def _far(x: Any) -> Any:

@@ -39,14 +39,22 @@ class Call:
         made = [x.tensor(device) if isinstance(x, Array) else x for x in self.arguments]
         return made, {name: x.tensor(device) if isinstance(x, Array) else x for name, x in self.keywords}
 
-    def code(self, device: str = "cpu") -> list[str]:
-        """Python lines that set `arguments` and `keywords` to what `tensors` gives; they need numpy as np and torch."""
+    def placed(self) -> tuple[list[Any], dict[str, Any]]:
+        """The same as NumPy arrays in the same layouts: new ones on every call, of which no two share memory."""
+        made = [x.placed() if isinstance(x, Array) else x for x in self.arguments]
+        return made, {name: x.placed() if isinstance(x, Array) else x for name, x in self.keywords}
+
+    def code(self, device: str = "cpu", numpy: bool = False) -> list[str]:
+        """Python lines that set `arguments` and `keywords` to what `tensors` gives, or `placed` with numpy=True.
+
+        They need numpy as np, and torch; or ml_dtypes for bfloat16.
+        """
         lines, given, named = [], [], []
         for name, x in zip(self.names, self.arguments, strict=True):
-            lines += x.code(name, device) if isinstance(x, Array) else [f"{name} = {x!r}"]
+            lines += x.code(name, device, numpy) if isinstance(x, Array) else [f"{name} = {x!r}"]
             given.append(name)
         for name, x in self.keywords:
-            lines += x.code(name, device) if isinstance(x, Array) else []
+            lines += x.code(name, device, numpy) if isinstance(x, Array) else []
             named.append(f"{name!r}: {name if isinstance(x, Array) else repr(x)}")
         return [*lines, f"arguments = [{', '.join(given)}]", f"keywords = {{{', '.join(named)}}}"]
 

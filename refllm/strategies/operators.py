@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from hypothesis import strategies as st
 
+from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 from refllm.strategies import activations, attentions, losses, norms, rotations
 from refllm.strategies.call import Call
@@ -46,6 +47,7 @@ def calls(
     Raises InputError for an operator, dtype, policy or family that is not known.
     """
     allowed = families(operator, policy)
+    dtype = dtype_name(dtype)
     if dtype not in DTYPES:
         raise InputError(f"calls: dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
     if family is not None and family not in allowed:

@@ -60,10 +60,7 @@ class Case:
 
     def called(self) -> list[str]:
         """Lines that set `got` to the tuple of what the candidate returns."""
-        given = "*arguments, **keywords"
-        if self.numpy:
-            given = "*map(as_numpy, arguments), **{name: as_numpy(x) for name, x in keywords.items()}"
-        lines = [f"got = candidate({given})"]
+        lines = ["got = candidate(*arguments, **keywords)"]
         if self.candidate.device != "cpu":
             lines.append("torch.cuda.synchronize()  # until then a kernel may not have run")
         if self.candidate.interpreted:
@@ -77,9 +74,9 @@ class Case:
 
 def made(case: Case) -> list[str]:
     """Lines that make `arguments` and `keywords`; one row of them where that is what fails."""
-    lines, row = case.call.code(case.candidate.device), case.finding.row_alone
+    lines, row = case.call.code(case.candidate.device, case.numpy), case.finding.row_alone
     if row is not None:
-        arguments = case.call.tensors()[0]
+        arguments = case.call.placed()[0]
         cut = inputs.row_alone(case.call, arguments, {}, row)[0]
         which = [i for i, (a, b) in enumerate(zip(arguments, cut, strict=True)) if a is not b]
         lines += [

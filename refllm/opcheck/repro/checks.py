@@ -3,7 +3,7 @@
 from refllm.opcheck.expected import remembered
 from refllm.opcheck.poison import FILLINGS
 from refllm.opcheck.repro.case import Case, indented, listed, made, number
-from refllm.opcheck.repro.unread import BETWEEN, unread_changed
+from refllm.opcheck.repro.unread import between_changed, unread_changed
 from refllm.opcheck.repro.values import values
 
 
@@ -67,7 +67,8 @@ def _pair(case: Case) -> list[str]:
         ]
     changes: list[str] = []
     if not case.fills:
-        changes = BETWEEN if "between the elements" in case.finding.text else unread_changed(case.call)
+        between = "between the elements" in case.finding.text
+        changes = between_changed(case.numpy) if between else unread_changed(case.call, case.numpy)
     fillings = ([f"filling, integer = {number(x)}, {n}"] for x, n in zip(FILLINGS, (100, 3), strict=True))
     first, second = fillings if case.fills else ([], [])
     unread = "memory that nobody wrote" if case.fills else "what is not read"
@@ -98,18 +99,32 @@ before = [memory(x) for x in tensors]
 """.strip().splitlines()
 
 
+_MEMORY_NUMPY = """
+arrays = [x for x in (*arguments, *keywords.values()) if isinstance(x, np.ndarray)]
+
+
+def memory(x):
+    whole = isinstance(x.base, np.ndarray) and x.base.nbytes < 2**24
+    return (x.base if whole else x).tobytes()
+
+
+before = [memory(x) for x in arrays]
+""".strip().splitlines()
+
+
 def _purity(case: Case) -> list[str]:
+    pairs = "arrays, before)) if memory(x) != b" if case.numpy else "tensors, before)) if not torch.equal(memory(x), b)"
     return [
-        *_MEMORY,
+        *(_MEMORY_NUMPY if case.numpy else _MEMORY),
         *case.called(),
-        "changed = [i for i, (x, b) in enumerate(zip(tensors, before)) if not torch.equal(memory(x), b)]",
+        f"changed = [i for i, (x, b) in enumerate(zip({pairs}]",
         'print("inputs that changed, counted from 0:", changed)',
         "sys.exit(int(bool(changed)))",
     ]
 
 
 _SEEN_NUMPY = """
-given = [a for a in map(as_numpy, arguments) if isinstance(a, np.ndarray)]
+given = [a for a in arguments if isinstance(a, np.ndarray)]
 arrays = [x for x in got if isinstance(x, np.ndarray)]
 shared = [any(np.shares_memory(x, a) for a in given) for x in arrays]
 got = [(x.shape, x.dtype.name) if isinstance(x, (np.ndarray, np.generic)) else type(x) for x in got]

@@ -36,7 +36,8 @@ def _imports(case: Case) -> list[str]:
     own, needs = candidate_code(case.candidate)
     special = {"hangs": {"faulthandler"}, "crashes": {"os"}}.get(case.finding.property, set())
     lines = [f"import {name}" for name in sorted({"sys"} | special | needs)]
-    lines += ["", *(["import ml_dtypes"] if _bfloat16_arrays(case) else []), "import numpy as np", "import torch"]
+    lines += ["", *(["import ml_dtypes"] if _bfloat16_arrays(case) else []), "import numpy as np"]
+    lines += [] if case.numpy else ["import torch"]
     if case.candidate.interpreted:
         lines.append("from refllm.kernels import interpreted")
     # Before the candidate, which may import torch.empty by name.
@@ -49,30 +50,10 @@ def _bfloat16_arrays(case: Case) -> bool:
     return case.numpy and any(isinstance(x, Array) and x.dtype == "bfloat16" for x in given)
 
 
-_AS_NUMPY = """
-def as_numpy(x):
-    return x.numpy() if isinstance(x, torch.Tensor) else x
-
-
-"""
-_AS_NUMPY_BFLOAT16 = """
-def as_numpy(x):
-    if not isinstance(x, torch.Tensor):
-        return x
-    if x.dtype is not torch.bfloat16:
-        return x.numpy()
-    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-
-
-"""
-
-
 def _helpers(case: Case) -> list[str]:
     lines = []
     if case.whole:
         lines += ["", *FORMULAS[case.call.operator].splitlines(), "", ""]
-    if case.numpy:
-        lines += (_AS_NUMPY_BFLOAT16 if _bfloat16_arrays(case) else _AS_NUMPY).splitlines()
     if case.kind == "pair":
         made_here = [*made(case), "return arguments, keywords"]
         run = [*case.called(), f"return [{case.read('x')} for x in got]"]

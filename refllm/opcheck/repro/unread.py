@@ -46,7 +46,19 @@ for x in [x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Ten
     between.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(False)
     memory[between] = 3
 """.strip().splitlines()
-"""Lines that write 3 between the elements."""
+BETWEEN_NUMPY = """
+for x in [x for x in (*arguments, *keywords.values()) if isinstance(x, np.ndarray) and isinstance(x.base, np.ndarray)]:
+    memory, start = x.base.reshape(-1), (x.ctypes.data - x.base.ctypes.data) // x.itemsize
+    between = np.ones(memory.size, bool)
+    np.ndarray(x.shape, bool, between, start, [n // x.itemsize for n in x.strides])[...] = False
+    memory[between] = 3
+""".strip().splitlines()
+
+
+def between_changed(numpy: bool) -> list[str]:
+    """Lines that write 3 between the elements."""
+    return BETWEEN_NUMPY if numpy else BETWEEN
+
 
 _MASKED = """
 hidden = ~keywords["key_mask"][:, None].expand(k.shape[:3])
@@ -66,8 +78,31 @@ for x, where in ((k, beyond), (v, beyond)):
 """.strip()
 
 
-def unread_changed(call: Call) -> list[str]:
+_MASKED_NUMPY = """
+hidden = np.array(np.broadcast_to(~keywords["key_mask"][:, None], k.shape[:3]))
+for x, where in ((k, hidden), (v, hidden)):
+    x[where] = 1 - x[where]
+""".strip()
+_BLIND_NUMPY = """
+blind = np.broadcast_to(np.arange(q.shape[2]) < q.shape[2] - k.shape[2], q.shape[:3])
+where = blind & keywords.get("causal", True)
+q[where] = 1 - q[where]
+""".strip()
+_BEYOND_NUMPY = """
+_, k, v, lengths = arguments
+beyond = np.broadcast_to((np.arange(k.shape[2]) >= lengths[:, None])[:, None], k.shape[:3])
+for x, where in ((k, beyond), (v, beyond)):
+    x[where] = 1 - x[where]
+""".strip()
+
+
+def unread_changed(call: Call, numpy: bool = False) -> list[str]:
     """Lines that change the elements of `arguments` that the contract does not read."""
+    if numpy and call.operator == "attention":
+        masked = _MASKED_NUMPY.splitlines() if dict(call.keywords).get("key_mask") is not None else []
+        return ["q, k, v = arguments", *masked, *_BLIND_NUMPY.splitlines()]
+    if numpy and call.operator == "decode_attention":
+        return _BEYOND_NUMPY.splitlines()
     if call.operator == "attention":
         masked = _MASKED.splitlines() if dict(call.keywords).get("key_mask") is not None else []
         return ["q, k, v = arguments", *masked, *_BLIND.splitlines()]

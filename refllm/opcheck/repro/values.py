@@ -1,5 +1,6 @@
 """The lines that check values: one element, the whole result, or the bits of a row alone."""
 
+import ml_dtypes
 import numpy as np
 
 from refllm.opcheck import limits
@@ -47,11 +48,17 @@ named = {n: x.cpu().numpy() if isinstance(x, torch.Tensor) else x for n, x in ke
 """.strip().splitlines()
 
 
+_EXACT_NUMPY = """
+values = [np.array(x, np.float64) if isinstance(x, np.ndarray) and x.dtype.kind in "fV" else x for x in arguments]
+named = keywords
+""".strip().splitlines()
+
+
 def _whole(case: Case, judgement: Judgement, i: int) -> list[str]:
     e = remembered(case.call, case.policy)[i]
     rules = {f.rule for f in judgement.faults}
     lines = [
-        *_EXACT,
+        *(_EXACT_NUMPY if case.numpy else _EXACT),
         f"exact = definition(*values, **named)[{i}]",
         "finite = np.isfinite(y) & np.isfinite(exact)",
         "error = np.abs(y - exact)[finite]",
@@ -68,14 +75,22 @@ def _whole(case: Case, judgement: Judgement, i: int) -> list[str]:
     share = limits.misrounded_limit(judgement.wrong.size, 0.0)
     return [
         *lines,
-        f"rounded = torch.from_numpy(np.array(exact)).float().to(torch.{e.dtype}).double().numpy()",
+        f"rounded = {_rounded(case, e.dtype)}",
         "share = np.mean((y != rounded)[finite])",
         "binade = np.floor(np.log2(np.maximum(np.abs(exact[finite]), 1e-45)))",
-        f"worst = (error / (2.0**binade * torch.finfo(torch.{e.dtype}).eps)).max()",
+        f"worst = (error / (2.0**binade * {float(ml_dtypes.finfo(e.dtype).eps)!r})).max()",
         'print(f"{share:.2%} of the elements are not the exact value rounded once; "',
         '      f"the worst is {worst:.3g} ulp off, and 0.5 is what one rounding makes")',
         f"sys.exit(int(share > {share:.3g} or worst > 0.501))",
     ]
+
+
+def _rounded(case: Case, dtype: str) -> str:
+    """An expression for the exact values, rounded once."""
+    if not case.numpy:
+        return f"torch.from_numpy(np.array(exact)).float().to(torch.{dtype}).double().numpy()"
+    kind = "ml_dtypes.bfloat16" if dtype == "bfloat16" else f"np.{dtype}"
+    return f"np.array(exact, np.float32).astype({kind}).astype(np.float64)"
 
 
 def _bits(case: Case, i: int) -> list[str]:
