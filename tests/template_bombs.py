@@ -24,6 +24,8 @@ def _again(given: str, work: str, times: int = 99999) -> str:
 _TEXT = "'ab' * 9999999"
 _LIST = "range(99999)|list"
 
+CRASH = "call: a deep tuple is hashed"  # which overflows the interpreter's stack
+
 BOMBS = {
     # formats and widths
     "format: named width": "{{ '%(a)99999999999d' % {'a': 1} }}",
@@ -121,8 +123,7 @@ BOMBS = {
     "call: caller": "{% macro f(n) %}{% if n %}{% call f(n - 1) %}x{% endcall %}{% call f(n - 1) %}x{% endcall %}"
     "{% endif %}{{ caller() }}{% endmacro %}{% call f(99) %}x{% endcall %}",
     "call: lipsum": "{{ lipsum(n=99999999) }}",
-    "call: a deep tuple is hashed": "{% set ns = namespace(x=(1,)) %}{% for i in range(999) %}{% for j in range(99) %}"
-    "{% set ns.x = (ns.x,) %}{% endfor %}{% endfor %}{{ {ns.x: 1} }}",  # overflows the stack of the interpreter
+    CRASH: _grow("1", _deep("(", "ns.x", ",)", 40), "{ns.x: 1}|length", 9999),
     # sources
     "source: parentheses": "{{ " + _deep("(", "1", ")", 99999) + " }}",
     "source: brackets": "{{ " + _deep("[", "1", "]", 150) + " }}",

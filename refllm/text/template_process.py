@@ -60,7 +60,7 @@ class AnsweringProcess:
             with theirs:
                 self._process = subprocess.Popen(
                     [sys.executable, *arguments],
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C is for this process, which then ends the other
@@ -126,13 +126,16 @@ class AnsweringProcess:
 
 
 class TemplateProcess:
-    """Renders chat templates, from any number of threads and in any fork."""
+    """Renders chat templates, from any number of threads and in any fork.
+
+    `unavailable` says why there can be no process here; it is empty where there may be one.
+    """
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._lock = threading.Lock()
         self._worker: AnsweringProcess | None = None
-        self._never = "" if os.name == "posix" and sys.executable else "this system has none"
+        self.unavailable = "" if os.name == "posix" and sys.executable else "this system has none"
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
         atexit.register(self.end)
@@ -143,6 +146,8 @@ class TemplateProcess:
         Raises TokenizerError with a sentence for whatever the template does wrong or too much of, InputError for
         data that is nested too deeply, NoProcessError where nothing was rendered.
         """
+        if self.unavailable:
+            raise NoProcessError(self.unavailable)
         try:
             request = marshal.dumps((self.limits.cpu_seconds, template, variables))
         except ValueError:
@@ -216,8 +221,6 @@ class TemplateProcess:
         return self._worker
 
     def _started(self) -> AnsweringProcess:
-        if self._never:
-            raise NoProcessError(self._never)
         folders = {_folder(name) for name in ("refllm", "jinja2", "markupsafe")}
         program = (
             f"import sys; sys.path += {sorted(folders)!r}; from refllm.text.template_worker import main; "
@@ -230,8 +233,8 @@ class TemplateProcess:
         try:
             hello = worker.ask(None, _START_SECONDS, most=1)
         except (EOFError, TimeoutError, ValueError):
-            self._never = f"Python does not start there (exit code {worker.end()})"
-            raise NoProcessError(self._never) from None
+            self.unavailable = f"Python does not start there (exit code {worker.end()})"
+            raise NoProcessError(self.unavailable) from None
         except BaseException:
             worker.end()
             raise

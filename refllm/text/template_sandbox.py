@@ -16,7 +16,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
@@ -127,7 +127,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
 def rendered(environment: type[ChatTemplateEnvironment], template: str, variables: dict[str, Any]) -> str:
     """The text. Raises whatever goes wrong in the template; `sentence` says it in words."""
     environment.begin()
-    program = _compiled(environment, template)
+    program = _compiled(cast(Any, environment), template)  # a class is hashable, whatever its instances are
     try:
         return program.render(variables)
     except OverLimitError:
