@@ -33,7 +33,7 @@ _CRASHES = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE", "SIGTRAP")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one rendering may take. A chat of a million characters takes about a tenth of each.
+    """What one rendering may take; a chat of a million characters takes hundredths of it.
 
     cpu_seconds: when the template is interrupted; where it cannot be, its process ends at 1.25 times that.
     wall_seconds: for a machine that has no time for the process. memory: bytes of address space, the interpreter's
