@@ -16,7 +16,7 @@ from jinja2.exceptions import SecurityError, UndefinedError
 
 from refllm import golden
 from refllm.errors import InputError, TokenizerError
-from refllm.text import template_sandbox
+from refllm.text import chat_template, template_meter
 from refllm.text.chat_template import render
 from refllm.tokenizer import AutoTokenizer
 
@@ -256,6 +256,13 @@ def test_the_messages_are_never_changed() -> None:
 
 # --- the sandbox ------------------------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no process of its own can be had: the work of a template is counted."""
+    monkeypatch.setattr(chat_template._PROCESS, "unavailable", "this test wants none")
+
+
 ESCAPES = {
     "class": "{{ ''.__class__ }}",
     "class by item": "{{ ''['__class__'] }}",
@@ -300,6 +307,16 @@ ESCAPES = {
 
 @pytest.mark.parametrize("template", ESCAPES.values(), ids=ESCAPES)
 def test_no_template_leaves_the_sandbox(template: str) -> None:
+    assert_stays_inside(template)
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("template", ESCAPES.values(), ids=ESCAPES)
+def test_no_template_leaves_the_sandbox_in_this_process(template: str) -> None:
+    assert_stays_inside(template)
+
+
+def assert_stays_inside(template: str) -> None:
     chat = [dict(USER)]
     with pytest.raises(TokenizerError, match=r"^chat template(, line \d+)?: ") as caught:
         ours(template, chat)
@@ -375,9 +392,10 @@ BOMBS = {
 }
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("template", BOMBS.values(), ids=BOMBS)
 def test_runaway_templates_are_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_sandbox, "MAX_WORK", 2_000_000)  # a twentieth: the test takes a twentieth of the time
+    monkeypatch.setattr(template_meter, "MAX_WORK", 2_000_000)  # a twentieth: the test takes a twentieth of the time
     start = time.process_time()
     with pytest.raises(TokenizerError, match=r"^chat template(, line \d+)?: ") as caught:
         ours(template, [USER])
@@ -386,6 +404,7 @@ def test_runaway_templates_are_stopped(template: str, monkeypatch: pytest.Monkey
     assert time.process_time() - start < 10
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("name", [name for name in BOMBS if "wide " in name or "width" in name])
 def test_a_wide_format_is_refused_before_it_is_made(name: str) -> None:
     with pytest.raises(TokenizerError, match="a width of five digits or a computed width"):
@@ -398,6 +417,7 @@ ONE_STEP = [
 ]
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("name", ONE_STEP)
 def test_no_single_step_takes_much_memory(name: str) -> None:
     """The budget is charged before the memory is taken."""
@@ -410,7 +430,16 @@ def test_no_single_step_takes_much_memory(name: str) -> None:
         tracemalloc.stop()
 
 
+def test_a_long_chat_stays_within_all_limits() -> None:
+    render_a_long_chat()
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_long_chat_stays_within_the_budget() -> None:
+    render_a_long_chat()
+
+
+def render_a_long_chat() -> None:
     chat = [{"role": "user" if i % 2 == 0 else "assistant", "content": "word " * 200} for i in range(1000)]
     template = (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% if loop.index0 == messages|length - 1 %}last{% endif %}"
@@ -421,6 +450,7 @@ def test_a_long_chat_stays_within_the_budget() -> None:
         assert len(AutoTokenizer.from_pretrained(golden.path(name)).apply_chat_template(chat, tokenize=False)) > 900_000
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_one_rendering_does_not_use_up_the_budget_of_the_next() -> None:
     template = "{{ 'x' * 9000000 }}"
     assert [len(ours(template, [USER])) for _ in range(5)] == [9_000_000] * 5

@@ -1,24 +1,24 @@
 """Chat templates: from a list of messages to the prompt text that the model was trained on.
 
-The template is a jinja2 program stored with the tokenizer. It runs in the sandbox of `template_sandbox.py` and sees
-plain data only: strings, numbers, lists and dicts. Everything that can go wrong in it is a TokenizerError that says
-what and, where it is known, in which line of the template.
+The template is a jinja2 program stored with the tokenizer. It runs in the sandbox of `template_sandbox.py`, in a
+process of its own whose time and memory are limited (`template_process.py`), and sees plain data only: strings,
+numbers, lists and dicts. Everything that can go wrong in it is a TokenizerError that says what and, where it is known,
+in which line of the template.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from refllm.errors import InputError, TokenizerError
-from refllm.text.template_sandbox import ChatTemplateEnvironment, reset_budget
+from refllm.text.template_process import NoProcessError, TemplateProcess, warn_of_weaker_limits
 
 MAX_TEMPLATE_CHARS = 1_000_000
+_PROCESS = TemplateProcess()
 _END_MARK = "\ue000end-of-the-message-to-continue\ue001"  # private-use characters: no message contains them
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
@@ -40,7 +40,8 @@ def render(
     `variables` are further names that the template sees (`bos_token`, `eos_token`, ...). With
     `continue_final_message` (True for the field "content", or the field's name) the text ends inside the last
     message, so that the model continues it. Raises InputError for messages that are none, TokenizerError for a
-    template that does not compile, raises an exception, tries to leave its sandbox or does not come to an end.
+    template that does not compile, raises an exception, tries to leave its sandbox, or takes more time, memory or text
+    than `template_process.Limits`.
     """
     if continue_final_message and add_generation_prompt:
         raise InputError("continue_final_message and add_generation_prompt exclude each other: set one of them")
@@ -62,43 +63,23 @@ def render(
 
 
 def _run(template: str, variables: dict[str, Any]) -> str:
-    reset_budget()
-    try:
-        return _compile(template).render(variables)
-    except TokenizerError:
-        raise
-    except Exception as error:
-        line = _template_line(error)
-        where = "chat template" if line is None else f"chat template, line {line}"
-        raise TokenizerError(f"{where}: {_one_sentence(error)}") from error
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(template: str) -> jinja2.Template:
     if len(template) > MAX_TEMPLATE_CHARS:
         raise TokenizerError(f"chat template: it has {len(template)} characters, more than {MAX_TEMPLATE_CHARS}")
-    return ChatTemplateEnvironment().from_string(template)
+    try:
+        return _PROCESS.render(template, variables)
+    except NoProcessError as error:
+        warn_of_weaker_limits(str(error))
+        return _run_here(template, variables)
 
 
-def _one_sentence(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it recurses without end"
-    text = " ".join(str(error).split()).rstrip(".")
-    if isinstance(error, jinja2.TemplateError):
-        return text or "it raised an exception without a message"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _run_here(template: str, variables: dict[str, Any]) -> str:
+    from refllm.text.template_meter import MeteredEnvironment
+    from refllm.text.template_sandbox import rendered, sentence
 
-
-def _template_line(error: Exception) -> int | None:
-    """The line of the template in which the error arose: jinja2 puts frames named "<template>" into the traceback."""
-    if isinstance(error, jinja2.TemplateSyntaxError):
-        return error.lineno
-    trace, line = error.__traceback__, None
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
+    try:
+        return rendered(MeteredEnvironment, template, variables)
+    except Exception as error:
+        raise TokenizerError(sentence(error)) from error
 
 
 # --- plain data in ----------------------------------------------------------------------------------------------------
@@ -106,20 +87,27 @@ def _template_line(error: Exception) -> int | None:
 
 def _plain(value: Any, where: str) -> Any:
     """A copy made of exact JSON types, so that no method of a caller's object is within reach of the template."""
+    try:
+        return _copied(value, where)
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply for a chat template, or a container that holds itself") from None
+
+
+def _copied(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, np.generic):
-        return _plain(value.item(), where)
+        return _copied(value.item(), where)
     for kind in (str, int, float):
         if isinstance(value, kind):
             return kind(value) if type(value) is kind else getattr(kind, f"__{kind.__name__}__")(value)
     if isinstance(value, Mapping):
-        return {_plain(key, where): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {_copied(key, where): _copied(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        items = [_copied(item, f"{where}[{i}]") for i, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+        return {f.name: _copied(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
     raise InputError(
         f"{where} is of type {type(value).__name__}, but a chat template sees only text, numbers, lists and dicts"
     )
