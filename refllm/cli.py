@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm import output_file
 from refllm.commands import audit, bench, golden, operators, tune
 from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json
 from refllm.commands.shared_options import console as _console
@@ -376,7 +377,7 @@ def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[
     page = None if json_file is None or _to_stdout(json_file) else json_file.with_suffix(".md")
     _write_json(found, json_file)
     if page is not None:
-        page.write_text(text, encoding="utf-8")
+        output_file.write("the page beside --json:", page, text)
     _console(quiet=_to_stdout(json_file)).print(commands.layers_line(found))
     if found["verdict"] != "holds":
         raise typer.Exit(FINDING)

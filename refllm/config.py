@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from refllm import output_file
 from refllm.config_values import (
     MAX_SIZE,
     check_depth,
@@ -439,10 +440,16 @@ class ModelConfig:
         return copy.deepcopy(values)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json into the folder, which is created where it does not exist."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        """Write config.json into the folder, which is created where it does not exist. Raises ConfigError."""
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            output_file.replace(Path(folder) / "config.json", self.to_json_string())
+        except OSError as error:
+            raise ConfigError(f"{folder}: config.json cannot be written ({error.strerror or error})") from None
+
+    def to_json_string(self, **changes: Any) -> str:
+        """The text of config.json; `changes` replace entries of it."""
+        return json.dumps({**self.to_dict(), **changes}, indent=2, sort_keys=True) + "\n"
 
 
 MAX_LABELS = 2**20

@@ -22,7 +22,7 @@ import numpy as np
 from refllm.cache import DynamicCache, NoCache, StaticCache
 from refllm.checkpoint import Checkpoint
 from refllm.config import ModelConfig
-from refllm.errors import CheckpointError, InputError
+from refllm.errors import InputError
 from refllm.inputs import as_array, as_integers
 from refllm.masks import masking
 from refllm.models import heads
@@ -123,17 +123,17 @@ class Model:
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: str | None = None) -> None:
         """Write config.json, generation_config.json and the weights, as Transformers reads them.
 
+        Over another model, who reads finds that one or this one, or no config.json: also after a kill at any moment.
         dtype: of the file; None takes the model's own. Raises CheckpointError if the folder cannot be written.
         """
         dtype = dtype or self.dtype
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be made a folder ({error.strerror})") from None
-        save_checkpoint(folder, self.weights.renamed(self.prefix), dtype)
-        self.config.architectures, self.config.dtype = [type(self).__name__], dtype
-        self.config.save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
+        named = {"architectures": [type(self).__name__], "dtype": dtype}
+        texts = {
+            "generation_config.json": self.generation_config.to_json_string(),
+            "config.json": self.config.to_json_string(**named),
+        }
+        save_checkpoint(folder, self.weights.renamed(self.prefix), dtype, texts=texts)
+        self.config.architectures, self.config.dtype = named["architectures"], dtype
 
     @property
     def prefix(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from refllm import output_file
 from refllm.bench.results import span, speed
 from refllm.bench.targets import GPU, TARGETS, Result, counts_for, device_of, fastest_peer
 from refllm.errors import InputError
@@ -34,10 +35,7 @@ def write_page(folder: Path) -> Path:
     """Writes the page of a folder of results. InputError for a file that is no result, and for a missing folder."""
     page = folder / PAGE
     text = render(load(folder), pictures(folder), pages(folder))
-    try:
-        page.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{page} cannot be written: {error.strerror or error}") from None
+    output_file.write("the page", page, text)
     return page
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refllm import output_file
 from refllm.check.inputs import Inputs
 from refllm.config import ModelConfig
 from refllm.errors import InputError
@@ -55,9 +56,11 @@ class Trace:
         about |= {"chunks": self.inputs.chunks, "embeds_scale": self.inputs.embeds_scale, "label": self.inputs.label}
         metadata = {"format": FORMAT, "about": json.dumps(about), "details": json.dumps(self.details)}
         try:
-            save_file(tensors, str(path), metadata=metadata)
+            with output_file.NewFile(path) as new:
+                save_file(tensors, new.name, metadata=metadata)
+                new.publish()
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be written: {error}") from None
+            raise InputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
     @staticmethod
     def load(path: str | Path) -> "Trace":

@@ -17,6 +17,7 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from refllm import output_file
 from refllm.config_values import show
 from refllm.errors import ConfigError, InputError
 from refllm.generation.values import read_setting, refuse_unknown
@@ -244,10 +245,16 @@ class GenerationConfig:
         return {name: value for name, value in values.items() if value is not None} | self.extra
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes generation_config.json into `folder`, which is made where it is missing."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / FILE_NAME).write_text(text, encoding="utf-8")
+        """Writes generation_config.json into `folder`, which is made where it is missing. Raises ConfigError."""
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            output_file.replace(Path(folder) / FILE_NAME, self.to_json_string())
+        except OSError as error:
+            raise ConfigError(f"{folder}: {FILE_NAME} cannot be written ({error.strerror or error})") from None
+
+    def to_json_string(self) -> str:
+        """The text of generation_config.json."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def updated(self, values: Mapping[str, Any], source: str = "generate") -> GenerationConfig:
         """A copy with some settings replaced. Raises InputError for unknown names and wrong values."""

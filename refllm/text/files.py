@@ -10,6 +10,7 @@ from typing import Any
 
 import tokenizers
 
+from refllm import output_file
 from refllm.errors import TokenizerError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -94,7 +95,6 @@ def write_files(
     chat_template: str | dict[str, str] | None,
 ) -> tuple[str, ...]:
     """Write the folder in the layout that Transformers 4 and 5 read; returns the paths of the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     table = dict(config) | dict(special_tokens) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     roles: dict[str, Any] = dict(special_tokens)
     table.pop("extra_special_tokens", None)
@@ -106,10 +106,21 @@ def write_files(
         "special_tokens_map.json": _json(roles),
         **_template_texts(chat_template),
     }
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    try:
+        for name in texts:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        stale = [file for file in _companions(folder) if str(file.relative_to(folder)) not in texts]
+        # Without tokenizer.json nobody reads the rest.
+        output_file.replace_together(folder, texts, "tokenizer.json", stale)
+    except OSError as error:
+        raise TokenizerError(f"{folder}: the tokenizer cannot be written: {error.strerror or error}") from None
     return tuple(str(folder / name) for name in texts)
+
+
+def _companions(folder: Path) -> list[Path]:
+    """What a tokenizer that was here before may have left beside tokenizer.json, and `read_config` would take in."""
+    names = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", _TEMPLATE_FILE)
+    return [*(folder / name for name in names), *(folder / _TEMPLATE_FOLDER).glob("*.jinja")]
 
 
 def _template_texts(templates: str | dict[str, str] | None) -> dict[str, str]:
