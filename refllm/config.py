@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from refllm import output_file
+from refllm import input_file, output_file
 from refllm.config_values import (
     MAX_SIZE,
     check_depth,
@@ -150,6 +150,10 @@ def _read_token_ids(source: str, name: str, value: Any) -> int | list[int] | Non
     return _read_token_id(source, name, value)
 
 
+def _read_layers(source: str, name: str, value: Any) -> int:
+    return read_int(source, name, value, 1, MAX_LAYERS)
+
+
 def _read_dropout(source: str, name: str, value: Any) -> float:
     return 0.0 if value is None else read_float(source, name, value, minimum=0.0, maximum=1.0)
 
@@ -204,6 +208,7 @@ _READERS_BY_NAME = {
     "dtype": _read_dtype,
     "problem_type": _read_optional_problem,
     "hidden_act": _read_activation,
+    "num_hidden_layers": _read_layers,
 }
 # Fields that other steps of the constructor fill.
 _COMPOSED = ("rope_parameters", "id2label", "label2id", "generation_defaults", "extra")
@@ -452,6 +457,9 @@ class ModelConfig:
         return json.dumps({**self.to_dict(), **changes}, indent=2, sort_keys=True) + "\n"
 
 
+MAX_LAYERS = 10_000
+"""More layers than this are a mistake in the file: the names of their tensors alone would fill the memory."""
+
 MAX_LABELS = 2**20
 """More classes than this are a mistake in the file: their names alone would fill the memory."""
 
@@ -653,18 +661,25 @@ def _config_class(model_type: Any, source: str) -> type[ModelConfig]:
     return CONFIG_CLASSES[model_type]
 
 
+def _missing_config(folder: Path) -> str:
+    """What may be the cause, and what to do."""
+    if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return "weights without it are what a save that was cut short leaves: save the model again"
+    return "a checkpoint folder holds a config.json"
+
+
 def read_config_json(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """The path and the parsed content of FOLDER/config.json, or of the JSON file itself. Raises ConfigError."""
     path = Path(folder)
     if path.is_dir():
         path = path / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file; a checkpoint folder holds a config.json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = input_file.read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{path}: there is no such file; {_missing_config(path.parent)}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: the file cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # JSON, UTF-8, numbers of thousands of digits, nesting
+        raise ConfigError(f"{path}: the file cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # JSON, UTF-8, numbers of thousands of digits, nesting
         raise ConfigError(f"{path}: the file is not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the content is {show(values)}, but a configuration is a JSON object")

@@ -78,7 +78,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 class NewFile:
     """The new content of a file, out of sight until `publish`. A context manager that removes what was not published.
 
-    file: to write to; name: where it lies meanwhile, for a library that takes names; path: where it goes. Raises OSError where the file cannot be written.
+    file: to write to; name: where it lies meanwhile, for a library that takes names; path: where it goes. Raises
+    OSError where the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -210,6 +210,11 @@ class FastModel(Model):
         cos, sin = (self._tensor(table).to(self.torch_dtype) for table in self.rotary.tables(positions_BS))
         return cos, sin
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: the class is made at run time, and what was recorded of decoding is made again."""
+        state = {name: value for name, value in vars(self).items() if name != "_steps"}
+        return _of_state, (type(self).__bases__[1], state)
+
     def plain_operators(self) -> TorchOperators:
         """The backend's operators, with nobody recording."""
         return TorchOperators(self.backend)
@@ -228,6 +233,12 @@ def fast_class(reference: type[Model]) -> type[FastModel]:
             reference.__name__, (FastModel, reference), {"__doc__": f"{reference.__name__} on Torch tensors."}
         )
     return _FAST_CLASSES[reference]
+
+
+def _of_state(reference: type[Model], state: dict[str, Any]) -> FastModel:
+    model = object.__new__(fast_class(reference))
+    vars(model).update(state, _steps=WeakKeyDictionary())
+    return model
 
 
 def _check(dtype: str, backend: str, device: str | torch.device | None) -> tuple[str, torch.device]:

@@ -11,7 +11,8 @@ import numpy as np
 from refllm import output_file
 from refllm.check.inputs import Inputs
 from refllm.config import ModelConfig
-from refllm.errors import InputError
+from refllm.errors import CheckpointError, InputError
+from refllm.storage.safetensors_format import read_header
 
 FORMAT = "refllm trace 1"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -71,6 +72,8 @@ class Trace:
         if not path.is_file():
             raise InputError(f"{path}: no such file; a trace is made by refllm trace")
         try:
+            with open(path, "rb") as raw:
+                read_header(raw, str(path))  # refuses what the library would fill the memory with
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
@@ -87,6 +90,8 @@ class Trace:
             )
             taps = {n.split(".", 2)[2]: _wide(value) for n, value in tensors.items() if n.startswith("tap.")}
             return Trace(taps, inputs, about["source"], about["dtype"], about["head"], about["config_hash"], details)
+        except CheckpointError as error:
+            raise InputError(f"not readable as a trace: {error}") from None
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             if isinstance(error, InputError):
                 raise

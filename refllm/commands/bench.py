@@ -1,5 +1,6 @@
 """`refllm bench`: speed and memory, on a CPU and on a GPU."""
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,17 @@ Device = Annotated[
     typer.Option("--device", help="cuda, or cpu: reduced, Triton kernels checked but not timed. Default: cuda if any."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Default: bfloat16; on a CPU float32.")]
-Minutes = Annotated[float | None, typer.Option("--minutes", min=0, help="Begin nothing new after so long.")]
+
+
+def _a_number(minutes: float | None) -> float | None:
+    if minutes is not None and math.isnan(minutes):
+        raise InputError(f"--minutes {minutes} is no number of minutes")
+    return minutes
+
+
+Minutes = Annotated[
+    float | None, typer.Option("--minutes", min=0, callback=_a_number, help="Begin nothing new after so long.")
+]
 Peers = Annotated[
     str | None,
     typer.Option("--peers", metavar="A,B", help="Of plain, eager, compile, liger, sdpa; or none. Default: what fits."),

@@ -1,8 +1,8 @@
 """Writing a checkpoint that Transformers loads: streamed tensor by tensor, and never half-visible.
 
 All shapes are known before the first byte is written, so headers and shards are planned first; then one tensor at a
-time is converted, in blocks, straight into its file. The files get their names when all of them are complete, in an order
-in which every state between is refused by who reads (`refllm.output_file.publish_together`).
+time is converted, in blocks, straight into its file. The files get their names when all of them are complete, in an
+order whose every state between is refused by who reads (`refllm.output_file.publish_together`).
 """
 
 import contextlib

@@ -17,10 +17,13 @@ import os
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from refllm import input_file
 from refllm.errors import CheckpointError
 
 # The limit of the safetensors library, against headers that exhaust the memory of the reader.
 MAX_HEADER_BYTES = 100_000_000
+# Of a header and of an index of shards, in which a tensor takes eight and one: Python needs 100 times their bytes.
+MAX_VALUES = 1_000_000
 # numpy's own limit (NPY_MAXDIMS).
 MAX_DIMENSIONS = 64
 
@@ -111,6 +114,7 @@ def _explain_length(prefix: bytes, length: int, size: int) -> str:
 def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
     """A JSON object from an untrusted file: UTF-8, no duplicate keys, no NaN, no negative integers."""
     try:
+        input_file.count_values(raw, MAX_VALUES)
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique_keys,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from refllm import output_file
+from refllm import input_file, output_file
 from refllm.errors import TokenizerError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -65,11 +66,13 @@ def _content(token: Any) -> Any:
 
 
 def _read_table(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        table = input_file.read_json(file)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise TokenizerError(f"{file}: not readable: {error.strerror or error}") from error
+    except ValueError as error:
         raise TokenizerError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(table, dict):
         raise TokenizerError(f"{file}: a JSON object is expected, not {type(table).__name__}")
@@ -80,9 +83,10 @@ def _read_templates(folder: Path) -> dict[str, str]:
     files = {"default": folder / _TEMPLATE_FILE}
     files |= {file.stem: file for file in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja"))}
     try:
-        return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+        return {name: input_file.read_text(file) for name, file in files.items() if os.path.lexists(file)}
     except (OSError, ValueError) as error:
-        raise TokenizerError(f"{folder}: a chat template file is not readable as text: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise TokenizerError(f"{folder}: a chat template file is not readable as text: {reason}") from error
 
 
 def write_files(
