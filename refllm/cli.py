@@ -406,7 +406,8 @@ def _run() -> int:
             raise
         code = HOLDS
     except OSError as error:
-        code = _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0])
+        reason = error.strerror or str(error).splitlines()[0]
+        code = _complain(f"{error.filename}: {reason}" if error.filename else reason)
     except MemoryError:
         code = _complain("not enough memory: try --low-memory or a smaller input")
     except (KeyboardInterrupt, typer.Abort):

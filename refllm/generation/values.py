@@ -114,6 +114,9 @@ def _words(source: str, name: str, value: Any) -> list[list[int]]:
     return words
 
 
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+
+
 def _biases(source: str, name: str, value: Any) -> dict[tuple[int, ...], float]:
     """A dict {ids: bias} or, as JSON must write it, a list of pairs [ids, bias]. Infinite biases are legal."""
     pairs = list(value.items()) if isinstance(value, Mapping) else value
@@ -126,8 +129,10 @@ def _biases(source: str, name: str, value: Any) -> dict[tuple[int, ...], float]:
         key = tuple(_token_id(source, name, item) for item in ids) if _is_sequence(ids) else ()
         if not key:
             raise ConfigError(f"{source}: {name} biases {show(ids)}, which is not a non-empty sequence of token ids")
-        if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or math.isnan(bias):
+        if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or bias != bias:
             raise ConfigError(f"{source}: {name} gives {list(key)} the bias {show(bias)}, which is not a number")
+        if _LARGEST_FLOAT32 < abs(bias) < math.inf:
+            raise ConfigError(f"{source}: {name} gives {list(key)} the bias {show(bias)}, which no float32 can be")
         biases[key] = float(bias)
     return biases
 

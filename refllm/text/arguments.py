@@ -18,7 +18,7 @@ def check_unicode(text: str, name: str) -> None:
     except UnicodeEncodeError as error:
         raise InputError(
             f"{name} is not Unicode text: its character {error.start} is {text[error.start]!a}, half of a "
-            "surrogate pair (on a command line: a byte that is not UTF-8)"
+            "surrogate pair (on a command line: a byte that is no text in the locale's encoding)"
         ) from None
 
 
