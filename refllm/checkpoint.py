@@ -14,10 +14,11 @@ CheckpointError; what was read in the very moment of the change is not, and a fi
 process, by the operating system.
 """
 
+import contextlib
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,11 +41,33 @@ from refllm.storage.safetensors_format import (
 )
 from refllm.storage.upcast import upcast
 
-__all__ = ["Checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "one_model", "save_checkpoint"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@contextlib.contextmanager
+def one_model(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Around the reading of config.json and the opening of the weights that go with it.
+
+    Raises CheckpointError at the end if config.json is not the file that it was: then another model was saved in the
+    folder meanwhile, and what was read may be some of each.
+    """
+    path = Path(folder, "config.json")
+    before = _identity(path)
+    yield
+    if _identity(path) != before:
+        raise CheckpointError(f"{folder}: another model was saved here while this one was read; load it again")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class Checkpoint:

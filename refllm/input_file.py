@@ -23,7 +23,7 @@ VALUES_LIMIT = 4_000_000
 def read_bytes(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> bytes:
     """A regular file's content. Raises OSError for another kind of file and for one of more than `limit` bytes."""
     # Asked before it is opened: to open a device may already do something.
-    _must_be_regular(os.stat(path).st_mode, path)
+    must_be_regular(path)
     # Without O_NONBLOCK a named pipe that has come in between would be waited for.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(handle, "rb") as file:
@@ -70,6 +70,11 @@ def count_values(text: str | bytes, limit: int = VALUES_LIMIT) -> None:
     found = sum(text.count(mark if isinstance(text, str) else mark.encode()) for mark in ",[{")  # type: ignore[arg-type]
     if found > limit:
         raise ValueError(f"it holds about {found} values, and at most {limit} are read")
+
+
+def must_be_regular(path: str | os.PathLike[str]) -> None:
+    """Raises OSError for what is not a regular file, or a link to one."""
+    _must_be_regular(os.stat(path).st_mode, path)
 
 
 def _must_be_regular(mode: int, path: str | os.PathLike[str]) -> None:

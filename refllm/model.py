@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from refllm.cache import DynamicCache, NoCache, StaticCache
-from refllm.checkpoint import Checkpoint
+from refllm.checkpoint import Checkpoint, one_model
 from refllm.config import ModelConfig
 from refllm.errors import InputError
 from refllm.inputs import as_array, as_integers
@@ -82,9 +82,14 @@ class Model:
         if device not in (None, "cpu"):
             raise InputError(f"device={device!r}: the NumPy backend runs on the CPU; leave device out")
         ar = arithmetic(dtype, policy)
-        config = cls.config_class.from_pretrained(folder)
+        from refllm.generation.config import GenerationConfig
+
+        with one_model(folder):
+            config = cls.config_class.from_pretrained(folder)
+            checkpoint = Checkpoint.open(folder)
+            defaults = GenerationConfig.from_checkpoint(Path(folder))
         weights = load_weights(
-            Checkpoint.open(folder),
+            checkpoint,
             cls.tensors(config),
             optional_zero=norm_biases(cls.tensors(config)),
             tied=cls.tied(config),
@@ -94,9 +99,7 @@ class Model:
             seed=seed,
             initializer_range=config.initializer_range,
         )
-        from refllm.generation.config import GenerationConfig
-
-        return cls(config, weights, ar, GenerationConfig.from_checkpoint(Path(folder)))
+        return cls(config, weights, ar, defaults)
 
     @classmethod
     def from_config(

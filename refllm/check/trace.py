@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refllm import output_file
+from refllm import input_file, output_file
 from refllm.check.inputs import Inputs
 from refllm.config import ModelConfig
 from refllm.errors import CheckpointError, InputError
@@ -69,9 +70,10 @@ class Trace:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
-        if not path.is_file():
+        if not os.path.exists(path):
             raise InputError(f"{path}: no such file; a trace is made by refllm trace")
         try:
+            input_file.must_be_regular(path)
             with open(path, "rb") as raw:
                 read_header(raw, str(path))  # refuses what the library would fill the memory with
             with safe_open(str(path), framework="numpy") as file:
@@ -91,7 +93,7 @@ class Trace:
             taps = {n.split(".", 2)[2]: _wide(value) for n, value in tensors.items() if n.startswith("tap.")}
             return Trace(taps, inputs, about["source"], about["dtype"], about["head"], about["config_hash"], details)
         except CheckpointError as error:
-            raise InputError(f"not readable as a trace: {error}") from None
+            raise InputError(f"{error}; a trace is made by refllm trace") from None
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             if isinstance(error, InputError):
                 raise
