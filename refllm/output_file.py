@@ -78,8 +78,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 class NewFile:
     """The new content of a file, out of sight until `publish`. A context manager that removes what was not published.
 
-    file: to write to; name: where it lies meanwhile, for a library that takes names; path: where it goes. Raises
-    OSError where the file cannot be written.
+    file: to write to; name: where it lies meanwhile; path: where it goes. Raises OSError where it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -207,10 +206,15 @@ def _unfinished(folder: str) -> tuple[BinaryIO, str]:
         file.close()
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name is one that a writer has not published yet, or never will."""
+    return name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+
+
 def _sweep(folder: str) -> None:
     """Removes the unfinished files of writers that are gone."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        left = [entry.path for entry in entries if entry.name.startswith(_PREFIX) and entry.name.endswith(_SUFFIX)]
+        left = [entry.path for entry in entries if is_unfinished(entry.name)]
         for name in left:
             with contextlib.suppress(OSError):
                 handle = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import stat
+import sys
 import threading
 import time
 import warnings
@@ -35,12 +36,24 @@ from refllm.token_input import read_text
 from refllm.tokenizer import AutoTokenizer
 
 IDS = [[1, 2, 3, 4]]
-FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "fcntl.flock"}
+VISIBLE = {"os.rename", "os.remove"}
+ANY = VISIBLE | {"open", "os.mkdir", "os.chmod", "fcntl.flock"}
 
 
 def one_sentence(error: BaseException) -> bool:
     text = str(error)
     return isinstance(error, RefllmError) and bool(text) and "\n" not in text and len(text) < 400
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """What `call` returns, or the error that it raises, which must be one sentence."""
+    try:
+        found = call()
+    except (RefllmError, OSError) as error:
+        found = error
+    if isinstance(found, Exception):
+        assert one_sentence(found), found
+    return found
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -61,10 +74,8 @@ def in_child(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) 
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kills(work: Callable[[], Any]) -> Iterator[int]:
+def kills(work: Callable[[], Any], events: set[str] = VISIBLE) -> Iterator[int]:
     """Runs `work` in processes that end, without any cleaning up, before their first, second, ... use of a file."""
-    import sys
-
     for last in range(1000):
 
         def arm(last: int = last) -> None:
@@ -72,7 +83,7 @@ def kills(work: Callable[[], Any]) -> Iterator[int]:
 
             def hook(event: str, arguments: Any) -> None:
                 nonlocal seen
-                if event in FILE_EVENTS:
+                if event in events:
                     if seen == last:
                         os._exit(9)
                     seen += 1
@@ -119,13 +130,12 @@ def test_a_save_killed_at_any_file_operation_leaves_the_old_model_or_the_new_or_
 ) -> None:
     old, new = model_of(1), model_of(2)
     expected = {"old": logits(old), "new": logits(new)}
+    save(old, tmp_path, before)
     found = []
-    for _ in kills(lambda: save(new, tmp_path, after)):
-        try:
-            model = refllm.load(tmp_path)
-        except RefllmError as error:
-            assert one_sentence(error)
-            assert "save" in str(error)
+    for _ in kills(lambda: save(new, tmp_path, after), ANY if before == after == 10**9 else VISIBLE):
+        model = attempt(lambda: refllm.load(tmp_path))
+        if isinstance(model, Exception):
+            assert "save" in str(model)
             found.append("refused")
         else:
             found.append(next(name for name, value in expected.items() if np.array_equal(logits(model), value)))
@@ -141,13 +151,10 @@ def test_save_pretrained_publishes_config_and_weights_together(tmp_path: Path) -
     old, new = model_of(1), model_of(2)
     old.save_pretrained(tmp_path)
     for _ in kills(lambda: new.save_pretrained(tmp_path)):
-        try:
-            theta = refllm.load(tmp_path).config.rope_parameters["rope_theta"]
-        except RefllmError as error:
-            assert one_sentence(error)
-        else:
-            expected = old if theta == 101 else new
-            np.testing.assert_array_equal(logits(refllm.load(tmp_path)), logits(expected))
+        model = attempt(lambda: refllm.load(tmp_path))
+        if not isinstance(model, Exception):
+            expected = old if model.config.rope_parameters["rope_theta"] == 101 else new
+            np.testing.assert_array_equal(logits(model), logits(expected))
         old.save_pretrained(tmp_path)
 
 
@@ -164,13 +171,11 @@ def test_a_process_that_is_killed_while_it_saves_leaves_one_of_the_models(tmp_pa
         time.sleep(0.02 + 0.003 * number)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        try:
-            found = logits(refllm.load(tmp_path))
-        except RefllmError as error:
-            assert one_sentence(error)
+        model = attempt(lambda: refllm.load(tmp_path))
+        if isinstance(model, Exception):
             models[0].save_pretrained(tmp_path)
         else:
-            assert any(np.array_equal(found, value) for value in expected)
+            assert any(np.array_equal(logits(model), value) for value in expected)
     models[0].save_pretrained(tmp_path)
     assert leftovers(tmp_path) == []
 
@@ -181,10 +186,8 @@ def test_a_tokenizer_that_is_killed_while_it_is_saved_is_the_old_one_or_the_new_
     texts = [t.backend_tokenizer.to_str() + str(t.special_tokens_map) + str(t.chat_template) for t in (old, new)]
     found = []
     for _ in kills(lambda: new.save_pretrained(tmp_path)):
-        try:
-            t = AutoTokenizer.from_pretrained(tmp_path)
-        except RefllmError as error:
-            assert one_sentence(error)
+        t = attempt(lambda: AutoTokenizer.from_pretrained(tmp_path))
+        if isinstance(t, Exception):
             found.append(2)
         else:
             found.append(texts.index(t.backend_tokenizer.to_str() + str(t.special_tokens_map) + str(t.chat_template)))
@@ -273,12 +276,9 @@ def test_a_full_disk_takes_nothing_away(tmp_path: Path, name: str) -> None:
     file.write_text("old")
 
     def write() -> None:
-        try:
+        with pytest.raises((RefllmError, OSError)) as caught:
             WRITERS[name](file)
-        except (RefllmError, OSError) as error:
-            assert "\n" not in str(error)
-            return
-        raise AssertionError("the disk is full")
+        assert "\n" not in str(caught.value)
 
     def fill() -> None:
         AutoTokenizer.from_pretrained(golden.path("llama-tiny"))
@@ -399,7 +399,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "config.json": AutoConfig.from_pretrained,
     "generation_config.json": GenerationConfig.from_checkpoint,
     "model.safetensors.index.json": Checkpoint.open,
-    "model-00002-of-00002.safetensors": Checkpoint.open,
+    "model-00002-of-00003.safetensors": Checkpoint.open,
     "tokenizer.json": AutoTokenizer.from_pretrained,
     "tokenizer_config.json": AutoTokenizer.from_pretrained,
     "chat_template.jinja": AutoTokenizer.from_pretrained,
@@ -436,8 +436,8 @@ def test_json_of_millions_of_values_is_counted_and_not_parsed(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="about 8000004 values, and at most 4000000 are read"):
         AutoConfig.from_pretrained(tmp_path)
     assert time.perf_counter() - start < 0.5
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="nested too deeply"):
-        (tmp_path / "deep.json").write_text("[" * 100_000)
         input_file.read_json(tmp_path / "deep.json")
 
 
@@ -497,7 +497,7 @@ def test_a_tokenizer_whose_rules_make_a_text_a_billion_times_as_long_is_refused(
     grown(checkpoint, **NINE[name])
     start = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    with pytest.raises(InputError, match="times as long by the rules of this tokenizer.json"):
+    with pytest.raises(InputError, match=r"times as long by the rules of this tokenizer\.json"):
         tokenizer.decode([5, 6, 7]) if name == "decoder" else tokenizer.encode("ab\u00e9")
     assert time.perf_counter() - start < 1
 
@@ -513,7 +513,7 @@ def test_such_rules_are_not_run_over_the_tokenizers_own_tokens_either(checkpoint
     text = json.dumps(table | rules if behind else rules | table)
     file.write_text(text.replace('"normalizer"', '"normali\\u007aer"') if behind else text)
     start = time.perf_counter()
-    with pytest.raises(TokenizerError, match="an added token of .* times as long"):
+    with pytest.raises(TokenizerError, match=r"an added token of .* times as long"):
         AutoTokenizer.from_pretrained(checkpoint)
     assert time.perf_counter() - start < 1
 
@@ -698,13 +698,14 @@ def test_half_a_surrogate_pair_is_a_users_sentence(tmp_path: Path) -> None:
         lambda: GenerationConfig(stop_strings=["a", "\udcff"]),
     ]
     for call in calls:
-        with pytest.raises(InputError, match="is not Unicode text: .*half of a surrogate pair"):
+        with pytest.raises(InputError, match=r"is not Unicode text: .*half of a surrogate pair"):
             call()
 
 
 @pytest.mark.parametrize("entry", ["bos_token", "additional_special_tokens", "image_token"])
 def test_half_a_surrogate_pair_in_a_tokenizers_files_is_a_sentence(checkpoint: Path, entry: str) -> None:
     file = checkpoint / "tokenizer_config.json"
+    (checkpoint / "special_tokens_map.json").unlink()
     value: Any = ["\ud800"] if entry.startswith("add") else "\ud800"
     file.write_text(json.dumps(json.loads(file.read_text()) | {entry: value}))
     with pytest.raises(TokenizerError, match="half a surrogate pair"):

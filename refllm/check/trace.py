@@ -13,6 +13,7 @@ from refllm import input_file, output_file
 from refllm.check.inputs import Inputs
 from refllm.config import ModelConfig
 from refllm.errors import CheckpointError, InputError
+from refllm.storage.checkpoint_writer import header
 from refllm.storage.safetensors_format import read_header
 
 FORMAT = "refllm trace 1"
@@ -37,8 +38,6 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write to a file. Narrow values are stored in their own dtype, two bytes each."""
         import ml_dtypes
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
 
         stored = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(self.dtype)
         tensors = {
@@ -57,12 +56,14 @@ class Trace:
         }
         about |= {"chunks": self.inputs.chunks, "embeds_scale": self.inputs.embeds_scale, "label": self.inputs.label}
         metadata = {"format": FORMAT, "about": json.dumps(about), "details": json.dumps(self.details)}
+        kinds = {name: (value.shape, value.dtype.name) for name, value in tensors.items()}
         try:
-            with output_file.NewFile(path) as new:
-                save_file(tensors, new.name, metadata=metadata)
-                new.publish()
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+            with output_file.replacing(path) as file:
+                file.write(header(kinds, metadata))
+                for value in tensors.values():
+                    file.write(value.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
     @staticmethod
     def load(path: str | Path) -> "Trace":

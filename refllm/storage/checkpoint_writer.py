@@ -59,14 +59,14 @@ def save_checkpoint(
     plan, pairs = _plan(tensors, shapes)
     shards = _split(plan, dtype, max_shard_bytes)
     names = _file_names(len(shards))
-    header = {"format": "pt"} if metadata is None else dict(metadata)
+    about = {"format": "pt"} if metadata is None else dict(metadata)
     final = [*names, _INDEX] if len(names) > 1 else names
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             new = {name: stack.enter_context(NewFile(folder / name)) for name in [*final, *texts]}
             for name, shard in zip(names, shards, strict=True):
-                _write_shard(new[name].file, folder, shard, pairs, dtype, header)
+                _write_shard(new[name].file, folder, shard, pairs, dtype, about)
             if next(pairs, None) is not None:
                 raise CheckpointError(f"{folder}: more tensors were given than `shapes` announces")
             if len(names) > 1:
@@ -134,7 +134,7 @@ def _file_names(count: int) -> list[str]:
 def _write_shard(
     file: BinaryIO, folder: Path, shapes: Shapes, pairs: Any, dtype: str, metadata: Mapping[str, str]
 ) -> None:
-    file.write(_header(shapes, dtype, metadata))
+    file.write(header({name: (shape, dtype) for name, shape in shapes.items()}, metadata))
     for name, shape in shapes.items():
         given, array = next(pairs, (None, None))
         if given != name:
@@ -142,10 +142,11 @@ def _write_shard(
         _write_tensor(file, name, np.asarray(array), tuple(shape), dtype)
 
 
-def _header(shapes: Shapes, dtype: str, metadata: Mapping[str, str]) -> bytes:
+def header(tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with; the numbers follow in this order. tensors: name -> (shape, dtype)."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in tensors.items():
         end = offset + _nbytes(shape, dtype)
         entries[name] = {"dtype": FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end

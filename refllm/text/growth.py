@@ -36,7 +36,7 @@ def refuse_file(content: bytes) -> None:
             table = json.loads(content)
         else:
             table = json.loads(head + b'"model":{}}')
-        longest = max((len(token["content"]) for token in table["added_tokens"]), default=0)
+        longest = max((len(token["content"]) for token in table["added_tokens"] if token["normalized"]), default=0)
         growth = _of_rule(table["normalizer"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return  # it has neither, or is no tokenizer.json, which the library says better
