@@ -28,9 +28,10 @@ def read_bytes(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> bytes:
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(handle, "rb") as file:
         _must_be_regular(os.fstat(handle).st_mode, path)
-        content = file.read(limit + 1)
-        if len(content) > limit:
-            size = max(os.fstat(handle).st_size, len(content))
+        size = os.fstat(handle).st_size
+        content = b"" if size > limit else file.read(limit + 1)
+        if max(size, len(content)) > limit:  # it may have grown, and some files tell no size
+            size = max(size, len(content))
             raise OSError(errno.EFBIG, f"it has {size} bytes, and at most {limit} are read", os.fspath(path))
     return content
 

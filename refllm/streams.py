@@ -1,5 +1,6 @@
 """Standard output and error of a command: there, able to show any text, and closed without a traceback."""
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -28,20 +29,15 @@ def flush(code: int) -> int:
         _to_nowhere(sys.stdout)
     except OSError as error:
         _to_nowhere(sys.stdout)
-        _say(f"refllm: standard output cannot be written: {error.strerror or error}")
-        return 2
+        if code != 2:  # else a sentence has been said, this one or an earlier one
+            with contextlib.suppress(OSError):
+                print(f"refllm: standard output cannot be written: {error.strerror or error}", file=sys.stderr)
+        code = 2
     try:
         sys.stderr.flush()
     except OSError:
         _to_nowhere(sys.stderr)
     return code
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, file=sys.stderr)
-    except OSError:
-        _to_nowhere(sys.stderr)
 
 
 def _to_nowhere(stream: Any) -> None:

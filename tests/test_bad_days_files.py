@@ -24,7 +24,7 @@ import pytest
 from tiny import tiny_model
 
 import refllm
-from refllm import golden, input_file, output_file
+from refllm import cli, golden, input_file, output_file
 from refllm.check.trace import Trace
 from refllm.checkpoint import Checkpoint, one_model
 from refllm.config import AutoConfig
@@ -69,6 +69,8 @@ def in_child(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) 
             before()
             work()
             code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -123,7 +125,7 @@ def logits(model: Model) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(10**9, 10**9), (10**9, 8000), (8000, 10**9), (8000, 8000), (8000, 5000)]
+    ("before", "after"), [(10**9, 10**9), (10**9, 12000), (12000, 10**9), (12000, 12000), (12000, 9000)]
 )
 def test_a_save_killed_at_any_file_operation_leaves_the_old_model_or_the_new_or_a_sentence(
     tmp_path: Path, before: int, after: int
@@ -433,7 +435,7 @@ def test_text_beyond_the_limit_is_not_read(checkpoint: Path, file: str) -> None:
 def test_json_of_millions_of_values_is_counted_and_not_parsed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" + "[]," * 4_000_001 + "[]]")
     start = time.perf_counter()
-    with pytest.raises(ConfigError, match="about 8000004 values, and at most 4000000 are read"):
+    with pytest.raises(ConfigError, match="about 12000004 values, and at most 4000000 are read"):
         AutoConfig.from_pretrained(tmp_path)
     assert time.perf_counter() - start < 0.5
     (tmp_path / "deep.json").write_text("[" * 100_000)
@@ -710,3 +712,150 @@ def test_half_a_surrogate_pair_in_a_tokenizers_files_is_a_sentence(checkpoint: P
     file.write_text(json.dumps(json.loads(file.read_text()) | {entry: value}))
     with pytest.raises(TokenizerError, match="half a surrogate pair"):
         AutoTokenizer.from_pretrained(checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------------- command lines
+
+LLAMA = str(golden.path("llama-tiny"))
+
+
+@pytest.fixture
+def refllm_command(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in a process of its own with these streams: exit code, standard output, standard error."""
+
+    def run(*arguments: str, stdout: str = "", stderr: str = "", encoding: str = "utf-8") -> tuple[int, str, str]:
+        out, err = tmp_path / "stdout", tmp_path / "stderr"
+
+        def stream(number: int, name: str, where: str, file: Path) -> None:
+            os.close(number)
+            setattr(sys, name, None)
+            if where != "closed":
+                handle = os.open(where or file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                if where == "nobody":
+                    reading, handle = os.pipe()
+                    os.close(reading)
+                if handle != number:
+                    os.dup2(handle, number)
+                    os.close(handle)
+                errors = "backslashreplace" if name == "stderr" else "strict"
+                setattr(sys, name, os.fdopen(number, "w", encoding=encoding, errors=errors))
+
+        def work() -> None:
+            os.chdir(tmp_path)
+            stream(1, "stdout", stdout, out)
+            stream(2, "stderr", stderr, err)
+            sys.argv = ["refllm", *arguments]
+            cli.main()
+
+        return in_child(work), *(file.read_text(encoding) if file.exists() else "" for file in (out, err))
+
+    return run
+
+
+def test_a_reader_that_goes_away_is_no_finding(refllm_command: Any) -> None:
+    assert refllm_command("info", LLAMA, stdout="nobody")[0] == 0
+    assert refllm_command("score", LLAMA, "--ids", "1,2,3", "--json", "-", stdout="nobody")[0] == 0
+
+
+def test_closed_streams_are_no_traceback(refllm_command: Any, tmp_path: Path) -> None:
+    before = Path(LLAMA, "config.json").read_bytes()
+    assert refllm_command("info", LLAMA, stdout="closed") == (0, "", "")
+    assert refllm_command("info", "/nowhere", stdout="closed", stderr="closed")[0] == 2
+    code, _, error = refllm_command(
+        "generate", LLAMA, "--ids", "1,2,3", "--max-new-tokens", "2", "--json", "F", stdout="closed"
+    )
+    assert (code, error) == (0, "")
+    assert len(json.loads((tmp_path / "F").read_text())["new_ids"]) == 2
+    assert Path(LLAMA, "config.json").read_bytes() == before  # nothing was printed into a file that came to be number 1
+
+
+def test_a_full_standard_output_is_a_sentence(refllm_command: Any) -> None:
+    code, _, error = refllm_command("info", LLAMA, stdout="/dev/full")
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "No space left on device" in error
+
+
+def test_what_the_encoding_of_the_terminal_does_not_have_is_replaced(refllm_command: Any) -> None:
+    code, out, _ = refllm_command("score", LLAMA, "--prompt", "\u00e9 \u2014 ok", encoding="ascii")
+    assert code == 0
+    assert "?" in out
+    code, out, _ = refllm_command("score", LLAMA, "--prompt", "\u00e9 ok", "--json", "-", encoding="ascii")
+    assert code == 0
+    _, expected, _ = refllm_command("score", LLAMA, "--prompt", "\u00e9 ok", "--json", "-")
+    assert json.loads(out) == json.loads(expected)  # JSON has escapes for it
+
+
+NUMBERS = {
+    "--top-p 2": "top_p=2.0 must lie in [0, 1]",
+    "--top-p -1": "top_p=-1.0 must lie in [0, 1]",
+    "--top-p nan": "top_p=nan must be a finite number",
+    "--temperature 5e-324": "temperature=5e-324 must lie in [1e-30, 1e+30]",
+    "--temperature 0": "temperature=0.0 must be greater than 0",
+    "--temperature inf": "temperature=inf must be a finite number",
+    "--top-k -1": "top_k=-1 must be at least 0",
+    "--max-new-tokens 0": "max_new_tokens=0 must be an integer from 1",
+    "--num-beams 0": "num_beams=0 must be an integer from 1",
+    "--seed -1": "--seed -1 must be at least 0",
+    "--repetition-penalty 0": "repetition_penalty=0.0 must be greater than 0",
+    "--repetition-penalty 1e-320": "repetition_penalty=1e-320 must lie in [1e-30, 1e+30]",
+    "--stop \udcff": "stop_strings is not Unicode text",
+}
+WINDOWS = {
+    "--context 0": "--context 0 leaves nothing to score: it must be at least 2",
+    "--context 1": "--context 1 leaves nothing to score: it must be at least 2",
+    "--stride 0": "--stride 0 must be in 1..511, below the context of 512",
+    "--stride -1": "--stride -1 must be in 1..511",
+    "--stride 512": "--stride 512 must be in 1..511",
+}
+
+
+@pytest.mark.parametrize(("options", "said"), [*NUMBERS.items(), *WINDOWS.items()])
+def test_a_number_out_of_range_is_refused_before_the_model_is_loaded(
+    options: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "score" if options in WINDOWS else "generate"
+    monkeypatch.setattr(sys, "argv", ["refllm", command, LLAMA, "--ids", "1,2,3", *options.split()])
+    monkeypatch.setattr(refllm, "load", None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"])
+def test_probabilities_beyond_one_are_refused_of_a_caller_and_read_from_a_published_file(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name}=1.5 must lie in \[0, 1\]"):
+        GenerationConfig(**{name: 1.5})
+    model = refllm.load(LLAMA)
+    with pytest.raises(InputError, match=rf"{name}=1.5 must lie in"):
+        model.generate(IDS, max_new_tokens=1, **{name: 1.5})
+    published = GenerationConfig.from_dict({name: 1.5})  # loads, as in Transformers, and is not used without sampling
+    model.generate(IDS, generation_config=published, max_new_tokens=1, do_sample=False)
+    with pytest.raises(InputError, match=rf"{name}=1.5 must lie in"):
+        model.generate(IDS, generation_config=published, max_new_tokens=1, do_sample=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sequence_bias": {(3,): 1e39}},
+        {"sequence_bias": {(3,): 10**400}},
+        {"encoder_repetition_penalty": 1e300},
+        {"repetition_penalty": 5e-324},
+        {"do_sample": True, "temperature": 1e31},
+    ],
+)
+def test_numbers_that_no_score_can_be_changed_by_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as caught:
+        refllm.load(LLAMA).generate(IDS, max_new_tokens=1, **settings)
+    assert one_sentence(caught.value)
+
+
+def test_a_decay_beyond_all_numbers_only_ends_the_text() -> None:
+    model = refllm.load(LLAMA)
+    out = model.generate(IDS, max_new_tokens=4, exponential_decay_length_penalty=(0, 1e300), eos_token_id=2)
+    assert out.shape[1] <= 8
+    model.generate(IDS, max_new_tokens=4, exponential_decay_length_penalty=(0, -1e300), eos_token_id=2)

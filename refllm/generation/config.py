@@ -264,7 +264,8 @@ class GenerationConfig:
     def updated(self, values: Mapping[str, Any], source: str = "generate") -> GenerationConfig:
         """A copy with some settings replaced. Raises InputError for unknown names and wrong values."""
         refuse_unknown(values, FIELDS, source)
-        return dataclasses.replace(self, **values, source=source)
+        refuse_out_of_range(values, source)
+        return dataclasses.replace(self, **values, source=source, published=True)
 
     @classmethod
     def resolve(
