@@ -663,7 +663,7 @@ def _config_class(model_type: Any, source: str) -> type[ModelConfig]:
 
 def _missing_config(folder: Path) -> str:
     """What may be the cause, and what to do."""
-    if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+    if any(folder.glob("model*.safetensors")):
         return "weights without it are what a save that was cut short leaves: save the model again"
     return "a checkpoint folder holds a config.json"
 

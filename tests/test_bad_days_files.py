@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -32,6 +33,7 @@ from refllm.errors import CheckpointError, ConfigError, InputError, RefllmError,
 from refllm.generation.config import GenerationConfig
 from refllm.model import Model
 from refllm.storage.checkpoint_writer import save_checkpoint
+from refllm.text.growth import LIMIT
 from refllm.token_input import read_text
 from refllm.tokenizer import AutoTokenizer
 
@@ -137,7 +139,7 @@ def test_a_save_killed_at_any_file_operation_leaves_the_old_model_or_the_new_or_
     for _ in kills(lambda: save(new, tmp_path, after), ANY if before == after == 10**9 else VISIBLE):
         model = attempt(lambda: refllm.load(tmp_path))
         if isinstance(model, Exception):
-            assert "save" in str(model)
+            assert re.search("a save that was cut short|there are no weights", str(model))
             found.append("refused")
         else:
             found.append(next(name for name, value in expected.items() if np.array_equal(logits(model), value)))
@@ -511,7 +513,7 @@ def test_such_rules_are_not_run_over_the_tokenizers_own_tokens_either(checkpoint
     table = json.loads(file.read_text())
     table["added_tokens"].append(table["added_tokens"][0] | {"id": 640, "content": "a", "normalized": True})
     del table["normalizer"]
-    rules = {"normalizer": NINE["normalizer"]["normalizer"]}
+    rules = {"normalizer": REPLACE | {"content": "a" * 2 * LIMIT} if behind else NINE["normalizer"]["normalizer"]}
     text = json.dumps(table | rules if behind else rules | table)
     file.write_text(text.replace('"normalizer"', '"normali\\u007aer"') if behind else text)
     start = time.perf_counter()
