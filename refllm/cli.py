@@ -372,9 +372,11 @@ def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[
         raise InputError(
             "--layers compiles our kernels as they are; leave out the file, --kernel, --arg and --constant"
         )
+    page = None if json_file is None or _to_stdout(json_file) else json_file.with_suffix(".md")
+    if page is not None:
+        output_file.must_be_writable("the page beside --json:", page)
     with StatusLine(sys.stderr) as step:
         found, text = commands.check_layers(targets, jobs, step)
-    page = None if json_file is None or _to_stdout(json_file) else json_file.with_suffix(".md")
     _write_json(found, json_file)
     if page is not None:
         output_file.write("the page beside --json:", page, text)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm import output_file
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
 from refllm.status_line import StatusLine
@@ -311,6 +312,7 @@ def _or_finding(work: Callable[[Any], dict[str, Any]], plots: Path | None = None
     if plots is not None:  # said before the work, not after it
         from refllm.bench.plots import pyplot
 
+        output_file.must_be_folder("--plots", plots)
         pyplot()
     with StatusLine(sys.stderr) as step:
         try:

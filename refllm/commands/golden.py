@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm import output_file
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
 from refllm.status_line import StatusLine
@@ -96,8 +97,13 @@ def make(
 ) -> None:
     """Compute goldens again with a witness beside them, print their change in sigma, and replace them if told to."""
     from refllm.golden import make_vectors, show
+    from refllm.golden.manifest import MANIFEST
+    from refllm.golden.store import VECTORS
 
     where = _folder(folder)
+    if yes:  # said before the work, not after it
+        output_file.must_be_writable("--folder", where / MANIFEST)
+        output_file.must_be_folder("--folder", where / VECTORS)
     with StatusLine(sys.stderr) as step:
         made = make_vectors.make(where, names or (), step)
     out = console(quiet=to_stdout(json_file))
