@@ -29,8 +29,10 @@ def read_bytes(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> bytes:
     with open(handle, "rb") as file:
         _must_be_regular(os.fstat(handle).st_mode, path)
         size = os.fstat(handle).st_size
-        content = b"" if size > limit else file.read(limit + 1)
-        if max(size, len(content)) > limit:  # it may have grown, and some files tell no size
+        content = b"" if size > limit else file.read(size + 1)
+        if len(content) > size:  # it has grown, or is of a kind that tells no size
+            content += file.read(limit + 1 - len(content))
+        if max(size, len(content)) > limit:
             size = max(size, len(content))
             raise OSError(errno.EFBIG, f"it has {size} bytes, and at most {limit} are read", os.fspath(path))
     return content
@@ -68,7 +70,10 @@ def read_json(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> Any:
 
 def count_values(text: str | bytes, limit: int = VALUES_LIMIT) -> None:
     """Raises ValueError for JSON of more than `limit` values; counted without parsing it, commas in strings too."""
-    found = sum(text.count(mark if isinstance(text, str) else mark.encode()) for mark in ",[{")  # type: ignore[arg-type]
+    if isinstance(text, str):
+        found = sum(text.count(mark) for mark in ",[{")
+    else:
+        found = sum(text.count(mark) for mark in (b",", b"[", b"{"))
     if found > limit:
         raise ValueError(f"it holds about {found} values, and at most {limit} are read")
 

@@ -130,13 +130,13 @@ class Model:
         dtype: of the file; None takes the model's own. Raises CheckpointError if the folder cannot be written.
         """
         dtype = dtype or self.dtype
-        named = {"architectures": [type(self).__name__], "dtype": dtype}
+        architectures = [type(self).__name__]
         texts = {
             "generation_config.json": self.generation_config.to_json_string(),
-            "config.json": self.config.to_json_string(**named),
+            "config.json": self.config.to_json_string(architectures=architectures, dtype=dtype),
         }
         save_checkpoint(folder, self.weights.renamed(self.prefix), dtype, texts=texts)
-        self.config.architectures, self.config.dtype = named["architectures"], dtype
+        self.config.architectures, self.config.dtype = architectures, dtype
 
     @property
     def prefix(self) -> str:

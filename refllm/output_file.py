@@ -20,11 +20,6 @@ from typing import BinaryIO, Self
 
 from refllm.errors import InputError
 
-try:
-    import fcntl
-except ImportError:  # no such locks on this system: unfinished files of killed writers stay
-    fcntl = None  # type: ignore[assignment]
-
 _PREFIX, _SUFFIX = ".refllm-", ".tmp"
 
 
@@ -227,7 +222,9 @@ def _sweep(folder: str) -> None:
 
 def _lock(handle: int, *, wait: bool) -> bool:
     """Whether the lock was had; a file system without locks gives none."""
-    if fcntl is None:
+    try:
+        import fcntl  # where there are no such locks, unfinished files of killed writers stay
+    except ImportError:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

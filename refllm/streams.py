@@ -16,9 +16,9 @@ def prepare() -> None:
             handle = os.open(os.devnull, os.O_RDONLY if name == "stdin" else os.O_WRONLY)
             stream = os.fdopen(handle, "r" if name == "stdin" else "w", encoding="utf-8")
             setattr(sys, name, stream)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors="replace")
 
 
 def flush(code: int) -> int:
