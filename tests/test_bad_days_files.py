@@ -861,3 +861,18 @@ def test_a_decay_beyond_all_numbers_only_ends_the_text() -> None:
     out = model.generate(IDS, max_new_tokens=4, exponential_decay_length_penalty=(0, 1e300), eos_token_id=2)
     assert out.shape[1] <= 8
     model.generate(IDS, max_new_tokens=4, exponential_decay_length_penalty=(0, -1e300), eos_token_id=2)
+
+
+def test_no_other_module_writes_a_file_of_the_users() -> None:
+    """Except lines that are meant to be read while they come, and what lies in temporary folders."""
+    allowed = {"refllm/output_file.py", "kernels/gpu_checks.py", "refllm/opcheck/forked.py"}
+    writing = re.compile(r"""\.write_text\(|\.write_bytes\(|\bsave_file\(|\bopen\([^)]*["'][wxa]\+?b?["']""")
+    root = Path(__file__).parent.parent
+    found = {
+        str(path.relative_to(root))
+        for folder in ("refllm", "kernels", "golden")
+        for path in (root / folder).rglob("*.py")
+        if writing.search(path.read_text(encoding="utf-8"))
+    }
+    assert found <= allowed, found - allowed
+    assert "refllm/output_file.py" in found
