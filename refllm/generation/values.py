@@ -131,7 +131,8 @@ def _biases(source: str, name: str, value: Any) -> dict[tuple[int, ...], float]:
             raise ConfigError(f"{source}: {name} biases {show(ids)}, which is not a non-empty sequence of token ids")
         if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or bias != bias:
             raise ConfigError(f"{source}: {name} gives {list(key)} the bias {show(bias)}, which is not a number")
-        if _LARGEST_FLOAT32 < bias < math.inf or -math.inf < bias < -_LARGEST_FLOAT32:
+        size: Any = abs(bias)
+        if _LARGEST_FLOAT32 < size < math.inf:
             raise ConfigError(f"{source}: {name} gives {list(key)} the bias {show(bias)}, which no float32 can be")
         biases[key] = float(bias)
     return biases
