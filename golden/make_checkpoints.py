@@ -176,11 +176,13 @@ def make(name: str, recipe: Recipe, folder: Path) -> None:
     assert model is not None
     shapes = {_file_name(tensor): shape for tensor, shape in model.tensors(config).items()}
     tensors = {tensor: weight(name, tensor, shape, config) for tensor, shape in shapes.items()}
-    save_checkpoint(folder, tensors, recipe.dtype, max_shard_bytes=recipe.max_shard_bytes)
     config.architectures, config.dtype = [model.__name__], recipe.dtype
-    config.save_pretrained(folder)
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**ids, **recipe.generation).save_pretrained(folder)
+    texts = {
+        "generation_config.json": GenerationConfig(**ids, **recipe.generation).to_json_string(),
+        "config.json": config.to_json_string(),
+    }
+    save_checkpoint(folder, tensors, recipe.dtype, max_shard_bytes=recipe.max_shard_bytes, texts=texts)
     recipe.tokenizer(recipe.tokens).save_pretrained(folder)
 
 

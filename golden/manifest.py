@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from refllm import __version__
+from refllm import __version__, input_file
 from refllm.errors import InputError
 
 FORMAT = "refllm golden 1"
@@ -39,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest. Raises InputError if there is none, it is not readable, of another format, or lacks something."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = input_file.read_json(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; {AGAIN}") from None
     except ValueError as error:

@@ -6,15 +6,13 @@ One file per operator or family. A tensor is called case/part/name: "mean-1000/i
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refllm import golden
+from refllm import golden, output_file
 from refllm.errors import InputError
 from refllm.golden.cases import all_cases
 from refllm.golden.exact import Golden
@@ -54,7 +52,8 @@ def problems(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, str]
                 ),
             )
     for path in sorted((folder / VECTORS).glob("*")):
-        if f"{VECTORS}/{path.name}" not in files:
+        # What a writer that was killed has left unfinished is no golden, and goes with the next one that is written.
+        if f"{VECTORS}/{path.name}" not in files and not output_file.is_unfinished(path.name):
             yield path.stem, f"{path}: not in the manifest; remove it, or {AGAIN}"
     for name, entry in manifest["cases"].items():
         yield from ((name.split("/")[0], f"{folder / MANIFEST}: {name}: {text}") for text in _changed(name, entry))
@@ -169,23 +168,11 @@ def write(folder: Path, group: str, goldens: list[Golden]) -> None:
     (folder / VECTORS).mkdir(parents=True, exist_ok=True)
     # One entry of metadata: the order of several is not fixed, and the file would differ from run to run.
     content = save(tensors_of(goldens), metadata={"format": FORMAT})
-    _replace(folder / VECTORS / f"{group}.safetensors", content)
+    output_file.replace(folder / VECTORS / f"{group}.safetensors", content)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """The manifest, last of all, with the hashes of the files as they lie there and its own."""
     files = sorted((folder / VECTORS).glob("*.safetensors"))
     manifest["files"] = {f"{VECTORS}/{f.name}": {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files}
-    _replace(folder / MANIFEST, (json.dumps(sealed(manifest), indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    output_file.replace(folder / MANIFEST, json.dumps(sealed(manifest), indent=1, ensure_ascii=False) + "\n")

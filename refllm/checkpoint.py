@@ -6,14 +6,19 @@
         checkpoint.read(name)                  the same as a new float32 array
 
 Opening reads the headers only and checks all of them. Whatever is wrong with a file or an index ends in a
-CheckpointError of one sentence; pickles are refused by name and never opened. The files must not be cut short while
-they are mapped: the operating system ends a process that reads past the new end.
+CheckpointError of one sentence; pickles are refused by name and never opened.
+
+While a file is mapped it may be replaced (by a rename, as refllm and most programs write), which leaves the map as it
+is, but it must not be changed in place. A change is noticed at the next access, by size and time of change, and is a
+CheckpointError; what was read in the very moment of the change is not, and a file that is cut short then ends the
+process, by the operating system.
 """
 
+import contextlib
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +27,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from refllm import input_file
 from refllm.errors import CheckpointError
 from refllm.storage.checkpoint_writer import save_checkpoint
 from refllm.storage.safetensors_format import (
@@ -35,11 +41,33 @@ from refllm.storage.safetensors_format import (
 )
 from refllm.storage.upcast import upcast
 
-__all__ = ["Checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "one_model", "save_checkpoint"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@contextlib.contextmanager
+def one_model(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Around the reading of config.json and the opening of the weights that go with it.
+
+    Raises CheckpointError at the end if config.json is not the file that it was: then another model was saved in the
+    folder meanwhile, and what was read may be some of each.
+    """
+    path = Path(folder, "config.json")
+    before = _identity(path)
+    yield
+    if _identity(path) != before:
+        raise CheckpointError(f"{folder}: another model was saved here while this one was read; load it again")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class Checkpoint:
@@ -129,6 +157,10 @@ class Checkpoint:
             raise CheckpointError(f"{at} is stored as {self.dtype(name)}, expected one of {', '.join(WEIGHT_DTYPES)}")
         return self.view(name)
 
+    def must_be_as_opened(self, name: str) -> None:
+        """Raises CheckpointError if the file of a tensor was changed in place since it was opened."""
+        self._mapped(name).must_be_as_opened()
+
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Let go of the resident pages under the bytes [start, stop) of a tensor; the next access reads them again."""
         info = self._info(name)
@@ -170,6 +202,7 @@ class _MappedFile:
             raise CheckpointError(f"{path}: this is not a regular file, expected a safetensors file")
         with open(path, "rb") as file:
             self.tensors, self.metadata = read_header(file, self.label)
+            self._opened = os.fstat(file.fileno())
             self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def view(self, name: str) -> NDArray[Any]:
@@ -181,10 +214,21 @@ class _MappedFile:
             )
         if self._map is None:
             raise CheckpointError(f"{self.label}: the checkpoint was closed before tensor {quote(name)} was read")
+        self.must_be_as_opened()
         if info.nbytes == 0:
             return np.empty(info.shape, dtype)
         count = info.nbytes // dtype.itemsize
         return np.frombuffer(self._map, dtype, count, info.begin).reshape(info.shape)
+
+    def must_be_as_opened(self) -> None:
+        try:
+            now = os.stat(self.path)
+        except OSError:  # it was removed, or cannot be reached any more: the map stays
+            return
+        old = self._opened
+        another = (now.st_dev, now.st_ino) != (old.st_dev, old.st_ino)  # in its place; the map is of the old one
+        if not another and (now.st_size, now.st_mtime_ns) != (old.st_size, old.st_mtime_ns):
+            raise CheckpointError(f"{self.label}: the file was changed after it was opened; load the model again")
 
     def release(self, begin: int, end: int) -> None:
         begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -248,12 +292,7 @@ def _open_shards(folder: Path) -> dict[str, _MappedFile]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    if not stat.S_ISREG(os.stat(index).st_mode):
-        raise CheckpointError(f"{index}: this is not a regular file, expected a JSON index of shards")
-    with open(index, "rb") as file:
-        raw = file.read(MAX_HEADER_BYTES + 1)
-    if len(raw) > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{index}: the index is larger than the limit of {MAX_HEADER_BYTES} bytes")
+    raw = input_file.read_bytes(index, MAX_HEADER_BYTES)
     weight_map = parse_json_object(raw, f"{index}: the index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(is_text(name) for name in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map is {quote(weight_map)}, expected an object of tensor to file name")
@@ -269,7 +308,7 @@ def _shard_path(folder: Path, name: str, index: Path) -> Path:
     path = folder / name
     if not os.path.lexists(path):
         raise CheckpointError(f"{index}: shard {quote(name)} is missing from {folder}")
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # a loop of links is left as it is, and cannot be opened
     if not any(target.is_relative_to(root) for root in _allowed_roots(folder)):
         raise CheckpointError(f"{index}: shard {quote(name)} is a link to {target}, which lies outside the folder")
     return path

@@ -5,7 +5,6 @@ on standard error, never a traceback. Progress goes to standard error, and only 
 is imported inside the commands, so that `refllm --help` is quick.
 """
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from refllm import output_file
+from refllm import output_file, streams
 from refllm.commands import audit, bench, golden, operators, tune
 from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, can_be_written
 from refllm.commands.shared_options import console as _console
@@ -228,6 +227,7 @@ def generate(
         "seed": seed,
         "stop_strings": stop,
     }
+    continuation.check_settings(max_new_tokens, choices)
     with StatusLine(sys.stderr) as step:
         task = continuation.prepare(
             checkpoint,
@@ -390,7 +390,7 @@ def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[
         found, text = commands.check_layers(targets, jobs, step)
     _write_json(found, json_file)
     if page is not None:
-        page.write_text(text, encoding="utf-8")
+        output_file.write("the page beside --json:", page, text)
     _console(quiet=_to_stdout(json_file)).print(commands.layers_line(found))
     if found["verdict"] != "holds":
         raise typer.Exit(FINDING)
@@ -398,8 +398,14 @@ def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[
 
 def main() -> None:
     """Entry point of the `refllm` command: turns exceptions into one sentence and an exit code."""
+    streams.prepare()
     warnings.showwarning = _show_warning
     _shown_warnings.clear()
+    code = _run()
+    sys.exit(streams.flush(code))
+
+
+def _run() -> int:
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="refllm", standalone_mode=False)
     except RefllmError as error:
@@ -412,15 +418,19 @@ def main() -> None:
     except _USAGE_ERROR as error:
         code = _complain(error.format_message())
     except BrokenPipeError:  # the reader of the output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = HOLDS
+    except SystemExit as error:  # which click makes of it
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
         code = HOLDS
     except OSError as error:
-        code = _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0])
+        reason = error.strerror or str(error).splitlines()[0]
+        code = _complain(f"{error.filename}: {reason}" if error.filename else reason)
     except MemoryError:
         code = _complain("not enough memory: try --low-memory or a smaller input")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    sys.exit(code if isinstance(code, int) else HOLDS)
+    return code if isinstance(code, int) else HOLDS
 
 
 def _complain(sentence: str) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from refllm import input_file, output_file
 from refllm.config_values import (
     MAX_SIZE,
     check_depth,
@@ -140,6 +141,10 @@ def _read_token_ids(source: str, name: str, value: Any) -> int | list[int] | Non
     return _read_token_id(source, name, value)
 
 
+def _read_layers(source: str, name: str, value: Any) -> int:
+    return read_int(source, name, value, 1, MAX_LAYERS)
+
+
 def _read_dropout(source: str, name: str, value: Any) -> float:
     return 0.0 if value is None else read_float(source, name, value, minimum=0.0, maximum=1.0)
 
@@ -194,6 +199,7 @@ _READERS_BY_NAME = {
     "dtype": _read_dtype,
     "problem_type": _read_optional_problem,
     "hidden_act": _read_activation,
+    "num_hidden_layers": _read_layers,
 }
 # Fields that other steps of the constructor fill.
 _COMPOSED = ("rope_parameters", "id2label", "label2id", "generation_defaults", "extra")
@@ -430,11 +436,20 @@ class ModelConfig:
         return copy.deepcopy(values)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json into the folder, which is created where it does not exist."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        """Write config.json into the folder, which is created where it does not exist. Raises ConfigError."""
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            output_file.replace(Path(folder) / "config.json", self.to_json_string())
+        except OSError as error:
+            raise ConfigError(f"{folder}: config.json cannot be written ({error.strerror or error})") from None
 
+    def to_json_string(self, **changes: Any) -> str:
+        """The text of config.json; `changes` replace entries of it."""
+        return json.dumps({**self.to_dict(), **changes}, indent=2, sort_keys=True) + "\n"
+
+
+MAX_LAYERS = 10_000
+"""More layers than this are a mistake in the file: the names of their tensors alone would fill the memory."""
 
 MAX_LABELS = 2**20
 """More classes than this are a mistake in the file: their names alone would fill the memory."""
@@ -637,6 +652,13 @@ def _config_class(model_type: Any, source: str) -> type[ModelConfig]:
     return CONFIG_CLASSES[model_type]
 
 
+def _missing_config(folder: Path) -> str:
+    """What may be the cause, and what to do."""
+    if any(folder.glob("model*.safetensors")):
+        return "weights without it are what a save that was cut short leaves: save the model again"
+    return "a checkpoint folder holds a config.json"
+
+
 def read_config_json(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """The path and the parsed content of FOLDER/config.json, or of the JSON file itself. Raises ConfigError."""
     path = Path(folder)
@@ -644,13 +666,13 @@ def read_config_json(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, An
         raise ConfigError(f"{path}: {found}")
     if path.is_dir():
         path = path / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file; a checkpoint folder holds a config.json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = input_file.read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{path}: there is no such file; {_missing_config(path.parent)}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: the file cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # JSON, UTF-8, numbers of thousands of digits, nesting
+        raise ConfigError(f"{path}: the file cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # JSON, UTF-8, numbers of thousands of digits, nesting
         raise ConfigError(f"{path}: the file is not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the content is {show(values)}, but a configuration is a JSON object")

@@ -1,7 +1,7 @@
 """`refllm generate`: continues a prompt and shows the text while it is made."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -9,8 +9,21 @@ from typing import Any, TextIO
 import numpy as np
 
 from refllm.errors import InputError, TokenizerError
+from refllm.generation.config import GenerationConfig
+from refllm.generation.processor_order import ProcessorInputs, make_processors
 from refllm.generation.streamers import BaseStreamer, TextStreamer
 from refllm.token_input import checked_ids, read_tokens
+
+
+def check_settings(max_new_tokens: int, settings: Mapping[str, Any]) -> None:
+    """Raises InputError for what `Task.generate` would refuse, before a model is loaded for it."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        np.random.default_rng(given.pop("seed", None))
+    except ValueError:
+        raise InputError(f"--seed {settings['seed']} must be at least 0") from None
+    config = GenerationConfig(**given, max_new_tokens=max_new_tokens, source="generate")
+    make_processors(config, ProcessorInputs(prompt_length=1, vocab_size=1 << 31))
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def generate(
 
     ids, embeds = _read_prompt(input_ids, inputs_embeds, config, limits)
     if embeds is not None:
-        config = replace(config, use_cache=True, source="generate")
+        config = replace(config, use_cache=True, source="generate", published=True)
     prompt = _prepare_prompt(ids, embeds, attention_mask, position_ids, past_key_values, config)
     config = _with_lengths(config, prompt, length_is_default, limits)
     num_beams = config.num_beams or 1
@@ -368,7 +368,7 @@ def _with_lengths(
     if minimum > maximum:
         text = f"generate: min_length={minimum} is greater than max_length={maximum}, which stops the text"
         warnings.warn(text, UserWarning, stacklevel=3)
-    return replace(config, max_length=maximum, min_length=minimum, source="generate")
+    return replace(config, max_length=maximum, min_length=minimum, source="generate", published=True)
 
 
 def _rows_of(value: Any, name: str, prompt: Prompt, copies: int) -> np.ndarray | None:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 
-def json_text(values: Any) -> str:
+def json_text(values: Any, *, ascii_only: bool = False) -> str:
     """Indented standard JSON of nested dicts, lists, tuples and NumPy values; NaN and infinities become null."""
-    return json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_plain(values), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

@@ -20,10 +20,10 @@ from typing import Any, Self
 import numpy as np
 
 from refllm.cache import DynamicCache, NoCache, StaticCache
-from refllm.checkpoint import Checkpoint
+from refllm.checkpoint import Checkpoint, one_model
 from refllm.config import ModelConfig
 from refllm.dtype_names import dtype_name
-from refllm.errors import CheckpointError, InputError
+from refllm.errors import InputError
 from refllm.extras import require
 from refllm.inputs import as_array, as_integers
 from refllm.masks import masking
@@ -84,9 +84,14 @@ class Model:
         if device not in (None, "cpu"):
             raise InputError(f"device={device!r}: the NumPy backend runs on the CPU; leave device out")
         ar = arithmetic(dtype, policy)
-        config = cls.config_class.from_pretrained(folder)
+        from refllm.generation.config import GenerationConfig
+
+        with one_model(folder):
+            config = cls.config_class.from_pretrained(folder)
+            checkpoint = Checkpoint.open(folder)
+            defaults = GenerationConfig.from_checkpoint(Path(folder))
         weights = load_weights(
-            Checkpoint.open(folder),
+            checkpoint,
             cls.tensors(config),
             optional_zero=norm_biases(cls.tensors(config)),
             tied=cls.tied(config),
@@ -96,9 +101,7 @@ class Model:
             seed=seed,
             initializer_range=config.initializer_range,
         )
-        from refllm.generation.config import GenerationConfig
-
-        return cls(config, weights, ar, GenerationConfig.from_checkpoint(Path(folder)))
+        return cls(config, weights, ar, defaults)
 
     @classmethod
     def from_config(
@@ -125,17 +128,17 @@ class Model:
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: str | None = None) -> None:
         """Write config.json, generation_config.json and the weights, as Transformers reads them.
 
+        Over another model, who reads finds that one or this one, or no config.json: also after a kill at any moment.
         dtype: of the file; None takes the model's own. Raises CheckpointError if the folder cannot be written.
         """
         dtype = dtype_name(dtype or self.dtype)
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be made a folder ({error.strerror})") from None
-        save_checkpoint(folder, self.weights.renamed(self.prefix), dtype)
-        self.config.architectures, self.config.dtype = [type(self).__name__], dtype
-        self.config.save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
+        architectures = [type(self).__name__]
+        texts = {
+            "generation_config.json": self.generation_config.to_json_string(),
+            "config.json": self.config.to_json_string(architectures=architectures, dtype=dtype),
+        }
+        save_checkpoint(folder, self.weights.renamed(self.prefix), dtype, texts=texts)
+        self.config.architectures, self.config.dtype = architectures, dtype
 
     @property
     def prefix(self) -> str:

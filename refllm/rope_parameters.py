@@ -57,6 +57,7 @@ def normalise_rope(
        the dict's own, else max_position_embeddings.
     """
     merged = _own_dict(source, values)
+    _warn_of_contradictions(source, values, merged)
     nested = [key for key, value in merged.items() if isinstance(value, Mapping)]
     if nested:
         raise ConfigError(
@@ -75,6 +76,20 @@ def normalise_rope(
             merged["original_max_position_embeddings"] = values["original_max_position_embeddings"]
         merged.setdefault("original_max_position_embeddings", max_positions)
     return merged
+
+
+def _warn_of_contradictions(source: str, values: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Names both values where two keys say different things of one setting, and the one that counts."""
+    first, second = values.get("rope_parameters"), values.get("rope_scaling")
+    if first and second and first != second:
+        warn(f"{source}: rope_scaling={show(second)} replaces rope_parameters={show(first)}")
+    for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if name in own and values.get(name) is not None and values[name] != own[name]:
+            wins = name == "original_max_position_embeddings" and own.get("rope_type") in _HAS_ORIGINAL_LENGTH
+            told = f"{name}={show(values[name])} and {name}={show(own[name])} inside rope_parameters or rope_scaling"
+            warn(f"{source}: there are {told}; the {'former' if wins else 'latter'} is used")
+    if "type" in own and "rope_type" in own and own["type"] != own["rope_type"]:
+        warn(f"{source}: there are rope_type={show(own['rope_type'])} and type={show(own['type'])}; rope_type is used")
 
 
 def _own_dict(source: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,10 +88,7 @@ def score_tokens(model: Any, ids: np.ndarray, *, context: int, stride: int, step
     """
     if len(ids) < 2:
         raise InputError(f"scoring needs at least 2 tokens, found {len(ids)}: the first one has nothing before it")
-    if context < 2:
-        raise InputError(f"--context {context} leaves nothing to score: it must be at least 2")
-    if not 1 <= stride < context:
-        raise InputError(f"--stride {stride} must be in 1..{context - 1}, below the context of {context}")
+    _check_windows(context, stride)
     nll = np.full(len(ids) - 1, np.nan)
     for start, first, stop in windows(len(ids), context, stride):
         for position, logits in _window_logits(model, ids[start:stop]):
@@ -101,6 +98,13 @@ def score_tokens(model: Any, ids: np.ndarray, *, context: int, stride: int, step
             nll[targets[wanted] - 1] = negative_log_likelihood(logits[wanted], ids[targets[wanted]])
             step("scoring", int(targets[-1]), len(ids))
     return nll
+
+
+def _check_windows(context: int, stride: int) -> None:
+    if context < 2:
+        raise InputError(f"--context {context} leaves nothing to score: it must be at least 2")
+    if not 1 <= stride < context:
+        raise InputError(f"--stride {stride} must be in 1..{context - 1}, below the context of {context}")
 
 
 def negative_log_likelihood(logits_NV: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
@@ -140,12 +144,15 @@ def score_source(
 ) -> Score:
     """Scores the one source that is given. Raises InputError if none or several are, and for what they hold."""
     import refllm
-    from refllm.token_input import read_text, read_tokens
+    from refllm.token_input import TEXT_LIMIT, read_text, read_tokens
 
     if file is not None and any(value is not None for value in (prompt, ids, ids_file)):
         raise InputError("--file excludes --prompt, --ids and --ids-file: give one of them")
-    text = read_text(file) if file is not None else prompt
+    text = read_text(file, TEXT_LIMIT) if file is not None else prompt
     config = refllm.AutoConfig.from_pretrained(folder)
+    context = min(config.max_position_embeddings, DEFAULT_CONTEXT) if context is None else context
+    stride = max(1, context // 2) if stride is None else stride
+    _check_windows(context, stride)
     with warnings.catch_warnings():
         # The tokenizer warns of a text longer than the model's context; windows are the answer to that.
         warnings.filterwarnings("ignore", message=".*model_max_length")
@@ -156,8 +163,7 @@ def score_source(
     model = refllm.load(
         folder, head="causal_lm", dtype=dtype, policy=policy, low_memory=low_memory, backend=backend, device=device
     )
-    context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
-    nll = score_tokens(model, tokens[0], context=context, stride=stride or max(1, context // 2), step=step)
+    nll = score_tokens(model, tokens[0], context=context, stride=stride, step=step)
     pieces = None
     if text is not None:
         tokenizer = refllm.AutoTokenizer.from_pretrained(folder)

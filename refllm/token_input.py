@@ -6,7 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from refllm import input_file
 from refllm.errors import InputError
+
+TEXT_LIMIT = 1 << 28
+"""Bytes of a text to score: a reference model reads far less in a day."""
+IDS_LIMIT = 1 << 24
+"""Bytes of a file of token ids: some millions of them."""
 
 
 def read_tokens(
@@ -30,7 +36,7 @@ def read_tokens(
     elif ids is not None:
         numbers, source = parse_ids(ids, "--ids"), "--ids"
     elif ids_file is not None:
-        numbers, source = parse_ids(read_text(ids_file), str(ids_file)), str(ids_file)
+        numbers, source = parse_ids(read_text(ids_file, IDS_LIMIT), str(ids_file)), str(ids_file)
     else:
         return None
     return checked_ids(numbers, vocab_size, source)
@@ -50,6 +56,7 @@ def parse_ids(text: str, source: str) -> list[int]:
     """Integers from a JSON list or from text that separates them by commas or white space. Raises InputError."""
     if text.lstrip().startswith("["):
         try:
+            input_file.count_values(text)
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{source} starts like a JSON list but is none: {error}") from None
@@ -69,11 +76,11 @@ def parse_ids(text: str, source: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def read_text(path: Path) -> str:
-    """A file's text. Raises InputError if it cannot be read or is not UTF-8."""
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """A file's text, of at most `limit` bytes. Raises InputError if it cannot be read or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return input_file.read_text(path, limit)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is {error}") from None

@@ -9,6 +9,7 @@ Behaviour follows transformers 5 (`tokenization_utils_tokenizers.py`, class Toke
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from refllm import input_file
 from refllm.errors import InputError, RefllmError, TokenizerError
 from refllm.not_a_checkpoint import explain
-from refllm.text.arguments import as_array, as_ids, check_pair, check_text
+from refllm.text import growth
+from refllm.text.arguments import as_array, as_ids, check_pair, check_text, check_unicode
 from refllm.text.entries import (
     read_added_tokens,
     read_extra_tokens,
@@ -37,6 +40,8 @@ NO_LENGTH_LIMIT = int(1e30)
 """`model_max_length` of a tokenizer that states none; the value Transformers writes into files for the same meaning."""
 
 _LONGEST_REAL_LIMIT = int(1e20)
+_LARGEST_FILE, _MOST_VALUES = 1 << 27, 1 << 23
+"""Of a tokenizer.json: four times what the vocabularies of a quarter of a million tokens need."""
 _OTHER_FORMATS = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.json")
 
 Text = str | Sequence[str]
@@ -121,6 +126,7 @@ class Tokenizer:
         self.special_tokens_map: dict[str, str] = {}
         self.additional_special_tokens: list[str] = []
         self._add_special_tokens()
+        self._growth, self._growth_of_ids = growth.of_text(backend), growth.of_ids(backend)
         if "add_bos_token" in config or "add_eos_token" in config:
             self._set_bos_and_eos(bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
 
@@ -256,6 +262,7 @@ class Tokenizer:
         """The id of a token (the unknown token's, or None, for what is no token), or a list of ids for a list."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
+        check_unicode(tokens, "the token")
         index = self.backend_tokenizer.token_to_id(tokens)
         if index is None and self.unk_token is not None:
             index = self.backend_tokenizer.token_to_id(self.unk_token)
@@ -271,6 +278,8 @@ class Tokenizer:
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """The text of tokens given as strings of the vocabulary."""
+        for token in tokens:
+            check_unicode(token, "the token")
         decoder = self.backend_tokenizer.decoder
         return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
 
@@ -314,6 +323,8 @@ class Tokenizer:
         self._set_truncation(cut_to, strategy, stride)
         self._set_padding(padding, pad_to, pad_to_multiple_of, padding_side)
         self.backend_tokenizer.encode_special_tokens = self.split_special_tokens
+        for one in [*(text if batched else [text]), *(text_pair if batched and text_pair else [text_pair or ""])]:
+            growth.refuse("a text", len(one) if isinstance(one, str) else sum(map(len, one)), self._growth)
         batch: list[Any] = list(text) if batched else [text]
         if text_pair:
             batch = list(zip(batch, text_pair if batched else [text_pair], strict=True))
@@ -424,6 +435,7 @@ class Tokenizer:
             values = [values]
         if values and isinstance(values[0], list):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in values]
+        growth.refuse("what tokens stand for,", 16 * len(values), self._growth_of_ids)
         with _library_errors_as(InputError, "these ids cannot be decoded"):
             text = str(self.backend_tokenizer.decode(values, skip_special_tokens=skip_special_tokens))
         asked = clean_up_tokenization_spaces
@@ -548,12 +560,20 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
     if not folder.is_dir():
         raise TokenizerError(f"{folder}: {explain(folder)}")
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         others = (name for name in _OTHER_FORMATS if (folder / name).is_file())
         hint = next((f" (a {name} has to be converted: save the tokenizer with Transformers)" for name in others), "")
         raise TokenizerError(f"{folder}: no tokenizer.json{hint}")
+    try:
+        content = input_file.read_bytes(file, _LARGEST_FILE)
+        input_file.count_values(content, _MOST_VALUES)
+        growth.refuse_file(content)
+    except OSError as error:
+        raise TokenizerError(f"{folder}: no tokenizer.json can be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise TokenizerError(f"{file}: {error}") from None
     with _library_errors_as(TokenizerError, f"{file}: not a tokenizer that the tokenizers library can read"):
-        return tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_buffer(content)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refllm.checkpoint import Checkpoint
+from refllm.errors import InputError
 from refllm.storage.fresh_tensors import default_threads, fresh_tensor
 from refllm.storage.load_report import LoadReport, Shape, compare, file_name, require_usable, warn_about
 from refllm.storage.safetensors_format import quote
@@ -65,7 +66,7 @@ class Weights(Mapping[str, NDArray[Any]]):
         self.report = report or LoadReport()
         self._kept = dict(kept)
         self._source = source
-        self._layers: dict[int, Mapping[str, NDArray[Any]]] = {}
+        self._layers: dict[int, Mapping[str, Any]] = {}
 
     @property
     def low_memory(self) -> bool:
@@ -87,13 +88,20 @@ class Weights(Mapping[str, NDArray[Any]]):
         """The tensors of layer `index` by what follows "layers.{index}."."""
         if index not in self._layers:
             self._layers[index] = self._make_layer(f"layers.{index}.")
-        return self._layers[index]
+        # What is kept does not lead back to these weights, or they would not go, with the open file, when dropped.
+        return _Renamed(self, self._layers[index]) if self.low_memory else self._layers[index]
 
-    def _make_layer(self, prefix: str) -> Mapping[str, NDArray[Any]]:
+    def _make_layer(self, prefix: str) -> Mapping[str, Any]:
+        """The tensors by their short names; with low_memory their names."""
         names = {name[len(prefix) :]: name for name in self.shapes if name.startswith(prefix)}
         if self.low_memory:
-            return _Renamed(self, names)
+            return names
         return MappingProxyType({short: self._kept[name] for short, name in names.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles, which cannot take views of dicts. What is kept per layer is made again."""
+        parts = (dict(self.shapes), self._kept, self._source, dict(self.tied), self.report)
+        return _weights_of_parts, parts
 
     def rows(self, name: str, ids: NDArray[Any]) -> NDArray[Any]:
         """tensor[ids] for an integer array `ids` of any shape (embedding lookup): only these rows are converted."""
@@ -116,6 +124,16 @@ class Weights(Mapping[str, NDArray[Any]]):
         if self._source is None or name not in self.shapes:
             raise KeyError(name)
         return self._source.fetch(name, index)
+
+
+def _weights_of_parts(
+    shapes: dict[str, Shape],
+    kept: dict[str, NDArray[Any]],
+    source: Source | None,
+    tied: dict[str, str],
+    report: LoadReport,
+) -> Weights:
+    return Weights(shapes, kept, source=source, tied=tied, report=report)
 
 
 class _Renamed(Mapping[str, NDArray[Any]]):
@@ -255,6 +273,7 @@ class _CheckpointSource:
     def fetch(self, name: str, index: slice | NDArray[Any] | None = None) -> NDArray[Any]:
         out, todo = self._prepare(name, index)
         count = sum(self._map(todo))
+        self._checkpoint.must_be_as_opened(self._found[name])
         # The same numbers come by at every access: one warning per tensor is enough.
         if count and self._found[name] not in self._report.nonfinite:
             self._report.nonfinite[self._found[name]] = count
@@ -276,7 +295,18 @@ class _CheckpointSource:
                 self._report.nonfinite[stored] = self._report.nonfinite.get(stored, 0) + count
             if progress is not None:
                 progress(done, total)
+        for stored in self._found.values():
+            self._checkpoint.must_be_as_opened(stored)
         return arrays
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_CheckpointSource":
+        return self  # it only reads
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            f"a low_memory model of {self._checkpoint.path} cannot be pickled, because it reads an open file; load the "
+            "model again where it is needed"
+        )
 
     def _prepare(self, name: str, index: slice | NDArray[Any] | None) -> tuple[NDArray[Any], list[_Block]]:
         """A new array for the tensor, or for the rows `index` of it, and the work that fills it."""

@@ -576,7 +576,7 @@ def test_nothing_is_left_of_a_write_that_fails(copy: Path, monkeypatch: pytest.M
     def fails(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(store.os, "replace", fails)
+    monkeypatch.setattr("os.replace", fails)
     with pytest.raises(OSError, match="disk full"):
         made.replace()
     assert {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()} == before

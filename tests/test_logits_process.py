@@ -500,7 +500,6 @@ def test_each_setting_alone_makes_what_transformers_makes(name: str) -> None:
     [
         {"temperature": 1.0},
         {"top_p": 1.0},
-        {"top_p": 1.5},
         {"typical_p": 1.0},
         {"repetition_penalty": 1.0},
         {"no_repeat_ngram_size": 0},

@@ -20,7 +20,7 @@ import torch
 
 from refllm import kernels
 from refllm.cache import DynamicCache
-from refllm.checkpoint import Checkpoint
+from refllm.checkpoint import Checkpoint, one_model
 from refllm.config import ModelConfig
 from refllm.errors import InputError
 from refllm.inputs import as_array, to_numpy
@@ -83,9 +83,14 @@ class FastModel(Model):
         there, or if the device has too little memory.
         """
         dtype, where = _check(dtype, backend, device)
-        config = cls.config_class.from_pretrained(folder)
+        from refllm.generation.config import GenerationConfig
+
+        with one_model(folder):
+            config = cls.config_class.from_pretrained(folder)
+            checkpoint = Checkpoint.open(folder)
+            defaults = GenerationConfig.from_checkpoint(Path(folder))
         source = load_weights(
-            Checkpoint.open(folder),
+            checkpoint,
             cls.tensors(config),
             optional_zero=norm_biases(cls.tensors(config)),
             tied=cls.tied(config),
@@ -93,11 +98,8 @@ class FastModel(Model):
             seed=seed,
             initializer_range=config.initializer_range,
         )
-        from refllm.generation.config import GenerationConfig
-
         with _memory_of(where, f"the weights of {folder}"):
             weights = to_device(source, getattr(torch, dtype), where, progress)
-        defaults = GenerationConfig.from_checkpoint(Path(folder))
         return cls(config, weights, dtype=dtype, backend=backend, device=where, generation_config=defaults)
 
     @classmethod
@@ -210,6 +212,11 @@ class FastModel(Model):
         cos, sin = (self._tensor(table).to(self.torch_dtype) for table in self.rotary.tables(positions_BS))
         return cos, sin
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: the class is made at run time, and what was recorded of decoding is made again."""
+        state = {name: value for name, value in vars(self).items() if name != "_steps"}
+        return _of_state, (type(self).__bases__[1], state)
+
     def plain_operators(self) -> TorchOperators:
         """The backend's operators, with nobody recording."""
         return TorchOperators(self.backend)
@@ -228,6 +235,12 @@ def fast_class(reference: type[Model]) -> type[FastModel]:
             reference.__name__, (FastModel, reference), {"__doc__": f"{reference.__name__} on Torch tensors."}
         )
     return _FAST_CLASSES[reference]
+
+
+def _of_state(reference: type[Model], state: dict[str, Any]) -> FastModel:
+    model = object.__new__(fast_class(reference))
+    vars(model).update(state, _steps=WeakKeyDictionary())
+    return model
 
 
 def _check(dtype: str, backend: str, device: str | torch.device | None) -> tuple[str, torch.device]:

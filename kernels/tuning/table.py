@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from refllm import output_file
+from refllm import input_file, output_file
 from refllm.errors import InputError
 from refllm.kernels.targets import Target
 
@@ -48,7 +48,7 @@ class Entry:
 def read(file: Path = FILE) -> list[Entry]:
     """Every line in order. Raises InputError, with what is wrong, for a file that is no such table."""
     try:
-        lines: Any = json.loads(file.read_text(encoding="utf-8"))["tiles"]
+        lines: Any = input_file.read_json(file)["tiles"]
         found = [Entry(**line) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is no table of tiles: {error}") from None

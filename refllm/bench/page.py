@@ -3,11 +3,11 @@
 The page holds nothing that is not in the JSON files; what no file has is "not measured".
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from refllm import input_file, output_file
 from refllm.bench.results import span, speed
 from refllm.bench.targets import GPU, TARGETS, Result, counts_for, device_of, fastest_peer
 from refllm.errors import InputError
@@ -34,10 +34,7 @@ def write_page(folder: Path) -> Path:
     """Writes the page of a folder of results. InputError for a file that is no result, and for a missing folder."""
     page = folder / PAGE
     text = render(load(folder), pictures(folder), pages(folder))
-    try:
-        page.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{page} cannot be written: {error.strerror or error}") from None
+    output_file.write("the page", page, text)
     return page
 
 
@@ -48,7 +45,7 @@ def load(folder: Path) -> dict[str, Result]:
     found = {}
     for file in sorted(set(folder.glob("*.json")) - {folder / f"{name}.json" for name in pages(folder)}):
         try:
-            result = json.loads(file.read_text(encoding="utf-8"))
+            result = input_file.read_json(file)
         except (OSError, ValueError) as error:
             raise InputError(f"{file} cannot be read as JSON: {error}") from None
         if not isinstance(result, dict) or not {"bench", "date", "command", "machine"} <= result.keys():

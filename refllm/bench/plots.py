@@ -1,5 +1,6 @@
 """Pictures of a result, as PNG and SVG: shares of the ceilings and a roofline, or lines of growth. Needs matplotlib."""
 
+import io
 from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -7,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from refllm import extras
+from refllm import extras, output_file
 from refllm.bench.charts import COLOURS, MARKERS, largest, roofline_figure, shares_figure, split, title
 from refllm.bench.results import span
-from refllm.errors import InputError
 
 LABELS = {
     "prefill": ("tokens of the prompt", "time"),
@@ -39,10 +39,7 @@ def write_plots(result: dict[str, Any], folder: Path, stem: str = "") -> list[Pa
     Raises InputError if the folder cannot be written, MissingExtraError without matplotlib.
     """
     plt = pyplot()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--plots {folder} cannot be made a folder: {error.strerror or error}") from None
+    output_file.must_be_folder("--plots", folder)
     name = stem or result["bench"]
     if result["bench"] == "growth":
         return _save(plt, growth_figure(plt, result), folder / name)
@@ -72,7 +69,10 @@ def _save(plt: Any, figure: Any, stem: Path) -> list[Path]:
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     for file in files:
         # No date: the same result makes the same file.
-        figure.savefig(file, dpi=130, bbox_inches="tight", metadata={"Date": None} if file.suffix == ".svg" else None)
+        about = {"Date": None} if file.suffix == ".svg" else None
+        picture = io.BytesIO()
+        figure.savefig(picture, format=file.suffix[1:], dpi=130, bbox_inches="tight", metadata=about)
+        output_file.write("--plots", file, picture.getvalue())
     plt.close(figure)
     return files
 

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from refllm import output_file
 from refllm.check import charts, findings, formulas, limits
 from refllm.check.measure import ULP_BINS, Measure
 from refllm.check.oracle import Report, TapReport
 from refllm.check.report import context
-from refllm.errors import InputError
 
 _TEMPLATE = "page.html"
 _MAPS, _FLIPS, _VALUES = 4, 100, 8
@@ -31,10 +31,7 @@ def write_html(
     details: name -> value, shown at the top (command line, versions, prompt). token_text: for the table of flips.
     """
     page = render(reports, details, token_text)
-    try:
-        Path(path).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    output_file.write("--html", path, page)
 
 
 def render(reports: list[Report], details: Mapping[str, Any] | None = None, token_text: TokenText | None = None) -> str:

@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from refllm import input_file, output_file
 from refllm.check.inputs import Inputs
 from refllm.config import ModelConfig
-from refllm.errors import InputError
+from refllm.errors import CheckpointError, InputError
+from refllm.storage.checkpoint_writer import header
+from refllm.storage.safetensors_format import read_header
 
 FORMAT = "refllm trace 1"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -34,8 +38,6 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write to a file. Narrow values are stored in their own dtype, two bytes each."""
         import ml_dtypes
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
 
         stored = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(self.dtype)
         tensors = {
@@ -54,10 +56,14 @@ class Trace:
         }
         about |= {"chunks": self.inputs.chunks, "embeds_scale": self.inputs.embeds_scale, "label": self.inputs.label}
         metadata = {"format": FORMAT, "about": json.dumps(about), "details": json.dumps(self.details)}
+        kinds = {name: (value.shape, value.dtype.name) for name, value in tensors.items()}
         try:
-            save_file(tensors, str(path), metadata=metadata)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be written: {error}") from None
+            with output_file.replacing(path) as file:
+                file.write(header(kinds, metadata))
+                for value in tensors.values():
+                    file.write(value.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
     @staticmethod
     def load(path: str | Path) -> "Trace":
@@ -65,9 +71,12 @@ class Trace:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
-        if not path.is_file():
+        if not os.path.exists(path):
             raise InputError(f"{path}: no such file; a trace is made by refllm trace")
         try:
+            input_file.must_be_regular(path)
+            with open(path, "rb") as raw:
+                read_header(raw, str(path))  # refuses what the library would fill the memory with
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
@@ -84,6 +93,8 @@ class Trace:
             )
             taps = {n.split(".", 2)[2]: _wide(value) for n, value in tensors.items() if n.startswith("tap.")}
             return Trace(taps, inputs, about["source"], about["dtype"], about["head"], about["config_hash"], details)
+        except CheckpointError as error:
+            raise InputError(f"{error}; a trace is made by refllm trace") from None
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             if isinstance(error, InputError):
                 raise

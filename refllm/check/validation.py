@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from refllm import output_file
 from refllm.check import limits
 from refllm.check.candidates import record
 from refllm.check.inputs import Inputs, stressed
@@ -385,7 +386,7 @@ def main() -> int:
     found = validate(arguments.seeds, log=lambda text: print(text, flush=True))
     for path, text in _files(arguments, found):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        output_file.replace(path, text)
     print("holds" if found.holds else "does not hold")
     return 0 if found.holds else 1
 

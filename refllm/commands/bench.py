@@ -1,5 +1,6 @@
 """`refllm bench`: speed and memory, on a CPU and on a GPU."""
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,17 @@ Device = Annotated[
     typer.Option("--device", help="cuda, or cpu: reduced, Triton kernels checked but not timed. Default: cuda if any."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Default: bfloat16; on a CPU float32.")]
-Minutes = Annotated[float | None, typer.Option("--minutes", min=0, help="Begin nothing new after so long.")]
+
+
+def _a_number(minutes: float | None) -> float | None:
+    if minutes is not None and math.isnan(minutes):
+        raise InputError(f"--minutes {minutes} is no number of minutes")
+    return minutes
+
+
+Minutes = Annotated[
+    float | None, typer.Option("--minutes", min=0, callback=_a_number, help="Begin nothing new after so long.")
+]
 Peers = Annotated[
     str | None,
     typer.Option("--peers", metavar="A,B", help="Of plain, eager, compile, liger, sdpa; or none. Default: what fits."),
@@ -300,15 +311,6 @@ def _report(work: Callable[[Any], dict[str, Any]], json_file: Path | None, plots
         raise typer.Exit(FINDING)
 
 
-def _must_be_folder(plots: Path) -> None:
-    """Makes the folder of the pictures. Raises InputError if it cannot be one that is written to."""
-    try:
-        plots.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--plots {plots} cannot be made a folder: {error.strerror or error}") from None
-    output_file.must_be_writable("--plots", plots / "picture.png")
-
-
 def _or_finding(work: Callable[[Any], dict[str, Any]], plots: Path | None = None) -> dict[str, Any]:
     """The result; a benchmark whose sides disagree is a sentence and exit code 1."""
     from refllm.bench import BenchError
@@ -316,8 +318,8 @@ def _or_finding(work: Callable[[Any], dict[str, Any]], plots: Path | None = None
     if plots is not None:  # said before the work, not after it
         from refllm.bench.plots import pyplot
 
+        output_file.must_be_folder("--plots", plots)
         pyplot()
-        _must_be_folder(plots)
     with StatusLine(sys.stderr) as step:
         try:
             return work(step)

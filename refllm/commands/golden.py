@@ -99,9 +99,13 @@ def make(
     """Compute goldens again with a witness beside them, print their change in sigma, and replace them if told to."""
     require("golden make", "torch", "transformers")
     from refllm.golden import make_vectors, show
+    from refllm.golden.manifest import MANIFEST
+    from refllm.golden.store import VECTORS
 
     where = _folder(folder)
-    output_file.must_be_writable("--folder", where / "manifest.json")
+    if yes:  # said before the work, not after it
+        output_file.must_be_writable("--folder", where / MANIFEST)
+        output_file.must_be_folder("--folder", where / VECTORS)
     with StatusLine(sys.stderr) as step:
         made = make_vectors.make(where, names or (), step)
     out = console(quiet=to_stdout(json_file))

@@ -50,6 +50,11 @@ def write_json(values: Any, json_file: Path | None) -> None:
     from refllm.json_text import json_text
 
     if to_stdout(json_file):
-        print(json_text(values))
+        text = json_text(values)
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:  # escapes, which are JSON too, instead of question marks
+            text = json_text(values, ascii_only=True)
+        print(text)
     else:
         output_file.write("--json", json_file, json_text(values) + "\n")

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from refllm import input_file, output_file
 from refllm.config_values import show
 from refllm.errors import ConfigError, InputError
-from refllm.generation.values import read_setting, refuse_unknown
+from refllm.generation.values import read_setting, refuse_out_of_range, refuse_unknown
 from refllm.generation.watermark import WatermarkingConfig
 
 FILE_NAME = "generation_config.json"
@@ -173,15 +175,19 @@ class GenerationConfig:
     """Keys of a file that this class does not know; written back by `save_pretrained`."""
     source: InitVar[str] = "GenerationConfig"
     """Where the values come from, for error messages."""
+    published: InitVar[bool] = False
+    """Values of a file: numbers out of range are left to the call that would use them, as in Transformers."""
 
     def __init_subclass__(cls) -> None:
         raise TypeError("GenerationConfig is not meant to be subclassed")
 
-    def __post_init__(self, source: str) -> None:
+    def __post_init__(self, source: str, published: bool) -> None:
         for name in FIELDS:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, read_setting(name, value, source))
+        if not published:
+            refuse_out_of_range(vars(self), source)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = FILE_NAME) -> GenerationConfig:
@@ -195,7 +201,7 @@ class GenerationConfig:
         if unknown:
             warnings.warn(f"{source}: unknown keys have no effect: {', '.join(unknown)}", UserWarning, stacklevel=2)
         try:
-            return cls(**known, extra=extra, source=source)
+            return cls(**known, extra=extra, source=source, published=True)
         except InputError as error:
             raise ConfigError(str(error)) from None
 
@@ -211,7 +217,7 @@ class GenerationConfig:
         From config.json only what is written there counts: a special token id that the file leaves to the default of
         its config class is not set here. Raises ConfigError.
         """
-        if (Path(folder) / FILE_NAME).exists():
+        if os.path.lexists(Path(folder) / FILE_NAME):
             return cls.from_pretrained(folder)
         return cls.from_model_config(_read_json(Path(folder) / "config.json"))
 
@@ -244,15 +250,22 @@ class GenerationConfig:
         return {name: value for name, value in values.items() if value is not None} | self.extra
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes generation_config.json into `folder`, which is made where it is missing."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / FILE_NAME).write_text(text, encoding="utf-8")
+        """Writes generation_config.json into `folder`, which is made where it is missing. Raises ConfigError."""
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            output_file.replace(Path(folder) / FILE_NAME, self.to_json_string())
+        except OSError as error:
+            raise ConfigError(f"{folder}: {FILE_NAME} cannot be written ({error.strerror or error})") from None
+
+    def to_json_string(self) -> str:
+        """The text of generation_config.json."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def updated(self, values: Mapping[str, Any], source: str = "generate") -> GenerationConfig:
         """A copy with some settings replaced. Raises InputError for unknown names and wrong values."""
         refuse_unknown(values, FIELDS, source)
-        return dataclasses.replace(self, **values, source=source)
+        refuse_out_of_range(values, source)
+        return dataclasses.replace(self, **values, source=source, published=True)
 
     @classmethod
     def resolve(
@@ -269,7 +282,8 @@ class GenerationConfig:
         given = {name: v for name, v in arguments.items() if v is not None or name not in _NONE_IS_UNSET}
         by_caller = (passed.set_fields() if passed is not None else {}) | given
         by_anyone = (model_defaults.set_fields() if model_defaults is not None else {}) | by_caller
-        merged = cls(**(DEFAULTS | by_anyone), source="generate")
+        merged = cls(**(DEFAULTS | by_anyone), source="generate", published=True)
+        refuse_out_of_range(given, "generate")
         _check_combinations(merged)
         _warn_of_ignored_settings(merged, by_caller)
         return merged, by_anyone.get("max_length") is None
@@ -296,10 +310,10 @@ def as_ids(value: int | Iterable[int] | None) -> list[int]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = input_file.read_json(path)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {show(values)}, not a JSON object")

@@ -74,6 +74,8 @@ def _force(scores_BV: np.ndarray, ids: Sequence[int], name: str) -> np.ndarray:
 def _positive(name: str, value: float) -> float:
     if not value > 0:
         raise InputError(f"{name}={value} must be greater than 0")
+    if not 1e-30 <= value <= 1e30:
+        raise InputError(f"{name}={value} must lie in [1e-30, 1e+30]: scores changed by it are no numbers of float32")
     return float(value)
 
 
@@ -380,7 +382,7 @@ class ExponentialDecayLengthPenalty:
         if excess <= 0:
             return scores_BV
         with np.errstate(invalid="ignore", over="ignore"):
-            change_BV = np.abs(scores_BV) * (self.factor**excess - 1)
+            change_BV = np.abs(scores_BV) * (float(np.float64(self.factor) ** excess) - 1)
         use_BV = np.isfinite(scores_BV) & _members(self.eos_ids, scores_BV.shape[-1])
         return scores_BV + np.where(use_BV, change_BV, scores_BV.dtype.type(0))
 

@@ -13,6 +13,9 @@ import numpy as np
 from refllm.errors import InputError
 from refllm.generation.logits_process import drop, log_softmax, softmax
 
+SMALLEST_TEMPERATURE = 1e-30
+"""Divided by less than this, scores leave the range of float32; all but the best token are lost long before."""
+
 TOP_H_CANDIDATES = 100
 """Top-H looks at this many tokens only (Transformers: `TopHLogitsWarper.top_n`)."""
 
@@ -62,6 +65,11 @@ class TemperatureLogitsWarper:
     def __init__(self, temperature: float) -> None:
         if not temperature > 0:
             raise InputError(f"temperature={temperature} must be greater than 0; greedy decoding is do_sample=False")
+        if not SMALLEST_TEMPERATURE <= temperature <= 1 / SMALLEST_TEMPERATURE:
+            raise InputError(
+                f"temperature={temperature} must lie in [{SMALLEST_TEMPERATURE:g}, {1 / SMALLEST_TEMPERATURE:g}]: "
+                "scores divided by it are no numbers of float32"
+            )
         self.temperature = float(temperature)
 
     def __call__(self, ids_BT: np.ndarray, scores_BV: np.ndarray) -> np.ndarray:

@@ -80,7 +80,7 @@ def make_processors(config: GenerationConfig, inputs: ProcessorInputs) -> Logits
     processors += _constraints(config, inputs)
     processors = _with_user_processors(processors, inputs.user_processors)
     if config.do_sample:
-        processors += _warpers(config)
+        processors += warpers(config)
     if config.watermarking_config is not None:
         processors.append(WatermarkLogitsProcessor(inputs.vocab_size, config.watermarking_config))
     if config.renormalize_logits:
@@ -179,7 +179,8 @@ def _is_function(processor: LogitsProcessor) -> bool:
     return hasattr(processor, "__code__")
 
 
-def _warpers(config: GenerationConfig) -> list[LogitsProcessor]:
+def warpers(config: GenerationConfig) -> list[LogitsProcessor]:
+    """Those that sampling uses. Raises InputError for a setting out of its range."""
     # With beams one token that does not end the text must survive, for a continuation that may score better.
     beams = (config.num_beams or 1) > 1
     keep = max(2, len(config.eos_ids) + 1) if beams else 1
@@ -190,11 +191,11 @@ def _warpers(config: GenerationConfig) -> list[LogitsProcessor]:
         found.append(TopHLogitsWarper(config.top_h))
     if config.top_k:
         found.append(TopKLogitsWarper(config.top_k, keep))
-    if config.top_p is not None and not config.top_p >= 1.0:
+    if config.top_p not in (None, 1.0):
         found.append(TopPLogitsWarper(config.top_p, keep))
     if config.min_p is not None:
         found.append(MinPLogitsWarper(config.min_p, keep))
-    if config.typical_p is not None and not config.typical_p >= 1.0:
+    if config.typical_p not in (None, 1.0):
         found.append(TypicalLogitsWarper(config.typical_p, keep))
     if config.epsilon_cutoff:
         found.append(EpsilonLogitsWarper(config.epsilon_cutoff, keep))

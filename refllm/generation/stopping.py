@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from refllm.errors import InputError
+from refllm.text.arguments import check_unicode
 
 StoppingCriterion = Callable[[np.ndarray, Any], Any]
 
@@ -93,6 +94,8 @@ class StopStringCriteria:
         strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         if not strings or not all(isinstance(s, str) and s for s in strings):
             raise InputError("stop_strings: must be a non-empty string or a list of them")
+        for string in strings:
+            check_unicode(string, "stop_strings")
         self.pieces = TokenPieces(tokenizer)
         self.targets = [s.encode() if self.pieces.as_bytes else s for s in strings]
         self.window = max(len(target) for target in self.targets)

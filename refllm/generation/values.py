@@ -15,6 +15,7 @@ from typing import Any
 from refllm.config_values import read_bool, read_choice, read_float, read_int, read_size, show
 from refllm.errors import ConfigError, InputError
 from refllm.generation.watermark import WatermarkingConfig
+from refllm.text.arguments import check_unicode
 
 Reader = Callable[[str, str, Any], Any]
 
@@ -25,6 +26,24 @@ def read_setting(name: str, value: Any, source: str) -> Any:
         return READERS[name](source, name, value) if name in READERS else value
     except ConfigError as error:
         raise InputError(str(error)) from None
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, math.inf),
+    "top_k": (0, math.inf),
+    **dict.fromkeys(("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"), (0.0, 1.0)),
+}
+"""Outside of these no sampling is possible. The ends mean "off" at one setting and "greedy" at another, and are for the
+rules themselves to judge."""
+
+
+def refuse_out_of_range(values: Mapping[str, Any], source: str) -> None:
+    """Raises InputError for a number that sampling could not work with, whether or not there is sampling."""
+    for name, (low, high) in _RANGES.items():
+        value = values.get(name)
+        if value is not None and not low <= value <= high:
+            wanted = f"lie in [{low:g}, {high:g}]" if high < math.inf else f"be at least {low:g}"
+            raise InputError(f"{source}: {name}={show(value)} must {wanted}")
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], source: str) -> None:
@@ -58,6 +77,8 @@ def _strings(source: str, name: str, value: Any) -> list[str]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list | tuple) or not strings or not all(isinstance(s, str) and s for s in strings):
         raise ConfigError(f"{source}: {name}={show(value)} must be a non-empty string or a list of them")
+    for string in strings:
+        check_unicode(string, f"{source}: {name}")
     return list(strings)
 
 
@@ -93,6 +114,9 @@ def _words(source: str, name: str, value: Any) -> list[list[int]]:
     return words
 
 
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+
+
 def _biases(source: str, name: str, value: Any) -> dict[tuple[int, ...], float]:
     """A dict {ids: bias} or, as JSON must write it, a list of pairs [ids, bias]. Infinite biases are legal."""
     pairs = list(value.items()) if isinstance(value, Mapping) else value
@@ -105,8 +129,11 @@ def _biases(source: str, name: str, value: Any) -> dict[tuple[int, ...], float]:
         key = tuple(_token_id(source, name, item) for item in ids) if _is_sequence(ids) else ()
         if not key:
             raise ConfigError(f"{source}: {name} biases {show(ids)}, which is not a non-empty sequence of token ids")
-        if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or math.isnan(bias):
+        if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or bias != bias:
             raise ConfigError(f"{source}: {name} gives {list(key)} the bias {show(bias)}, which is not a number")
+        size: Any = abs(bias)
+        if _LARGEST_FLOAT32 < size < math.inf:
+            raise ConfigError(f"{source}: {name} gives {list(key)} the bias {show(bias)}, which no float32 can be")
         biases[key] = float(bias)
     return biases
 

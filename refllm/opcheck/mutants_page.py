@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refllm import output_file
 from refllm.status_line import StatusLine
 
 if TYPE_CHECKING:
@@ -167,12 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.catalogue_only:
         head = given.page.read_text(encoding="utf-8").partition(CATALOGUE)[0]
-        given.page.write_text(head + catalogue_part(), encoding="utf-8")
+        output_file.replace(given.page, head + catalogue_part())
         return 0
     with StatusLine(sys.stderr) as step:
         ours, typical, seconds = measure(step)
     text = measured_part(ours, typical, seconds) + "\n" + catalogue_part()
-    given.page.write_text(text, encoding="utf-8")
+    output_file.replace(given.page, text)
     return 0 if ours.holds else 1
 
 

@@ -1,7 +1,8 @@
 """Writing a checkpoint that Transformers loads: streamed tensor by tensor, and never half-visible.
 
 All shapes are known before the first byte is written, so headers and shards are planned first; then one tensor at a
-time is converted, in blocks, straight into its file. The files get temporary names until all of them are complete.
+time is converted, in blocks, straight into its file. The files get their names when all of them are complete, in an
+order whose every state between is refused by who reads (`refllm.output_file.publish_together`).
 """
 
 import contextlib
@@ -9,10 +10,10 @@ import json
 import math
 import os
 import re
-import secrets
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from refllm.dtype_names import dtype_name
 from refllm.errors import CheckpointError
+from refllm.output_file import NewFile, publish_together
 from refllm.storage.safetensors_format import DTYPES, FORMAT_NAMES, MAX_HEADER_BYTES, WEIGHT_DTYPES, is_text, quote
 from refllm.storage.upcast import blocks
 
@@ -37,6 +39,7 @@ def save_checkpoint(
     shapes: Shapes | None = None,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Path]:
     """Write `tensors` to `folder` as model.safetensors, or as shards with an index above `max_shard_bytes`.
 
@@ -45,9 +48,11 @@ def save_checkpoint(
         may have an attribute `shapes` of its own.
     dtype: "float32", "bfloat16", "float16" or "float64"; numbers are rounded to nearest even.
     metadata: strings for the header, {"format": "pt"} if None, which Transformers asks for.
+    texts: other files of the same model by name, config.json among them, which take their places with the weights: who
+        reads the folder finds the old model, or the new one, or no config.json and so no model.
 
-    Returns the paths written. A failure leaves the folder as it was; weight files of an earlier checkpoint in the
-    folder are removed after success. Raises CheckpointError for what the format cannot hold.
+    Returns the paths of the weights. A failure leaves the folder as it was; weight files of an earlier checkpoint in
+    the folder are removed after success. Raises CheckpointError for what the format cannot hold.
     """
     dtype = dtype_name(dtype)
     if dtype not in WEIGHT_DTYPES:
@@ -56,25 +61,26 @@ def save_checkpoint(
     plan, pairs = _plan(tensors, shapes)
     shards = _split(plan, dtype, max_shard_bytes)
     names = _file_names(len(shards))
-    header = {"format": "pt"} if metadata is None else dict(metadata)
-    token = secrets.token_hex(4)
-    temporary = {name: folder / f".{name}.{token}.tmp" for name in [*names, _INDEX]}
+    about = {"format": "pt"} if metadata is None else dict(metadata)
+    final = [*names, _INDEX] if len(names) > 1 else names
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, shard in zip(names, shards, strict=True):
-            _write_shard(temporary[name], shard, pairs, dtype, header)
-        if next(pairs, None) is not None:
-            raise CheckpointError(f"{folder}: more tensors were given than `shapes` announces")
-        final = [*names, _INDEX] if len(names) > 1 else names
-        if len(names) > 1:
-            _write_index(temporary[_INDEX], dict(zip(names, shards, strict=True)), dtype)
-        _publish(folder, {name: temporary[name] for name in final})
+        with contextlib.ExitStack() as stack:
+            new = {name: stack.enter_context(NewFile(folder / name)) for name in [*final, *texts]}
+            for name, shard in zip(names, shards, strict=True):
+                _write_shard(new[name].file, folder, shard, pairs, dtype, about)
+            if next(pairs, None) is not None:
+                raise CheckpointError(f"{folder}: more tensors were given than `shapes` announces")
+            if len(names) > 1:
+                new[_INDEX].write(_index(dict(zip(names, shards, strict=True)), dtype))
+            for name, text in texts.items():
+                new[name].write(text)
+            # Shards under an index of another checkpoint would be read as a mixture, and weights under a config of
+            # another model as a model that is neither.
+            keys = [folder / name for name in ("config.json", _INDEX) if name in new]
+            publish_together(list(new.values()), keys, _stale(folder, final))
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            for path in temporary.values():
-                path.unlink(missing_ok=True)
     return [folder / name for name in final]
 
 
@@ -128,23 +134,21 @@ def _file_names(count: int) -> list[str]:
 
 
 def _write_shard(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], pairs: Any, dtype: str, metadata: Mapping[str, str]
+    file: BinaryIO, folder: Path, shapes: Shapes, pairs: Any, dtype: str, metadata: Mapping[str, str]
 ) -> None:
-    with open(path, "xb") as file:
-        file.write(_header(shapes, dtype, metadata))
-        for name, shape in shapes.items():
-            given, array = next(pairs, (None, None))
-            if given != name:
-                raise CheckpointError(f"{path.parent}: expected tensor {quote(name)} next, found {quote(given)}")
-            _write_tensor(file, name, np.asarray(array), shape, dtype)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(header({name: (shape, dtype) for name, shape in shapes.items()}, metadata))
+    for name, shape in shapes.items():
+        given, array = next(pairs, (None, None))
+        if given != name:
+            raise CheckpointError(f"{folder}: expected tensor {quote(name)} next, found {quote(given)}")
+        _write_tensor(file, name, np.asarray(array), tuple(shape), dtype)
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str, metadata: Mapping[str, str]) -> bytes:
+def header(tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with; the numbers follow in this order. tensors: name -> (shape, dtype)."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in tensors.items():
         end = offset + _nbytes(shape, dtype)
         entries[name] = {"dtype": FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -189,7 +193,7 @@ def downcast(values: NDArray[Any], dtype: str) -> NDArray[Any]:
         return values.astype(np.dtype(dtype).newbyteorder("<"), copy=False)
 
 
-def _write_index(path: Path, shards: Mapping[str, Mapping[str, tuple[int, ...]]], dtype: str) -> None:
+def _index(shards: Mapping[str, Shapes], dtype: str) -> str:
     weight_map = {tensor: file for file, shapes in shards.items() for tensor in shapes}
     all_shapes = [shape for shapes in shards.values() for shape in shapes.values()]
     index = {
@@ -199,23 +203,9 @@ def _write_index(path: Path, shards: Mapping[str, Mapping[str, tuple[int, ...]]]
         },
         "weight_map": weight_map,
     }
-    with open(path, "x", encoding="utf-8") as file:
-        json.dump(index, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
 
-def _publish(folder: Path, temporary: Mapping[str, Path]) -> None:
-    """Give the finished files their names, and remove what an earlier checkpoint left.
-
-    Shards under an index of another checkpoint would be read as a mixture, so with several files the old index goes
-    first and the new one comes last: a crash in between leaves a folder that is refused, not one that is misread.
-    """
-    if len(temporary) > 1:
-        (folder / _INDEX).unlink(missing_ok=True)
-    for name, path in temporary.items():
-        os.replace(path, folder / name)
-    for entry in list(folder.iterdir()):
-        if _OURS.fullmatch(entry.name) and entry.name not in temporary:
-            entry.unlink()
+def _stale(folder: Path, final: Collection[str]) -> list[Path]:
+    """Weight files that an earlier checkpoint left, and that are no part of the new one."""
+    return [entry for entry in folder.iterdir() if _OURS.fullmatch(entry.name) and entry.name not in final]

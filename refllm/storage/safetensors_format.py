@@ -19,10 +19,13 @@ import os
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from refllm import input_file
 from refllm.errors import CheckpointError
 
 # The limit of the safetensors library, against headers that exhaust the memory of the reader.
 MAX_HEADER_BYTES = 100_000_000
+# Of a header and of an index of shards, in which a tensor takes eight and one: Python needs 100 times their bytes.
+MAX_VALUES = 1_000_000
 # numpy's own limit (NPY_MAXDIMS).
 MAX_DIMENSIONS = 64
 # Of lists and objects inside each other: that of the library's parser.
@@ -140,6 +143,7 @@ def _parse_header(raw: bytes, where: str) -> _Pairs:
 
 def _parse(raw: bytes, where: str, **hooks: Any) -> Any:
     try:
+        input_file.count_values(raw, MAX_VALUES)
         return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, **hooks)
     except RecursionError:
         raise CheckpointError(f"{where} is nested too deeply to be JSON of this format") from None

@@ -11,8 +11,22 @@ import numpy as np
 from refllm.errors import InputError
 
 
+def check_unicode(text: str, name: str) -> None:
+    """Refuses half a surrogate pair: what Python makes of a byte that is no text, and no encoding can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} is not Unicode text: its character {error.start} is {text[error.start]!a}, half of a "
+            "surrogate pair (on a command line: a byte that is no text in the locale's encoding)"
+        ) from None
+
+
 def check_text(text: Any, name: str, split: bool) -> bool:
     """True for a batch. `split`: a text is itself a list of words."""
+    words = [word for part in (text if isinstance(text, (list, tuple)) else [text]) for word in _words(part)]
+    for word in words:
+        check_unicode(word, name)
     kind = "a list of words" if split else "a string"
 
     def is_text(value: Any) -> bool:
@@ -27,6 +41,10 @@ def check_text(text: Any, name: str, split: bool) -> bool:
     if not text:
         raise InputError(f"{name} is an empty list: give at least one text")
     return True
+
+
+def _words(value: Any) -> list[str]:
+    return [word for word in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(word, str)]
 
 
 def check_pair(text: Any, pair: Any, batched: bool, split: bool) -> None:

@@ -57,6 +57,9 @@ def read_token(value: Any, key: str) -> AddedToken:
     """A token given as text (then it is special) or as a table of its text and flags."""
     if isinstance(value, AddedToken):
         return value
+    content = value.get("content") if isinstance(value, Mapping) else value
+    if isinstance(content, str) and content.encode("utf-8", "replace") != content.encode("utf-8", "surrogatepass"):
+        raise TokenizerError(f"tokenizer_config.json: {key}={value!a} holds half a surrogate pair, which is no text")
     if isinstance(value, str):
         return AddedToken(value, special=True)
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")

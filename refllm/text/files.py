@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from refllm import input_file, output_file
 from refllm.errors import TokenizerError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -64,11 +66,13 @@ def _content(token: Any) -> Any:
 
 
 def _read_table(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        table = input_file.read_json(file)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise TokenizerError(f"{file}: not readable: {error.strerror or error}") from error
+    except ValueError as error:
         raise TokenizerError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(table, dict):
         raise TokenizerError(f"{file}: a JSON object is expected, not {type(table).__name__}")
@@ -79,9 +83,10 @@ def _read_templates(folder: Path) -> dict[str, str]:
     files = {"default": folder / _TEMPLATE_FILE}
     files |= {file.stem: file for file in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja"))}
     try:
-        return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+        return {name: input_file.read_text(file) for name, file in files.items() if os.path.lexists(file)}
     except (OSError, ValueError) as error:
-        raise TokenizerError(f"{folder}: a chat template file is not readable as text: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise TokenizerError(f"{folder}: a chat template file is not readable as text: {reason}") from error
 
 
 def write_files(
@@ -94,7 +99,6 @@ def write_files(
     chat_template: str | dict[str, str] | None,
 ) -> tuple[str, ...]:
     """Write the folder in the layout that Transformers 4 and 5 read; returns the paths of the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     table = dict(config) | dict(special_tokens) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     roles: dict[str, Any] = dict(special_tokens)
     table.pop("extra_special_tokens", None)
@@ -106,10 +110,21 @@ def write_files(
         "special_tokens_map.json": _json(roles),
         **_template_texts(chat_template),
     }
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    try:
+        for name in texts:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        stale = [file for file in _companions(folder) if str(file.relative_to(folder)) not in texts]
+        # Without tokenizer.json nobody reads the rest.
+        output_file.replace_together(folder, texts, "tokenizer.json", stale)
+    except OSError as error:
+        raise TokenizerError(f"{folder}: the tokenizer cannot be written: {error.strerror or error}") from None
     return tuple(str(folder / name) for name in texts)
+
+
+def _companions(folder: Path) -> list[Path]:
+    """What a tokenizer that was here before may have left beside tokenizer.json, and `read_config` would take in."""
+    names = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", _TEMPLATE_FILE)
+    return [*(folder / name for name in names), *(folder / _TEMPLATE_FOLDER).glob("*.jinja")]
 
 
 def _template_texts(templates: str | dict[str, str] | None) -> dict[str, str]:
