@@ -105,14 +105,15 @@ def end_checks(started: dict[str, tuple[LimitedProcess, Path]], result: dict[str
 
 
 def start_tests(device: str, folder: Path, rows: Path, seconds: float) -> LimitedProcess:
-    """The kernel tests in `folder` on `device`, running; `rows` receives a line per result. InputError without tests."""
+    """The kernel tests in `folder` on `device`, running; `rows` receives a line per result. InputError if none."""
     files = sorted(str(path) for path in folder.glob("test_kernel_*.py"))
     if not files:
         raise InputError(
             f"{folder}: no test_kernel_*.py here; run this from the root of the project, or with --no-tests"
         )
     rows.unlink(missing_ok=True)
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "refllm.kernels.pytest_rows", "--rows", str(rows)]
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    arguments += ["-p", "refllm.kernels.pytest_rows", "--rows", str(rows)]
     if find_spec("xdist") is not None:  # most of the time is compilation, on the CPU
         arguments += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
     environment = {**THREADS, "REFLLM_TEST_DEVICE": device, "HYPOTHESIS_PROFILE": "ci"}
