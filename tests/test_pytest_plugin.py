@@ -45,7 +45,7 @@ def session(folder: Path, test: str, *arguments: str) -> tuple[int, str]:
 def _run(folder: Path, command: list[str], output: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout = sys.stderr = open(output, "w", buffering=1, closefd=False)  # as long as the process
+    sys.stdout = sys.stderr = open(output, "w", buffering=1, closefd=False)  # noqa: SIM115 (as long as the process)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     sys.exit(int(pytest.main(command)))
