@@ -145,6 +145,19 @@ def launches(target):
 """
 
 
+def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
+    """Every number, of both makers' reports: the gates judge what was read."""
+    launches = collect([source for source in our_sources() if source.module.endswith("cross_entropy")], NARROWED)
+    rows = check([row for row in launches if "sum" in row.name])
+    record.write(tmp_path / "record.json", rows)
+    read = record.read(tmp_path / "record.json")
+    assert len(read) == 2
+    assert [read[record.digest(row.configuration)] for row in rows] == [row.report for row in rows]
+
+
+NARROWED = [TARGETS["sm_90"], TARGETS["gfx942"]]
+
+
 def test_a_record_of_another_kind_or_version_does_not_count(tmp_path: Path) -> None:
     text, file = RECORD.read_text(), tmp_path / "record.json"
     file.write_text(text.replace(f'"triton": "{triton.__version__}"', '"triton": "0.1"'))
