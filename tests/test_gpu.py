@@ -111,6 +111,7 @@ def test_tests_that_are_ended_early_keep_what_was_found(tmp_path: Path, monkeypa
     process = gpu.start_tests("cpu", tmp_path, file, 100)
     while not (file.exists() and file.read_text().endswith("\n")):  # the result of test_wrong, whole
         time.sleep(0.05)
+    assert "done" not in file.read_text(), "it came while the tests ran"
     process._limit = 0.0
     result = gpu.end_tests(process, file)
     assert [failure["test"].rpartition("::")[2] for failure in result["failures"]] == ["test_wrong"]
