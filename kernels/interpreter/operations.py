@@ -16,9 +16,8 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from refllm.kernels.interpreter import compatibility, libdevice, reduction
-from refllm.kernels.interpreter.builder import Handle
 from refllm.kernels.interpreter.errors import DeviceAssertionError, KernelError
-from refllm.kernels.interpreter.semantic import SEMANTIC, Tensor, block, make, shape_of
+from refllm.kernels.interpreter.semantic import SEMANTIC, Tensor, make
 
 CHAINED_COMPARISONS = compatibility.CHAINED_COMPARISONS
 """Whether the compiler of this version accepts a < b < c."""
@@ -40,40 +39,10 @@ def _bare(function: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
-_ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-_COMPARISONS = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
-_COMPARED = (tl.float32, tl.int32, tl.int64)
-
-
-def _at_once(name: str, left: Tensor, right: Tensor) -> Tensor | None:
-    """What NumPy computes as the language means it, without the questions that Triton's semantic layer asks first:
-    arithmetic on float32 and comparisons, of equal types or of a block and a scalar. None for everything else."""
-    dtype = left.dtype
-    if dtype is not right.dtype:
-        return None
-    function = _ARITHMETIC.get(name) if dtype is tl.float32 else None
-    result = None
-    if function is None:
-        function, result = _COMPARISONS.get(name), tl.int1
-        if function is None or dtype not in _COMPARED:
-            return None
-    if left.type is right.type or right.type is dtype:
-        kind = left.type
-    elif left.type is dtype:
-        kind = right.type
-    else:
-        return None
-    if result is not None:
-        kind = block(result, shape_of(kind))
-    return Tensor(Handle(np.asarray(function(left.handle.data, right.handle.data)), kind.scalar), kind)
-
-
 def _binary(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     forward, backward = (_bare(getattr(tensor, f"__{side}{name}__", None)) for side in ("", "r"))
 
     def operation(left: Any, right: Any) -> Any:
-        if type(left) is Tensor and type(right) is Tensor and (found := _at_once(name, left, right)) is not None:
-            return found
         if isinstance(left, tensor):
             if forward is None:
                 raise KernelError(f"Triton's tensors have no operator `{name}`")
