@@ -36,7 +36,6 @@ import os
 import platform
 import sys
 import time
-import xml.etree.ElementTree as xml
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,45 +104,44 @@ def end_checks(started: dict[str, tuple[LimitedProcess, Path]], result: dict[str
         result["checks"].append(row | {"problem": broke, "missing": "" if done else f"what comes behind ({why})"})
 
 
-def start_tests(device: str, folder: Path, report: Path, seconds: float) -> LimitedProcess:
-    """The kernel tests in `folder` on `device`, running; `report` receives pytest's XML. InputError without tests."""
+def start_tests(device: str, folder: Path, rows: Path, seconds: float) -> LimitedProcess:
+    """The kernel tests in `folder` on `device`, running; `rows` receives a line per result. InputError if none."""
     files = sorted(str(path) for path in folder.glob("test_kernel_*.py"))
     if not files:
         raise InputError(
             f"{folder}: no test_kernel_*.py here; run this from the root of the project, or with --no-tests"
         )
-    report.unlink(missing_ok=True)
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *files]
+    rows.unlink(missing_ok=True)
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    arguments += ["-p", "refllm.kernels.pytest_rows", "--rows", str(rows)]
     if find_spec("xdist") is not None:  # most of the time is compilation, on the CPU
         arguments += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
-    # Asked to end, pytest still writes its report.
     environment = {**THREADS, "REFLLM_TEST_DEVICE": device, "HYPOTHESIS_PROFILE": "ci"}
-    return LimitedProcess(arguments, seconds - SECONDS_TO_TIDY_UP, environment)
+    return LimitedProcess([*arguments, *files], seconds - SECONDS_TO_TIDY_UP, environment)
 
 
-def end_tests(process: LimitedProcess, report: Path) -> dict[str, Any]:
-    """What pytest counted as far as it got. problem: "" if nothing failed. missing: "" if all tests ran."""
+def end_tests(process: LimitedProcess, file: Path) -> dict[str, Any]:
+    """What the tests found as far as they got. problem: "" if nothing failed. missing: "" if all tests ran."""
     process.wait()
-    found: dict[str, Any] = {"exit": process.code, "problem": "", "missing": "", "failures": []}
+    rows, done = read_rows(file)
+    found: dict[str, Any] = {"exit": process.code, "problem": "", "missing": "", **_counted(rows)}
     if process.code is None:
         found["missing"] = f"ended after {process.seconds:.0f} s"
-    if not report.exists():
-        said = process.output[-2000:] + process.errors[-2000:]
-        return found | ({"problem": said or "no report"} if process.code is not None else {})
-    found |= _counts(report)
-    failed = found["failures"] or process.code not in (None, 0)
-    return found | {"problem": "tests failed" if failed else ""}
+    if found["failures"] or (done and process.code != 0):
+        found["problem"] = "tests failed"
+    elif not done and process.code is not None:
+        found["problem"] = process.output[-2000:] + process.errors[-2000:] or "no report"
+    return found
 
 
-def _counts(report: Path) -> dict[str, Any]:
-    suite = next(iter(xml.parse(report).getroot().iter("testsuite")))
-    failures = [
-        {"test": f"{test.get('classname')}.{test.get('name')}", "message": (bad.get("message") or "")[:1000]}
-        for test in suite.iter("testcase")
-        for bad in [*test.iter("failure"), *test.iter("error")]
-    ]
-    counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
-    return {"counts": counts, "seconds": float(suite.get("time", "0")), "failures": failures}
+def _counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the rows of tests: how many of each outcome, seconds in all, and what failed."""
+    outcomes = [row["outcome"] for row in rows]
+    counts = {"tests": len({row["test"] for row in rows}), "failures": outcomes.count("failed")}
+    counts |= {"errors": outcomes.count("error"), "skipped": outcomes.count("skipped")}
+    failed = [row for row in rows if row["outcome"] in ("failed", "error")]
+    failures = [{"test": row["test"], "message": row["message"]} for row in failed]
+    return {"counts": counts, "seconds": round(sum(row["seconds"] for row in rows), 1), "failures": failures}
 
 
 def run(
@@ -155,18 +153,18 @@ def run(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("make gpu needs a GPU, and torch sees none here; `make test` runs the kernels without one")
-    start, report = time.perf_counter(), output.with_suffix(".xml")
+    start, rows = time.perf_counter(), output.with_name(f"{output.stem}-tests.jsonl")
     with StatusLine(sys.stderr) as step:
         result: dict[str, Any] = {"verdict": "", "machine": machine(device), "seconds": 0.0}
         result |= {"checks": [], "operators": [], "models": [], "tests": None, "benchmarks": []}
         _write(result, start, output, [*PARTS, *benchmarks])
         step(f"operators, models and kernel tests, at most {CHECK_SECONDS:.0f} s")
-        testing = None if tests is None else start_tests(device, tests, report, CHECK_SECONDS)
+        testing = None if tests is None else start_tests(device, tests, rows, CHECK_SECONDS)
         checks = start_checks(device, output, only, CHECK_SECONDS)
         compilers = start_compilers(benchmarks, device, CHECK_SECONDS)
         end_checks(checks, result)
         _write(result, start, output, [*PARTS[2:], *benchmarks])
-        result["tests"] = None if testing is None else end_tests(testing, report)
+        result["tests"] = None if testing is None else end_tests(testing, rows)
         for process in compilers:
             process.wait()
         _write(result, start, output, benchmarks)

@@ -357,6 +357,10 @@ def kernels_check_aot(
             help="Ours, as the layers of published models call them; with --json F the page beside F is written too.",
         ),
     ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", metavar="F", help="Keep what became of ours: tests compile what is not in it."),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Compile kernels without a GPU; find spills, too much shared memory, missing tensor cores and slow loads."""
@@ -366,14 +370,24 @@ def kernels_check_aot(
     if layers:
         return _check_layers(targets, jobs, json_file, [file, kernel, *(arguments or ()), *(constants or ())])
     settings = commands.Settings(targets, kernel, file, arguments or (), constants or (), num_warps, num_stages, jobs)
+    if record is not None:
+        _all_of_ours(record, [file, targets, kernel])
     with StatusLine(sys.stderr) as step:
         outcome = commands.check_aot(settings, step)
+    if record is not None:
+        commands.keep(record, outcome)
     console = _console(quiet=_to_stdout(json_file))
     console.print(show.show_checked(outcome.checked, verbose))
     console.print(show.closing_line(outcome.checked, outcome.compiled, outcome.seconds))
     _write_json(outcome.to_dict(), json_file)
     if not outcome.holds:
         raise typer.Exit(FINDING)
+
+
+def _all_of_ours(record: Path, others: list[Any]) -> None:
+    if any(others):
+        raise InputError("--record keeps all of our kernels on all targets; leave out the file, --target and --kernel")
+    output_file.must_be_writable("--record", record)
 
 
 def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[Any]) -> None:

@@ -1,8 +1,13 @@
 """Settings of the whole test run. Read before any test module, and so before NumPy and Torch start their threads."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
+
+# What is imported for the tests stays: Torch, Transformers and Triton are a million objects, and the collector would
+# walk over them again and again, in imports, in tests and at every gc.collect() of the product.
+gc.disable()
 
 # The tests run in several processes, one per core: more threads in each would only take turns. Subprocesses inherit
 # this. Set and not defaulted, because Torch's sums depend on the number of threads.
@@ -36,6 +41,14 @@ settings.register_profile(
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", settings.get_profile("default"), max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_finish() -> None:
+    """Every module is imported: from here on the collector looks at what tests make."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

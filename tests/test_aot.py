@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from refllm.errors import InputError, MissingExtraError
-from refllm.kernels.aot import DoesNotCompile, Report, batch, compile_code, compile_launch, disassemble, gates, layers
+from refllm.kernels.aot import (
+    DoesNotCompile,
+    Report,
+    batch,
+    compile_code,
+    compile_launch,
+    disassemble,
+    gates,
+    layers,
+    record,
+)
 from refllm.kernels.aot.batch import Checked, check, collect
 from refllm.kernels.aot.gates import WIDE_SHARE, Finding
 from refllm.kernels.aot.machine_code import Resources, read_dots, read_ptxas_log, read_sass
@@ -36,34 +47,131 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 # --- our kernels
 
 
-LARGE = (("attention",), ("decode_attention",), ("rms_norm_qkv_rope", "linear_cross_entropy"))
-"""Kernel files whose configurations take long to compile; those of all others together take as long as one group."""
+RECORD = Path(__file__).parent.parent / "docs/benchmarks/shipped_configurations.json"
+RENEW = "run `refllm kernels check-aot --record docs/benchmarks/shipped_configurations.json`"
 
 
-def sources_of(group: tuple[str, ...]) -> list[FileSource]:
-    """The files of a group; of the empty one those that are in no other."""
-    large = {name for names in LARGE for name in names}
-    names = {source: source.module.rpartition(".")[2] for source in our_sources()}
-    return [source for source, name in names.items() if (name in group if group else name not in large)]
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Report]:
+    """What the compiler made of every shipped configuration, by digest. {}: that of another Triton."""
+    return record.read(RECORD)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("group", [*LARGE, ()], ids=lambda group: " and ".join(group) or "all others")
-def test_every_shipped_configuration_is_within_the_gates(group: tuple[str, ...], target: str) -> None:
-    checked = check(collect(sources_of(group), [TARGETS[target]]))
-    assert {row.configuration.source for row in checked} == set(sources_of(group))
-    assert [f"{row.configuration.name}: {finding.sentence}" for row in checked for finding in row.findings] == []
+def test_every_shipped_configuration_is_within_the_gates(target: str, kept: dict[str, Report]) -> None:
+    """Every one is judged. Compiled are those that the record does not have, because the kernel, its tile, its launch
+    or Triton is another than when all were compiled: an equal input of the compiler has an equal result.
+
+    That the record is true is shown by the next tests, and by `refllm kernels check-aot`, which compiles them all.
+    """
+    configurations = collect(our_sources(), [TARGETS[target]])
+    assert {row.source for row in configurations} == set(our_sources())
+    new = [row for row in configurations if record.digest(row) not in kept]
+    findings = [(row.configuration.name, finding) for row in check(new) for finding in row.findings]
+    for row in configurations:
+        if (report := kept.get(record.digest(row))) is not None:
+            findings += [(row.name, finding) for finding in gates(row.launch, report, row.target)]
+    assert [f"{name}: {finding.sentence}" for name, finding in findings] == []
+
+
+def test_the_record_has_exactly_the_configurations_that_ship(kept: dict[str, Report]) -> None:
+    if not kept:
+        pytest.skip(f"the record is not of triton {triton.__version__}")
+    shipped = {record.digest(row): row.name for row in collect(our_sources(), list(TARGETS.values()))}
+    assert [name for key, name in shipped.items() if key not in kept] == [], RENEW
+    assert set(kept) == set(shipped), RENEW
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_record_is_what_the_compiler_makes_today_of_every_kernel(target: str, kept: dict[str, Report]) -> None:
+    """Of every kernel on every target the configuration that is compiled in the shortest time."""
+    if not kept:
+        pytest.skip(f"the record is not of triton {triton.__version__}")
+    configurations = [row for row in collect(our_sources(), [TARGETS[target]]) if record.digest(row) in kept]
+    slowest_first = sorted(configurations, key=lambda row: -kept[record.digest(row)].seconds)
+    chosen = list({row.kernel: row for row in slowest_first}.values())
+    assert {row.source for row in chosen} == set(our_sources()), RENEW
+    for row in check(chosen):
+        assert row.report is not None
+        assert replace(row.report, seconds=0.0) == replace(kept[record.digest(row.configuration)], seconds=0.0), RENEW
+
+
+CHANGES = (
+    ("TIMES * x", "TIMES * x + 1"),  # what the kernel calls
+    ("constexpr(2)", "constexpr(3)"),  # a constant that it names
+    ("i < n", "i <= n"),
+    ('"n": 48', '"n": 47'),  # what may be assumed of an argument
+    ('"BLOCK": 64', '"BLOCK": 128'),
+    ("num_warps=4", "num_warps=8"),
+    ("num_warps=4", "num_stages=4"),
+    ("num_warps=4", "options={'maxnreg': 96}"),
+)
+
+
+@pytest.mark.parametrize(("old", "new"), [*CHANGES, ("# here", "# there\n\n\n")])
+def test_what_changes_the_compiled_kernel_takes_it_out_of_the_record(old: str, new: str, tmp_path: Path) -> None:
+    """And a comment and another place in the file do not."""
+
+    def digests(folder: str, text: str) -> list[str]:
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "naming.py"
+        path.write_text(text)
+        return [record.digest(row) for row in collect([FileSource(str(path))], [TARGETS["sm_80"], TARGETS["sm_90"]])]
+
+    assert old in NAMING
+    before, after = digests("before", NAMING), digests("after", NAMING.replace(old, new))
+    assert len(set(before)) == 2
+    assert before == after if old.startswith("#") else set(before).isdisjoint(after)
+
+
+NAMING = """
+import torch, triton, triton.language as tl
+from refllm.kernels.launch import Launch
+
+TIMES = tl.constexpr(2)
+# here
+@triton.jit
+def scaled(x):
+    return TIMES * x
+
+@triton.jit
+def copy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, scaled(tl.load(x_ptr + i, mask=i < n)), mask=i < n)
+
+def launches(target):
+    x = torch.empty(4096, device="meta")
+    yield "one", Launch(copy, (1,), {"x_ptr": x, "y_ptr": x, "n": 48}, {"BLOCK": 64}, num_warps=4)
+"""
+
+
+def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
+    """Every number, of both makers' reports: the gates judge what was read."""
+    launches = collect([source for source in our_sources() if source.module.endswith("cross_entropy")], NARROWED)
+    rows = check([row for row in launches if "sum" in row.name])
+    record.write(tmp_path / "record.json", rows)
+    read = record.read(tmp_path / "record.json")
+    assert len(read) == 2
+    assert [read[record.digest(row.configuration)] for row in rows] == [row.report for row in rows]
+
+
+NARROWED = [TARGETS["sm_90"], TARGETS["gfx942"]]
+
+
+def test_a_record_of_another_kind_or_version_does_not_count(tmp_path: Path) -> None:
+    text, file = RECORD.read_text(), tmp_path / "record.json"
+    file.write_text(text.replace(f'"triton": "{triton.__version__}"', '"triton": "0.1"'))
+    assert record.read(file) == {}
+    for wrong in ("{}", "[", '{"format": 9}', text.replace('"registers"', '"register"', 1)):
+        file.write_text(wrong)
+        with pytest.raises(InputError, match="holds no record of check-aot"):
+            record.read(file)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_configurations_have_names_of_their_own(target: str) -> None:
     names = [name for source in our_sources() for name, _ in source.launches(TARGETS[target])]
     assert len(names) == len(set(names))
-
-
-def test_every_kernel_file_is_in_one_group() -> None:
-    grouped = [source for group in (*LARGE, ()) for source in sources_of(group)]
-    assert sorted(source.module for source in grouped) == sorted(source.module for source in our_sources())
 
 
 def test_every_kernel_file_is_in_the_gate() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -747,7 +748,7 @@ def test_fuzz_starts_from_a_file_that_reads(fuzz_file: Path) -> None:
 
 
 @given(changes=edits, fix_length=st.booleans())
-@settings(max_examples=1500)
+@settings(max_examples=examples(300, 1500))
 def test_fuzzed_header_bytes_read_or_are_refused(
     fuzz_file: Path, changes: list[tuple[int, str, bytes]], fix_length: bool
 ) -> None:
@@ -760,7 +761,7 @@ def test_fuzzed_header_bytes_read_or_are_refused(
 
 
 @given(path=st.lists(st.integers(0, 3), max_size=4), value=json_values, extra=st.integers(-3, 3))
-@settings(max_examples=1500)
+@settings(max_examples=examples(300, 1500))
 @example(path=[0], value=None, extra=0)
 def test_fuzzed_header_json_reads_or_is_refused(fuzz_file: Path, path: list[int], value: Any, extra: int) -> None:
     data = DATA + b"\0" * extra if extra > 0 else DATA[: len(DATA) + extra]
@@ -805,7 +806,7 @@ def test_every_legal_file_opens(fuzz_file: Path, sizes: list[tuple[str, list[int
 
 
 @given(path=st.lists(st.integers(0, 3), max_size=3), value=json_values | st.sampled_from(["../x", "x", "model", "."]))
-@settings(max_examples=500)
+@settings(max_examples=examples(150, 500))
 def test_fuzzed_index_reads_or_is_refused(
     tmp_path_factory: pytest.TempPathFactory, path: list[int], value: Any
 ) -> None:

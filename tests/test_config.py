@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_configs import FILE_BYTES, PUBLISHED_CONFIGS
@@ -704,7 +705,7 @@ def read(values: dict[str, Any]) -> tuple[ModelConfig | None, str]:
         return None, str(error)
 
 
-@settings(max_examples=2500)
+@settings(max_examples=examples(500, 2500))
 @given(family=st.sampled_from(FAMILIES), changes=FUZZ, rope=st.none() | rope_dicts(), data=st.data())
 def test_any_json_gives_a_valid_config_or_a_config_error(
     family: str, changes: dict[str, Any], rope: dict[str, Any] | None, data: st.DataObject

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from generation_adapter import CacheAdapter, TorchAdapter, both, tiny_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -111,7 +112,7 @@ def common(draw: st.DrawFn) -> dict[str, Any]:
     return values | {"plain": {}, "chunks": {"prefill_chunk_size": 2}, "no cache": {"use_cache": False}}[run]
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(60, 100))
 @given(prompts(), common(), st.integers(0, 2))
 def test_greedy_decoding_equals_transformers(
     prompt: tuple[np.ndarray, np.ndarray | None], values: dict[str, Any], seed: int
@@ -128,7 +129,7 @@ beam_settings = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=250)
+@settings(max_examples=examples(80, 250))
 @given(prompts(), common(), beam_settings, st.data(), st.integers(0, 2))
 def test_beam_search_equals_transformers(
     prompt: tuple[np.ndarray, np.ndarray | None],

@@ -79,28 +79,42 @@ def test_a_model_that_decodes_other_tokens_is_a_finding(monkeypatch: pytest.Monk
 
 
 def test_tests_are_counted_and_failures_named(tmp_path: Path) -> None:
-    (tmp_path / "test_kernel_mine.py").write_text(
-        "def test_right(): pass\ndef test_wrong(): assert 1 + 1 == 3, 'sums'\n"
-    )
-    report = tmp_path / "report.xml"
-    result = gpu.end_tests(gpu.start_tests("cpu", tmp_path, report, 100), report)
-    assert result["counts"] == {"tests": 2, "failures": 1, "errors": 0, "skipped": 0}
-    assert result["failures"][0]["test"].endswith("test_wrong")
-    assert "sums" in result["failures"][0]["message"]
-    assert result["problem"] == "tests failed"
+    (tmp_path / "test_kernel_mine.py").write_text(TESTS)
+    (tmp_path / "test_kernel_broken.py").write_text("import no_such_module\n")
+    rows = tmp_path / "rows.jsonl"
+    result = gpu.end_tests(gpu.start_tests("cpu", tmp_path, rows, 100), rows)
+    assert result["counts"] == {"tests": 5, "failures": 1, "errors": 2, "skipped": 1}
+    said = {failure["test"].rpartition("::")[2]: failure["message"] for failure in result["failures"]}
+    assert {Path(name).name for name in said} == {"test_wrong", "test_no_fixture", "test_kernel_broken.py"}
+    assert "sums" in said["test_wrong"]
+    assert "no_such_fixture" in said["test_no_fixture"]
+    assert any("no_such_module" in text for text in said.values())
+    assert (result["problem"], result["missing"]) == ("tests failed", "")
 
 
-def test_tests_that_are_ended_early_keep_what_was_found(tmp_path: Path) -> None:
+TESTS = """
+import pytest
+def test_right(): pass
+def test_wrong(): assert 1 + 1 == 3, "sums"
+def test_no_fixture(no_such_fixture): pass
+def test_skipped(): pytest.skip("today")
+"""
+
+
+def test_tests_that_are_ended_early_keep_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is left of the time to tidy up: neither pytest nor its workers can say a last word."""
     (tmp_path / "test_kernel_mine.py").write_text(
         "import time\ndef test_wrong(): assert 0\ndef test_hangs(): time.sleep(100)\n"
     )
-    report = tmp_path / "report.xml"
-    process = gpu.start_tests("cpu", tmp_path, report, 100)
-    while "F" not in _so_far(process):
-        time.sleep(0.1)
+    monkeypatch.setattr(limited_process, "SECONDS_TO_TIDY_UP", 0.0)
+    file = tmp_path / "rows.jsonl"
+    process = gpu.start_tests("cpu", tmp_path, file, 100)
+    while not (file.exists() and file.read_text().endswith("\n")):  # the result of test_wrong, whole
+        time.sleep(0.05)
+    assert "done" not in file.read_text(), "it came while the tests ran"
     process._limit = 0.0
-    result = gpu.end_tests(process, report)
-    assert [failure["test"].rsplit(".")[-1] for failure in result["failures"]] == ["test_wrong"]
+    result = gpu.end_tests(process, file)
+    assert [failure["test"].rpartition("::")[2] for failure in result["failures"]] == ["test_wrong"]
     assert "ended after" in result["missing"]
     assert (result["problem"], result["exit"]) == ("tests failed", None)
 

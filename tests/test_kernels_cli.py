@@ -299,3 +299,13 @@ def test_help_loads_neither_torch_nor_triton() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "--target" in result.stdout
+
+
+@pytest.mark.parametrize("others", [["--target", "sm_80"], ["--kernel", "relu2"]])
+def test_a_record_is_of_all_kernels_or_refused_before_the_work(refllm: Run, tmp_path: Path, others: list[str]) -> None:
+    code, _, error = refllm("check-aot", "--record", str(tmp_path / "record.json"), *others)
+    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert "--record keeps all of our kernels on all targets" in error
+    code, _, error = refllm("check-aot", "--record", str(tmp_path / "nowhere" / "record.json"))
+    assert code == 2
+    assert "there is no folder" in error

@@ -1,7 +1,11 @@
 """refllm.kernels.pytest_plugin, in pytest runs of its own: off unless asked for, and what it says on a failure."""
 
+import multiprocessing
+import os
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,13 +32,26 @@ def run(n=5, programs=1):
 
 
 def session(folder: Path, test: str, *arguments: str) -> tuple[int, str]:
-    """The exit code and the output of pytest on one file of tests."""
+    """The exit code and the output of pytest on one file of tests, in a fork: Torch and Triton are imported there."""
     (folder / "test_it.py").write_text(KERNELS + test)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "refllm.kernels.pytest_plugin"]
-    result = subprocess.run(
-        [*command, *arguments, "test_it.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=300
-    )
-    return result.returncode, result.stdout + result.stderr
+    command = ["-p", "no:cacheprovider", "-p", "refllm.kernels.pytest_plugin", *arguments, "test_it.py"]
+    with tempfile.TemporaryFile() as output:
+        process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, command, output.fileno()))
+        with warnings.catch_warnings():  # that this process has threads
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        process.join(300)
+        output.seek(0)
+        return int(process.exitcode if process.exitcode is not None else -1), output.read().decode()
+
+
+def _run(folder: Path, command: list[str], output: int) -> None:
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = sys.stderr = open(output, "w", buffering=1, closefd=False)  # noqa: SIM115 (as long as the process)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.exit(int(pytest.main(command)))
 
 
 def test_imports_neither_torch_nor_triton(tmp_path: Path) -> None:

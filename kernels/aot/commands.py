@@ -70,6 +70,13 @@ def check_aot(settings: Settings, step: batch.Step | None = None) -> Outcome:
     return Outcome(checked, len({c.key for c in configurations}), time.perf_counter() - started)
 
 
+def keep(file: Path, outcome: Outcome) -> None:
+    """Writes the record of `refllm.kernels.aot.record`. InputError if that is not possible."""
+    from refllm.kernels.aot import record
+
+    record.write(file, outcome.checked)
+
+
 def check_layers(targets: str, jobs: int = 0, step: batch.Step | None = None) -> tuple[dict[str, Any], str]:
     """The figures of every kernel on the layers of published models, and their page. InputError for unknown targets."""
     from refllm.kernels.aot import layers

@@ -4,14 +4,19 @@ Built when it is asked for; its name is `Mutant.slug`.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
-from refllm.kernels.mutants import catalogue
+from refllm.kernels.mutants import Mutant, catalogue
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    form = "triton" if name.startswith("triton_") else "torch"
-    for mutant in () if name.startswith("__") else catalogue(form=form):
-        if mutant.slug == name:
-            return mutant.function()
-    raise AttributeError(f"there is no mutant {name!r}; refllm.kernels.mutants.catalogue() lists them")
+    mutant = None if name.startswith("__") else _by_slug("triton" if name.startswith("triton_") else "torch").get(name)
+    if mutant is None:
+        raise AttributeError(f"there is no mutant {name!r}; refllm.kernels.mutants.catalogue() lists them")
+    return mutant.function()
+
+
+@cache
+def _by_slug(form: str) -> dict[str, Mutant]:
+    return {mutant.slug: mutant for mutant in catalogue(form=form)}

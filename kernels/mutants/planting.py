@@ -9,6 +9,7 @@ Each of these is a *way*: given the name of an operator it makes the wrong funct
 """
 
 import ast
+import functools
 import itertools
 import linecache
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def planter(operator: str) -> Callable[..., Mutant]:
     """plant(name, what, source, way, dtypes=..., equivalent=...): makes the `Mutant`s of one operator."""
 
     def plant(name: str, what: str, source: str, way: Way, **more: Any) -> Mutant:
-        return Mutant(name, operator, "torch", what, source, lambda: way(operator), **more)
+        return Mutant(name, operator, "torch", what, source, functools.cache(lambda: way(operator)), **more)
 
     return plant
 
@@ -54,8 +55,7 @@ def changed(function: str, *replacements: str) -> Way:
     """
 
     def way(operator: str) -> Function:
-        source = _source()
-        part = _function_text(source, function)
+        source, part = _source(), _function_text(function)
         new = part
         for old, replacement in zip(replacements[::2], replacements[1::2], strict=True):
             if new.count(old) != 1:
@@ -66,6 +66,7 @@ def changed(function: str, *replacements: str) -> Way:
     return way
 
 
+@functools.cache
 def _source() -> str:
     """All of kernels/plain as one text, so that a change in one file reaches the operators of another."""
     folder = Path(str(plain.__file__)).parent
@@ -73,12 +74,17 @@ def _source() -> str:
     return "\n".join(line for line in lines if not line.startswith(_OWN_IMPORT)) + "\n"
 
 
-def _function_text(source: str, name: str) -> str:
+@functools.cache
+def _tree() -> ast.Module:
+    return ast.parse(_source())
+
+
+def _function_text(name: str) -> str:
     """The body of a function, without its docstring, to the end of its last line."""
-    for node in ast.parse(source).body:
+    for node in _tree().body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             first = node.body[1 if ast.get_docstring(node) else 0]
-            return "\n".join(source.splitlines()[first.lineno - 1 : node.end_lineno]) + "\n"
+            return "\n".join(_source().splitlines()[first.lineno - 1 : node.end_lineno]) + "\n"
     raise RefllmError(f"kernels/plain has no function {name}")
 
 

@@ -25,6 +25,7 @@ from refllm.opcheck.forked import Ended, forked
 
 if TYPE_CHECKING:
     from refllm.kernels.mutants import Mutant
+    from refllm.strategies import Call
 
 Test = Callable[[Callable[..., Any]], Any]
 """A user's test: it is called with the function under test and raises, whatever, if it dislikes it."""
@@ -153,8 +154,9 @@ def audit(
         `check_op`. form: "torch" or "triton" mutants; None is both, for a user's test "torch".
     dtype: in which `check_op` looks, and only mutants that differ in it; None is all in which each differs.
     max_examples, seed: of `check_op`. time_limit: seconds for a user's test and one mutant.
-    known_first: `check_op` begins with the fixed call that is known to show a mutant (`Mutant.corner`), and draws none:
-        the same answers in less time, but not the same number of examples.
+    known_first: `check_op` looks for a bug with the call first that is known to show it (`Mutant.corner`), or has just
+        shown it in another dtype, in which case one run is enough: the same answers in less time, but not the same
+        number of examples, nor the same name for what is broken in several ways.
 
     Raises InputError for an operator, form or dtype that is not known, a test that cannot be had, or one without an
     operator; TestIsVoidError for a test that dislikes the right operator.
@@ -220,14 +222,23 @@ class _OurCheck:
 
     def __init__(self, max_examples: int, seed: int, known_first: bool) -> None:
         self._examples, self._seed, self._known_first = max_examples, seed, known_first
+        self._showed: dict[str, str] = {}
 
     def __call__(self, mutant: "Mutant", dtype: str) -> tuple[str, int, str]:
-        from refllm.opcheck.api import check_op
         from refllm.strategies import corners
 
-        calls = None
-        if self._known_first:
-            calls = sorted(corners(mutant.operator, dtype), key=lambda call: call.family != mutant.corner)
+        if not self._known_first or mutant.equivalent:
+            return self._searched(mutant, dtype, None)
+        known = self._showed.get(mutant.slug, mutant.corner)
+        calls = sorted(corners(mutant.operator, dtype), key=lambda call: call.family != known)
+        if mutant.slug in self._showed and (broken := _in_one_run(mutant, calls[0])):
+            return broken, 1, ""
+        found = self._searched(mutant, dtype, calls)
+        return found if found[0] or not self._examples else self._searched(mutant, dtype, None)
+
+    def _searched(self, mutant: "Mutant", dtype: str, calls: "list[Call] | None") -> tuple[str, int, str]:
+        from refllm.opcheck.api import check_op
+
         report = check_op(
             mutant.operator,
             mutant.function(),
@@ -239,7 +250,22 @@ class _OurCheck:
             isolate=False,
             bitwise=mutant.form == "triton",
         )
+        if report.first is not None:
+            self._showed[mutant.slug] = report.first.call.family
         return report.property, report.examples, report.repro
+
+
+def _in_one_run(mutant: "Mutant", call: "Call") -> str:
+    """The property that a mutant breaks on a call where it is run only once; "" if none."""
+    from refllm.opcheck.candidate import load
+    from refllm.opcheck.examine import Examiner
+    from refllm.opcheck.observe import Task
+    from refllm.opcheck.worker import NEVER, InProcess
+
+    candidate = load(mutant.function())
+    task = Task(call, "cpu", "torch", candidate.interpreted, "fused", deep=False, bitwise=False)
+    found = Examiner(InProcess(candidate), task, TIME_LIMIT, NEVER)(call, deep=False)
+    return "" if found is None else found.property
 
 
 class _UsersTest:
