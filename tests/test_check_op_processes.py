@@ -13,22 +13,22 @@ pytest.importorskip("hypothesis")
 from typer.testing import CliRunner  # noqa: E402
 
 from refllm import cli  # noqa: E402
+from refllm.apart import Ended, run  # noqa: E402
 from refllm.check import check_op  # noqa: E402
 from refllm.errors import InputError  # noqa: E402
 from refllm.kernels import plain  # noqa: E402
 from refllm.opcheck import audit as auditing  # noqa: E402
 from refllm.opcheck.audit import TestIsVoidError, audit  # noqa: E402
-from refllm.opcheck.forked import Ended, forked  # noqa: E402
 
 
 def test_what_a_fork_returns_and_how_it_may_end(capfd: Any) -> None:
     here = os.getpid()
-    assert forked(lambda: (os.getpid() != here, 3)) == (True, 3)
-    assert forked(lambda: os._exit(3)) == Ended("its process ended: exit code 3")
-    assert forked(lambda: os.kill(os.getpid(), 9)) == Ended("its process ended: SIGKILL")
-    assert forked(lambda: time.sleep(60), 0.05) == Ended("no answer within 0.05 s", in_time=False)
-    assert "ZeroDivisionError" in forked(lambda: 1 // 0).text
-    forked(lambda: print("a word on standard output"))
+    assert run(lambda: (os.getpid() != here, 3)) == [True, 3]
+    assert run(lambda: os._exit(3)) == Ended("its process ended: exit code 3")
+    assert run(lambda: os.kill(os.getpid(), 9)) == Ended("its process ended: SIGKILL")
+    assert run(lambda: time.sleep(60), 0.05) == Ended("no answer within 0.05 s", in_time=False)
+    assert "ZeroDivisionError" in run(lambda: 1 // 0).text
+    run(lambda: print("a word on standard output"))
     assert capfd.readouterr() == ("", "")
 
 

@@ -23,6 +23,18 @@ def as_numpy(arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[list[A
     return [to_array(x) for x in arguments], {name: to_array(x) for name, x in keywords.items()}
 
 
+def other_numbers(arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Other tensors of floats, each by a factor of its own: two signs, or two equal factors, may cancel."""
+
+    def other(x: Any, factor: int) -> Any:
+        return x * factor if hasattr(x, "data_ptr") and x.is_floating_point() else x
+
+    return (
+        [other(x, i + 2) for i, x in enumerate(arguments)],
+        {name: other(x, 2) for name, x in keywords.items()},
+    )
+
+
 def to_array(x: Any) -> Any:
     """A tensor as an array over the same memory; anything else as it is."""
     if not hasattr(x, "numpy"):
