@@ -28,8 +28,6 @@ class Misbehaviour:
         """The kind in words."""
         words = {"purity": "changes its inputs", "crashes": "ends the process", "result": "what it returns"}
         return words.get(self.kind, self.kind)
-            self.property, self.property
-        )
 
 
 class MisbehavesError(RefllmError):
