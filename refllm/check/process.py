@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,6 +189,7 @@ def _shown() -> Callable[[bytes], None]:
 
 def serve(channel: Channel) -> None:
     """Opens a candidate, runs it as often as it is asked to, then the next."""
+    warnings.filterwarnings("ignore", module=r"refllm\.")  # said already where the check itself loads the checkpoint
     candidate: Candidate | None = None
     for what, given in channel.requests():
         try:
