@@ -1,8 +1,8 @@
 """Candidates of a check in processes of their own, which cannot end this one, keep it waiting or change what it holds.
 
 A candidate is opened there and names its values there; they come back one by one, as the bytes of arrays. The
-implementations that refllm knows share one process, since a start costs them seconds; a function of somebody's has one
-of its own. A process that was ended, or ended itself, is started again for the next run.
+implementations that refllm knows share one process, since a start costs them seconds; each file of somebody's has one.
+A process that was ended, or ended itself, is started again for the next run.
 """
 
 import contextlib
@@ -164,8 +164,8 @@ class ApartCandidate:
 
 
 def _kind(name: str) -> str:
-    """Candidates of one kind share a process."""
-    return "" if name in KNOWN else name
+    """Candidates of one kind share a process: those that refllm knows, and those of one file or module."""
+    return "" if name in KNOWN else name.rpartition(":")[0]
 
 
 def _shown() -> Callable[[bytes], None]:
