@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from refllm import LlamaConfig, LlamaForCausalLM, cli
-from refllm.check import assert_matches, compare
+from refllm.check import assert_matches, compare, process
 from refllm.check.oracle import Report
 from refllm.check.run import Settings, check_all
 from refllm.errors import InputError
@@ -137,6 +137,19 @@ def test_what_a_file_does_when_it_is_imported_is_a_finding(name: str, checkpoint
     assert len(log.read_text()) == ("LOG" in source)  # not once more for every checkpoint and precision
 
 
+def test_a_file_whose_import_does_not_end_hangs(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SECONDS_TO_START", 0.5)
+    (tmp_path / "mine.py").write_text("while True:\n    pass")
+    found = list(check_all([checkpoint], Settings(f"{tmp_path / 'mine.py'}:f", seconds=0.5)))
+    assert [report.verdict for report in found] == ["fails", "fails"]
+    assert found[0].misbehaviour is not None
+    assert re.fullmatch(
+        r"it was not ready to run within 1 s \(mine.py:[12]\); --time gives it more", found[0].misbehaviour.text
+    )
+
+
 @pytest.mark.parametrize("reference", ["nowhere:forward", "json:no_such_function", "/no/such/file.py:forward"])
 def test_a_function_that_is_not_there_is_wrong_use(reference: str, checkpoint: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be imported|has no function"):
@@ -229,7 +242,7 @@ def test_ctrl_c_ends_everything_at_once(checkpoint: Path, tmp_path: Path) -> Non
     (tmp_path / "mine.py").write_text(SLEEPER)
     pids = tmp_path / "pids"
     words = ["check", checkpoint, "--candidate", tmp_path / "mine.py:forward", "--ids", "1,2"]
-    process = subprocess.Popen(
+    running = subprocess.Popen(
         [sys.executable, "-c", "from refllm.cli import main; main()", *map(str, words)],
         env={**os.environ, "PIDS": str(pids)},
         stderr=subprocess.PIPE,
@@ -237,11 +250,11 @@ def test_ctrl_c_ends_everything_at_once(checkpoint: Path, tmp_path: Path) -> Non
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
     while not pids.exists():
-        assert process.poll() is None
+        assert running.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
-    assert (process.returncode, err) == (130, "")
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=10)
+    assert (running.returncode, err) == (130, "")
     left = [int(pid) for pid in pids.read_text().split()]
     end = time.monotonic() + 5
     while any(map(is_there, left)) and time.monotonic() < end:

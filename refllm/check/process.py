@@ -116,7 +116,8 @@ class ApartCandidate:
         process, end = self._processes.process(self), time.monotonic() + self.seconds
         process.send(("run", vars(inputs)))
         keep = getattr(sink, "keep", sink)  # it was checked and copied there
-        while (answer := self._receive(process, end)).word != "done":
+        late = f"it did not return within {self.seconds:g} s"
+        while (answer := self._receive(process, end, late)).word != "done":
             try:
                 keep(str(answer.values["name"]), answer.values["value"])
             except BaseException:
@@ -129,11 +130,12 @@ class ApartCandidate:
 
     def _open(self) -> None:
         """Returns when it is open."""
-        process, end = self._processes.process(self), time.monotonic() + self.seconds + SECONDS_TO_START
+        process, seconds = self._processes.process(self), self.seconds + SECONDS_TO_START
+        end, late = time.monotonic() + seconds, f"it was not ready to run within {seconds:g} s"
         imported = self.how["name"] in KNOWN
         try:
             while not self.ready:
-                word, values = self._receive(process, end)
+                word, values = self._receive(process, end, late)
                 imported = True
                 if word == "opened":
                     self.name, self.details, self.ready = str(values["name"]), values["details"], True
@@ -142,8 +144,8 @@ class ApartCandidate:
                 self._processes.give_up(self.how["name"], error.found)
             raise
 
-    def _receive(self, process: Process, end: float) -> Answer:
-        """The next answer, if it is one that a run or an opening goes on with."""
+    def _receive(self, process: Process, end: float, late: str) -> Answer:
+        """The next answer, if it is one that a run or an opening goes on with. late: what to say if there is none."""
         try:
             answer = process.receive(max(0.0, end - time.monotonic()))
         except EndedError as ended:
@@ -154,8 +156,8 @@ class ApartCandidate:
             file, line = process.where()
             self._processes.end(self)
             at = f" ({place(file, line)})" if file else ""
-            text = f"it did not return within {self.seconds:g} s{at}; --time gives it more"
-            raise MisbehavesError(Misbehaviour("hangs", text, file, line), self.name) from None
+            found = Misbehaviour("hangs", f"{late}{at}; --time gives it more", file, line)
+            raise MisbehavesError(found, self.name) from None
         if answer.word == "misbehaves":
             raise MisbehavesError(Misbehaviour(**answer.values), self.name)
         if answer.word == "refused":
