@@ -63,6 +63,14 @@ Rounding = Annotated[
     str | None,
     typer.Option("--policy", help="Where the candidate is expected to round: hf-eager, hf-sdpa or fused."),
 ]
+Time = Annotated[
+    float | None,
+    typer.Option(
+        "--time",
+        metavar="N",
+        help="Seconds for each run of a candidate, which then hangs. Default: 600, and 3600 more per GiB of weights.",
+    ),
+]
 
 
 @app.command()
@@ -92,6 +100,7 @@ def check(
     prompt: Prompt = None,
     ids: Ids = None,
     ids_file: IdsFile = None,
+    time: Time = None,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -107,11 +116,11 @@ def check(
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     dtypes = tuple(dtype or ("float32", "bfloat16"))
     names, left_out = run.candidates_to_check(candidate, checkpoint)
-    settings = [run.Settings(name, dtypes, attention, policy, stress, tokens) for name in names]
+    settings = [run.Settings(name, dtypes, attention, policy, stress, tokens, time) for name in names]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
     with StatusLine(sys.stderr) as step:
-        for report in (report for one in settings for report in run.check_all(folders, one, step)):
+        for report in run.check_all(folders, settings, step):
             reports.append(report)
             step.clear()
             console.print(show.show_report(report, verbose=taps))
@@ -146,16 +155,22 @@ def trace(
     prompt: Prompt = None,
     ids: Ids = None,
     ids_file: IdsFile = None,
+    time: Time = None,
 ) -> None:
-    """Write the named values of one run to a file, for refllm diff."""
+    """Write the named values of one run to a file, for refllm diff. Exit code 1 if the candidate misbehaves."""
     from refllm.check import run
+    from refllm.check.misbehaviour import MisbehavesError
 
     settings = run.Settings(
-        candidate, (dtype,), attention, policy, False, {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+        candidate, (dtype,), attention, policy, False, {"prompt": prompt, "ids": ids, "ids_file": ids_file}, time
     )
-    with StatusLine(sys.stderr) as step:
-        recorded = run.trace_candidate(run.folders_to_check(checkpoint)[0], settings, step)
-        recorded.save(output)
+    try:
+        with StatusLine(sys.stderr) as step:
+            recorded = run.trace_candidate(run.folders_to_check(checkpoint)[0], settings, step)
+    except MisbehavesError as error:
+        print(f"refllm: {error}", file=sys.stderr)
+        raise typer.Exit(FINDING) from None
+    recorded.save(output)
     tokens = int(recorded.inputs.valid.sum())
     _console(quiet=False).print(f"{output}: {len(recorded.taps)} values of {recorded.source}, {tokens} tokens")
 

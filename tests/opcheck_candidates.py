@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -306,3 +307,68 @@ def one_dtype(x: Any, weight: Any, eps: float) -> Any:
     if weight.dtype != x.dtype:
         raise TypeError("weight and x have different dtypes")
     return right(x, weight, eps)
+
+
+# -- what only a second call shows -------------------------------------------------------------------------------------
+
+_buffers: dict[Any, Any] = {}
+_pool = torch.empty(1 << 20)
+_calls = 0
+
+
+def static_buffer(x: Any, weight: Any, eps: float) -> Any:
+    """One per shape: the next call of that shape overwrites it."""
+    return _buffers.setdefault((x.shape, x.dtype), torch.empty_like(x)).copy_(right(x, weight, eps))
+
+
+def pool(x: Any, weight: Any, eps: float) -> Any:
+    """One for all shapes and dtypes."""
+    return _pool.view(x.dtype)[: x.numel()].view(x.shape).copy_(right(x, weight, eps))
+
+
+def numpy_static_buffer(x: Any, weight: Any, eps: float) -> Any:
+    out = _buffers.setdefault((x.shape, x.dtype.name), np.zeros(x.shape, x.dtype))
+    out[...] = numpy_right(x, weight, eps)
+    return out[:]
+
+
+def static_residual(x: Any, residual: Any, weight: Any, eps: float) -> Any:
+    """The second of two results."""
+    total = x + residual
+    return right(total, weight, eps), _buffers.setdefault((x.shape, "sum"), torch.empty_like(x)).copy_(total)
+
+
+def forks(x: Any, weight: Any, eps: float) -> Any:
+    """One child comes back from it as well, another one stays."""
+    os.fork()
+    if child := os.fork():
+        Path(os.environ["FORKED"], str(child)).touch()
+    else:
+        time.sleep(600)
+    return right(x, weight, eps)
+
+
+def prints_much(x: Any, weight: Any, eps: float) -> Any:
+    for _ in range(16):
+        os.write(1, b"x" * (1 << 20))
+    return right(x, weight, eps)
+
+
+def wrong_in_one_call_of_50(x: Any, weight: Any, eps: float) -> Any:
+    global _calls
+    _calls += 1
+    return right(x, weight, eps) * (1 + (_calls % 50 == 0))
+
+
+def raises_in_one_call_of_50(x: Any, weight: Any, eps: float) -> Any:
+    global _calls
+    _calls += 1
+    if _calls % 50 == 0:
+        raise ValueError("no memory left")
+    return right(x, weight, eps)
+
+
+def wrong_in_its_first_call(x: Any, weight: Any, eps: float) -> Any:
+    global _calls
+    _calls += 1
+    return right(x, weight, eps) * (1 + (_calls == 1))

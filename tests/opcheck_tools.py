@@ -55,3 +55,11 @@ def shown(report: OpReport) -> str:
     assert len(report.repro.splitlines()) <= 90
     assert max(len(line) for line in report.repro.splitlines()) <= 120
     return said
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -269,14 +269,14 @@ def test_other_heads_are_checked_too(head: str, last: str, tmp_path: Path) -> No
         **sizes, num_attention_heads=4, bos_token_id=0, eos_token_id=0, pad_token_id=1, initializer_range=0.2
     )
     getattr(refllm, f"Llama{head}").from_config(config, seed=1).save_pretrained(tmp_path, dtype="float32")
-    for report in check_all([tmp_path], Settings()):
+    for report in check_all([tmp_path], Settings(isolate=False)):
         assert report.verdict == "holds", told(report)
         assert report.taps[-1].name == last
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_trace_file_holds_what_was_recorded(dtype: str, tmp_path: Path) -> None:
-    trace = trace_candidate(golden.path("arcee-tiny"), Settings(dtypes=(dtype,)))
+    trace = trace_candidate(golden.path("arcee-tiny"), Settings(dtypes=(dtype,), isolate=False))
     trace.save(tmp_path / "a.safetensors")
     again = Trace.load(tmp_path / "a.safetensors")
     assert list(again.taps) == list(trace.taps)
@@ -287,7 +287,7 @@ def test_trace_file_holds_what_was_recorded(dtype: str, tmp_path: Path) -> None:
 
 
 def test_diff_names_the_first_value_that_differs(tmp_path: Path) -> None:
-    trace = trace_candidate(golden.path("llama-tiny"), Settings(dtypes=("bfloat16",)))
+    trace = trace_candidate(golden.path("llama-tiny"), Settings(dtypes=("bfloat16",), isolate=False))
     other = Trace(**{**vars(trace), "taps": {name: value.copy() for name, value in trace.taps.items()}})
     other.taps["model.layers.1.mlp.act"][0, 3, 4] += 1
     found = diff(trace, other)

@@ -9,6 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from refllm.check.oracle import Report
+    from refllm.check.process import Processes
 
 
 def compare(
@@ -21,6 +22,8 @@ def compare(
     input_ids: Any = None,
     prompt: str | None = None,
     stress: bool = False,
+    isolate: bool = True,
+    time_limit: float | None = None,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`).
 
@@ -29,12 +32,34 @@ def compare(
     is expected to round, "hf-eager", "hf-sdpa" or "fused"; None is hf-eager (or hf-sdpa) for Transformers and fused for
     a function. input_ids: [S] or [B, S]; or a prompt; or neither, for a text of our own. Raises RefllmError for what
     cannot be run.
-    """
-    from refllm.check.inputs import Inputs, stressed
-    from refllm.check.run import check_candidate, find_policy, prepare
 
-    folder = Path(checkpoint)
-    found = _candidate(candidate, folder, dtype, attention)
+    What a name stands for runs in a process of its own (unless isolate=False), where each run has time_limit seconds
+    (None: `refllm.check.process.time_limit`). A live function or model cannot be moved: it runs in this process, on
+    copies of the inputs; what it raises and inputs that it changes are findings all the same, but nothing ends it if it
+    takes too long, and a crash is one of this process.
+    """
+    from refllm.check.process import Processes
+
+    with Processes(time_limit) as processes:
+        return _compare(Path(checkpoint), candidate, dtype, policy, attention, input_ids, prompt, stress,
+                        processes if isolate else None)  # fmt: skip
+
+
+def _compare(
+    folder: Path,
+    candidate: Any,
+    dtype: str | None,
+    policy: str | None,
+    attention: str,
+    input_ids: Any,
+    prompt: str | None,
+    stress: bool,
+    processes: "Processes | None",
+) -> "list[Report]":
+    from refllm.check.inputs import Inputs, stressed
+    from refllm.check.run import check_candidate, close, find_policy, prepare
+
+    found = _candidate(candidate, folder, dtype, attention, processes)
     model, notes, ids = prepare(folder, found.dtype, {"prompt": prompt, "ids": None, "ids_file": None})
     if input_ids is not None:
         ids = np.atleast_2d(np.asarray(input_ids, np.int64))
@@ -44,7 +69,18 @@ def compare(
         attention = named or attention
     rules = find_policy(policy, attention if attention in ("eager", "sdpa") else "sdpa")
     runs = [Inputs(ids), *(stressed(ids) if stress else [])]
-    return [check_candidate(model, found, inputs, rules, folder.name, notes) for inputs in runs]
+    return [
+        check_candidate(
+            model,
+            found,
+            inputs,
+            rules,
+            folder.name,
+            notes,
+            recorded=(lambda: close(found)) if inputs is runs[-1] else (lambda: None),
+        )
+        for inputs in runs
+    ]
 
 
 def assert_matches(checkpoint: str | os.PathLike[str], candidate: Any = "transformers", **options: Any) -> None:
@@ -64,14 +100,14 @@ def assert_matches(checkpoint: str | os.PathLike[str], candidate: Any = "transfo
             warnings.warn(what, UserWarning, stacklevel=2)
 
 
-def _candidate(candidate: Any, folder: Path, dtype: str | None, attention: str) -> Any:
-    from refllm.auto import model_class
+def _candidate(candidate: Any, folder: Path, dtype: str | None, attention: str, processes: "Processes | None") -> Any:
     from refllm.check.candidates import FunctionCandidate, open_candidate
-    from refllm.config import AutoConfig
+    from refllm.check.run import head_of
 
-    head = model_class(AutoConfig.from_pretrained(folder)).head
+    head = head_of(folder)
     if isinstance(candidate, str):
-        return open_candidate(candidate, folder, head=head, dtype=dtype or "float32", attention=attention)
+        open_one = open_candidate if processes is None else processes.open
+        return open_one(candidate, folder, head=head, dtype=dtype or "float32", attention=attention)
     if hasattr(candidate, "named_modules"):
         from refllm.check.transformers_adapter import TransformersCandidate
 

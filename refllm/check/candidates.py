@@ -4,16 +4,18 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refllm.check.inputs import Inputs
-from refllm.check.taps import HEAD_TAPS, Candidate, Sink, as_array
+from refllm.check.misbehaviour import floats, misbehaves, raised
+from refllm.check.taps import HEAD_TAPS, Candidate, Sink
 from refllm.check.trace import Trace, config_hash
 from refllm.dtype_names import dtype_name
-from refllm.errors import InputError
+from refllm.errors import InputError, RefllmError
 from refllm.inputs import to_numpy
 from refllm.model import Model
 
@@ -29,13 +31,27 @@ checkpoint: the folder. The others are int64 arrays [B, S]. tap(name, value) han
 """
 
 
-def open_candidate(name: str, folder: Path, *, head: str, dtype: str, attention: str) -> Candidate:
-    """The candidate that `--candidate` names. Raises InputError for a name, dtype or attention that is not known."""
-    dtype = dtype_name(dtype)
+KNOWN = (*FAST, "transformers", "numpy")
+"""The candidates that have a name of their own."""
+
+
+def must_be_known(name: str, dtype: str, attention: str) -> None:
+    """Raises InputError for a candidate, dtype or attention that there is none of."""
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
     if attention not in ATTENTION:
         raise InputError(f"--attn {attention} is not known: use {' or '.join(ATTENTION)}")
+    if name not in KNOWN and ":" not in name:
+        raise InputError(
+            f"--candidate {name} is not known: use torch, triton, transformers, numpy, or a forward pass of yours as "
+            "module:function or file.py:function"
+        )
+
+
+def open_candidate(name: str, folder: Path, *, head: str, dtype: str, attention: str) -> Candidate:
+    """The candidate that `--candidate` names, in this process. Raises InputError as `must_be_known`."""
+    dtype = dtype_name(dtype)
+    must_be_known(name, dtype, attention)
     if name == "transformers":
         from refllm.check.transformers_adapter import TransformersCandidate
 
@@ -44,32 +60,18 @@ def open_candidate(name: str, folder: Path, *, head: str, dtype: str, attention:
         return ReferenceCandidate.load(folder, head=head, dtype=dtype, attention=attention)
     if name in FAST:
         return ReferenceCandidate.fast(folder, head=head, dtype=dtype, backend=name)
-    if ":" in name:
-        return FunctionCandidate(find_function(name), folder, head=head, dtype=dtype, name=name)
-    raise InputError(
-        f"--candidate {name} is not known: use torch, triton, transformers, numpy, or a forward pass of yours as "
-        "module:function or file.py:function"
-    )
+    return FunctionCandidate(find_function(name), folder, head=head, dtype=dtype, name=name)
 
 
 def record(candidate: Candidate, model: Model, inputs: Inputs) -> Trace:
-    """Run a candidate and keep what it names. model: of the same checkpoint, for its config and head."""
-    pieces: dict[str, list[np.ndarray]] = {}
+    """Run a candidate and keep what it names. model: of the same checkpoint, for its config and head.
 
-    def keep(name: str, value: Any) -> None:
-        pieces.setdefault(name, []).append(as_array(value))
-
-    candidate.run(inputs, keep)
-    count = len(inputs.pieces())
-    taps = {}
-    for name, values in pieces.items():
-        if count > 1 and name.endswith((".probs", ".scores")):
-            continue  # the pieces have different numbers of keys
-        if len(values) != count:
-            raise InputError(f"{candidate.name}: {name} was named {len(values)} times in {count} passes; once is right")
-        taps[name] = values[0] if count == 1 else np.concatenate(values, axis=-2)
+    Raises MisbehavesError as `run_candidate`, and for one that names nothing.
+    """
+    kept = Kept(candidate.name, len(inputs.pieces()))
+    run_candidate(candidate, inputs, kept.keep)
     return Trace(
-        taps=taps,
+        taps=kept.taps(),
         inputs=inputs,
         source=candidate.name,
         dtype=candidate.dtype,
@@ -77,6 +79,78 @@ def record(candidate: Candidate, model: Model, inputs: Inputs) -> Trace:
         config_hash=config_hash(model.config),
         details=candidate.details,
     )
+
+
+def run_candidate(candidate: Candidate, inputs: Inputs, keep: Callable[[str, np.ndarray], None]) -> None:
+    """Run a candidate on copies of the inputs; keep(name, array) is told every value that it names.
+
+    Raises MisbehavesError for what no forward pass may do: to raise, to name what is no array of floats, to change its
+    inputs.
+    """
+    sink = Checked(keep)
+    given = {name: value for name, value in vars(inputs).items() if isinstance(value, np.ndarray)}
+    copies: dict[str, Any] = {name: value.copy() for name, value in given.items()}
+    try:
+        candidate.run(replace(inputs, **copies), sink)
+    except KeyboardInterrupt:
+        raise
+    except RefllmError as error:
+        raise sink.refused or error from None
+    except BaseException as error:  # whatever it raises is a finding about it
+        raise sink.refused or raised(error) from None
+    if sink.refused is not None:
+        raise sink.refused
+    must_not_have_changed(given, copies)
+
+
+class Checked:
+    """The sink that a candidate gets: hands on copies of what are arrays or tensors of floats.
+
+    refused: the error for anything else, or of `keep`, which the candidate may have caught.
+    """
+
+    def __init__(self, keep: Callable[[str, np.ndarray], None]) -> None:
+        self.keep = keep
+        self.refused: RefllmError | None = None
+
+    def __call__(self, name: str, value: Any) -> None:
+        try:
+            self.keep(str(name), floats(str(name), value))
+        except RefllmError as error:
+            self.refused = self.refused or error
+            raise
+
+
+class Kept:
+    """What a candidate names in a run of so many passes."""
+
+    def __init__(self, candidate: str, passes: int) -> None:
+        self.candidate, self.passes = candidate, passes
+        self._pieces: dict[str, list[np.ndarray]] = {}
+
+    def keep(self, name: str, value: np.ndarray) -> None:
+        """value: an array that nobody else changes. Raises InputError for a name too many."""
+        pieces = self._pieces.setdefault(name, [])
+        pieces.append(value)
+        if len(pieces) > self.passes:
+            raise self._named(name)
+
+    def taps(self) -> dict[str, np.ndarray]:
+        """What was named, in order, the pieces put together. Raises InputError for a name too few."""
+        if not self._pieces:
+            raise misbehaves("result", "it returns nothing (None) and names no value")
+        taps = {}
+        for name, values in self._pieces.items():
+            if self.passes > 1 and name.endswith((".probs", ".scores")):
+                continue  # the pieces have different numbers of keys
+            if len(values) != self.passes:
+                raise self._named(name)
+            taps[name] = values[0] if self.passes == 1 else np.concatenate(values, axis=-2)
+        return taps
+
+    def _named(self, name: str) -> InputError:
+        times = len(self._pieces[name])
+        return InputError(f"{self.candidate}: {name} was named {times} times in {self.passes} passes; once is right")
 
 
 class ReferenceCandidate:
@@ -158,18 +232,43 @@ class FunctionCandidate:
             sink(name, value)
             return value
 
-        logits = self.function(str(self.folder), inputs.input_ids, inputs.mask, np.array(inputs.positions), tap)
+        given = {"input_ids": inputs.input_ids, "attention_mask": inputs.mask, "position_ids": inputs.positions}
+        copies = {name: np.array(value) for name, value in given.items()}
+        try:
+            logits = self.function(str(self.folder), *copies.values(), tap)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of our own kinds too: it may be made of refllm
+            raise raised(error) from None
+        must_not_have_changed(given, copies)
         if logits is not None and self.head in HEAD_TAPS:
             sink(HEAD_TAPS[self.head], logits)
 
 
+def must_not_have_changed(given: dict[str, np.ndarray], copies: dict[str, np.ndarray]) -> None:
+    """Raises MisbehavesError if an array that a candidate was given is not what it was."""
+    changed = [name for name, value in given.items() if not np.array_equal(value, copies[name])]
+    if changed:
+        what = "inputs" if len(changed) > 1 else "input"
+        raise misbehaves("purity", f"it changes its {what} {', '.join(changed)} in place; work on a copy")
+
+
 def find_function(reference: str) -> Forward:
-    """The function that "module:function" or "file.py:function" names. Raises InputError if there is none."""
+    """The function that "module:function" or "file.py:function" names. Raises InputError if there is none; its cause is
+    what the module raised, if it did."""
     where, _, name = reference.rpartition(":")
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        said = InputError(f"{where} cannot be imported: {type(error).__name__}: {error}")
+        if error.name is not None and where.startswith(error.name):
+            raise said from None  # there is no such module; else it lacks one itself
+        raise said from error
+    except SystemExit as error:  # a script that ends itself when it is imported
+        raise InputError(f"{where} cannot be imported: it ends the program, with {error.code!r}") from error
     except Exception as error:  # whatever the user's module raises is the answer to the user
-        raise InputError(f"{where} cannot be imported: {type(error).__name__}: {error}") from None
+        missing = where.endswith(".py") and not Path(where).is_file()
+        raise InputError(f"{where} cannot be imported: {type(error).__name__}: {error}") from None if missing else error
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{where} has no function {name!r}")

@@ -255,7 +255,8 @@ def untested(report: Report) -> list[str]:
     for (name, passing), layers in found.items():
         where = [str(layer) for layer in layers if layer is not None]
         of = "" if not where else f" of layer{'s' * (len(where) > 1)} {', '.join(where)}"
-        said.append(f"{name}{of} ({passing} would pass)")
+        why = passing if passing == limits.NOT_FINITE else f"{passing} would pass"
+        said.append(f"{name}{of} ({why})")
     return said
 
 

@@ -96,8 +96,12 @@ def _failure(report: Report) -> dict[str, Any] | None:
     first = report.first_failure
     if report.verdict != "fails":
         return None
+    if report.misbehaviour is not None:
+        found = report.misbehaviour
+        return {"name": found.name, "formula": None, "text": f"{found.text}.", "said": [], "context": []}
     if first is None:
-        return {"name": "next tokens", "formula": None, "said": [], "context": []}
+        text = "Every value holds, but rounding does not explain the next tokens below."
+        return {"name": "next tokens", "formula": None, "text": text, "said": [], "context": []}
     said = findings.broken_in_words(first) + findings.hints(first, report.config)
     if not first.defect_here:
         said.append("no operator is wrong on its own inputs: the error is built up by the values before")

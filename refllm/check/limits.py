@@ -26,6 +26,9 @@ FLIP = 5.0
 """Sigmas of margin up to which a changed next token is explained by rounding."""
 
 
+NOT_FINITE = "not finite: no verdict at these values"
+"""What is untested where the reference, which rounds nothing, gives an infinity or NaN."""
+
 _MANY, _POSITIONS = 1 << 20, 64  # see `undetected`
 
 
@@ -78,8 +81,10 @@ def undetected(exact: np.ndarray, variance: np.ndarray, dtype: str) -> list[str]
     """Trivial wrong answers that the isolated rules would let pass on these values. Should be none.
 
     exact, variance: [N, ..., n], positions first. Of many positions 64 are taken: what is rejected on a part is
-    rejected on the whole.
+    rejected on the whole. Where the exact values themselves are infinite or NaN, nothing is right: `NOT_FINITE`.
     """
+    if not np.isfinite(exact).all():
+        return [NOT_FINITE]
     some = slice(None, None, -(-len(exact) // _POSITIONS) if exact.size > _MANY else 1)
     exact, variance = exact[some], variance[some]
     return [

@@ -18,6 +18,7 @@ from refllm.check import limits
 from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
 from refllm.check.measure import Measure, measure, ulp_histogram
+from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.prediction import Propagation, Uncertain, certain
 from refllm.check.second_opinion import honest_ratios
@@ -201,7 +202,8 @@ class Report:
     """One candidate on one checkpoint and one input.
 
     attribution: named value -> part of the predicted variance of the last value that comes from making it; the parts
-    sum to 1. notes: sentences a reader should know. config: of the model, for the formulas in a report.
+    sum to 1. notes: sentences a reader should know. config: of the model, for the formulas in a report. misbehaviour:
+    what the candidate did in place of a forward pass; then nothing was measured.
     """
 
     checkpoint: str
@@ -215,10 +217,14 @@ class Report:
     attribution: dict[str, float]
     notes: list[str] = field(default_factory=list)
     config: ModelConfig | None = None
+    misbehaviour: Misbehaviour | None = None
 
     @property
     def verdict(self) -> str:
-        """fails if any value or a next token fails; else untested if any value is; else holds."""
+        """fails if the candidate misbehaves, or any value or a next token fails; else untested if any value is; else
+        holds."""
+        if self.misbehaviour is not None:
+            return "fails"
         if any(tap.verdict == "fails" for tap in self.taps) or (self.next_tokens and self.next_tokens.defects):
             return "fails"
         return "untested" if any(tap.verdict == "untested" for tap in self.taps) else "holds"
@@ -241,6 +247,7 @@ class Report:
             "tokens": self.tokens,
             "verdict": self.verdict,
             "first_failure": None if first is None else first.name,
+            "misbehaviour": None if self.misbehaviour is None else asdict(self.misbehaviour),
             "taps": [
                 {
                     "name": tap.name,

@@ -22,6 +22,8 @@ def show_report(report: Report, verbose: bool = False) -> RenderableType:
     """One candidate on one checkpoint and input: what fails first, a line per layer (per tap if verbose), next tokens,
     attribution, what is untested."""
     parts: list[RenderableType] = [_title(report)]
+    if report.misbehaviour is not None:
+        return Group(*parts, _panel(f"first failure: {report.misbehaviour.name}", [Text(report.misbehaviour.text)]), "")
     if report.verdict == "fails":
         parts.append(_failure(report))
     parts += [_tap_table(report) if verbose else _layer_table(report), ""]
@@ -222,6 +224,8 @@ def _isolated_figure(tap: TapReport) -> str:
 
 def _summary_figures(report: Report) -> list[Text]:
     alone = max((tap for tap in report.taps if tap.isolated), key=findings.isolated_severity, default=None)
+    if not report.taps:
+        return [Text("-"), Text("-"), Text("")]
     after = max(report.taps, key=findings.end_to_end_severity)
     tokens = report.next_tokens
     flips = Text("") if tokens is None else Text(f"{len(tokens.flips)}/{tokens.positions}")
@@ -234,6 +238,8 @@ def _where(report: Report) -> Text:
     """The first failure in few words."""
     if report.verdict != "fails":
         return Text("")
+    if report.misbehaviour is not None:
+        return Text(f": {report.misbehaviour.name}")
     first = report.first_failure
     return Text(": next tokens" if first is None else f": {formulas.spoken(first.name)}")
 

@@ -1,5 +1,6 @@
 """Runs checks: which checkpoints, inputs and candidate; what `refllm check` and `refllm trace` call."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 from refllm import extras
 from refllm.check.candidates import DTYPES, FAST, open_candidate, record
 from refllm.check.inputs import Inputs, stressed
+from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
+from refllm.check.process import ApartCandidate, Processes
 from refllm.check.taps import Candidate
 from refllm.check.trace import Trace
 from refllm.dtype_names import dtype_name
-from refllm.errors import InputError
+from refllm.errors import InputError, RefllmError
 from refllm.model import Model
 from refllm.not_a_checkpoint import explain
 from refllm.precision import POLICIES, Policy
@@ -42,7 +45,8 @@ class Settings:
     candidate: "torch", "triton", "transformers", "numpy", or a function as module:function. attention: of Transformers.
     policy: where the candidate is expected to round; None is fused for torch and triton, else follows the attention.
     stress: check the stressed inputs too (`refllm.check.inputs.stressed`). tokens: the arguments prompt, ids and
-    ids_file of `read_tokens`.
+    ids_file of `read_tokens`. seconds: for each run of the candidate; None: `refllm.check.process.time_limit`.
+    isolate: run it in a process of its own.
     """
 
     candidate: str = "transformers"
@@ -51,6 +55,8 @@ class Settings:
     policy: str | None = None
     stress: bool = False
     tokens: dict[str, Any] = field(default_factory=lambda: {"prompt": None, "ids": None, "ids_file": None})
+    seconds: float | None = None
+    isolate: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
@@ -60,6 +66,8 @@ class Settings:
         if self.attention not in POLICY_OF_ATTENTION:
             raise InputError(f"--attn {self.attention} is not known: use {' or '.join(POLICY_OF_ATTENTION)}")
         find_policy(self.policy, self.attention)
+        if self.seconds is not None and not self.seconds > 0:
+            raise InputError(f"--time {self.seconds:g}: expected more than 0 seconds")
 
     @property
     def rounding(self) -> Policy:
@@ -99,25 +107,75 @@ def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tup
     return names, [f"not checked: {extras.needs(name, *packages)}" for name, packages in missing.items() if packages]
 
 
-def check_all(folders: list[Path], settings: Settings, step: Step = lambda *_: None) -> Iterator[Report]:
-    """One report per folder, precision and input, as they are done."""
-    if settings.candidate == "transformers":
-        from refllm.check.transformers_adapter import require_transformers
+def check_all(
+    folders: list[Path], settings: Settings | list[Settings], step: Step = lambda *_: None
+) -> Iterator[Report]:
+    """One report per candidate, folder, precision and input, as they are done. settings: of one candidate or several,
+    of which the first says how they run."""
+    several = settings if isinstance(settings, list) else [settings]
+    jobs = [_Job(folder, dtype, each) for each in several for folder in folders for dtype in each.dtypes]
+    with Processes(several[0].seconds) as processes:
+        for job, following in zip(jobs, [*jobs[1:], None], strict=True):
+            yield from _check(job, following, processes, step)
 
-        require_transformers()
-    for folder in folders:
-        for dtype in settings.dtypes:
-            yield from check_checkpoint(folder, dtype, settings, step)
+
+class _Job:
+    """One candidate on one checkpoint in one precision. candidate: once it was opened."""
+
+    def __init__(self, folder: Path, dtype: str, settings: Settings) -> None:
+        self.folder, self.dtype, self.settings = folder, dtype, settings
+        self.candidate: Candidate | None = None
+
+    def open(self, processes: Processes) -> Candidate:
+        """The candidate; one in a process of its own is only begun with."""
+        if self.candidate is None:
+            open_one = processes.open if self.settings.isolate else open_candidate
+            self.candidate = open_one(
+                self.settings.candidate,
+                self.folder,
+                head=head_of(self.folder),
+                dtype=self.dtype,
+                attention=self.settings.attention,
+            )
+        return self.candidate
 
 
-def check_checkpoint(folder: Path, dtype: str, settings: Settings, step: Step = lambda *_: None) -> Iterator[Report]:
-    """Reports on one candidate on one checkpoint in one precision, one per input."""
-    step(f"{folder.name}: loading")
-    model, notes, ids = prepare(folder, dtype, settings.tokens)
-    candidate = open_candidate(settings.candidate, folder, head=model.head, dtype=dtype, attention=settings.attention)
-    policy = settings.rounding
-    for inputs in [Inputs(ids), *(stressed(ids) if settings.stress else [])]:
-        yield check_candidate(model, candidate, inputs, policy, folder.name, notes, step)
+def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) -> Iterator[Report]:
+    """A report per input. The candidate of the following job is opened while the last run of this one is judged."""
+    step(f"{job.folder.name}: loading")
+    candidate = job.open(processes)  # it loads its weights while this process loads its own
+    model, notes, ids = prepare(job.folder, job.dtype, job.settings.tokens)
+    runs = [Inputs(ids), *(stressed(ids) if job.settings.stress else [])]
+
+    def go_on() -> None:
+        job.candidate = None
+        if following is None:
+            close(candidate)
+        elif following.settings.isolate:
+            with contextlib.suppress(RefllmError):  # is said when its turn has come
+                following.open(processes)
+
+    for inputs in runs:
+        report = check_candidate(
+            model,
+            candidate,
+            inputs,
+            job.settings.rounding,
+            job.folder.name,
+            notes,
+            step,
+            go_on if inputs is runs[-1] else lambda: None,
+        )
+        yield report
+        if report.misbehaviour is not None and report.misbehaviour.kind == "hangs":
+            go_on()
+            return  # it would take as long again
+
+
+def close(candidate: Candidate) -> None:
+    """Frees what a candidate in a process of its own holds."""
+    if isinstance(candidate, ApartCandidate):
+        candidate.close()
 
 
 def check_candidate(
@@ -128,14 +186,50 @@ def check_candidate(
     checkpoint: str = "",
     notes: list[str] | None = None,
     step: Step = lambda *_: None,
+    recorded: Callable[[], None] = lambda: None,
 ) -> Report:
-    """One run of a candidate and its judgement. model: the checkpoint, weights on the grid of the candidate's dtype."""
+    """One run of a candidate and its judgement. model: the checkpoint, weights on the grid of the candidate's dtype.
+
+    recorded: called when the candidate has run and is not yet judged.
+    """
     where = f"{checkpoint} {candidate.dtype}, {inputs.label}"
     step(f"{where}: {candidate.name}")
-    trace = record(candidate, model, inputs)
-    report = judge(model, trace, policy, checkpoint=checkpoint, step=lambda text: step(f"{where}: {text}"))
+    try:
+        trace = record(candidate, model, inputs)
+    except MisbehavesError as error:
+        recorded()
+        report = _misbehaving(model, candidate, inputs, policy, checkpoint, error.found)
+    else:
+        recorded()
+        report = judge(model, trace, policy, checkpoint=checkpoint, step=lambda text: step(f"{where}: {text}"))
     report.notes.extend(notes or [])
     return report
+
+
+def _misbehaving(
+    model: Model, candidate: Candidate, inputs: Inputs, policy: Policy, checkpoint: str, found: Misbehaviour
+) -> Report:
+    return Report(
+        checkpoint=checkpoint,
+        candidate=candidate.name,
+        dtype=candidate.dtype,
+        policy=policy.name,
+        inputs=inputs.label,
+        tokens=int(inputs.valid.sum()),
+        taps=[],
+        next_tokens=None,
+        attribution={},
+        config=model.config,
+        misbehaviour=found,
+    )
+
+
+def head_of(folder: Path) -> str:
+    """The head that a checkpoint says it has."""
+    from refllm.auto import model_class
+    from refllm.config import AutoConfig
+
+    return model_class(AutoConfig.from_pretrained(folder)).head
 
 
 def prepare(folder: Path, dtype: str, tokens: dict[str, Any]) -> tuple[Model, list[str], np.ndarray]:
@@ -148,13 +242,17 @@ def prepare(folder: Path, dtype: str, tokens: dict[str, Any]) -> tuple[Model, li
 
 
 def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: None) -> Trace:
-    """The named values of one run: `refllm trace`. Takes the first of the settings' dtypes."""
-    model, notes, ids = prepare(folder, settings.dtypes[0], settings.tokens)
-    step(f"{folder.name}: {settings.candidate}")
-    candidate = open_candidate(
-        settings.candidate, folder, head=model.head, dtype=settings.dtypes[0], attention=settings.attention
-    )
-    trace = record(candidate, model, Inputs(ids))
+    """The named values of one run: `refllm trace`. Takes the first of the settings' dtypes.
+
+    Raises MisbehavesError for a candidate that has none to show.
+    """
+    step(f"{folder.name}: loading")
+    job = _Job(folder, settings.dtypes[0], settings)
+    with Processes(settings.seconds) as processes:
+        candidate = job.open(processes)
+        model, notes, ids = prepare(folder, settings.dtypes[0], settings.tokens)
+        step(f"{folder.name}: {settings.candidate}")
+        trace = record(candidate, model, Inputs(ids))
     policy = settings.rounding.name
     trace.details |= {"checkpoint": folder.name, "policy": policy, "notes": "; ".join(notes)}
     return trace

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from refllm import extras
+from refllm.check.candidates import must_not_have_changed
 from refllm.check.inputs import Inputs
 from refllm.check.taps import Sink
 from refllm.check.transformers_taps import hooks
@@ -74,13 +75,14 @@ class TransformersCandidate:
         device = next(self.model.parameters()).device
         cache = None
         for piece in inputs.pieces():
-            arguments: dict[str, Any] = {
-                "attention_mask": _tensor(inputs.mask[:, : piece.stop], device),
-                "position_ids": _tensor(inputs.positions[:, piece], device),
-                "past_key_values": cache,
-                "use_cache": bool(inputs.chunks),
+            given = {
+                "attention_mask": inputs.mask[:, : piece.stop],
+                "position_ids": inputs.positions[:, piece],
+                "input_ids": inputs.input_ids[:, piece],
             }
-            ids = _tensor(inputs.input_ids[:, piece], device)
+            tensors = {name: _tensor(value, device) for name, value in given.items()}
+            arguments: dict[str, Any] = {**tensors, "past_key_values": cache, "use_cache": bool(inputs.chunks)}
+            ids = arguments.pop("input_ids")
             with torch.inference_mode(), hooks(self.model, sink):
                 if inputs.embeds_scale is None:
                     arguments["input_ids"] = ids
@@ -89,6 +91,7 @@ class TransformersCandidate:
                     arguments["inputs_embeds"] = (rows.float() * inputs.embeds_scale).to(rows.dtype)
                     sink("model.embed_tokens", arguments["inputs_embeds"])
                 out = self.model(**arguments)
+            must_not_have_changed(given, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
             cache = out.past_key_values if inputs.chunks else None
 
 

@@ -20,7 +20,7 @@ from refllm.opcheck.repro import reproduction
 from refllm.opcheck.shrink import shrink as make_small
 from refllm.opcheck.signatures import signature
 from refllm.opcheck.without import calls_without, find_left_out
-from refllm.opcheck.worker import InProcess, Worker
+from refllm.opcheck.worker import InProcess, TimeIsUpError, Worker
 from refllm.strategies.call import Call
 
 SECONDS, SECONDS_TRITON = 25.0, 100.0
@@ -32,6 +32,10 @@ _HANG_SECONDS, _HANG_RUNS = 0.5, 5.0
 the longest run that returned, if that is more. The smallest is given more time in the end."""
 _MARGIN = 0.1
 """Seconds that ending a process takes."""
+_REPEATS = 200
+"""Calls in which what is wrong now and then has to show itself again."""
+_EVERY_TIME = ("hangs", "crashes", "result", "purity", "reuse")
+"""Properties that are taken for broken when they were seen once."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def check_op(
     max_examples: drawn after the fixed ones. seed: of what is drawn. time_limit: seconds for each run of the candidate.
     seconds: for all of it; None is 25, or 100 for Triton kernels. What was not looked at when they are over makes the
         verdict "incomplete". In this process (isolate=False) a run that has begun is not cut off.
-    isolate: run the candidate in a process of its own. shrink: make a counterexample small.
+    isolate: run the candidate in a process of its own. shrink: make a counterexample small, if it fails every time.
     bitwise: a row computed alone must have the bits that it has in its batch.
     without: optional arguments that the candidate does not have (key_mask, return_lse, bias), or "mixed_dtypes"
         (float32 weights and tables beside narrower activations); no call has them.
@@ -141,8 +145,12 @@ def check_op(
         first = smallest = searched.finding
         guesses: list[Guess] = []
         if first is not None and shrink:
-            smallest = _smallest(examine, first, progress)
-            guesses = _guesses(examine, smallest, first, policy)
+            odd = _now_and_then(examine, first, progress)
+            if odd is not None:
+                first = smallest = odd
+            else:
+                smallest = _smallest(examine, first, progress)
+                guesses = _guesses(examine, smallest, first, policy)
     finally:
         runner.close()
     judged = smallest.judgement if smallest is not None and smallest.judgement is not None else examine.worst
@@ -237,12 +245,23 @@ def _search(
     return search.drawn(examine, calls_without(calls, without), max_examples, seed, deadline, progress)
 
 
+def _now_and_then(examine: Examiner, first: Finding, progress: search.Progress) -> Finding | None:
+    """What there is to say of a call that does not fail every time; None of one that does."""
+    if first.property in _EVERY_TIME:
+        return None
+    progress("asking whether it fails every time", 0, 0)
+    try:
+        return examine.again(first, _REPEATS)
+    except TimeIsUpError:
+        return None
+
+
 def _smallest(examine: Examiner, first: Finding, progress: search.Progress) -> Finding:
     """The finding on the smallest call, every call being given no more time than it needs."""
     if first.property == "hangs":
         return _smallest_that_hangs(examine, first, progress)
     # What shows in the first run is looked for in the first run alone.
-    deep = first.property in ("unwritten", "determinism", "invariance", "purity", "raises", "crashes")
+    deep = first.property in ("unwritten", "determinism", "invariance", "purity", "reuse", "raises", "crashes")
     return _made_small(examine, first, examine.until, progress, deep, examine.limit)
 
 
@@ -255,7 +274,10 @@ def _smallest_that_hangs(examine: Examiner, first: Finding, progress: search.Pro
         return first
     progress("waiting for the smallest call", 0, 0)
     given = min(examine.limit, examine.until - time.monotonic() - _MARGIN)
-    hanging = examine(smallest.call, limit=given) if given > hurry or given == examine.limit else None
+    try:
+        hanging = examine(smallest.call, limit=given) if given > hurry or given == examine.limit else None
+    except TimeIsUpError:  # it was slow, and no more than that
+        return first
     if hanging is None or hanging.property != "hangs":  # it was slow, and no more than that
         return first
     return hanging if given == examine.limit else replace(hanging, text=f"{hanging.text}; the first call: {first.text}")

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refllm import apart
 from refllm.errors import InputError, RefllmError
-from refllm.opcheck.forked import Ended, forked
 
 if TYPE_CHECKING:
     from refllm.kernels.mutants import Mutant
@@ -302,10 +302,11 @@ class _UsersTest:
         """("", "") or what it raised, and its text; in a process of its own, as it may end that."""
         if _gpu_in_use():
             return self._run(function, form)
-        answer = forked(lambda: self._run(function, form), self._limit + _GRACE)
-        if isinstance(answer, Ended):
+        answer = apart.run(lambda: self._run(function, form), self._limit + _GRACE)
+        if isinstance(answer, apart.Ended):
             return (answer.text if answer.in_time else self._late), ""
-        return answer
+        said, text = answer
+        return said, text
 
     @property
     def _late(self) -> str:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refllm import apart
 from refllm.check.candidates import find_function
 from refllm.errors import InputError
 from refllm.extras import require
-from refllm.opcheck.forked import Ended, forked
 
 ARRAYS = ("torch", "numpy")
 DEVICES = ("cpu", "cuda")
@@ -136,10 +136,7 @@ def find(reference: str) -> Callable[..., Any]:
     folder = str(Path(reference.rpartition(":")[0]).resolve().parent)
     if reference.rpartition(":")[0].endswith(".py") and folder not in sys.path:
         sys.path.insert(0, folder)  # what a file imports from beside itself, as when it is run
-    try:
-        return find_function(reference)
-    except SystemExit as error:  # a script that ends itself when it is imported
-        raise InputError(f"{reference} cannot be imported: it ends the program, with {error.code!r}") from None
+    return find_function(reference)
 
 
 def survive_import(reference: str, find: Callable[[str], Any]) -> None:
@@ -153,8 +150,8 @@ def survive_import(reference: str, find: Callable[[str], Any]) -> None:
         with contextlib.suppress(InputError):  # is said where it is imported to stay
             find(reference)
 
-    ended = forked(imported)
-    if isinstance(ended, Ended):
+    ended = apart.run(imported)
+    if isinstance(ended, apart.Ended):
         raise InputError(f"{reference} cannot be imported: {ended.text}")
 
 

@@ -20,6 +20,7 @@ PROPERTIES = (
     "crashes",
     "result",
     "purity",
+    "reuse",
     "value",
     "NaN pattern",
     "unwritten",
@@ -96,6 +97,21 @@ class Examiner:
                 return finding
         self.power.see(expected)
         return None
+
+    def again(self, first: Finding, repeats: int) -> Finding | None:
+        """What is to be said of a call that failed, if it does not fail every time: None if it does.
+
+        Then a new process makes the plain call up to `repeats` times more. Raises TimeIsUpError where all time is up in
+        a run.
+        """
+        if self(first.call) is not None:
+            return None
+        self.runner.close()
+        seen = self.runner.observe(replace(self.task, call=first.call, repeats=repeats), self.limit, self.until)
+        if seen.property:
+            return _outright(first.call, seen, remembered(first.call, self.task.policy))
+        text = f"wrong now and then: {first.text}; {repeats + 1} more calls with the same inputs were right"
+        return replace(first, property="determinism", text=text, judgement=None, row_alone=None)
 
     def _remember(self, judged: list[Judgement]) -> None:
         for judgement in judged:

@@ -19,6 +19,19 @@ def make(call: Call, device: str, arrays: str) -> tuple[list[Any], dict[str, Any
     return call.placed() if arrays == "numpy" else call.tensors(device)
 
 
+def other_numbers(arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Other tensors or arrays of floats, each by a factor of its own: two signs, or two equal factors, may cancel."""
+
+    def other(x: Any, factor: int) -> Any:
+        floats = hasattr(x, "shape") and not str(x.dtype).removeprefix("torch.").startswith(("int", "bool", "uint"))
+        return (x * factor).astype(x.dtype) if floats and isinstance(x, np.ndarray) else x * factor if floats else x
+
+    return (
+        [other(x, i + 2) for i, x in enumerate(arguments)],
+        {name: other(x, 2) for name, x in keywords.items()},
+    )
+
+
 def named(call: Call, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
     """The arrays or tensors among the arguments, by name."""
     given = {**dict(zip(call.names, arguments, strict=True)), **keywords}

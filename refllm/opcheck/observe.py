@@ -2,7 +2,9 @@
 
 A call is made up to three times: plainly; for one row of the batch alone; and once more with everything changed that
 the contract says nobody reads (masked keys, slots past a length, memory between elements and memory never written).
-If the last differs from the first by a bit, the changes are tried one by one to say which of them was read.
+If the last differs from the first by a bit, the changes are tried one by one to say which of them was read. What was
+returned is held meanwhile: a result that a later call overwrites was not the caller's. Where results of two calls lie
+in one place, one more call, on other numbers, shows whether they are overwritten.
 """
 
 import contextlib
@@ -35,7 +37,8 @@ _NOTHING = np.zeros(0)
 @dataclass(frozen=True)
 class Task:
     """One call for the candidate. deep: also one row alone and the repetition. bitwise: the row alone must have the
-    bits that it has in the batch. Numbers and names only, to be sent to another process."""
+    bits that it has in the batch. repeats: make the plain call so many times more and nothing else, to see whether one
+    differs. Numbers and names only, to be sent to another process."""
 
     call: Call
     device: str
@@ -44,6 +47,7 @@ class Task:
     policy: str
     deep: bool
     bitwise: bool
+    repeats: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,11 @@ class Result:
     device: str
     view_of: str = ""
     kind: str = ""
+
+    @staticmethod
+    def from_answer(values: dict[str, Any]) -> "Result":
+        """Of another process."""
+        return Result(**values | {"shape": tuple(values["shape"])})
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,23 @@ class Observation:
     where: np.ndarray | None = None
     seconds: float = 0.0
 
+    def to_answer(self) -> dict[str, Any]:
+        """Plain values and arrays, for another process to read."""
+        alone = None if self.alone is None else (self.alone[0], [vars(result) for result in self.alone[1]])
+        return {**vars(self), "results": [vars(result) for result in self.results], "alone": alone}
+
+    @staticmethod
+    def from_answer(values: dict[str, Any]) -> "Observation":
+        """What `to_answer` made."""
+        alone = values["alone"]
+        return Observation(
+            **values
+            | {
+                "results": tuple(map(Result.from_answer, values["results"])),
+                "alone": None if alone is None else (alone[0], tuple(map(Result.from_answer, alone[1]))),
+            }
+        )
+
 
 class _Broken(Exception):
     def __init__(self, property: str, text: str, row_alone: int | None = None) -> None:
@@ -92,15 +118,45 @@ def observe(function: Callable[..., Any], task: Task, step: Step = lambda name: 
     results: tuple[Result, ...] = ()
     try:
         results = run()
+        if task.repeats:
+            return _repeated(run, results)
         if not task.deep:
             return Observation(results=results, seconds=run.longest)
         alone = run.alone()
-        different = _different(results, run(filling=1, padding=True, unread=True))
+        again = run(filling=1, padding=True, unread=True)
+        overwritten = run.overwritten()
+        if overwritten is not None:
+            output, where = overwritten
+            text = f"{_count(where)} of the result: a later call overwrites what an earlier one returned"
+            return Observation("reuse", text, results, output=output, where=where, seconds=run.longest)
+        different = _different(results, again)
         if different is not None:
             return _why(run, results, different)
         return Observation(results=results, alone=alone, seconds=run.longest)
     except _Broken as broken:
         return Observation(broken.property, broken.text, results, None, broken.row_alone, seconds=run.longest)
+
+
+def _repeated(run: "_Run", results: tuple[Result, ...]) -> Observation:
+    """The call with the same inputs whose results are others than those of the rest."""
+
+    def found(text: str, output: int = 0, where: np.ndarray | None = None) -> Observation:
+        text = f"wrong now and then: {text}, same inputs"
+        return Observation("determinism", text, results, output=output, where=where, seconds=run.longest)
+
+    last, odd = run.task.repeats + 1, None
+    for n in range(2, last + 1):
+        right = "call 1" if n == 2 else f"calls 1 to {n - 1}"
+        try:
+            again = run()
+        except _Broken as broken:
+            return found(f"{right} right, {n} {broken.text}")
+        different = _different(results, again)
+        if different is not None and n == 2:
+            results, odd = again, different
+        elif different is not None:
+            return found(f"{right} right, {n} wrong", *different)
+    return Observation(results=results) if odd is None else found(f"call 1 wrong, calls 2 to {last} right", *odd)
 
 
 def _why(run: "_Run", results: tuple[Result, ...], different: tuple[int, np.ndarray]) -> Observation:
@@ -150,6 +206,7 @@ class _Run:
         self.padded: list[str] = []
         self.unread: list[str] = []
         self.longest = 0.0
+        self._held: list[tuple[tuple[Any, ...], tuple[Result, ...]]] = []
 
     def __call__(self, *, filling: int = 0, padding: bool = False, unread: bool = False) -> tuple[Result, ...]:
         call = self.task.call
@@ -165,7 +222,7 @@ class _Run:
         if modified:
             what = "inputs" if len(modified) > 1 else "input"
             raise _Broken("purity", f"it changes its {what} {', '.join(modified)}")
-        return self._results(out, tensors)
+        return self._hold(out, self._results(out, tensors))
 
     def alone(self) -> tuple[int, tuple[Result, ...]] | None:
         """The last row of the batch by itself."""
@@ -178,7 +235,35 @@ class _Run:
             out = self._call(arguments, keywords, 0)
         except _Broken as broken:
             raise _Broken(broken.property, f"row {row} computed alone: {broken.text}", row) from None
-        return row, self._results(out, {})
+        return row, self._hold(out, self._results(out, {}))
+
+    def overwritten(self) -> tuple[int, np.ndarray] | None:
+        """The first result of an earlier call that is not what it was, and where; None if there is none."""
+        found = self._changed()
+        if found is None and self._in_one_place():
+            arguments, keywords = inputs.other_numbers(*inputs.make(self.task.call, self.task.device, self.task.arrays))
+            with contextlib.suppress(_Broken):  # nobody asked for a call on those numbers
+                self._call(arguments, keywords, 0)
+            found = self._changed()
+        return found
+
+    def _hold(self, out: tuple[Any, ...], results: tuple[Result, ...]) -> tuple[Result, ...]:
+        if self.task.deep:
+            self._held.append((out, results))
+        return results
+
+    def _changed(self) -> tuple[int, np.ndarray] | None:
+        for out, results in self._held:
+            now = tuple(_result(x, {}, self.task.arrays) for x in out)
+            different = _different(results, now)
+            if different is not None and different[1].any():
+                return different
+        return None
+
+    def _in_one_place(self) -> bool:
+        """Whether results of two calls share memory."""
+        places = [{p for x in out for p in [_memory_of(x)] if p} for out, _ in self._held]
+        return any(a & b for i, a in enumerate(places) for b in places[:i])
 
     def _results(self, out: tuple[Any, ...], tensors: dict[str, Any]) -> tuple[Result, ...]:
         try:
@@ -204,6 +289,20 @@ class _Run:
         finally:
             self.longest = max(self.longest, time.monotonic() - begin)
         return tuple(out) if isinstance(out, tuple | list) else (out,)
+
+
+def _memory_of(x: Any) -> int:
+    """Where the memory of a result begins that its owner got; 0 for what has none."""
+    if hasattr(x, "untyped_storage"):
+        try:
+            return int(x.untyped_storage().data_ptr()) if x.numel() else 0
+        except (RuntimeError, NotImplementedError):  # sparse tensors and their like
+            return 0
+    if not isinstance(x, np.ndarray) or not x.size:
+        return 0
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return int(x.__array_interface__["data"][0])
 
 
 def _no_grad(task: Task) -> Any:
@@ -261,7 +360,8 @@ def _array_result(x: np.ndarray, tensors: dict[str, Any]) -> Result:
     view = next((name for name, t in tensors.items() if x.size and np.shares_memory(x, t)), "")
     narrow = x.dtype.kind == "V" or x.dtype.name in ("bfloat16", "float16")
     value = x.astype(np.float32) if narrow else x.copy()
-    return Result(value if x.size <= _LARGEST else _NOTHING, x.shape, x.dtype.name, "cpu", view)
+    readable = x.size <= _LARGEST and value.dtype.kind in "biuf"  # others are refused by their dtype
+    return Result(value if readable else _NOTHING, x.shape, x.dtype.name, "cpu", view)
 
 
 def _tensor_result(x: Any, tensors: dict[str, Any]) -> Result:
@@ -274,4 +374,5 @@ def _tensor_result(x: Any, tensors: dict[str, Any]) -> Result:
     place = x.untyped_storage().data_ptr()
     shared = (name for name, t in tensors.items() if t.untyped_storage().data_ptr() == place)
     view = next(shared, "") if x.numel() else ""
-    return Result(np.array(to_numpy(x)), shape, dtype, x.device.type, view)
+    value = _NOTHING if x.is_complex() else np.array(to_numpy(x))
+    return Result(value, shape, dtype, x.device.type, view)

@@ -4,18 +4,11 @@ On a CPU it is a fork of this process, which takes milliseconds and knows functi
 does not survive a fork, it is a new interpreter that imports the candidate again.
 """
 
-import contextlib
-import faulthandler
-import multiprocessing
-import os
-import signal
-import tempfile
 import time
-from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from refllm.apart import Channel, EndedError, LateError, Process, place
 from refllm.errors import InputError, RefllmError
-from refllm.opcheck import forked
 from refllm.opcheck.candidate import Candidate, find
 from refllm.opcheck.observe import Observation, Task, observe
 
@@ -61,9 +54,7 @@ class Worker:
 
     def __init__(self, candidate: Candidate) -> None:
         self.candidate, self.fork = candidate, candidate.device == "cpu"
-        self._process: Any = None
-        self._pipe: Connection | None = None
-        self._log: Any = None
+        self._process: Process | None = None
         if not self.fork and not candidate.reference:
             raise InputError(
                 f"{candidate.name}: a GPU needs a process that imports the candidate; give it as module:function or "
@@ -75,108 +66,69 @@ class Worker:
     def observe(self, task: Task, limit: float, until: float = NEVER) -> Observation:
         """A candidate that takes longer "hangs", one whose process ends "crashes"."""
         started = self._process is None
-        if started:
-            self._start()
-        pipe, begin = self._pipe, time.monotonic()
-        assert pipe is not None
+        process = self._process or self._start()
+        process.send(task)
+        begin, patience = time.monotonic(), _START_SECONDS if started and not self.fork else limit
         try:
-            pipe.send(task)
-            patience = _START_SECONDS if started and not self.fork else limit
-            while pipe.poll(max(0.0, min(patience, left := until - time.monotonic()))):
-                message = pipe.recv()
-                if isinstance(message, Observation):
-                    return message
-                patience = max(limit, _START_SECONDS if message == "first" and not self.fork else 0.0)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return Observation("crashes", self._epitaph(), seconds=time.monotonic() - begin)
-        self.close()
-        if left < patience:
-            raise TimeIsUpError("the time is up")
-        return Observation("hangs", f"it did not return within {patience:.2g} s", seconds=time.monotonic() - begin)
+            while True:
+                left = until - time.monotonic()
+                word, values = process.receive(max(0.0, min(patience, left)))
+                if word == "seen":
+                    return Observation.from_answer(values)
+                patience = max(limit, _START_SECONDS if word == "first" and not self.fork else 0.0)
+        except EndedError as ended:
+            self.close()
+            return Observation("crashes", str(ended), seconds=time.monotonic() - begin)
+        except LateError:
+            seconds, at = time.monotonic() - begin, place(*process.where())
+            self.close()
+            if left < patience:
+                raise TimeIsUpError("the time is up") from None
+            text = f"it did not return within {patience:.2g} s" + (f" ({at})" if at else "")
+            return Observation("hangs", text, seconds=seconds)
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.join()
+            self._process.close()
             self._process = None
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
-        if self._log is not None:
-            self._log.close()
-            self._log = None
 
-    def _start(self) -> None:
-        context: Any = multiprocessing.get_context("fork" if self.fork else "spawn")
-        self._pipe, theirs = context.Pipe()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        candidate = self.candidate.function if self.fork else self.candidate.reference
-        arguments = (theirs, candidate, self._log.fileno() if self.fork else None)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        with _without_main() if not self.fork else contextlib.nullcontext():
-            forked.start(self._process)
-        theirs.close()
-        if not self.fork:
-            self._wait_until_imported()
-
-    def _wait_until_imported(self) -> None:
-        assert self._pipe is not None
+    def _start(self) -> Process:
+        if self.fork:
+            self._process = Process.forked(lambda channel: _serve(channel, self.candidate.function))
+            return self._process
+        self._process = Process.fresh(f"{__name__}:serve")
+        self._process.send(self.candidate.reference)
         try:
-            said = self._pipe.recv() if self._pipe.poll(_START_SECONDS) else f"no answer within {_START_SECONDS:g} s"
-        except EOFError:
-            said = self._epitaph()
+            said = self._process.receive(_START_SECONDS).values
+        except EndedError as ended:
+            said = str(ended)
+        except LateError:
+            said = f"no answer within {_START_SECONDS:g} s"
         if said is not None:
             self.close()
             raise InputError(f"{self.candidate.name} cannot be imported by a process of its own: {said}")
-
-    def _epitaph(self) -> str:
-        """How the process ended, and the last thing it said."""
-        how = forked.how_it_ended(self._process, self._log)
-        self.close()
-        return how
+        return self._process
 
 
-@contextlib.contextmanager
-def _without_main() -> Any:
-    """A new interpreter imports the main module of this one again, unless that has no file."""
-    import sys
-
-    main = sys.modules["__main__"]
-    kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
-    try:
-        if "__file__" in kept:
-            del main.__file__
-        main.__spec__ = None
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(main, name, value)
-
-
-def _serve(pipe: Connection, candidate: Any, log: int | None) -> None:
-    """The process: takes tasks, returns observations, until the pipe closes."""
-    if log is not None:
-        forked.silence(log)
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked ends this process
-        faulthandler.disable()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
+def serve(channel: Channel) -> None:
+    """A new process: is told the candidate's name first."""
+    for reference in channel.requests():
         try:
-            candidate = find(candidate)
+            candidate = find(reference)
         except InputError as error:
-            pipe.send(str(error))
+            channel.answer("refused", str(error))
             return
-        pipe.send(None)
+        channel.answer("found")
+        _serve(channel, candidate)
+
+
+def _serve(channel: Channel, candidate: Any) -> None:
+    """The process: takes tasks, answers with observations, until the channel closes."""
     word = "first"
 
     def step(name: str) -> None:
-        pipe.send(word)
+        channel.answer(word)
 
-    while True:
-        try:
-            task = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(observe(candidate, task, step))
+    for task in channel.requests():
+        channel.answer("seen", observe(candidate, task, step).to_answer())
         word = "next"

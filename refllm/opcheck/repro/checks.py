@@ -15,6 +15,7 @@ def check(case: Case) -> list[str]:
         "hangs": _hangs,
         "crashes": _crashes,
         "purity": _purity,
+        "reuse": _reuse,
         "result": _result,
     }
     return ways.get(case.kind, values)(case)
@@ -60,7 +61,7 @@ def _crashes(case: Case) -> list[str]:
 def _pair(case: Case) -> list[str]:
     if case.finding.property == "determinism":
         return [
-            "runs = [run(*make()) for _ in range(20)]",
+            f"runs = [run(*make()) for _ in range({20 if 'now and then' not in case.finding.text else 200})]",
             "different = [max(int((a != b).sum()) for b in outputs) for a, *outputs in zip(*runs)]",
             'print("elements that differ between runs on the same input, by output:", different)',
             "sys.exit(int(any(different)))",
@@ -119,6 +120,22 @@ def _purity(case: Case) -> list[str]:
         *case.called(),
         f"changed = [i for i, (x, b) in enumerate(zip({pairs}]",
         'print("inputs that changed, counted from 0:", changed)',
+        "sys.exit(int(bool(changed)))",
+    ]
+
+
+def _reuse(case: Case) -> list[str]:
+    return [
+        *case.called(),
+        f"held, before = got, [{case.read('x')}.copy() for x in got]",
+        "arguments = [  # other numbers",
+        "    x * (i + 2) if isinstance(x, torch.Tensor) and x.is_floating_point() else x",
+        "    for i, x in enumerate(arguments)",
+        "]",
+        *case.called(),
+        f"now = [{case.read('x')} for x in held]",
+        "changed = [i for i, (a, b) in enumerate(zip(now, before)) if not np.array_equal(a, b, equal_nan=True)]",
+        'print("results that a later call overwrote, counted from 0:", changed)',
         "sys.exit(int(bool(changed)))",
     ]
 

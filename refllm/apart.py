@@ -1,0 +1,484 @@
+"""Runs something in a process of its own, with limits: on its time, on what it prints, and on how it may end.
+
+    with Process.forked(serve) as process:              # a function of this process, which a fork keeps
+    with Process.fresh("package.module:serve") as ...:  # a new interpreter, which imports it
+
+        process.send(request)
+        answer = process.receive(seconds)
+
+`serve(channel)` takes `channel.requests()` and gives `channel.answer(word, values)` as often as it likes for each. A
+fork takes milliseconds and knows functions that have no name; but a GPU that this process uses does not survive it, nor
+do the threads of a library that has computed already. For those there is the new interpreter.
+
+Requests are pickled, since the one who asks is trusted. Answers are not: they are JSON and the bytes of arrays, so that
+nothing that comes from the process is executed here. They carry the number of their request, so that a late one is
+never taken for the next. The process leads a session of its own, which ends with it: what it started is killed as well.
+It ends with this process too. What it prints goes through a pipe, of which the last lines are kept and nothing is
+stored.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import importlib
+import json
+import math
+import os
+import pickle
+import re
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refllm.errors import RefllmError
+
+_TAIL = 1 << 14
+"""Bytes that are kept of what a process prints."""
+_LOOK = 0.1
+"""Seconds after which the process itself is looked at: its children may hold its end of the channel open."""
+_TO_END = 5.0
+"""Seconds that a process has to end once it has closed its channel."""
+_TO_TELL = 0.5
+"""Seconds that a process has to say where it is."""
+_HEAD = struct.Struct("<QQ")
+_LARGEST = 1 << 28
+"""Bytes of an answer, its arrays not counted."""
+_KINDS = "biuf"
+"""NumPy's kinds of the arrays that can be sent."""
+_WHERE = signal.SIGUSR2
+_PR_SET_PDEATHSIG = 1
+
+
+class NoAnswerError(RefllmError):
+    """A process gave no answer. The text is one clause."""
+
+
+class EndedError(NoAnswerError):
+    """It ended before it answered. file, line: of whose code it had reached, "" and 0 where that is not known."""
+
+    def __init__(self, text: str, file: str = "", line: int = 0) -> None:
+        super().__init__(text)
+        self.file, self.line = file, line
+
+
+class LateError(NoAnswerError):
+    """It still runs, but its time is over."""
+
+
+class Answer(NamedTuple):
+    """word: what kind of answer. values: plain values of JSON, with arrays in them."""
+
+    word: str
+    values: Any
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended that gave no answer. text: one clause. in_time: it ended itself."""
+
+    text: str
+    in_time: bool = True
+
+
+def run(work: Callable[[], Any], limit: float | None = None) -> Any:
+    """What `work()` returns, from a fork of this process, as JSON gives it back (tuples as lists); or `Ended`.
+
+    limit: seconds, None for as long as it takes. What the process prints is not shown.
+    """
+
+    def serve(channel: Channel) -> None:
+        for request in channel.requests():
+            channel.answer(request, work())
+
+    with Process.forked(serve) as process:
+        process.send("work")
+        try:
+            return process.receive(math.inf if limit is None else limit).values
+        except EndedError as ended:
+            return Ended(str(ended))
+        except LateError:
+            return Ended(f"no answer within {limit:g} s", in_time=False)
+
+
+class Process:
+    """A process that answers. A context manager; `close` ends the process and all that it started.
+
+    echo: told what the process prints, as it comes, while an answer is waited for.
+    """
+
+    def __init__(self, child: Any, channel: socket.socket, output: int, faults: Any) -> None:
+        self.echo: Callable[[bytes], None] = lambda text: None
+        self._child, self._socket, self._output, self._faults = child, channel, output, faults
+        self._number, self._owner, self._said = 0, os.getpid(), b""
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(channel, selectors.EVENT_READ)
+        self._selector.register(output, selectors.EVENT_READ)
+        atexit.register(self.close)
+
+    @classmethod
+    def forked(cls, serve: Callable[["Channel"], None]) -> "Process":
+        """A fork of this process that runs `serve`."""
+        with _ends() as (ours, theirs, output, printed, faults):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            with warnings.catch_warnings():  # that this process has threads: the new one uses none of theirs
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child = _Fork(os.fork())
+            if child.pid == 0:
+                _be_the_process(serve, theirs, printed, faults.fileno(), fork=True)
+        return cls(child, ours, output, faults)
+
+    @classmethod
+    def fresh(cls, serve: str) -> "Process":
+        """A new interpreter that runs the function "module:name", with the import path and arguments of this one."""
+        with _ends() as (ours, theirs, output, printed, faults):
+            fds = [theirs.fileno(), faults.fileno()]
+            start = "import json, sys; sys.path[:], sys.argv[:], serve, *fds = json.loads(sys.argv[1])"
+            start += "; from refllm.apart import be_fresh; be_fresh(serve, *fds)"
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-c", start, json.dumps([sys.path, sys.argv, serve, *fds])],
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=printed,
+                pass_fds=fds,
+                start_new_session=True,
+            )
+        return cls(child, ours, output, faults)
+
+    def send(self, request: Any) -> None:
+        """Hands over a request, which has to pickle. Earlier ones are answered no more."""
+        self._number += 1
+        data = pickle.dumps(request)
+        with contextlib.suppress(OSError):  # it has ended, as will be said to the one who waits for the answer
+            self._socket.sendall(_HEAD.pack(self._number, len(data)) + data)
+
+    def receive(self, limit: float) -> Answer:
+        """The next answer to the last request. limit: seconds. Raises EndedError or LateError."""
+        deadline = time.monotonic() + limit
+        while True:
+            head = bytearray(_HEAD.size)
+            self._fill(memoryview(head), deadline)
+            number, size = _HEAD.unpack(head)
+            try:
+                text = bytearray(min(size, _LARGEST))
+                self._fill(memoryview(text), deadline)
+                word, values, kinds = json.loads(text)
+                arrays = [self._array(dtype, shape, deadline) for dtype, shape in kinds]
+                answer = Answer(str(word), _joined(values, arrays))
+            except (ValueError, TypeError, LookupError, MemoryError) as error:
+                if isinstance(error, NoAnswerError):
+                    raise
+                raise EndedError("its process sent what is no answer") from None
+            if number == self._number:
+                return answer
+
+    def where(self) -> tuple[str, int]:
+        """Which file and line a process that still runs has reached; "" and 0 if it cannot tell."""
+        with contextlib.suppress(OSError):
+            os.kill(self._child.pid, _WHERE)
+        end = time.monotonic() + _TO_TELL
+        while not (told := self._fault()).endswith("\n") and time.monotonic() < end:
+            time.sleep(0.005)
+        return _line_of(told)
+
+    def close(self) -> None:
+        """Ends the process and its session at once; may be called again."""
+        if self._child is None or os.getpid() != self._owner:  # a fork has this object too, but it is not its own
+            return
+        atexit.unregister(self.close)
+        kill_group(self._child.pid)
+        self._child.wait()
+        self._child = None
+        self._selector.close()
+        self._socket.close()
+        self._faults.close()
+        os.close(self._output)
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _array(self, dtype: str, shape: list[int], deadline: float) -> np.ndarray:
+        if np.dtype(dtype).kind not in _KINDS:
+            raise TypeError(dtype)
+        array = np.empty(shape, dtype)
+        if array.size:
+            self._fill(memoryview(array.reshape(-1).view(np.uint8)), deadline)  # type: ignore[arg-type]
+        return array
+
+    def _fill(self, view: memoryview, deadline: float) -> None:
+        """Reads so many bytes of the channel."""
+        while view:
+            self._wait(deadline)
+            try:
+                count = self._socket.recv_into(view)
+            except ConnectionResetError:
+                count = 0
+            if not count:
+                raise self._how_it_ended()
+            view = view[count:]
+
+    def _wait(self, deadline: float) -> None:
+        """Until there is something to read from the channel; what is printed meanwhile is taken."""
+        while True:
+            left = deadline - time.monotonic()
+            ready = {key.fileobj for key, _ in self._selector.select(max(0.0, min(left, _LOOK)))}
+            if self._output in ready:
+                self._take_output()
+            if self._socket in ready:
+                return
+            if left <= 0:
+                raise LateError("no answer in time")
+            if not ready and self._child.poll() is not None:
+                raise self._how_it_ended()
+
+    def _take_output(self) -> None:
+        text = os.read(self._output, 1 << 16)
+        if not text:
+            self._selector.unregister(self._output)
+        self._said = (self._said + text)[-_TAIL:]
+        self.echo(text)
+
+    def _how_it_ended(self) -> EndedError:
+        """How it ended, where that is known, and the last thing that it printed."""
+        end = time.monotonic() + _TO_END
+        while self._child.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+        code = self._child.poll()
+        how = "its process answers no more" if code is None else f"its process ended: {_code(code)}"
+        while self._output in {key.fileobj for key, _ in self._selector.select(0)}:
+            self._take_output()
+        lines = [line.strip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
+        file, line = _line_of(self._fault())
+        told = [*[said[:200] for said in lines[-1:]], *filter(None, [place(file, line)])]
+        return EndedError(how + (f" ({'; '.join(told)})" if told else ""), file, line)
+
+    def _fault(self) -> str:
+        """What the interpreter wrote of the process when it crashed, or was asked where it is."""
+        return os.pread(self._faults.fileno(), _TAIL, 0).decode(errors="replace")
+
+
+class Channel:
+    """The process's end."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._socket, self._home, self._number = channel, os.getpid(), 0
+
+    def requests(self) -> Iterator[Any]:
+        """What is asked, until the one who asks is gone."""
+        while head := self._read(_HEAD.size):
+            self._number, size = _HEAD.unpack(head)
+            yield pickle.loads(self._read(size))
+            self._at_home()
+
+    def answer(self, word: str, values: Any = None) -> None:
+        """values: of JSON, with arrays of numbers in them. Raises TypeError for others."""
+        self._at_home()
+        arrays: list[np.ndarray] = []
+        values = _parted(values, arrays)
+        kinds = [(array.dtype.str, array.shape) for array in arrays]
+        text = json.dumps([word, values, kinds]).encode()
+        self._socket.sendall(_HEAD.pack(self._number, len(text)) + text)
+        for array in arrays:
+            if array.size:
+                self._socket.sendall(memoryview(array.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+
+    def _at_home(self) -> None:
+        """Ends a fork of this process that came back from the work in its place."""
+        if os.getpid() != self._home:
+            os._exit(0)
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            count = self._socket.recv_into(view)
+            if not count:
+                return b""
+            view = view[count:]
+        return bytes(data)
+
+
+def be_fresh(serve: str, channel: int, faults: int) -> None:
+    """A new interpreter becomes the process that it was started for."""
+    module, _, name = serve.partition(":")
+
+    def work(channel: Channel) -> None:
+        getattr(importlib.import_module(module), name)(channel)
+
+    _be_the_process(work, socket.socket(fileno=channel), None, faults, fork=False)
+
+
+def _be_the_process(
+    serve: Callable[[Channel], None], channel: socket.socket, printed: int | None, faults: int, *, fork: bool
+) -> None:
+    """Serves, and ends this process."""
+    code = 1
+    try:
+        if fork:
+            os.setsid()
+            _speak_into(printed)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked ends this process
+        _die_first()
+        faulthandler.enable(faults, all_threads=False)
+        faulthandler.register(_WHERE, faults, all_threads=False)
+        serve(Channel(channel))
+        code = 0
+    except BaseException:  # whatever it is, nobody is left to hear of it but the one who asked
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _speak_into(printed: int | None) -> None:
+    """In a fork: what it reads is empty, and what it writes, by whichever way, goes to the one who asked."""
+    assert printed is not None
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (as long as the process)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)  # the threads of the process that forked are not in this one
+
+
+def _die_first() -> None:
+    """Where memory is out, this process ends and not the one who asked; and it ends with that one. Linux alone."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _Fork:
+    """A forked process, as `subprocess.Popen` shows one."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self._code = pid, None if pid else 0
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._wait(0)
+
+    def _wait(self, how: int) -> int | None:
+        if self._code is None:
+            try:
+                pid, status = os.waitpid(self.pid, how)
+            except ChildProcessError:  # somebody else of this process has waited for it
+                pid, status = self.pid, 0
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+
+@contextlib.contextmanager
+def _ends() -> Iterator[tuple[socket.socket, socket.socket, int, int, Any]]:
+    """Both ends of a channel and of a pipe, and a file for faults; the process's ends are closed here at the end."""
+    ours, theirs = socket.socketpair()
+    output, printed = os.pipe()
+    faults = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+    try:
+        yield ours, theirs, output, printed, faults
+    except BaseException:
+        ours.close()
+        os.close(output)
+        faults.close()
+        raise
+    finally:
+        theirs.close()
+        os.close(printed)
+
+
+def kill_group(pid: int) -> None:
+    """Ends the process that leads a group, and the group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)  # it may not have come to lead one
+
+
+def _code(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def _parted(values: Any, arrays: list[np.ndarray]) -> Any:
+    """`values` with {"array": its number} in place of every array, which goes to the list."""
+    if isinstance(values, np.ndarray):
+        if values.dtype.kind not in _KINDS:
+            raise TypeError(f"an array of {values.dtype} cannot be sent")
+        arrays.append(np.ascontiguousarray(values).reshape(values.shape))
+        return {"array": len(arrays) - 1}
+    if isinstance(values, dict):
+        return {key: _parted(value, arrays) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_parted(value, arrays) for value in values]
+    return values
+
+
+def _joined(values: Any, arrays: list[np.ndarray]) -> Any:
+    if isinstance(values, dict):
+        if values.keys() == {"array"}:
+            return arrays[values["array"]]
+        return {key: _joined(value, arrays) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_joined(value, arrays) for value in values]
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------- where it was
+
+
+_FRAME = re.compile(r'^  File "(.+)", line (\d+) in ', re.MULTILINE)
+_OURS = str(Path(__file__).resolve().parent)
+_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+def in_one_line(error: BaseException) -> tuple[str, str, int]:
+    """An error in one line; and the file and the line of whose code raised it, "" and 0 if there is none."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # an error that cannot be told
+        lines = []
+    said = type(error).__name__ + (f": {lines[0][:300]}" if lines else "")
+    frames = [(f.filename, f.lineno or 0) for f in reversed(traceback.extract_tb(error.__traceback__))]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames = [(error.filename, error.lineno or 0)]
+    return said, *theirs(frames)
+
+
+def theirs(frames: list[tuple[str, int]]) -> tuple[str, int]:
+    """The first of (file, line) that is of nobody's library, else the first that is not of this package, else none."""
+    foreign = [(file, line) for file, line in frames if not file.startswith((_OURS, "<frozen")) and file != "<string>"]
+    own = [(file, line) for file, line in foreign if not file.startswith(_LIBRARIES)]
+    return next(iter(own or foreign), ("", 0))
+
+
+def place(file: str, line: int) -> str:
+    """A line of a file, as "file.py:3"; "" for none."""
+    return f"{os.path.basename(file)}:{line}" if file else ""
+
+
+def _line_of(fault: str) -> tuple[str, int]:
+    """The file and line in what the interpreter wrote: the newest frame comes first."""
+    return theirs([(file, int(line)) for file, line in _FRAME.findall(fault)])
