@@ -12,7 +12,7 @@ TORCH  := torch==2.13.0
 TRITON := triton==3.7.1; platform_system == "Linux"
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-long lint types format bench gpu golden clean
+.PHONY: help check test test-cpus test-long lint types format bench gpu golden clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ check: .venv/ready-to-check  ## the main job: every embedded checkpoint; Torch, 
 
 test: .venv/ready-to-test  ## all tests
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-cpus: .venv/ready-to-test  ## what depends on the processor, and `refllm check`, under every CPU that can be simulated
+	$(BIN)/python tests/run_cpus.py $(ARGS)
 
 MINUTES ?= 60
 test-long: .venv/ready-to-test  ## the drawn tests with random seeds for an hour, or MINUTES=...

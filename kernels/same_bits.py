@@ -1,4 +1,4 @@
-"""Whether policy `hf-eager` has torch's bits on the CPU at hand: the orders of `refllm.torch_cpu` against torch's kernels.
+"""Whether policy `hf-eager` has torch's bits on the CPU at hand: `refllm.torch_cpu` against torch's kernels.
 
 On every CPU the policy rounds where Transformers' eager forward does; whether its float32 sums between two roundings
 are the same to the last bit depends on the kernels that torch and oneDNN choose for the processor. So a few of each
@@ -6,9 +6,8 @@ kind are run here and compared. The inputs are sharp: little is left of sums of 
 shows in the leading digits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +90,7 @@ KINDS: dict[str, Callable[[str], bool]] = {"products": products, "softmax": soft
 
 
 @contextmanager
-def _one_thread() -> Any:
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -40,7 +40,7 @@ class Cpu:
 
 @lru_cache(maxsize=1)
 def this_cpu() -> Cpu:
-    """The CPU at hand, as NumPy finds it, less what torch's ATEN_CPU_CAPABILITY and oneDNN's ONEDNN_MAX_CPU_ISA hide."""
+    """The CPU at hand, as NumPy finds it, less what ATEN_CPU_CAPABILITY (torch) and ONEDNN_MAX_CPU_ISA hide."""
     try:  # not part of NumPy's public interface, and without type stubs
         from numpy._core._multiarray_umath import __cpu_features__ as found  # type: ignore[import-not-found]
     except ImportError:
@@ -58,7 +58,8 @@ def this_cpu() -> Cpu:
 
 def chain(terms: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """Sum over the first axis, one after another."""
-    total = np.zeros_like(terms[0]) if len(terms) else np.zeros(np.shape(terms)[1:], F32)  # laid out in memory as they are
+    # Laid out in memory as the terms are.
+    total = np.zeros_like(terms[0]) if len(terms) else np.zeros(np.shape(terms)[1:], F32)
     for term in terms:
         total += term
     return total

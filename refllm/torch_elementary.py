@@ -16,7 +16,7 @@ from refllm.torch_cpu import F32, F64, fma, this_cpu
 
 
 def power(base: float, exponents: np.ndarray) -> np.ndarray:
-    """base^y in float32 for a positive base and a vector of float32 exponents, as `base ** tensor` gives it in torch."""
+    """base^y in float32 for a positive base and a vector of float32 exponents, as torch's `base ** tensor`."""
     exponents, base32 = np.asarray(exponents, F32), F32(base)
     if not np.finfo(F32).tiny <= base32 < np.inf:
         return np.power(base32, exponents)

@@ -1,10 +1,10 @@
 """What an operator may return in a narrow format, whatever the order in which a CPU adds: a page run on ranges.
 
-`Bounds` stands in for `refllm.operators.Operators`. Every operator gets the candidate's own inputs, computes in float64,
-and knows how far a float32 evaluation in any order can be from that (Higham 2002, "Accuracy and Stability of Numerical
-Algorithms": a sum of n terms is off by at most gamma_n = n u / (1 - n u) times the sum of their absolute values; the
-functions by an ulp or two). Both ends of that range are rounded where the policy rounds. So an element is fixed to the
-bit, unless a rounding boundary lies within the error of its float32 sum; then two neighbouring numbers are allowed.
+`Bounds` stands in for `refllm.operators.Operators`. Every operator gets the candidate's own inputs, computes in
+float64, and knows how far a float32 evaluation in any order can be from that (Higham 2002, "Accuracy and Stability of
+Numerical Algorithms": a sum of n terms is off by at most gamma_n = n u / (1 - n u) times the sum of their absolute
+values; the functions by an ulp or two). Both ends of that range are rounded where the policy rounds. So an element is
+fixed to the bit, unless a rounding boundary lies within the error of its float32 sum; then it may be the number beside.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Range:
 
 @dataclass
 class Found:
-    """One named value. outside: elements that no order of additions explains. open: elements where it may be one of two."""
+    """One named value. outside: elements that no order of additions explains. open: those that may be one of two."""
 
     elements: int
     outside: int

@@ -1,5 +1,5 @@
-"""The embedded checkpoints, run by unmodified Transformers on one thread, differ from policy "hf-eager" in no bit, where
-torch's kernels are the known ones."""
+"""The embedded checkpoints, run by unmodified Transformers on one thread, differ from policy "hf-eager" in no bit
+(where torch's kernels are known ones)."""
 
 from typing import Any
 

@@ -52,7 +52,9 @@ def judged(ours: Any, candidate: Any, shape: tuple[int, int], tables: list[np.nd
     who = masking(np.ones_like(ids), None, batch=shape[0], queries=shape[1], cached=0, has_cache=False, heads=heads)
     rows = weights["embed_tokens.weight"][ids].astype(np.float64)
     cos, sin = (Range(t, t) for t in (t.astype(np.float64) for t in tables))
-    x = ours.page.forward(op, config, weights, op.tap("model.embed_tokens", Range(rows, rows)), cos, sin, who, NoCache())
+    x = ours.page.forward(
+        op, config, weights, op.tap("model.embed_tokens", Range(rows, rows)), cos, sin, who, NoCache()
+    )
     op.tap("lm_head", op.linear(x, weights["lm_head.weight"], weights.get("lm_head.bias")))
     return op.found
 
@@ -62,7 +64,7 @@ def outside(found: dict[str, Found]) -> dict[str, int]:
 
 
 def positions_of(shape: tuple[int, int]) -> np.ndarray:
-    return np.ascontiguousarray(np.broadcast_to(np.arange(shape[1]), shape))
+    return np.broadcast_to(np.arange(shape[1]), shape).copy()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 
-# Sums of [1, L, 1, -L]; of 600 numbers, L and -L in the middle, as one of many rows; of 600, far apart, as a single row.
+# Sums of [1, L, 1, -L]; of 600 numbers, L and -L in the middle, as one of many rows; of 600, far apart, as one row.
 KNOWN = {
     "bfloat16": {(1, 584, 89): "oneDNN's with vdpbf16ps", (0, 552, 568): "torch's own"},
     "float16": {(0, 552, 568): "torch's own"},
