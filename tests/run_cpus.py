@@ -97,10 +97,10 @@ def _marked_files() -> list[str]:
 def _run(what: str, command: list[str], environment: dict[str, str], lines: list[str]) -> tuple[bool, str]:
     start = time.monotonic()
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
-    told = (done.stdout + done.stderr).strip().splitlines() or [""]
-    lines.append(f"  {what}: exit code {done.returncode}, {time.monotonic() - start:.0f} s; {told[-1].strip()}")
+    last = (done.stdout.strip().splitlines() or [""])[-1].strip()
+    lines.append(f"  {what}: exit code {done.returncode}, {time.monotonic() - start:.0f} s; {last}")
     if done.returncode:
-        lines += told[-60:]
+        lines += (done.stdout + done.stderr).splitlines()[-60:]
     return done.returncode == 0, done.stdout
 
 
