@@ -152,8 +152,8 @@ def row_sum(x: np.ndarray) -> np.ndarray:
 def _cascade(terms: np.ndarray) -> np.ndarray:
     """Sum over the first axis: blocks of 16, of whose sums again blocks of 16, four levels in all; what fills no block
     is summed for itself on each level, and the levels are added from the lowest up."""
-    levels = []
-    for _ in range(3):
+    levels: list[np.ndarray] = []
+    while len(levels) < 3 and len(terms) >= 16:
         whole = len(terms) - len(terms) % 16
         levels.append(chain(terms[whole:]))
         terms = chain(_dealt(terms[:whole], 16).swapaxes(0, 1))
