@@ -18,7 +18,7 @@ PYTEST := 'pytest>=8'
 FINDER := import os, sys; "PYTHONPATH" in os.environ or sys.meta_path.sort(key=lambda f: "editable___refllm" not in getattr(f, "__module__", ""))
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-long test-wheel lint types format bench gpu golden clean
+.PHONY: help check test test-cpus test-long test-wheel lint types format bench gpu golden clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ check: .venv/ready-to-check  ## the main job: every embedded checkpoint; Torch, 
 
 test: .venv/ready-to-test  ## all tests
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-cpus: .venv/ready-to-test  ## what depends on the processor, and `refllm check`, under every CPU that can be simulated
+	$(BIN)/python tests/run_cpus.py $(ARGS)
 
 MINUTES ?= 60
 test-long: .venv/ready-to-test  ## the drawn tests with random seeds for an hour, or MINUTES=...

@@ -307,13 +307,24 @@ def score(
 
 @app.command()
 def info(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder, or a config.json alone.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="CHECKPOINT", help="Folder, or a config.json alone; without one, this machine."),
+    ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json_file: Json = None,
 ) -> None:
-    """What a checkpoint is: architecture, parameters, memory, tensors. A config.json is enough."""
+    """What a checkpoint is: architecture, parameters, memory, tensors. A config.json is enough. Without one: this
+    machine, and whether policy hf-eager has Transformers' bits on its CPU."""
     from refllm import info as work
 
+    if checkpoint is None:
+        from refllm import machine
+
+        found = machine.describe()
+        _console(quiet=_to_stdout(json_file)).print(machine.show(found))
+        _write_json(found, json_file)
+        return
     result = work.describe(checkpoint)
     _console(quiet=_to_stdout(json_file)).print(work.show_info(result, tensors=tensors))
     _write_json(result.to_dict(), json_file)

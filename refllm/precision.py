@@ -50,7 +50,8 @@ class Policy:
     points: the names of the rounding points (module docstring) at which it does.
     normalize_first: softmax weights are divided by their sum before they are rounded (eager code) or the result is
         after the product with v (flash-style kernels).
-    torch_order: sums, exp and LayerNorm run in the order of torch's CPU kernels (`refllm.torch_cpu`).
+    torch_order: in bfloat16 and float16, sums, exp and LayerNorm run in the order of torch's CPU kernels
+        (`refllm.torch_cpu`). What is promised with it: see `HF_EAGER`.
     masked_rows_are_zero: a query with no key to attend to yields 0; otherwise masked scores are pushed down by the
         smallest finite number, and such a row becomes the mean of all values, as in Transformers' eager attention.
     """
@@ -75,7 +76,15 @@ HF_EAGER = Policy(
     torch_order=True,
     masked_rows_are_zero=False,
 )
-"""Transformers with attn_implementation="eager": every torch call rounds its result to the model's dtype."""
+"""Transformers with attn_implementation="eager": every torch call rounds its result to the model's dtype.
+
+On every CPU: the rounding points are Transformers'. In bfloat16 and float16 an operator's result on the same inputs
+therefore differs from Transformers' only where another order of float32 additions, or another float32 function of the
+math library, crosses a rounding boundary, and then by one step of the format; in float32, by the error of the float32
+sums themselves. On the CPUs whose orders `refllm.torch_cpu` has (`refllm info` compares): in bfloat16 and float16, on
+one thread, the same bits, but for rotary tables, of whose entries about 1 in 100,000 (float16) or 1,000,000 (bfloat16)
+is rounded correctly here and not by torch's cos.
+"""
 
 HF_SDPA = replace(
     HF_EAGER,
@@ -170,11 +179,8 @@ class Arithmetic:
 
     @property
     def emulates_torch(self) -> bool:
-        return self.policy.torch_order and not self.exact
-
-    @property
-    def _half_precision(self) -> bool:
-        return self.dtype in ("bfloat16", "float16")
+        """Whether sums run in torch's order: where it shows. In float32 every CPU and every version has its own."""
+        return self.policy.torch_order and self.dtype in ("bfloat16", "float16")
 
     def array(self, x: np.ndarray) -> np.ndarray:
         return np.asarray(x, self.work)
@@ -195,16 +201,12 @@ class Arithmetic:
             return self.product(a, b)
         if not self.emulates_torch:
             return np.matmul(a, b)
-        if self.dtype == "float32":
-            return torch_cpu.matmul(a, b)
         return self._half_product(a, np.swapaxes(b, -1, -2), None, heads, transposed=False)
 
     def matmul_t(self, a: np.ndarray, b: np.ndarray, bias: np.ndarray | None = None, *, heads: int = 1) -> np.ndarray:
         """a b^T + bias, [..., M, K] x [..., N, K] + [N]: every row of a with every row of b. heads: see `matmul`."""
-        if self.product is None and self.emulates_torch and self._half_precision:
-            return self._half_product(a, b, bias, heads, transposed=True)
         if self.product is None and self.emulates_torch:
-            return torch_cpu.matmul(a, np.swapaxes(b, -1, -2), bias)
+            return self._half_product(a, b, bias, heads, transposed=True)
         y = self.matmul(a, np.swapaxes(b, -1, -2))
         return y if bias is None else y + bias
 
@@ -217,9 +219,7 @@ class Arithmetic:
 
     def exp(self, x: np.ndarray) -> np.ndarray:
         """e^x, as activations compute it."""
-        if self.emulates_torch:
-            return torch_cpu.exp_elementwise(x, half_precision=self._half_precision)
-        return np.exp(x)
+        return torch_cpu.exp_elementwise(x) if self.emulates_torch else np.exp(x)
 
     def softmax_exp(self, x: np.ndarray) -> np.ndarray:
         """e^x, as softmax computes it. May overwrite x."""
@@ -240,8 +240,7 @@ class Arithmetic:
         if self.emulates_torch:
             mean, var = torch_cpu.moments(x, self.dtype)
             scale = 1 / np.sqrt(var + np.float32(eps))
-            # torch's kernel for narrow formats multiplies before it subtracts
-            return torch_cpu.fma(x, scale, -scale * mean) if self._half_precision else (x - mean) * scale
+            return torch_cpu.fma(x, scale, -scale * mean)  # torch's kernel multiplies before it subtracts
         centred = x - np.mean(x, axis=-1, keepdims=True)
         return centred * (1 / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps))
 
@@ -260,7 +259,8 @@ def arithmetic(dtype: Dtype, policy: str | Policy | None = None) -> Arithmetic:
     """The arithmetic that `refllm.load(dtype=..., policy=...)` means.
 
     policy None: exact for float64, plain NumPy for float32, "hf-eager" for bfloat16 and float16. With float32,
-    "hf-eager" is Transformers' eager forward to the last bit, sequential matrix products included, and therefore slow.
+    "hf-eager" is the same steps as Transformers' eager forward (weights of attention are normalised before the product
+    with v, a query without keys averages all values), each in NumPy's float32.
     Raises InputError for an unknown name, or for a policy with float64, where there is nothing to round.
     """
     dtype = check_dtype(dtype)

@@ -15,7 +15,7 @@ class RotaryEmbedding:
     """cos and sin for the positions of a call, as the RotaryEmbedding modules of Transformers give them.
 
     exact=True computes in float64 throughout. exact=False repeats Transformers' float32 arithmetic on a CPU step by
-    step (refllm/torch_elementary.py says how closely).
+    step: the frequencies to the bit (refllm/torch_elementary.py says how closely), cos and sin correctly rounded.
 
     The length of a call is its largest position + 1, over the whole batch, padding positions included. Two types
     depend on it, as in Transformers (`dynamic_rope_update`):

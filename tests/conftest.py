@@ -19,8 +19,6 @@ for variable in (
     "VECLIB_MAXIMUM_THREADS",
 ):
     os.environ[variable] = "1"
-# Of the orders in which CPUs add bfloat16 products, refllm.torch_cpu knows the one of AVX-512, not that of AMX.
-os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
 # No test may reach for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,8 +1,8 @@
-"""Policy "hf-eager" gives the logits of Transformers' eager forward to the last bit: bfloat16, float16 and float32.
+"""Policy "hf-eager" gives the logits of Transformers' eager forward to the last bit, in bfloat16 and float16.
 
-On one thread, and on a CPU whose kernels add in the orders that `refllm.torch_cpu` knows (else skipped). Its limits:
-activations silu, sigmoid and those of one rounding (relu, relu2, ...); in float32, calls of at least 4 tokens and 12
-keys, and sums of at most 192 products.
+On one thread, on a CPU whose kernels `refllm.torch_cpu` knows (else skipped: `this_cpu`), and from the same rotary
+tables (ours are correctly rounded: test_every_cpu has what that means). Activations: silu, sigmoid and those of one
+rounding (relu, relu2, ...).
 """
 
 from typing import Any
@@ -12,13 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from this_cpu import every_dtype, needs_known_order
+from this_cpu import every_dtype
 from witness import numpy_of, to_torch
 
+from refllm.ops import rope_tables
 from refllm.strategies.models import key_masks, seeds
 from refllm.strategies.small_models import EVERY_FLAG, FAMILIES, build, model_class, small_config
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*beyond max_position_embeddings", "ignore:.*factor=.* is used")
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.filterwarnings("ignore:.*beyond max_position_embeddings", "ignore:.*factor=.* is used"),
+]
 
 LAYERS = [(family, flags) for family in FAMILIES for flags in EVERY_FLAG[family]]
 every_layer = pytest.mark.parametrize(("family", "flags"), LAYERS, ids=lambda x: x if isinstance(x, str) else len(x))
@@ -33,6 +37,15 @@ ROPE: dict[str, dict[str, Any]] = {
     "longrope": {"factor": 4.0, "original_max_position_embeddings": 20},
     "proportional": {"factor": 2.0, "partial_rotary_factor": 0.5},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tables_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tables(inv_freq: np.ndarray, positions: np.ndarray, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        angles = torch.from_numpy(positions[..., None].astype(np.float32) * inv_freq)
+        return angles.cos().numpy() * np.float32(factor), angles.sin().numpy() * np.float32(factor)
+
+    monkeypatch.setattr(rope_tables, "cos_sin_tables", tables)
 
 
 def pair(family: str, dtype: str, seed: int, **config: Any) -> tuple[Any, Any]:
@@ -66,7 +79,7 @@ def random_ids(seed: int, batch: int, length: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", every_dtype())
 @every_layer
 @given(seeds, st.sampled_from([(1, 64), (2, 16), (2, 32), (3, 20), (4, 16), (1, 100)]), st.data())
-@settings(max_examples=6)
+@settings(max_examples=3)
 def test_no_logit_differs(
     family: str, flags: dict[str, Any], dtype: str, seed: int, shape: tuple[int, int], data: st.DataObject
 ) -> None:
@@ -78,10 +91,9 @@ def test_no_logit_differs(
 
 @pytest.mark.parametrize("dtype", every_dtype())
 @pytest.mark.parametrize("rope_type", sorted(ROPE))
-@pytest.mark.parametrize("family", FAMILIES)
-@given(seeds)
+@given(seeds, st.sampled_from(FAMILIES))
 @settings(max_examples=2)
-def test_no_logit_differs_for_any_rope_type(family: str, rope_type: str, dtype: str, seed: int) -> None:
+def test_no_logit_differs_for_any_rope_type(rope_type: str, dtype: str, seed: int, family: str) -> None:
     """... in calls shorter and longer than the lengths at which the frequencies change."""
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, **ROPE[rope_type]}
     rotary_dim = {"helium": 12, "llama": 20, "arcee": 20, "stablelm": 6}[family]
@@ -100,7 +112,7 @@ def test_no_logit_differs_for_any_rope_type(family: str, rope_type: str, dtype: 
 @pytest.mark.parametrize("dtype", every_dtype())
 @every_layer
 @given(seeds, st.lists(st.sampled_from([16, 32]), min_size=2, max_size=3), st.data())
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_no_logit_differs_in_cached_prefill(
     family: str, flags: dict[str, Any], dtype: str, seed: int, chunks: list[int], data: st.DataObject
 ) -> None:
@@ -111,21 +123,20 @@ def test_no_logit_differs_in_cached_prefill(
     assert differing(ours, theirs, random_ids(seed, 2, ends[-1]), mask, pieces) == 0
 
 
-@pytest.mark.parametrize("dtype", every_dtype()[:2])
+@pytest.mark.parametrize("dtype", every_dtype())
 @every_layer
 @given(seeds)
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_no_logit_differs_in_decode(family: str, flags: dict[str, Any], dtype: str, seed: int) -> None:
-    """One token at a time, where products of one row have other kernels, after a prompt of 96. (In float32 the matrix
-    library adds a single row in an order of its own.)"""
+    """One token at a time, where products of one row have other kernels, after a prompt of 96."""
     ours, theirs = pair(family, dtype, seed, **flags)
     pieces = [slice(0, 96), *(slice(i, i + 1) for i in range(96, 102))]
     assert differing(ours, theirs, random_ids(seed, 1, 102), None, pieces) == 0
 
 
-@pytest.mark.parametrize("dtype", every_dtype()[:2])
+@pytest.mark.parametrize("dtype", every_dtype())
 @given(seeds)
-@settings(max_examples=2)
+@settings(max_examples=1)
 def test_no_logit_differs_for_wide_models_and_long_sequences(dtype: str, seed: int) -> None:
     """Sums of more products than a kernel adds in one go, in every projection and over the keys."""
     ours, theirs = pair("helium", dtype, seed, hidden_size=1056, head_dim=264, intermediate_size=1104)
@@ -137,7 +148,6 @@ def test_no_logit_differs_for_wide_models_and_long_sequences(dtype: str, seed: i
     assert differing(ours, theirs, random_ids(seed, 1, 1101), None, [slice(0, 1100), slice(1100, 1101)]) == 0
 
 
-@needs_known_order("bfloat16")
 @every_layer
 def test_policy_hf_sdpa_is_nearer_to_the_fused_attention_of_transformers(family: str, flags: dict[str, Any]) -> None:
     """Not bit-equal (its kernel adds block by block), but more logits agree than under "hf-eager"."""
@@ -148,24 +158,3 @@ def test_policy_hf_sdpa_is_nearer_to_the_fused_attention_of_transformers(family:
             theirs = to_torch(ours, dtype="bfloat16", attention="sdpa")
             share[policy] += differing(ours, theirs, random_ids(seed, 2, 32), None, [slice(0, 32)]) / (4 * 2 * 32 * 96)
     assert share["hf-sdpa"] < 0.95 * share["hf-eager"]
-
-
-@needs_known_order("bfloat16")
-def test_any_other_rounding_shows() -> None:
-    """The comparison above is sharp: leaving out one rounding point of the policy changes logits."""
-    from dataclasses import replace
-
-    from refllm.precision import HF_EAGER
-
-    for family in FAMILIES:
-        ours, theirs = pair(family, "bfloat16", 1, **EVERY_FLAG[family][-1])
-        ids = random_ids(1, 4, 32)
-        assert differing(ours, theirs, ids, None, [slice(0, 32)]) == 0
-        for point in ours.arithmetic.policy.points:
-            uses = {"rms_norm": family != "stablelm", "rms_norm.normalized": family in ("llama", "arcee")}
-            uses |= {"layer_norm": family == "stablelm", "activation": family == "arcee", "attention.masked": False}
-            uses |= {"glu": family != "arcee", "glu.activation": family != "arcee"}
-            if uses.get(point, True):
-                policy = HF_EAGER.without(type(ours).page.NOT_ROUNDED | {point})
-                ours.arithmetic = replace(ours.arithmetic, policy=policy)
-                assert differing(ours, theirs, ids, None, [slice(0, 32)]) > 0, (family, point)

@@ -1,4 +1,5 @@
-"""The embedded checkpoints, run by unmodified Transformers on one thread, differ from policy "hf-eager" in no bit."""
+"""The embedded checkpoints, run by unmodified Transformers on one thread, differ from policy "hf-eager" in no bit
+(where torch's kernels are known ones)."""
 
 from typing import Any
 
@@ -13,6 +14,7 @@ import refllm
 from refllm import golden
 
 
+@pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore:.*factor=.* is used")
 @pytest.mark.parametrize("dtype", every_dtype())
 @pytest.mark.parametrize("name", sorted(golden.checkpoints()))

@@ -1,4 +1,4 @@
-"""Rotary tables: printed values, agreement with Transformers in float64 and bit for bit in float32, and the state."""
+"""Rotary tables: printed values, agreement with Transformers in float64 and in float32, and the state."""
 
 import importlib
 import math
@@ -19,9 +19,9 @@ from refllm import torch_elementary
 from refllm.config import AutoConfig, ModelConfig
 from refllm.ops import rope_tables
 from refllm.rope import RotaryEmbedding
+from refllm.torch_cpu import this_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch has no MKL here: other functions")
 
 NAMES = {"helium": "Helium", "llama": "Llama", "stablelm": "StableLm", "arcee": "Arcee"}
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
@@ -221,10 +221,14 @@ def test_exact_tables_equal_transformers_widened_to_float64(
             np.testing.assert_allclose(rotary.inv_freq, module.inv_freq.numpy(), rtol=1e-12)
 
 
-@needs_mkl
-@settings(max_examples=250)
+def ulps(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    return np.abs(ours - theirs) / np.spacing(np.abs(theirs))
+
+
+@pytest.mark.cpu
+@settings(max_examples=100)
 @given(case=cases(), data=st.data())
-def test_float32_tables_equal_transformers_bit_for_bit(
+def test_float32_tables_are_those_of_transformers_to_one_ulp(
     case: tuple[str, int, int, dict[str, Any]], data: st.DataObject
 ) -> None:
     ours, theirs = make_config(*case[:3], **case[3])
@@ -232,10 +236,13 @@ def test_float32_tables_equal_transformers_bit_for_bit(
     for length in data.draw(call_lengths(case[2])):
         positions = positions_up_to(length)
         tables, expected = rotary.tables(positions), their_tables(module, positions, torch.float32)
-        np.testing.assert_array_equal(rotary.inv_freq, module.inv_freq.numpy())
-        if length * rotary.inv_freq.max(initial=0) < 10000:  # larger angles: test_large_angles_differ_by_one_ulp
-            np.testing.assert_array_equal(tables[0], expected[0])
-            np.testing.assert_array_equal(tables[1], expected[1])
+        # (test_powers_are_those_of_torch says how few differ at all)
+        np.testing.assert_allclose(rotary.inv_freq, module.inv_freq.numpy(), rtol=4 * 2.0**-23, atol=0)
+        same = rotary.inv_freq == module.inv_freq.numpy()
+        for ours_BSR, theirs_BSR in zip(tables, expected, strict=True):
+            # each of the two functions is off by less than an ulp, and so may the product with the attention factor be
+            allowed = 1 if rotary.attention_factor == 1 else 2
+            assert (ulps(ours_BSR, theirs_BSR)[..., same] <= allowed).all()
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "longrope", "llama3", "proportional"])
@@ -327,61 +334,53 @@ def test_exact_angles_stay_exact_at_large_positions() -> None:
 
 # ---------------------------------------------------------------------- the functions of torch
 
-EDGES = np.array([0, 1e-45, 1e-30, 1e-7, 0.25, 0.5, math.pi / 2, math.pi, 9999.999], np.float32)
+EDGES = np.array([0, 1e-45, 1e-30, 1e-7, 2.44e-4, 0.25, 0.5, math.pi / 2, math.pi, 9999.999, 1e6], np.float32)
 
 
-@needs_mkl
-@pytest.mark.parametrize("function", ["cos", "sin"])
-@pytest.mark.parametrize("scale", [1, 10, 1e3, 9999])
-def test_cos_and_sin_are_those_of_torch(function: str, scale: float) -> None:
-    drawn = np.random.default_rng(0).uniform(-scale, scale, 400_000).astype(np.float32)
-    near_half_turns = (
-        np.arange(0, 3183, dtype=np.float64)[:, None] * (math.pi / 2) + np.linspace(-1e-3, 1e-3, 9)
-    ).ravel()
-    x = np.concatenate([drawn, EDGES, -EDGES, near_half_turns.astype(np.float32), np.arange(10000, dtype=np.float32)])
-    expected = getattr(torch.from_numpy(x), function)().numpy()
-    np.testing.assert_array_equal(getattr(torch_elementary, function)(x), expected)
+@pytest.mark.cpu
+@pytest.mark.parametrize("scale", [1, 1e3, 1e6])
+def test_cos_and_sin_are_correctly_rounded_and_within_an_ulp_of_those_of_torch(scale: float) -> None:
+    """Whatever torch's math library is on this CPU. Its own error shows in a few percent of the arguments."""
+    drawn = np.random.default_rng(0).uniform(-scale, scale, 20_000).astype(np.float32)
+    near_half_turns = np.arange(0, 3183)[:, None] * (math.pi / 2) + np.linspace(-1e-3, 1e-3, 9)
+    x = np.concatenate([drawn, EDGES, -EDGES, near_half_turns.ravel().astype(np.float32)])
+    ours = rope_tables.cos_sin_tables(np.ones(1, np.float32), x)
+    for table, function, theirs in zip(ours, (math.cos, math.sin), (torch.cos, torch.sin), strict=True):
+        np.testing.assert_array_equal(table[:, 0], np.array([function(float(value)) for value in x], np.float32))
+        torchs = theirs(torch.from_numpy(x)).numpy()
+        assert (ulps(table[:, 0], torchs) <= 1).all()
+        assert (table[:, 0] != torchs).mean() < 0.1
 
 
-@needs_mkl
-def test_large_angles_differ_by_one_ulp_in_one_percent() -> None:
-    x = np.random.default_rng(0).uniform(1e4, 1e6, 200_000).astype(np.float32)
-    ours, theirs = torch_elementary.cos(x), torch.from_numpy(x).cos().numpy()
-    assert (ours != theirs).mean() < 0.012
-    assert (np.abs(ours - theirs) <= np.spacing(np.abs(theirs))).all()
-
-
+@pytest.mark.cpu
 def test_powers_are_those_of_torch() -> None:
-    bases = [
-        1e4,
-        10000,
-        1e5,
-        20000,
-        5e5,
-        1e6,
-        1,
-        1e-5,
-        2.5,
-        3e38,
-        *np.random.default_rng(0).uniform(1, 1e7, 6).tolist(),
-    ]
-    for dim in range(2, 257, 2):
+    """Those of the vector code to the bit; of those that the C library computes few are off, by an ulp."""
+    drawn = np.random.default_rng(0).uniform(1, 1e7, 2).tolist()
+    bases = [1e4, 10000, 1e5, 20000, 5e5, 1e6, 1, 1e-5, 2.5, 3e38, *drawn]
+    step = 2 * this_cpu().lanes
+    differing = counted = 0
+    for dim in range(2, 257, 6):
         exponents = torch.arange(0, dim, 2, dtype=torch.float) / dim
+        whole = len(exponents) // step * step if step else 0
         for base in bases:
-            ours = torch_elementary.power(base, exponents.numpy())
-            np.testing.assert_array_equal(ours, (base**exponents).numpy(), err_msg=f"base {base}, {dim} dims")
+            ours, theirs = torch_elementary.power(base, exponents.numpy()), (base**exponents).numpy()
+            np.testing.assert_array_equal(ours[:whole], theirs[:whole], err_msg=f"base {base}, {dim} dims")
+            assert (ulps(ours, theirs) <= 1).all()
+            differing, counted = differing + int((ours != theirs).sum()), counted + len(ours) - whole
+    assert differing <= 0.01 * counted
 
 
 def test_powers_of_one_element_are_those_of_torch() -> None:
     for base in np.random.default_rng(0).uniform(1, 1e4, 300).astype(np.float32):
         for dim in (4, 6, 20, 128):
             exponent = dim / (dim - 2)
-            assert torch_elementary.power_of_scalar(base, exponent) == (torch.tensor(base) ** exponent).item()
+            ours, theirs = torch_elementary.power_of_scalar(base, exponent), (torch.tensor(base) ** exponent).item()
+            assert ulps(np.asarray(ours), np.float32(theirs)) <= 1
 
 
 def test_non_finite_arguments_do_as_torch_does() -> None:
     x = np.array([np.inf, -np.inf, np.nan], np.float32)
     with np.errstate(invalid="ignore"):
-        assert np.isnan(torch_elementary.cos(x)).all()
-        assert np.isnan(torch_elementary.sin(x)).all()
+        for table in rope_tables.cos_sin_tables(np.ones(1, np.float32), x):
+            assert np.isnan(table).all()
     assert torch_elementary.power(math.inf, np.array([0, 0.5], np.float32)).tolist() == [1, math.inf]
