@@ -5,7 +5,6 @@ recorded.
 """
 
 from collections.abc import Callable
-from copy import copy
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,10 +13,14 @@ import numpy as np
 from refllm import ops
 from refllm.parallel import for_each
 from refllm.precision import EXACT, Arithmetic
+from refllm.stacks import stack_of
 
 _BOUND = [name for name in ops.__all__ if callable(getattr(ops, name))]
+_OWN = ("linear", "attention")
 _ROW_BY_ROW = ("add", "glu", "activation", "rms_norm", "layer_norm")
 _NUMBERS_PER_PIECE = 1 << 16  # pieces of 256 KiB of float32: they stay in cache between the passes of one operator
+
+_NOTHING: tuple[np.ndarray | None, np.ndarray | None, np.ndarray] = (None, None, np.empty(0))
 
 
 class Recorder(Protocol):
@@ -40,8 +43,7 @@ class Taps:
 
     def tap(self, name: str, value: Any) -> Any:
         """`value`, shown to the recorder under its name."""
-        if self.wanted(name):
-            assert self.recorder is not None
+        if self.recorder is not None and self.recorder.wants(self.scope + name):
             self.recorder.record(self.scope + name, value)
         return value
 
@@ -60,23 +62,38 @@ class Operators(Taps):
         self.ar = ar
         self.recorder = recorder
         self.scope = scope
-        self._bound: dict[str, Callable[..., Any]] = {name: partial(getattr(ops, name), ar=ar) for name in _BOUND}
+        # The bits of what is emulated are those of separate products.
+        self._native = ar.dtype == "float32" and not ar.policy.points
+        self._shared = _NOTHING
+        bound: dict[str, Callable[..., Any]] = {name: partial(getattr(ops, name), ar=ar) for name in _BOUND}
         # A torch kernel treats the end of an array unlike its middle; pieces would move the end.
         if not ar.emulates_torch:
             for name in _ROW_BY_ROW:
-                self._bound[name] = partial(_in_pieces, self._bound[name])
+                bound[name] = partial(_in_pieces, bound[name])
+        self.__dict__ |= {name: function for name, function in bound.items() if name not in _OWN}
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        try:
-            return self.__dict__["_bound"][name]
-        except KeyError:
-            raise AttributeError(f"refllm.ops has no operator {name!r}") from None
+        raise AttributeError(f"refllm.ops has no operator {name!r}")
 
     def within(self, scope: str) -> "Operators":
         """The same operators, whose taps are named `scope` + "." + name."""
-        within = copy(self)  # what is bound, it shares
+        within = Operators.__new__(Operators)
+        within.__dict__ |= self.__dict__  # what is bound, it shares
         within.scope = f"{scope}."
         return within
+
+    def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        """`ops.linear`; where nothing is rounded, one product for all projections of x whose weights lie together."""
+        stack = stack_of(weight) if self._native else None
+        if stack is None:
+            return ops.linear(x, weight, bias, ar=self.ar)
+        whole, rows = stack
+        of_x, of_whole, y = self._shared
+        if of_x is not x or of_whole is not whole:
+            y = ops.linear(x, whole, ar=self.ar)
+        self._shared = _NOTHING if rows.stop == len(whole) else (x, whole, y)  # not kept longer than it is used
+        y = y[..., rows]
+        return y if bias is None else y + bias
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, **masking: Any) -> np.ndarray:
         """`ops.attention`; scores and weights are kept as whole arrays only for a recorder who wants them."""
