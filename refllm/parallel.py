@@ -2,7 +2,9 @@
 threads of its own; this is for what lies between two matrix products.
 
 There are never more threads at work than cores: while pieces are worked on, a product inside of one runs on that
-piece's thread alone. Otherwise each of N threads would start N of BLAS, and all would wait for each other.
+piece's thread alone. Otherwise each of N threads would start N of BLAS, and all would wait for each other. A large
+product is cut into pieces too, because the threads of OpenBLAS do not sleep after one: for some 25 ms they ask for the
+next, on cores that what lies between needs, and where something else runs besides, each product waits for them.
 """
 
 import os
@@ -42,8 +44,9 @@ def for_each(work: Callable[[Any], object], items: Iterable[Any]) -> None:
     """
     todo = deque(enumerate(items))
     if len(todo) < 2 or threads() == 1:
-        for _, item in todo:
-            work(item)
+        with one_blas_thread():
+            for _, item in todo:
+                work(item)
         return
     raised: dict[int, BaseException] = {}
 

@@ -93,6 +93,7 @@ def score_tokens(model: Any, ids: np.ndarray, *, context: int, stride: int, step
     if not 1 <= stride < context:
         raise InputError(f"--stride {stride} must be in 1..{context - 1}, below the context of {context}")
     nll = np.full(len(ids) - 1, np.nan)
+    step("scoring", 0, len(ids))
     for start, first, stop in windows(len(ids), context, stride):
         for position, logits in _window_logits(model, ids[start:stop]):
             # The logits at `position` are of the token after it.
