@@ -136,6 +136,19 @@ def test_low_memory_and_saved_models_have_the_same_tensors(tmp_path: Path) -> No
         np.testing.assert_allclose(other(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 40)])
+@pytest.mark.parametrize("outputs", [1, 3, 50])
+def test_a_product_cut_for_several_threads_is_the_product(
+    shape: tuple[int, int], outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "_WORTH_READING_TOGETHER", 1)
+    x, weight, bias = drawn(*shape, 64), drawn(outputs, 64, seed=1), drawn(outputs, seed=2)
+    y = Operators(arithmetic("float32")).linear(x, weight, bias)
+    exact = ops.linear(x, weight, bias)
+    assert y.dtype == np.float32
+    assert (np.abs(y - exact) <= 65 * 2.0**-24 * (np.abs(x).astype(float) @ np.abs(weight.T) + np.abs(bias))).all()
+
+
 class Kept:
     """A recorder that keeps everything."""
 
