@@ -114,11 +114,12 @@ def _cpu(result: Result) -> str:
     for job, title in (("prefill", f"prefill, {settings['prompt_tokens']} tokens"), ("decode", "decode, per token")):
         sides = [span(result[job][side]["median"]) for side in ("refllm", "transformers")]
         rows.append([title, *sides, f"{result[job]['ratio']:.2f} x"])
-    for what, title, ratio in (
-        ("products", "prefill's matrix products alone", result["prefill"]["ratio_to_products"]),
-        ("read", "reading the weights and the cache once", result["decode"]["ratio_to_read"]),
+    for what, title, job in (
+        ("products", "prefill's matrix products alone", "prefill"),
+        ("read", "reading the weights and the cache once", "decode"),
     ):
-        rows.append([title, span(result[what]["median"]), "", f"{ratio:.2f} x"])
+        if what in result:  # results of before had neither
+            rows.append([title, span(result[what]["median"]), "", f"{result[job][f'ratio_to_{what}']:.2f} x"])
     how = (
         f"{result['checkpoint']}, {settings['dtype']}, backend {settings['backend']}, {settings['threads']} threads\n\n"
     )

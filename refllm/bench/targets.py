@@ -88,7 +88,7 @@ def is_whole(result: Result) -> bool:
 def _cpu(job: str, value: str, backend: str = "numpy", dtype: str = "float32") -> Callable[[Sequence[Result]], str]:
     def measured(results: Sequence[Result]) -> str:
         result = _full_size(results, backend, dtype)
-        return "" if result is None else f"{result[job][value]:.2f} x"
+        return "" if result is None or value not in result[job] else f"{result[job][value]:.2f} x"
 
     return measured
 
