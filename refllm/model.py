@@ -219,7 +219,7 @@ class Model:
         ids_BS = self._check_ids(input_ids, inputs_embeds)
         cache, cached = self._cache(past_key_values, use_cache)
         collector = _Collector(self.config.num_hidden_layers, output_hidden_states, output_attentions, recorder)
-        op, rotary = self._operators(collector), copy(self.rotary)
+        op, rotary = self._operators(collector if collector.listens else None), copy(self.rotary)
         try:
             with np.errstate(over="ignore", invalid="ignore", under="ignore"):
                 x_BSE = self._embed(op, ids_BS, inputs_embeds)
@@ -242,7 +242,7 @@ class Model:
 
         return generate(self, input_ids, **options)
 
-    def _operators(self, recorder: Recorder) -> Any:
+    def _operators(self, recorder: Recorder | None) -> Any:
         """What the page computes with. A backend other than NumPy has its own."""
         return Operators(self.arithmetic, recorder)
 
@@ -365,6 +365,11 @@ class _Collector:
         self._names = {*self._hidden, *self._attention}
         self._kept: dict[str, np.ndarray] = {}
         self._other = other
+
+    @property
+    def listens(self) -> bool:
+        """Whether any value could be wanted."""
+        return bool(self._names) or self._other is not None
 
     def wants(self, name: str) -> bool:
         return name in self._names or (self._other is not None and self._other.wants(name))

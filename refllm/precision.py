@@ -229,7 +229,7 @@ class Arithmetic:
         """Mean over the last axis, kept."""
         if self.emulates_torch:
             return (torch_cpu.row_sum(x) / np.float32(x.shape[-1]))[..., None]
-        return np.mean(x, axis=-1, keepdims=True)
+        return np.add.reduce(x, axis=-1, keepdims=True) / x.dtype.type(x.shape[-1])  # np.mean without its detours
 
     def softmax_sum(self, e: np.ndarray) -> np.ndarray:
         """Sum of softmax weights over the last axis, kept."""

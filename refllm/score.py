@@ -90,6 +90,7 @@ def score_tokens(model: Any, ids: np.ndarray, *, context: int, stride: int, step
         raise InputError(f"scoring needs at least 2 tokens, found {len(ids)}: the first one has nothing before it")
     _check_windows(context, stride)
     nll = np.full(len(ids) - 1, np.nan)
+    step("scoring", 0, len(ids))
     for start, first, stop in windows(len(ids), context, stride):
         for position, logits in _window_logits(model, ids[start:stop]):
             # The logits at `position` are of the token after it.

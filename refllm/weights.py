@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from refllm.checkpoint import Checkpoint
 from refllm.errors import InputError
+from refllm.stacks import rooms
 from refllm.storage.fresh_tensors import default_threads, fresh_tensor
 from refllm.storage.load_report import LoadReport, Shape, compare, file_name, require_usable, warn_about
 from refllm.storage.safetensors_format import quote
@@ -284,8 +285,10 @@ class _CheckpointSource:
     def fetch_all(self, progress: Progress | None) -> dict[str, NDArray[Any]]:
         arrays: dict[str, NDArray[Any]] = {}
         todo: list[_Block] = []
+        shapes = {name: self._checkpoint.shape(stored) for name, stored in self._found.items()}
+        together = rooms(shapes, self._dtype)
         for name in self._found:
-            arrays[name], pieces = self._prepare(name, None)
+            arrays[name], pieces = self._prepare(name, None, together.get(name))
             todo += pieces
         done, total = 0, sum(block.stored.nbytes for block in todo)
         for block, count in zip(todo, self._map(todo), strict=True):
@@ -308,11 +311,13 @@ class _CheckpointSource:
             "model again where it is needed"
         )
 
-    def _prepare(self, name: str, index: slice | NDArray[Any] | None) -> tuple[NDArray[Any], list[_Block]]:
-        """A new array for the tensor, or for the rows `index` of it, and the work that fills it."""
+    def _prepare(
+        self, name: str, index: slice | NDArray[Any] | None, room: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], list[_Block]]:
+        """An array for the tensor (`room`, or a new one), or for the rows `index` of it, and the work that fills it."""
         view = self._checkpoint.weight(self._found[name])
         stored = view if index is None else view[index]
-        out = np.empty(stored.shape, self._dtype)
+        out = np.empty(stored.shape, self._dtype) if room is None else room
         flat, target = stored.reshape(-1), out.reshape(-1)
         first_row = index.start or 0 if isinstance(index, slice) else 0
         begin = first_row * view[:1].nbytes if view.ndim else 0

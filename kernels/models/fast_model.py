@@ -185,7 +185,7 @@ class FastModel(Model):
         """
         return to_numpy(logits_BV.argmax(dim=-1))
 
-    def _operators(self, recorder: Recorder) -> Any:
+    def _operators(self, recorder: Recorder | None) -> Any:
         return TorchOperators(self.backend, recorder)
 
     def _cache(self, past: Any, use_cache: bool | None) -> tuple[DynamicCache | None, int]:

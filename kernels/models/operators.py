@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from refllm import kernels
-from refllm.kernels.models import torch_forms
+from refllm.kernels.models import products, torch_forms
 from refllm.kernels.models.activations import activation
 from refllm.operators import Recorder, Taps
 
 BACKENDS = ("torch", "triton")
 _DECODED_AT_ONCE = 8
 """New tokens up to which `decode_attention` is meant: it shares out the keys, `attention` the queries."""
+
+_FEW_ROWS = 8
 
 
 class TorchOperators(Taps):
@@ -41,24 +43,17 @@ class TorchOperators(Taps):
         """The same operators, whose taps are named `scope` + "." + name."""
         return TorchOperators(self.backend, self.recorder, f"{scope}.")
 
-    # The matrix products are the library's: cuBLAS on NVIDIA, hipBLASLt on AMD, oneDNN and MKL on the CPU.
-
     @staticmethod
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + b: [..., I] -> [..., O]."""
         # As a matrix: of a part of a batch Torch makes a batched product, for which it copies the weight.
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) == 1 and x.device.type == "cpu" and x.dtype == torch.float32:
-            y = _one_row(rows, weight)
-            y = y if bias is None else y + bias
-        else:
-            y = F.linear(rows, weight, bias)
+        y = products.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         return y.view(*x.shape[:-1], len(weight))
 
     def gate_and_up(self, x: torch.Tensor, w: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two projections of a gated MLP: one product on a GPU; two on a CPU, where a result that is twice as wide
-        costs more in fresh memory than the second call."""
-        if x.device.type == "cpu":
+        """The two projections of a gated MLP: one product; two for many rows on a CPU, where a result that is twice as
+        wide costs more in fresh memory than the second call."""
+        if x.device.type == "cpu" and x.numel() > _FEW_ROWS * x.shape[-1]:
             gate, up = (self.linear(x, w[f"mlp.{n}_proj.weight"], w.get(f"mlp.{n}_proj.bias")) for n in ("gate", "up"))
         else:
             gate, up = self.linear(x, w["mlp.gate_up.weight"], w.get("mlp.gate_up.bias")).chunk(2, dim=-1)
@@ -160,16 +155,3 @@ class TorchOperators(Taps):
         """mean of -y log s(z) - (1 - y) log(1 - s(z)), in float32."""
         y = torch.as_tensor(np.asarray(target), device=logits.device).float()
         return F.binary_cross_entropy_with_logits(logits.float(), y)
-
-
-def _one_row(x_1I: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x W^T for one row on a CPU, [1, O]: a part of the weight for each thread.
-
-    Torch does a product of one row on one thread. Reading 0.4 GB of weights on 2 cores of an AMD EPYC: 29 ms as
-    `linear`, 17 ms as a batch of two products, which it shares out.
-    """
-    threads = torch.get_num_threads()
-    if len(weight_OI) % threads:
-        return F.linear(x_1I, weight_OI)
-    parts = weight_OI.unflatten(0, (threads, -1))
-    return torch.bmm(parts, x_1I.t().expand(threads, -1, -1)).view(1, -1)

@@ -49,6 +49,7 @@ SHAPES: dict[str, dict[str, int]] = {
 # times 2^-8. Any defect: far more.
 AGREEMENT = {"float32": 1e-5, "bfloat16": 0.05}
 BACKENDS = ("numpy", "torch")
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -168,7 +169,8 @@ def bench_cpu(folder: Path, settings: Settings, step: Callable[[str], None] = la
     step: called with what is being done, for a progress display. Returns plain values for JSON, see `summary`. Raises
     BenchError if the outputs disagree by more than `AGREEMENT` (relative rms).
     """
-    weights = weight_bytes(folder, settings.dtype)
+    context = settings.prompt_tokens + settings.new_tokens // 2
+    weights = weight_bytes(folder, settings.dtype) | {"cache": cache_bytes(folder, context, settings.dtype)}
     step("loading refllm")
     with Worker("refllm", folder, settings.prompt_tokens, settings) as ours:
         step("loading transformers")
@@ -176,7 +178,8 @@ def bench_cpu(folder: Path, settings: Settings, step: Callable[[str], None] = la
             step("comparing outputs")
             difference, peaks = compare_outputs(ours, theirs)
             require_agreement("the sides", difference, settings.dtype)
-            with Worker("memory", folder, weights["read_per_token"], settings) as memory:
+            read = weights["read_per_token"] + weights["cache"]
+            with Worker("memory", folder, read, settings) as memory:
                 times = take_turns(ours, theirs, memory, settings.repeats, step)
     return summary(settings, weights, times, difference, {"refllm": ours.ready, "transformers": theirs.ready}, peaks)
 
@@ -212,6 +215,7 @@ def take_turns(
             pair = (ours, theirs) if repeat % 2 == 0 else (theirs, ours)
             for worker in pair:
                 times.setdefault(f"{job} {worker.side}", []).append(worker.seconds(job))
+        times.setdefault("products", []).append(ours.seconds("products"))
         times.setdefault("read", []).append(memory.seconds("read"))
     return times
 
@@ -221,12 +225,20 @@ def weight_bytes(folder: Path, dtype: str = "float32") -> dict[str, int]:
     from refllm.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(folder)
-    size = {"float32": 4, "bfloat16": 2}[dtype]
+    size = NUMBER_BYTES[dtype]
     sizes = {name: size * int(np.prod(checkpoint.shape(name))) for name in checkpoint.names}
     checkpoint.close()
     tied = "lm_head.weight" not in sizes
     table = 0 if tied else sizes.get("model.embed_tokens.weight", 0)
     return {"total": sum(sizes.values()), "read_per_token": sum(sizes.values()) - table}
+
+
+def cache_bytes(folder: Path, context: int, dtype: str) -> int:
+    """Bytes of the keys and values of `context` tokens in `dtype`: what a decode step reads beside the weights."""
+    import refllm
+
+    c = refllm.AutoConfig.from_pretrained(folder)
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context * NUMBER_BYTES[dtype]
 
 
 def summary(
@@ -237,7 +249,8 @@ def summary(
     loads: dict[str, dict[str, Any]],
     peaks: dict[str, int],
 ) -> dict[str, Any]:
-    """The figures: per job both sides' timings and the ratio ours / theirs; decode also against reading the weights."""
+    """The figures: per job both sides' timings and the ratio ours / theirs; prefill also against its own matrix
+    products alone, decode against reading weights and cache once."""
     from refllm.bench.results import describe_machine, installed_versions
 
     values: dict[str, Any] = {
@@ -250,8 +263,11 @@ def summary(
     for job in ("prefill", "decode"):
         ours, theirs = timing(times[f"{job} refllm"]), timing(times[f"{job} transformers"])
         values[job] = {"refllm": asdict(ours), "transformers": asdict(theirs), "ratio": ours.median / theirs.median}
-    read = timing(times["read"])
-    values["read_weights"] = asdict(read) | {"bytes_per_second": weights["read_per_token"] / read.median}
+    products, read = timing(times["products"]), timing(times["read"])
+    read_bytes = weights["read_per_token"] + weights["cache"]
+    values["products"] = asdict(products)
+    values["read"] = asdict(read) | {"bytes": read_bytes, "bytes_per_second": read_bytes / read.median}
+    values["prefill"]["ratio_to_products"] = values["prefill"]["refllm"]["median"] / products.median
     values["decode"]["ratio_to_read"] = values["decode"]["refllm"]["median"] / read.median
     values["memory"] = {
         side: {

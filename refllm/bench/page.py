@@ -111,8 +111,12 @@ def _cpu(result: Result) -> str:
     for job, title in (("prefill", f"prefill, {settings['prompt_tokens']} tokens"), ("decode", "decode, per token")):
         sides = [span(result[job][side]["median"]) for side in ("refllm", "transformers")]
         rows.append([title, *sides, f"{result[job]['ratio']:.2f} x"])
-    read = result["read_weights"]
-    rows.append(["reading the weights once", span(read["median"]), "", f"{result['decode']['ratio_to_read']:.2f} x"])
+    for what, title, job in (
+        ("products", "prefill's matrix products alone", "prefill"),
+        ("read", "reading the weights and the cache once", "decode"),
+    ):
+        if what in result:  # results of before had neither
+            rows.append([title, span(result[what]["median"]), "", f"{result[job][f'ratio_to_{what}']:.2f} x"])
     how = (
         f"{result['checkpoint']}, {settings['dtype']}, backend {settings['backend']}, {settings['threads']} threads\n\n"
     )

@@ -17,13 +17,18 @@ def show_bench(result: dict[str, Any]) -> RenderableType:
         f"  {settings['dtype']}, backend {settings['backend']}, {settings['threads']} threads, ",
         f"median of {settings['repeats']} (range), {machine['processor']}",
     )
-    read = result["read_weights"]
+    read, products = result["read"], result["products"]
+    own = (
+        f"the matrix products of a prefill alone take {_span(products)}: prefill takes "
+        f"{result['prefill']['ratio_to_products']:.2f} x that"
+    )
     bound = (
-        f"a decode step reads {_size(weights['read_per_token'])} of weights; reading them once takes {_span(read)} "
-        f"({read['bytes_per_second'] / 1e9:.1f} GB/s): decode takes {result['decode']['ratio_to_read']:.2f} x that"
+        f"a decode step reads {_size(weights['read_per_token'])} of weights and {_size(weights['cache'])} of keys and "
+        f"values; reading them once takes {_span(read)} ({read['bytes_per_second'] / 1e9:.1f} GB/s): decode takes "
+        f"{result['decode']['ratio_to_read']:.2f} x that"
     )
     agree = f"outputs agree to {result['output_difference']:.1e} (relative rms)"
-    parts: list[RenderableType] = [title, _speed(result, settings), "", _memory(result), "", bound, agree]
+    parts: list[RenderableType] = [title, _speed(result, settings), "", _memory(result), "", own, bound, agree]
     if machine["blas"] and settings["backend"] == "numpy":
         parts.append(f"NumPy's matrix products: {machine['blas']}{_asked_for()}")
     return Group(*parts)

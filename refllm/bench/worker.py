@@ -3,8 +3,8 @@
     python -m refllm.bench.worker SIDE FOLDER PROMPT_TOKENS NEW_TOKENS THREADS DTYPE BACKEND
 
 SIDE is `refllm`, `transformers` or `memory`. The process loads the checkpoint in DTYPE, then answers each line on its
-standard input (`prefill`, `decode`, `prefill_of TOKENS`, `decode_at CONTEXT`, `outputs FILE`, `read`) with one line of
-JSON.
+standard input (`prefill`, `decode`, `products`, `prefill_of TOKENS`, `decode_at CONTEXT`, `outputs FILE`, `read`) with
+one line of JSON.
 """
 
 import json
@@ -47,13 +47,24 @@ class RefllmSide:
             import torch
 
             torch.set_num_threads(threads)
-        device = None if backend == "numpy" else "cpu"
+        self.backend, device = backend, None if backend == "numpy" else "cpu"
         self.model = refllm.load(folder, dtype=dtype, backend=backend, device=device)
 
     def forward(self, input_ids_BS: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
         """See `Side.forward`."""
         out = self.model(input_ids=input_ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return to_numpy(out.logits[:, -1]), out.past_key_values
+
+    def products(self, input_ids_BS: np.ndarray) -> Callable[[], None]:
+        """A job that does the matrix products of `forward` on these ids, and nothing else: same sizes, same weights,
+        same library and threads."""
+        from refllm.bench import own_products
+
+        def forward() -> None:
+            self.forward(input_ids_BS, None)
+
+        numpy = self.backend == "numpy"
+        return own_products.of_numpy(self.model, forward) if numpy else own_products.of_torch(forward)
 
 
 class TransformersSide:
@@ -95,6 +106,7 @@ class Work:
         self._vocab_size = vocab_size
         self._cache: Any = None
         self._held = 0
+        self._products: Callable[[], None] | None = None
 
     def prefill(self) -> float:
         """Seconds for the whole prompt at once."""
@@ -109,6 +121,15 @@ class Work:
         for token in self.rest:
             _, cache = self.side.forward(token, cache)
         return (time.perf_counter() - start) / len(self.rest)
+
+    def products(self) -> float:
+        """Seconds for the matrix products of `prefill` alone."""
+        if self._products is None:
+            self._products = self.side.products(self.prompt)  # type: ignore[attr-defined]
+            self._products()
+        start = time.perf_counter()
+        self._products()
+        return time.perf_counter() - start
 
     def prefill_of(self, tokens: int) -> float:
         """Seconds for a prompt of so many tokens at once."""
