@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from refllm.opcheck.judge import judge  # noqa: E402
 from refllm.opcheck.observe import Result  # noqa: E402
 from refllm.opcheck.repro import reproduction  # noqa: E402
 from refllm.opcheck.repro.unread import filled_memory  # noqa: E402
-from refllm.opcheck.shrink import resized  # noqa: E402
+from refllm.opcheck.shrink import axis_lengths, resized, shrink  # noqa: E402
 from refllm.opcheck.signatures import SIGNATURES, signature  # noqa: E402
 from refllm.opcheck.tile import tile  # noqa: E402
 from refllm.precision import rounding  # noqa: E402
@@ -113,6 +114,54 @@ def test_limits_are_those_of_the_kernel_tests() -> None:
     assert pytest.approx(1.25 * np.sqrt(3 + 6.1**2), rel=0.02) == limits.ELEMENT_LIMIT
 
 
+def test_a_float32_sum_of_one_chain_of_additions_holds() -> None:
+    """Twice the error that one chain has on average, in every element of every row."""
+    x, weight = Array((4, 1024), "float32"), Array((1024,), "float32", seed=1)
+    e = expect(Call("rms_norm", "float32", (x, weight, 1e-6)))[0]
+    off = 2 * limits.CHAIN * np.sqrt(1024 / 3) * 2.0**-24
+    assert judge(e.exact * (1 + off), e).holds
+    assert not judge(e.exact * (1 + 16 * off), e).holds
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtype", "size", "counts"),
+    [
+        ("relu2", "bfloat16", (1, 8), False),  # rounded once: few errors are no luck, they are known
+        ("relu2", "bfloat16", (40, 100), False),
+        ("relu2", "float32", (1, 8), True),
+        ("relu2", "float32", (40, 100), True),  # in any order of additions
+        ("attention", "bfloat16", (1, 1, 2, 8), True),  # a product: few errors may be small by luck
+        ("attention", "bfloat16", (1, 4, 40, 64), False),
+    ],
+)
+def test_the_predicted_sigma_is_the_unit_only_where_the_contract_s_own_error_may_be_luck(
+    operator: str, dtype: str, size: tuple[int, ...], counts: bool
+) -> None:
+    """And the ratio that is told is the one that is judged."""
+    arguments = tuple(Array(size, dtype, seed=i) for i in range(3 if operator == "attention" else 1))
+    e = expect(Call(operator, dtype, arguments))[0]
+    value = e.contract * 1.5
+    told, calm = judge(value, e), judge(value, replace(e, variance=e.variance * 1e8))
+    assert (calm.ratio < told.ratio / 100) == counts
+    assert counts or calm.ratio == told.ratio
+    (text,) = [f.text for f in told.faults if f.rule == "rms"]
+    assert f"is {told.ratio:.3g} times" in text
+    assert f"(limit {told.limit:.3g})" in text
+
+
+def test_the_sigma_that_is_told_is_the_one_judged_by() -> None:
+    """Of the worst element; the score is the worst of all rules."""
+    e = wanted("bfloat16", Array((20, 100), "bfloat16"))
+    wrong = e.contract.copy()
+    wrong[7, 3] += 1
+    found = judge(wrong, e)
+    assert found.worst == (7, 3)
+    assert (found.value, found.exact, found.contract) == (wrong[7, 3], e.exact[7, 3], e.contract[7, 3])
+    (text,) = [f.text for f in found.faults if f.rule == "element"]
+    assert text == f"an element is {found.sigma:.3g} sigma off (limit 8)"
+    assert found.score >= found.sigma / limits.ELEMENT_LIMIT > 1
+
+
 # -- its parts ---------------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +198,25 @@ def test_resizing_keeps_what_belongs_together() -> None:
     loss = resized(Call("cross_entropy", "float32", (Array((5, 9), "float32"), labels)), {"V": 3, "N": 4})
     assert loss.arrays()[0][1].max() <= 2
     expect(loss)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("size", [40, 64])
+def test_a_size_shrinks_to_the_smallest_that_fails(size: int, step: int) -> None:
+    """Also where only even sizes fail: halving ends at an odd size, and it goes on past that."""
+
+    def smallest(threshold: int) -> tuple[int, int]:
+        def retry(call: Call) -> Finding | None:
+            columns = axis_lengths(call)["E"]
+            return Finding("value", "", call) if columns >= threshold and columns % step == 0 else None
+
+        call = Call("rms_norm", "float32", (Array((3, size), "float32"), Array((size,), "float32"), 1e-5))
+        found, tried = shrink(Finding("value", "", call), retry, time.monotonic() + 60)
+        return axis_lengths(found.call)["E"], tried
+
+    thresholds = range(step, size + 1, step)
+    assert [smallest(t)[0] for t in thresholds] == list(thresholds)
+    assert max(smallest(t)[1] for t in thresholds) < 100
 
 
 def test_tiles_in_words() -> None:

@@ -339,6 +339,12 @@ def test_permutation_equals_torch(seed: int) -> None:
     np.testing.assert_array_equal(permutation_head(1000, 10, seed), expected[:10])
 
 
+@pytest.mark.parametrize("key", [-2, -1, 0, -(2**31)])
+def test_a_hashing_key_may_be_negative(key: int) -> None:
+    """As a seed of Torch may."""
+    assert WatermarkingConfig(hashing_key=key).hashing_key == key
+
+
 # Illegal parameters: one sentence, the parameter named.
 
 BAD: list[tuple[str, Callable[[], Any]]] = [
@@ -368,6 +374,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("greenlist_ratio", lambda: WatermarkingConfig(greenlist_ratio=0.0)),
     ("seeding_scheme", lambda: WatermarkingConfig(seeding_scheme="righthash")),
     ("context_width", lambda: WatermarkingConfig(context_width=0)),
+    ("hashing_key", lambda: WatermarkingConfig(hashing_key=-(2**31) - 1)),
 ]
 
 

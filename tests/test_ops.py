@@ -588,6 +588,13 @@ def test_activations_equal_those_of_transformers(name: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ops.ACTIVATIONS)
+def test_an_activation_of_nothing_is_nothing(name: str) -> None:
+    for dtype in (np.float32, np.float64):
+        found = ops.activation(np.zeros((0, 4), dtype), name)
+        assert (found.shape, found.dtype) == ((0, 4), np.float64)
+
+
 def test_every_activation_without_weights_is_there() -> None:
     assert set(ops.ACTIVATIONS) == set(ACT2FN) - {"prelu", "xielu"}
 
