@@ -92,6 +92,8 @@ def test_a_bug_is_found_only_if_it_is_in_every_dtype_that_it_names(
 
 
 def test_the_call_that_a_mutant_names_exists() -> None:
+    named = {m.corner for m in catalogue()}
+    assert len(named) > 10
     for m in catalogue():
         families = {call.family for dtype in m.dtypes for call in corners(m.operator, dtype)}
         assert m.corner in families | {""}, f"{m.name}: there is no call of the family {m.corner}"
@@ -270,7 +272,9 @@ def test_a_test_with_one_call_lets_bugs_pass_and_is_told_which(capsys: pytest.Ca
 def test_typical_tests_like_what_is_right() -> None:
     """Otherwise the rates on the page would be of void tests."""
     for operator in kernels.OPERATORS:
-        for test in typical_tests(operator).values():
+        tests = typical_tests(operator)
+        assert len(tests) >= 2, operator
+        for test in tests.values():
             test(getattr(plain, operator))
 
 

@@ -269,7 +269,9 @@ def test_other_heads_are_checked_too(head: str, last: str, tmp_path: Path) -> No
         **sizes, num_attention_heads=4, bos_token_id=0, eos_token_id=0, pad_token_id=1, initializer_range=0.2
     )
     getattr(refllm, f"Llama{head}").from_config(config, seed=1).save_pretrained(tmp_path, dtype="float32")
-    for report in check_all([tmp_path], Settings()):
+    reports = list(check_all([tmp_path], Settings()))
+    assert {report.dtype for report in reports} == {"float32", "bfloat16"}
+    for report in reports:
         assert report.verdict == "holds", told(report)
         assert report.taps[-1].name == last
 

@@ -361,13 +361,17 @@ def test_port_shown_in_the_readme_is_checked(tmp_path: Path) -> None:
     exec(test.replace('"path/to/checkpoint"', "folder"), names)
     folder = golden.path("llama-tiny")
 
+    ran = []
+
     def my_forward(checkpoint: str, ids: Any, mask: Any, positions: Any, tap: Any) -> Any:
+        ran.append(ids.shape)
         model = _port(checkpoint, ids)
         names.update(embed=model.embed, layers=model.layers, norm=model.norm, lm_head=model.lm_head)
         return names["forward"](checkpoint, ids, mask, positions, tap)
 
     names.update(folder=folder, my_forward=my_forward, assert_matches=partial(assert_matches, policy="hf-eager"))
     names["test_my_port"]()
+    assert ran
 
 
 def _port(checkpoint: str, ids: Any) -> Any:
