@@ -66,7 +66,7 @@ def start_server() -> Any:
 
 
 def run_apart(context: Any, work: Callable[..., Any], tree: Path, *arguments: Any, cpu: float, wall: float) -> int:
-    """The exit code of `work(tree, *arguments)`, run in `tree`; TIMED_OUT past so many seconds. Nothing is left running.
+    """The exit code of `work(tree, *arguments)`, run in `tree`; TIMED_OUT past so many seconds. Nothing is left.
 
     Seconds of CPU, so that a busy machine does not end it; those of the clock are for what waits.
     """
@@ -175,10 +175,15 @@ def bring_up_to_date(context: Any, trees: list[Path], folder: Path) -> None:
     def one(name: str) -> None:
         tree, stem = free.pop(), _stem(folder, name)
         code = run_apart(context, measure, tree, name, stem, cpu=1800, wall=3600)
-        text = (tree / "output.txt").read_text(errors="replace")
-        Path(f"{stem}.txt").write_text(text)
+        shutil.copy2(tree / "output.txt", f"{stem}.txt")
         free.append(tree)
-        print(f"{name}: {(text.splitlines() or ['nothing'])[-1] if code == 0 else f'ended with {code}'}", flush=True)
+        how = f"ended with {code}"
+        if code == 0:
+            written = json.loads(Path(f"{stem}.json").read_text())
+            how = f"{len(written['seconds'])} tests" + f", {len(written['failed'])} failed or skipped" * any(
+                written["failed"]
+            )
+        print(f"{name}: {how}", flush=True)
 
     if stale:
         print(f"measuring which test reaches which line: {len(stale)} test files", flush=True)

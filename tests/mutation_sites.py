@@ -1,7 +1,7 @@
 """Where the product can be changed, and how: the places and operators of Cosmic Ray, less what is no code that counts.
 
 Left out: text (messages that are raised, f-strings), type annotations, what runs only as a program or for a type
-checker, and operators that change no behaviour or only one implementation of Python's (`==` for `is`). And files: see
+checker, decorators that only remember results, and operators that change no behaviour (`==` for `is`). And files: see
 `LEFT_OUT`.
 """
 
@@ -135,6 +135,8 @@ def _mutant(root: Path, name: str, operator: str, occurrence: int) -> Mutant | N
         return None
     old, new = source.splitlines(), changed.splitlines()
     at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), len(new) - 1)
+    while not old[at].strip():
+        at += 1  # a decorator goes with the empty lines before it
     after = new[at].strip() if len(old) == len(new) else "(removed)"
     return Mutant(name, at + 1, operator, occurrence, old[at].strip(), after)
 
@@ -159,26 +161,15 @@ def _no_code(source: str) -> list[Span]:
             parts += [d for d in node.decorator_list if ast.unparse(d).split("(")[0].split(".")[-1] in _CACHES]
         elif isinstance(node, ast.AnnAssign):
             parts += [node.annotation]
+        elif isinstance(node, ast.If):
+            parts += [node] if ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING") else []
         elif isinstance(node, ast.JoinedStr | ast.Raise):
             parts += [node]
-        elif isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING"):
-            parts += [node]
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp) and _is_type(node.value):
-            parts += [node.value]
         spans += [_span(part, source) for part in parts if part is not None]
     return spans
 
 
 _CACHES = ("cache", "lru_cache", "cached_property", "overload", "override")
-
-
-def _is_type(node: ast.expr) -> bool:
-    """Whether it is a union of types such as `int | None`."""
-    if isinstance(node, ast.BinOp):
-        return isinstance(node.op, ast.BitOr) and _is_type(node.left) and _is_type(node.right)
-    return isinstance(node, ast.Name | ast.Attribute | ast.Subscript) or (
-        isinstance(node, ast.Constant) and node.value is None
-    )
 
 
 def _span(node: ast.expr | ast.stmt, source: str) -> Span:

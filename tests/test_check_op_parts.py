@@ -21,6 +21,7 @@ from opcheck_tools import run_alone, shown  # noqa: E402
 from refllm import ops  # noqa: E402
 from refllm.check import check_op  # noqa: E402
 from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
+from refllm.opcheck import expected as expected_module  # noqa: E402
 from refllm.opcheck import limits  # noqa: E402
 from refllm.opcheck.candidate import Candidate, uses_triton  # noqa: E402
 from refllm.opcheck.examine import Finding  # noqa: E402
@@ -30,7 +31,7 @@ from refllm.opcheck.guess import guess  # noqa: E402
 from refllm.opcheck.judge import judge  # noqa: E402
 from refllm.opcheck.observe import Result  # noqa: E402
 from refllm.opcheck.repro import reproduction  # noqa: E402
-from refllm.opcheck.repro.unread import filled_memory  # noqa: E402
+from refllm.opcheck.repro.unread import filled_memory, unread_changed  # noqa: E402
 from refllm.opcheck.shrink import axis_lengths, resized, shrink  # noqa: E402
 from refllm.opcheck.signatures import SIGNATURES, signature  # noqa: E402
 from refllm.opcheck.tile import tile  # noqa: E402
@@ -190,6 +191,30 @@ def test_formulas_of_reproductions_are_the_definitions(operator: str) -> None:
             finite = np.isfinite(b) & np.isfinite(a)
             np.testing.assert_allclose(np.asarray(a)[finite], np.asarray(b)[finite], rtol=1e-9, atol=1e-12)
     assert compared >= 5
+
+
+def test_every_number_is_moved_by_a_rounding_of_its_size_whatever_its_sign() -> None:
+    rng = np.random.default_rng(0)
+    x = np.concatenate([[0.0, 0.0], np.ones(4000), -8 * np.ones(4000)]).astype(np.float32)
+    moved = expected_module._moved(x, rng).astype(np.float64) - x
+    assert not moved[:2].any()
+    for part, size in ((moved[2:4002], 1), (moved[4002:], 8)):
+        assert part.std() == pytest.approx(size * 2.0**-24, rel=0.05)
+        assert abs(part.mean()) < 0.1 * part.std()
+    assert expected_module._moved(np.arange(3), rng).tolist() == [0, 1, 2]
+    assert expected_module._moved(None, rng) is None
+
+
+@pytest.mark.parametrize("operator", ["cross_entropy", "linear_cross_entropy"])
+def test_a_reproduction_changes_the_rows_whose_label_is_ignored(operator: str) -> None:
+    x, labels = torch.ones(4, 6), torch.tensor([1, -100, 7, 0])
+    arguments = [x, labels] if operator == "cross_entropy" else [x, torch.ones(9, 6), labels]
+    for keywords, ignored in (({}, 1), ({"ignore_index": 7}, 2)):
+        x[:] = 3
+        call = Call(operator, "float32", ())
+        exec("\n".join(unread_changed(call)), {"torch": torch, "arguments": arguments, "keywords": keywords})
+        assert [row for row in range(4) if (x[row] == -2).all()] == [ignored]
+        assert (x == 3).sum() == 18
 
 
 def test_resizing_keeps_what_belongs_together() -> None:

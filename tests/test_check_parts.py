@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import refllm
 from refllm import golden
 from refllm.check import findings, limits
 from refllm.check.candidates import ReferenceCandidate, record
@@ -12,6 +13,8 @@ from refllm.check.inputs import Inputs
 from refllm.check.measure import ulp_histogram
 from refllm.check.next_tokens import compare_tokens
 from refllm.check.oracle import Report, judge
+from refllm.check.second_opinion import honest_ratios
+from refllm.check.taps import as_array
 from refllm.precision import HF_EAGER
 
 # -- next tokens -------------------------------------------------------------------------------------------------------
@@ -69,6 +72,16 @@ def test_each_distance_in_ulp_is_counted_in_its_bin() -> None:
     assert ulp_histogram(1 + np.array(distances) * 2.0**-7, np.ones(9), "bfloat16") == [1] * 9
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "float16"])
+def test_a_value_is_copied_and_held_in_float32_at_least(dtype: str) -> None:
+    value = np.arange(3).astype(dtype)
+    held = as_array(value)
+    assert held.dtype == (np.float64 if dtype == "float64" else np.float32)
+    assert held.tolist() == [0, 1, 2]
+    held[0] = 7
+    assert value[0] == 0
+
+
 # -- answers that would pass -------------------------------------------------------------------------------------------
 
 WRONG = ["zeros", "rows in another order", "the mean", "times 1.01", "a missing tile"]
@@ -91,13 +104,27 @@ def test_of_many_values_64_positions_are_asked() -> None:
     assert limits.undetected(exact, variance, "float32") == []
 
 
+# -- an honest run -----------------------------------------------------------------------------------------------------
+
+
+def test_an_honest_run_has_the_error_that_is_predicted(report: Report) -> None:
+    """Its error over the prediction is about 1 in every value, not 0; and only for the values that are asked for."""
+    model = refllm.load(golden.path("llama-tiny"), dtype="bfloat16")
+    inputs = Inputs(np.random.default_rng(1).integers(5, model.config.vocab_size, (1, 8)))
+    asked = {tap.name: tap.end_to_end for tap in report.taps if tap.end_to_end.rms_sigma}
+    found = honest_ratios(model, inputs, "bfloat16", HF_EAGER, asked)
+    assert found.keys() == asked.keys()
+    assert all(0.3 < ratio < 2 for ratio in found.values()), found
+    assert np.median(list(found.values())) == pytest.approx(1, abs=0.2)
+    last = {"lm_head": asked["lm_head"]}
+    assert honest_ratios(model, inputs, "bfloat16", HF_EAGER, last).keys() == last.keys()
+
+
 # -- sentences ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    import refllm
-
     model = refllm.load(Path(golden.path("llama-tiny")), dtype="bfloat16", policy="hf-eager")
     exact = refllm.load(Path(golden.path("llama-tiny")), dtype="bfloat16")
     ids = np.random.default_rng(1).integers(5, model.config.vocab_size, (1, 8))

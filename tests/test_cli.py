@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from refllm import cli
 from refllm.config import AutoConfig
@@ -346,6 +347,12 @@ def test_patch_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def _block(contents: str) -> str:
     """The first piece of Python in the README that has this in it."""
     return next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if contents in code)
+
+
+def test_the_help_says_what_it_is_and_lists_every_command() -> None:
+    shown = CliRunner().invoke(cli.app, ["--help"]).output
+    assert "The math of Helium, Llama, StableLM and Arcee in NumPy" in shown
+    assert [c for c in ("check", "trace", "diff", "generate", "score", "info", "audit") if c not in shown] == []
 
 
 @pytest.mark.filterwarnings("ignore:.*untested")
