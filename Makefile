@@ -12,7 +12,7 @@ TORCH  := torch==2.13.0
 TRITON := triton==3.7.1; platform_system == "Linux"
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-long lint types format bench gpu golden clean
+.PHONY: help check test test-long mutation lint types format bench gpu golden clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,11 @@ test: .venv/ready-to-test  ## all tests
 MINUTES ?= 60
 test-long: .venv/ready-to-test  ## the drawn tests with random seeds for an hour, or MINUTES=...
 	$(BIN)/python tests/run_long.py --minutes $(MINUTES)
+
+MUTANTS ?= 60
+SEED    ?=
+mutation: .venv/ready-to-test  ## how many changes of the product the tests notice: MUTANTS=60, drawn with SEED=...
+	$(BIN)/python tests/run_mutation.py --mutants $(MUTANTS) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/ready-to-test  ## ruff: rules and layout
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@
     python tests/run_mutation.py --mutants 60 --seed 7   # what `make mutation MUTANTS=60 SEED=7` does
 
 Works on copies of the tree in build/mutation. The tests that run the changed line come first, then those that run
-anything of its file, then those that run a file that imports it; of each the quick ones first, one of every test
-function before a second, for at most --seconds of their time. A mutant is killed by the first that fails or does not
+anything of its file, then those that run a file that imports it; of each those whose file is named like the changed
+one, and the quick ones first, one of every test function before a second, for at most --seconds of their time. A mutant is killed by the first that fails or does not
 end; a kill by a test that fails without the mutant too does not count. Mutants that are listed in
 equivalent_mutants.json change no behaviour: others are drawn in their place. What was run is kept, so that a run that
 was ended goes on where it stopped.
@@ -164,7 +164,9 @@ class Run:
             self.reach.reaching(mutant.file),
             set().union(*(self.reach.reaching(name) for name in self._importers.get(mutant.file, ()))),
         ):
-            yield from _quick_and_different(tests - seen, self.reach.seconds)
+            named = {name for name in tests - seen if _words(name.partition("::")[0]) & _words(mutant.file)}
+            yield from _quick_and_different(named, self.reach.seconds)
+            yield from _quick_and_different(tests - seen - named, self.reach.seconds)
             seen |= tests
 
     def confirmed(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -183,6 +185,12 @@ class Run:
     @property
     def _sound(self) -> set[str]:
         return self.__dict__.setdefault("_sound_tests", set())
+
+
+def _words(file: str) -> set[str]:
+    """What a file is about, by its name: {"rope", "tables"} of tests/test_rope_tables.py."""
+    parts = re.split(r"[/_]", file.removesuffix(".py"))
+    return {part.rstrip("s") for part in parts} - {"refllm", "kernel", "golden", "test", "op", "model", "init", ""}
 
 
 def _quick_and_different(tests: set[str], seconds: dict[str, float]) -> list[str]:
