@@ -4,10 +4,10 @@
 
 Works on copies of the tree in build/mutation. The tests that run the changed line come first, then those that run
 anything of its file, then those that run a file that imports it; of each those whose file is named like the changed
-one, and the quick ones first, one of every test function before a second, for at most --seconds of their time. A mutant is killed by the first that fails or does not
-end; a kill by a test that fails without the mutant too does not count. Mutants that are listed in
-equivalent_mutants.json change no behaviour: others are drawn in their place. What was run is kept, so that a run that
-was ended goes on where it stopped.
+one, then the quick ones, one of every test function before a second, for at most --seconds of their time. A mutant is
+killed by the first that fails or does not end; a kill by a test that fails without the mutant too does not count.
+Mutants that are listed in equivalent_mutants.json change no behaviour: others are drawn in their place. What was run is
+kept, so that a run that was ended goes on where it stopped.
 
 Exit codes: 0 there is a score, 2 wrong use.
 """
