@@ -3,9 +3,10 @@
     python tests/run_mutation.py --mutants 60 --seed 7   # what `make mutation MUTANTS=60 SEED=7` does
 
 Works on copies of the tree in build/mutation. The tests that run the changed line come first, then those that run
-anything of its file, then those that run a file that imports it; of each those whose file is named like the changed
-one, then the quick ones, one of every test function before a second, for at most --seconds of their time. A mutant is
-killed by the first that fails or does not end; a kill by a test that fails without the mutant too does not count.
+anything of its file, then those that run a file that imports it, then those of files that are named alike, which may
+run it in a process of its own. Of each those named alike come first, then the quick ones, one of every test function
+before a second, for at most --seconds of their time. A mutant is killed by the first that fails or does not end; a kill
+by a test that fails without the mutant too does not count.
 Mutants that are listed in equivalent_mutants.json change no behaviour: others are drawn in their place. What was run is
 kept, so that a run that was ended goes on where it stopped.
 
@@ -163,6 +164,7 @@ class Run:
             self.reach.reaching(mutant.file, [mutant.line]),
             self.reach.reaching(mutant.file),
             set().union(*(self.reach.reaching(name) for name in self._importers.get(mutant.file, ()))),
+            {name for name in self.reach.seconds if _words(name.partition("::")[0]) & _words(mutant.file)},
         ):
             named = {name for name in tests - seen if _words(name.partition("::")[0]) & _words(mutant.file)}
             yield from _quick_and_different(named, self.reach.seconds)

@@ -1,6 +1,9 @@
 """What `check` is made of: distances in ulp, next tokens, answers that would pass, and the taps before a finding."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +13,9 @@ from refllm import golden
 from refllm.check import findings, limits
 from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.inputs import Inputs
-from refllm.check.measure import ulp_histogram
+from refllm.check.measure import Measure, measure, ulp_histogram
 from refllm.check.next_tokens import compare_tokens
-from refllm.check.oracle import Report, judge
+from refllm.check.oracle import Report, TapReport, judge
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.taps import as_array
 from refllm.precision import HF_EAGER
@@ -141,3 +144,103 @@ def test_what_comes_before_a_value_is_its_layer_up_to_it_or_the_layer_before(rep
         for i, tap in enumerate(group.taps):
             assert [other.name for other in findings.before(report, tap)] == (names[:i] or last)
         last = names
+
+
+def measured(error: np.ndarray, **changed: Any) -> Measure:
+    """Of an error, over values of size 1 and a predicted sigma of 1."""
+    exact = np.sign(np.random.default_rng(3).normal(size=error.shape))
+    return replace(measure(exact + error, exact, np.ones(error.shape)), **changed)
+
+
+def tap_of(isolated: Measure | None, name: str = "model.layers.0.mlp.act", **end_to_end: Any) -> TapReport:
+    calm = measured(np.zeros((4, 16)))
+    return TapReport(name, replace(calm, **end_to_end), isolated=isolated, dtype="bfloat16")
+
+
+def test_every_broken_rule_has_its_sentence_with_figure_and_limit() -> None:
+    calm = measured(np.zeros((4, 16)))
+    cases = {
+        "3 of 64 elements are NaN or infinite on one side only, first at position 2, channel 5": tap_of(
+            replace(calm, nonfinite=3, nonfinite_at=(0, 2, 5))
+        ),
+        "1 of 64 elements is NaN or infinite on one side only, first at sequence 1, position 2, channel 5": tap_of(
+            None, nonfinite=1, nonfinite_at=(1, 2, 5)
+        ),
+        "on its own inputs the error is 370 sigma (limit 1.69)": tap_of(replace(calm, ratio=370.0)),
+        "worst row on its own inputs: position 3, head 1, 9.10 sigma (limit 3.88)": tap_of(
+            replace(calm, row_ratio=9.1, row=(0, 3, 1))
+        ),
+        "20% of its elements are not what the policy's rounding points give (limit 4.1%): a rounding too many, or one "
+        "that is missing": tap_of(replace(calm, misrounded=0.2)),
+        "end to end the error is 5.00 sigma (limit 2.44)": tap_of(None, ratio=5.0),
+        "end to end the error is 7.00 sigma (limit 6.44; an honest run has 3.00)": tap_of(None, ratio=7.0, honest=3.0),
+    }
+    for sentence, tap in cases.items():
+        assert findings.broken_in_words(tap) == [sentence]
+        assert tap.verdict == "fails"
+    assert findings.broken_in_words(tap_of(calm)) == []
+
+
+def test_severity_is_error_over_limit_of_the_worst_rule() -> None:
+    calm = measured(np.zeros((4, 16)))
+    assert findings.isolated_severity(tap_of(None)) == 0
+    assert findings.isolated_severity(tap_of(replace(calm, nonfinite=1))) == math.inf
+    assert findings.end_to_end_severity(tap_of(None, nonfinite=1)) == math.inf
+    for name, limit in (
+        ("ratio", limits.isolated_limit(calm, "bfloat16")),
+        ("row_ratio", limits.row_limit(calm, "bfloat16")),
+        ("misrounded", limits.misrounded_limit(calm)),
+    ):
+        assert findings.isolated_severity(tap_of(replace(calm, **{name: 3 * limit}))) == pytest.approx(3)
+    assert findings.end_to_end_severity(tap_of(None, ratio=5.0)) == pytest.approx(5 / limits.end_to_end_limit(calm))
+    wrong, late = tap_of(replace(calm, ratio=2.0)), tap_of(None, ratio=1e6)
+    assert max([late, wrong, tap_of(calm)], key=findings.severity) is wrong
+    assert max([late, tap_of(calm)], key=findings.severity) is late
+
+
+def test_the_character_of_an_error_is_a_factor_a_sign_or_nothing() -> None:
+    exact = np.sign(np.random.default_rng(3).normal(size=(40, 100)))
+    noise = 3 * np.random.default_rng(4).normal(size=exact.shape)
+    assert findings._character(measured(-exact)) == ["it is zero, or nearly"]
+    (said,) = findings._character(measured(np.roll(exact, 1, axis=0) - exact + noise / 10, gain=-0.95))
+    assert said.startswith("it has next to nothing in common")
+    (said,) = findings._character(measured(0.5 * exact + noise / 100))
+    assert said == "a common factor of 1.5 explains 100% of the squared error"
+    (said,) = findings._character(measured(noise / 10 + 0.2))
+    assert said.startswith("the error has a sign: its mean is 1")
+    assert findings._character(measured(noise)) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ([0], " 0 of 16"),
+        ([3], " 3 of 16"),
+        ([0, 1, 2], "s 0-2 of 16"),
+        ([0, 2, 3], "s 0 and 2-3 of 16"),
+        ([0, 2, 4], "s 0 and 2 and 4 of 16"),
+        ([0, 2, 4, 15], "s 0 and 2 and 2 more ranges of 16"),
+    ],
+)
+def test_ranges_in_words(bad: list[int], words: str) -> None:
+    where = np.zeros(16, bool)
+    where[bad] = True
+    assert findings._ranges(np.arange(17), where) == words
+
+
+def test_small_words() -> None:
+    assert [findings.percent(x) for x in (0, 0.001, 0.0099, 0.01, 0.204, 1)] == [
+        "0%",
+        "<1%",
+        "<1%",
+        "1%",
+        "20%",
+        "100%",
+    ]
+    assert [findings.count(n, "flip") for n in (0, 1, 2, 1234)] == ["0 flips", "1 flip", "2 flips", "1,234 flips"]
+    assert findings.place("lm_head", (0, 4, 5)) == "position 4, token id 5"
+    assert findings.place("model.layers.0.self_attn.probs", (2, 4, 1, 5)) == "sequence 2, position 4, head 1, key 5"
+    assert findings.place("lm_head", ()) == "nowhere"
+    assert findings.worst_verdict(["holds", "untested", "fails"]) == "fails"
+    assert findings.worst_verdict(["holds", "untested"]) == "untested"
+    assert findings.worst_verdict([]) == findings.worst_verdict(["holds"]) == "holds"
