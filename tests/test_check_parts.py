@@ -13,7 +13,7 @@ from refllm import golden
 from refllm.check import findings, limits
 from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.inputs import Inputs
-from refllm.check.measure import Measure, measure, ulp_histogram
+from refllm.check.measure import ROW_FLOOR, Measure, measure, ulp_histogram
 from refllm.check.next_tokens import compare_tokens
 from refllm.check.oracle import Report, TapReport, judge
 from refllm.check.second_opinion import honest_ratios
@@ -59,6 +59,68 @@ def test_a_flip_is_told_with_its_margin_in_sigmas_of_the_two_logits() -> None:
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_of_a_measure_on_numbers_worked_out_by_hand() -> None:
+    exact = np.array([[[1.0, -1.0], [1.0, 1.0]], [[2.0, 0.0], [-1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])  # [3, 2, 2]
+    variance = np.full(exact.shape, 0.25)
+    variance[2] = [[0.75, 0.25], [0.25, 0.25]]
+    candidate = exact.copy()
+    candidate[0, 1, 0] += 3
+    candidate[1, 0, 0] -= 1
+    found = measure(candidate, exact, variance)
+    assert (found.elements, found.shape) == (12, (3, 2, 2))
+    assert found.errors == pytest.approx(3.5**2 / (11 * 0.0625 + 0.5625))
+    assert found.scale == pytest.approx(np.sqrt(14 / 12))
+    assert (found.rms_error, found.rms_sigma) == (pytest.approx(np.sqrt(10 / 12)), pytest.approx(np.sqrt(3.5 / 12)))
+    assert found.ratio == pytest.approx(np.sqrt(10 / 3.5))
+    assert (found.row, found.row_errors, found.row_ratio) == ((0, 1), 2, pytest.approx(np.sqrt(4.5 / 0.25)))
+    assert (found.at, found.largest) == ((0, 1, 0), pytest.approx(6))
+    assert found.bias == pytest.approx(2 / np.sqrt(3.5))
+    assert found.gain == pytest.approx((3 - 2) / 14)
+    assert (found.nonfinite, found.nonfinite_at, found.misrounded, found.honest) == (0, (), 0, 0)
+
+
+def test_what_is_infinite_on_both_sides_is_no_error_and_on_one_side_has_its_place() -> None:
+    exact = np.array([[1.0, np.nan, np.inf], [70000.0, -70000.0, 1.0]])
+    variance = np.array([[1.0, np.nan, 1.0], [1.0, 1.0, 1.0]])
+    same = np.array([[1.0, np.nan, np.inf], [np.inf, -np.inf, 1.0]])
+    found = measure(same, exact, variance, overflow=65504.0)
+    assert (found.nonfinite, found.nonfinite_at, found.ratio) == (0, (), 0)
+    assert measure(same, exact, variance).nonfinite_at == (1, 0)
+    wrong = same.copy()
+    wrong[0, 2], wrong[1, 1] = -np.inf, np.inf
+    found = measure(wrong, exact, variance, overflow=65504.0)
+    assert (found.nonfinite, found.nonfinite_at) == (2, (0, 2))
+
+
+def test_a_row_that_is_predicted_without_error_is_judged_by_a_part_of_the_whole() -> None:
+    exact, variance = np.ones((2, 4)), np.array([[1.0] * 4, [0.0] * 4])
+    candidate = exact.copy()
+    candidate[1] += 0.1
+    found = measure(candidate, exact, variance)
+    assert (found.row, found.row_ratio) == ((1,), pytest.approx(0.1 / np.sqrt(ROW_FLOOR * 0.5)))
+    assert found.row_errors == 4
+    assert measure(candidate, exact, np.zeros((2, 4))).ratio == np.inf
+    assert measure(exact, exact, np.zeros((2, 4))).ratio == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_limits_grow_with_chance_alone(dtype: str) -> None:
+    """Five standard deviations of the rms of so many errors, each 1 / sqrt(2 n)."""
+    some = measured(np.zeros((4, 16)))
+    assert limits.isolated_limit(some, dtype) == pytest.approx(limits.ISOLATED[dtype] + 5 / np.sqrt(128))
+    assert limits.row_limit(some, dtype) == pytest.approx(limits.ROW[dtype] + 5 / np.sqrt(32))
+    assert limits.end_to_end_limit(some) == pytest.approx(2 + 5 / np.sqrt(128))
+    assert limits.end_to_end_limit(replace(some, honest=0.5)) == limits.end_to_end_limit(some)
+    assert limits.end_to_end_limit(replace(some, honest=3)) == pytest.approx(6 + 5 / np.sqrt(128))
+    assert limits.misrounded_limit(some) == pytest.approx(0.01 + 2 / 64)
+    for field, rule in (("ratio", "error"), ("row_ratio", "one row"), ("misrounded", "rounding points")):
+        assert limits.broken_isolated(replace(some, **{field: 50.0}), dtype) == [rule]
+    assert limits.broken_isolated(some, dtype) == []
+    assert limits.broken(replace(some, nonfinite=1), None, dtype) == ["NaN or infinity"]
+    assert limits.broken(replace(some, nonfinite=1), replace(some, nonfinite=1), dtype) == ["NaN or infinity"]
+    assert limits.broken(replace(some, ratio=9.0), some, dtype) == ["error end to end"]
 
 
 def test_distances_in_ulp_are_counted_where_they_are_finite() -> None:
