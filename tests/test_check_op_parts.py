@@ -34,7 +34,7 @@ from refllm.opcheck.repro import reproduction  # noqa: E402
 from refllm.opcheck.repro.unread import filled_memory, unread_changed  # noqa: E402
 from refllm.opcheck.shrink import axis_lengths, resized, shrink  # noqa: E402
 from refllm.opcheck.signatures import SIGNATURES, signature  # noqa: E402
-from refllm.opcheck.tile import tile  # noqa: E402
+from refllm.opcheck.tile import begin, tile  # noqa: E402
 from refllm.precision import rounding  # noqa: E402
 from refllm.strategies import Array, Call, corners  # noqa: E402
 
@@ -231,6 +231,28 @@ def test_resizing_keeps_what_belongs_together() -> None:
     expect(loss)
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        Array((2,), "int64", "ones", scale=9),
+        Array((2,), "int64", "zeros", mean=9),
+        Array((2,), "int64", "zeros", planted=(((0,), 9), ((1,), 2))),
+        Array((2,), "int64", "integers", scale=5, mean=5),
+        Array((2,), "int64", "integers", scale=10, mean=0),
+    ],
+)
+def test_integers_stay_within_the_axis_that_bounds_them(lengths: Array) -> None:
+    q, cache = Array((2, 1, 1, 8), "float32"), Array((2, 1, 9, 8), "float32")
+    call = Call("decode_attention", "float32", (q, cache, cache, lengths))
+    for slots in (1, 2, 4, 8):
+        smaller = resized(call, {"N": slots})
+        found = smaller.arrays()[0][3]
+        assert found.max() <= slots
+        assert found.min() >= 0
+        assert smaller.arguments[1].shape == (2, 1, slots, 8)
+    assert (resized(call, {"N": 9}).arrays()[0][3] == lengths.array()).all()
+
+
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("size", [40, 64])
 def test_a_size_shrinks_to_the_smallest_that_fails(size: int, step: int) -> None:
@@ -248,6 +270,34 @@ def test_a_size_shrinks_to_the_smallest_that_fails(size: int, step: int) -> None
     thresholds = range(step, size + 1, step)
     assert [smallest(t)[0] for t in thresholds] == list(thresholds)
     assert max(smallest(t)[1] for t in thresholds) < 100
+
+
+@pytest.mark.parametrize(
+    ("bad", "size", "words"),
+    [
+        ([0], 1, "column 0"),
+        ([0, 1, 2, 3], 4, "all 4 columns"),
+        ([2], 4, "column 2 (of 4)"),
+        ([1, 2], 4, "columns 1..2 (of 4)"),
+        ([2, 3], 4, "columns 2.. (of 4)"),
+        ([1, 4, 7], 9, "every third of the columns from 1 (of 9)"),
+        ([1, 2, 7], 9, "3 of 9 columns from 1"),
+    ],
+)
+def test_part_of_an_axis_in_words(bad: list[int], size: int, words: str) -> None:
+    where = np.zeros((3, size), bool)
+    where[:, bad] = True
+    assert tile(where, signature("rms_norm").outputs["y"]) == f"{words} of all 3 rows"
+    assert begin(where) == (0, bad[0])
+    assert tile(np.zeros((3, size), bool), signature("rms_norm").outputs["y"]) == ""
+    assert begin(np.zeros((3, size), bool)) == ()
+
+
+def test_several_axes_of_rows_are_numbered() -> None:
+    where = np.zeros((2, 3, 4), bool)
+    where[1, 2, 3] = True
+    said = tile(where, signature("rms_norm").outputs["y"])
+    assert said == "column 3 (of 4) of row (axis 1) 2 (of 3) of row (axis 0) 1 (of 2)"
 
 
 def test_tiles_in_words() -> None:
