@@ -276,6 +276,19 @@ def test_other_heads_are_checked_too(head: str, last: str, tmp_path: Path) -> No
         assert report.taps[-1].name == last
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"dtypes": ("float32", "int8")}, "--dtype int8 cannot be checked"),
+        ({"attention": "flash"}, "--attn flash is not known"),
+        ({"policy": "none"}, "none"),
+    ],
+)
+def test_settings_that_are_not_known_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Settings(**settings)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_trace_file_holds_what_was_recorded(dtype: str, tmp_path: Path) -> None:
     trace = trace_candidate(golden.path("arcee-tiny"), Settings(dtypes=(dtype,)))
