@@ -185,6 +185,28 @@ def test_an_honest_run_has_the_error_that_is_predicted(report: Report) -> None:
     assert honest_ratios(model, inputs, "bfloat16", HF_EAGER, last).keys() == last.keys()
 
 
+# -- padding -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_stands_at_padding_is_not_judged() -> None:
+    """Scores against keys of padding neither: nobody attends to them. And what stands elsewhere is."""
+    exact = refllm.load(golden.path("llama-tiny"), dtype="bfloat16")
+    model = refllm.load(golden.path("llama-tiny"), dtype="bfloat16", policy="hf-eager")
+    ids = np.random.default_rng(1).integers(5, exact.config.vocab_size, (2, 8))
+    mask = np.array([[1] * 8, [0] * 3 + [1] * 5])
+    trace = record(ReferenceCandidate(model), exact, Inputs(ids, mask, np.maximum(np.cumsum(mask, axis=1) - 1, 0)))
+    scores = [name for name in trace.taps if name.endswith(".scores")]
+    assert scores
+    for name, value in trace.taps.items():
+        at = (1, slice(None), slice(3)) if value.ndim == 4 else (1, slice(3))
+        value[at] = 1e4
+        if name in scores:
+            value[1, ..., :3] = 1e4
+    assert {tap.verdict for tap in judge(exact, trace, HF_EAGER).taps} <= {"holds", "untested"}
+    trace.taps[scores[0]][1, 0, 7, 4] = 1e4
+    assert [tap.name for tap in judge(exact, trace, HF_EAGER).taps if tap.defect_here] == [scores[0]]
+
+
 # -- sentences ---------------------------------------------------------------------------------------------------------
 
 
