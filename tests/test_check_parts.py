@@ -10,7 +10,7 @@ import pytest
 
 import refllm
 from refllm import golden
-from refllm.check import findings, limits
+from refllm.check import findings, html, limits
 from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.inputs import Inputs
 from refllm.check.measure import ROW_FLOOR, Measure, measure, ulp_histogram
@@ -233,7 +233,8 @@ def test_what_comes_before_a_value_is_its_layer_up_to_it_or_the_layer_before(rep
 def measured(error: np.ndarray, **changed: Any) -> Measure:
     """Of an error, over values of size 1 and a predicted sigma of 1."""
     exact = np.sign(np.random.default_rng(3).normal(size=error.shape))
-    return replace(measure(exact + error, exact, np.ones(error.shape)), **changed)
+    places = {"row": (0, 0), "at": (0, 0, 0)}  # with the batch row, as the judge tells them
+    return replace(measure(exact + error, exact, np.ones(error.shape)), **(places | changed))
 
 
 def tap_of(isolated: Measure | None, name: str = "model.layers.0.mlp.act", **end_to_end: Any) -> TapReport:
@@ -328,3 +329,32 @@ def test_small_words() -> None:
     assert findings.worst_verdict(["holds", "untested", "fails"]) == "fails"
     assert findings.worst_verdict(["holds", "untested"]) == "untested"
     assert findings.worst_verdict([]) == findings.worst_verdict(["holds"]) == "holds"
+
+
+def test_the_page_says_what_was_measured_and_leaves_out_what_was_not() -> None:
+    calm = measured(np.zeros((4, 16)))
+    own = replace(calm, ratio=1.5, row_ratio=2.25, row=(0, 3), largest=7.0, at=(0, 3, 5), bias=-1.5, gain=0.25)
+    tap = tap_of(replace(own, misrounded=0.2, nonfinite=2, nonfinite_at=(0, 1, 4)), ratio=3.0, honest=1.25)
+    rows = {name: (alone, after) for name, alone, after in html._figures(tap)}
+    assert rows["rms error / rms sigma"] == ("1.50", "3.00")
+    assert rows["the same in an honest run"] == ("", "1.25")
+    assert rows["worst row"] == ("2.25 (position 3)", "0 (position 0)")
+    assert rows["largest element"] == ("7.00 (position 3, channel 5)", "0 (position 0, channel 0)")
+    assert (rows["rms error"], rows["rms sigma"], rows["rms of the value"]) == (("0", "0"), ("1", "1"), ("1", "1"))
+    assert rows["bias, in standard errors"] == ("-1.50", "0")
+    assert rows["gain (best common factor - 1)"] == ("+2.50e-01", "+0.00e+00")
+    assert rows["not as the policy rounds"] == ("20%", "")
+    assert rows["NaN or infinity"] == ("2 (first: position 1, channel 4)", "0")
+    assert rows["elements"] == ("64", "64")
+    alone = {name: own for name, own, _ in html._figures(tap_of(calm))}
+    assert alone["not as the policy rounds"] == ""
+    assert {own for _, own, _ in html._figures(tap_of(None))} == {"-"}
+
+
+def test_distances_in_ulp_are_shown_with_their_edges() -> None:
+    shown = html._ulps([4, 0, 8, 0, 0, 0, 0, 0, 2])
+    assert [label for label, _, _ in shown] == [
+        "exact", "to 0.5", "to 1", "to 1.5", "to 2.5", "to 4.5", "to 8.5", "to 16.5", "over 16.5",
+    ]  # fmt: skip
+    assert [(n, share) for _, n, share in shown if n] == [(4, 0.5), (8, 1.0), (2, 0.25)]
+    assert {share for _, _, share in html._ulps([0] * 9)} == {0}
