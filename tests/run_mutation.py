@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"seed {options.seed}: {len(wanted)} mutants", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(run.result, wanted))
-    for result in run.confirmed(results):
+    results = run.confirmed(results)
+    for result in results:
         if result["outcome"] == "survived":
             print(f"survived, {result['tests']} tests: {result['name']}")
     killed = sum(result["outcome"] != "survived" for result in results)
@@ -173,20 +174,16 @@ class Run:
 
     def confirmed(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The same; a mutant whose killer fails without it too has survived."""
-        tree = self._free[0]
-        for result in results:
-            if result["outcome"] == "killed" and result["by"]:
-                code, _ = self.run_tests(tree, [result["by"]]) if result["by"] not in self._sound else (0, "")
-                if code == 0:
-                    self._sound.add(result["by"])
-                else:
-                    print(f"fails without a mutant: {result['by']}", flush=True)
-                    result["outcome"] = "survived"
-        return results
-
-    @property
-    def _sound(self) -> set[str]:
-        return self.__dict__.setdefault("_sound_tests", set())
+        killers, unsound = {result["by"] for result in results if result["by"]}, set[str]()
+        while killers - unsound:
+            code, failed = self.run_tests(self._free[0], sorted(killers - unsound))
+            if code == 0:
+                break
+            if failed not in killers:
+                raise RuntimeError(f"the tests cannot be run on the unchanged tree; see {self._free[0]}/output.txt")
+            print(f"fails without a mutant: {failed}", flush=True)
+            unsound.add(failed)
+        return [result | {"outcome": "survived"} if result["by"] in unsound else result for result in results]
 
 
 def _words(file: str) -> set[str]:
