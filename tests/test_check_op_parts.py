@@ -22,7 +22,7 @@ from refllm import ops  # noqa: E402
 from refllm.check import check_op  # noqa: E402
 from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
 from refllm.opcheck import expected as expected_module  # noqa: E402
-from refllm.opcheck import limits  # noqa: E402
+from refllm.opcheck import limits, poison  # noqa: E402
 from refllm.opcheck.candidate import Candidate, uses_triton  # noqa: E402
 from refllm.opcheck.examine import Finding  # noqa: E402
 from refllm.opcheck.expected import expect  # noqa: E402
@@ -215,6 +215,19 @@ def test_a_reproduction_changes_the_rows_whose_label_is_ignored(operator: str) -
         exec("\n".join(unread_changed(call)), {"torch": torch, "arguments": arguments, "keywords": keywords})
         assert [row for row in range(4) if (x[row] == -2).all()] == [ignored]
         assert (x == 3).sum() == 18
+
+
+@pytest.mark.parametrize("run", [0, 1])
+def test_new_memory_of_every_kind_but_complex_is_filled_another_way_in_every_run(run: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool):
+        filled = [torch.zeros(3, dtype=dtype) for _ in range(2)]
+        poison.fill(filled[0], run)
+        poison.fill(filled[1], 1 - run)
+        assert not torch.equal(*filled), dtype
+        assert filled[0].unique().numel() == 1 or filled[0].isnan().all(), dtype
+    untouched = torch.ones(2, dtype=torch.complex64)
+    poison.fill(untouched, run)
+    assert (untouched == 1).all()
 
 
 def test_resizing_keeps_what_belongs_together() -> None:
