@@ -18,7 +18,7 @@ PYTEST := 'pytest>=8'
 FINDER := import os, sys; "PYTHONPATH" in os.environ or sys.meta_path.sort(key=lambda f: "editable___refllm" not in getattr(f, "__module__", ""))
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-cpus test-long test-wheel lint types format bench gpu golden clean
+.PHONY: help check test test-cpus test-long test-wheel mutation lint types format bench gpu golden clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,11 @@ test-long: .venv/ready-to-test  ## the drawn tests with random seeds for an hour
 PYTHONS ?=
 test-wheel: .venv/ready-to-check  ## the wheel in clean environments of Python 3.11 to 3.13, or PYTHONS="..."; needs a network
 	$(BIN)/python tests/check_wheel.py $(addprefix --python ,$(PYTHONS)) $(ARGS)
+
+MUTANTS ?= 60
+SEED    ?=
+mutation: .venv/ready-to-test  ## how many changes of the product the tests notice: MUTANTS=60, drawn with SEED=...
+	$(BIN)/python tests/run_mutation.py --mutants $(MUTANTS) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/ready-to-test  ## ruff: rules and layout
 	$(BIN)/ruff check .

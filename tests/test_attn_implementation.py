@@ -174,6 +174,12 @@ class TestMasks:
             assert mask is not None
             assert mask.shape[-2:] == (5, 5)
 
+    def test_without_an_offset_the_queries_are_the_first_tokens(self) -> None:
+        mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]], dtype=torch.bool)
+        found = masks.visible_keys(2, 4, 4, attention_mask=mask)
+        expected = mask[:, None, None] & torch.ones(4, 4, dtype=torch.bool).tril()
+        assert torch.equal(masks.pairs(found, 4, 4, True, "cpu").expand(2, 1, 4, 4), expected)
+
     def test_refuses_a_mask_of_another_batch(self) -> None:
         with pytest.raises(InputError, match=r"attention_mask: shape \[1, 4\]; expected \[2, tokens\]"):
             masks.visible_keys(2, 4, 4, attention_mask=torch.ones(1, 4))

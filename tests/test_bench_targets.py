@@ -183,6 +183,7 @@ def test_what_a_target_names_is_what_targets_read() -> None:
         ),
     }
     for bench, some in every.items():
+        assert {kernels.named_by_a_target(job) for job in some} == {True, False}
         for job in some:
             rows = [row(job.operator, form, 1.0, 0.5, **job.sizes) for form in PEER_FORMS]
             read = [t for t in targets.TARGETS if t.device == "cuda" and t.measured([fake(bench, rows)])]

@@ -269,9 +269,24 @@ def test_other_heads_are_checked_too(head: str, last: str, tmp_path: Path) -> No
         **sizes, num_attention_heads=4, bos_token_id=0, eos_token_id=0, pad_token_id=1, initializer_range=0.2
     )
     getattr(refllm, f"Llama{head}").from_config(config, seed=1).save_pretrained(tmp_path, dtype="float32")
-    for report in check_all([tmp_path], Settings(isolate=False)):
+    reports = list(check_all([tmp_path], Settings(isolate=False)))
+    assert {report.dtype for report in reports} == {"float32", "bfloat16"}
+    for report in reports:
         assert report.verdict == "holds", told(report)
         assert report.taps[-1].name == last
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"dtypes": ("float32", "int8")}, "--dtype int8 cannot be checked"),
+        ({"attention": "flash"}, "--attn flash is not known"),
+        ({"policy": "none"}, "none"),
+    ],
+)
+def test_settings_that_are_not_known_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Settings(**settings)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

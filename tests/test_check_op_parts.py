@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from opcheck_tools import run_alone, shown  # noqa: E402
 from refllm import ops  # noqa: E402
 from refllm.check import check_op  # noqa: E402
 from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
-from refllm.opcheck import limits  # noqa: E402
+from refllm.opcheck import expected as expected_module  # noqa: E402
+from refllm.opcheck import limits, poison  # noqa: E402
 from refllm.opcheck.candidate import Candidate, uses_triton  # noqa: E402
 from refllm.opcheck.examine import Finding  # noqa: E402
 from refllm.opcheck.expected import expect  # noqa: E402
@@ -29,10 +31,10 @@ from refllm.opcheck.guess import guess  # noqa: E402
 from refllm.opcheck.judge import judge  # noqa: E402
 from refllm.opcheck.observe import Result  # noqa: E402
 from refllm.opcheck.repro import reproduction  # noqa: E402
-from refllm.opcheck.repro.unread import filled_memory  # noqa: E402
-from refllm.opcheck.shrink import resized  # noqa: E402
+from refllm.opcheck.repro.unread import filled_memory, unread_changed  # noqa: E402
+from refllm.opcheck.shrink import axis_lengths, resized, shrink  # noqa: E402
 from refllm.opcheck.signatures import SIGNATURES, signature  # noqa: E402
-from refllm.opcheck.tile import tile  # noqa: E402
+from refllm.opcheck.tile import begin, tile  # noqa: E402
 from refllm.precision import rounding  # noqa: E402
 from refllm.strategies import Array, Call, corners  # noqa: E402
 
@@ -113,6 +115,57 @@ def test_limits_are_those_of_the_kernel_tests() -> None:
     assert pytest.approx(1.25 * np.sqrt(3 + 6.1**2), rel=0.02) == limits.ELEMENT_LIMIT
 
 
+@pytest.mark.parametrize("values", ["ones", "normal"])
+def test_a_float32_sum_of_one_chain_of_additions_holds(values: str) -> None:
+    """Twice the error that one chain has on average, in all elements; of ones the definition's own sums are exact."""
+    x, weight = Array((4, 1024), "float32", values), Array((1024,), "float32", values, seed=1)
+    e = expect(Call("rms_norm", "float32", (x, weight, 1e-6)))[0]
+    off = 2 * limits.CHAIN * np.sqrt(1024 / 3) * 2.0**-24
+    found = judge(e.exact * (1 + off), e)
+    assert found.holds
+    assert found.ratio == pytest.approx(1.9 if values == "ones" else 1.5, abs=0.1)
+    assert not judge(e.exact * (1 + 4 * off), e).holds
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtype", "size", "counts"),
+    [
+        ("relu2", "bfloat16", (1, 8), False),  # rounded once: few errors are no luck, they are known
+        ("relu2", "bfloat16", (40, 100), False),
+        ("relu2", "float32", (1, 8), True),
+        ("relu2", "float32", (40, 100), True),  # in any order of additions
+        ("attention", "bfloat16", (1, 1, 2, 8), True),  # a product: few errors may be small by luck
+        ("attention", "bfloat16", (1, 4, 40, 64), False),
+    ],
+)
+def test_the_predicted_sigma_is_the_unit_only_where_the_contract_s_own_error_may_be_luck(
+    operator: str, dtype: str, size: tuple[int, ...], counts: bool
+) -> None:
+    """And the ratio that is told is the one that is judged."""
+    arguments = tuple(Array(size, dtype, seed=i) for i in range(3 if operator == "attention" else 1))
+    e = expect(Call(operator, dtype, arguments))[0]
+    value = e.contract * 1.5
+    told, calm = judge(value, e), judge(value, replace(e, variance=e.variance * 1e8))
+    assert (calm.ratio < told.ratio / 100) == counts
+    assert counts or calm.ratio == told.ratio
+    (text,) = [f.text for f in told.faults if f.rule == "rms"]
+    assert f"is {told.ratio:.3g} times" in text
+    assert f"(limit {told.limit:.3g})" in text
+
+
+def test_the_sigma_that_is_told_is_the_one_judged_by() -> None:
+    """Of the worst element; the score is the worst of all rules."""
+    e = wanted("bfloat16", Array((20, 100), "bfloat16"))
+    wrong = e.contract.copy()
+    wrong[7, 3] += 1
+    found = judge(wrong, e)
+    assert found.worst == (7, 3)
+    assert (found.value, found.exact, found.contract) == (wrong[7, 3], e.exact[7, 3], e.contract[7, 3])
+    (text,) = [f.text for f in found.faults if f.rule == "element"]
+    assert text == f"an element is {found.sigma:.3g} sigma off (limit 8)"
+    assert found.score >= found.sigma / limits.ELEMENT_LIMIT > 1
+
+
 # -- its parts ---------------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +173,7 @@ def test_limits_are_those_of_the_kernel_tests() -> None:
 def test_formulas_of_reproductions_are_the_definitions(operator: str) -> None:
     space: dict[str, Any] = {"np": np}
     exec(FORMULAS[operator], space)
+    compared = 0
     for call in corners(operator, "float32"):
         arguments, keywords = call.arrays()
         if any(x.size > 20_000 for x in arguments if isinstance(x, np.ndarray)) or "offsets" in call.family:
@@ -132,9 +186,48 @@ def test_formulas_of_reproductions_are_the_definitions(operator: str) -> None:
             if not all(x.size for x in arguments if isinstance(x, np.ndarray)):
                 continue
             made = space["definition"](*arguments, **keywords)
+        compared += 1
         for a, b in zip(made, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
             finite = np.isfinite(b) & np.isfinite(a)
             np.testing.assert_allclose(np.asarray(a)[finite], np.asarray(b)[finite], rtol=1e-9, atol=1e-12)
+    assert compared >= 5
+
+
+def test_every_number_is_moved_by_a_rounding_of_its_size_whatever_its_sign() -> None:
+    rng = np.random.default_rng(0)
+    x = np.concatenate([[0.0, 0.0], np.ones(4000), -8 * np.ones(4000)]).astype(np.float32)
+    moved = expected_module._moved(x, rng).astype(np.float64) - x
+    assert not moved[:2].any()
+    for part, size in ((moved[2:4002], 1), (moved[4002:], 8)):
+        assert part.std() == pytest.approx(size * 2.0**-24, rel=0.05)
+        assert abs(part.mean()) < 0.1 * part.std()
+    assert expected_module._moved(np.arange(3), rng).tolist() == [0, 1, 2]
+    assert expected_module._moved(None, rng) is None
+
+
+@pytest.mark.parametrize("operator", ["cross_entropy", "linear_cross_entropy"])
+def test_a_reproduction_changes_the_rows_whose_label_is_ignored(operator: str) -> None:
+    x, labels = torch.ones(4, 6), torch.tensor([1, -100, 7, 0])
+    arguments = [x, labels] if operator == "cross_entropy" else [x, torch.ones(9, 6), labels]
+    for keywords, ignored in (({}, 1), ({"ignore_index": 7}, 2)):
+        x[:] = 3
+        call = Call(operator, "float32", ())
+        exec("\n".join(unread_changed(call)), {"torch": torch, "arguments": arguments, "keywords": keywords})
+        assert [row for row in range(4) if (x[row] == -2).all()] == [ignored]
+        assert (x == 3).sum() == 18
+
+
+@pytest.mark.parametrize("run", [0, 1])
+def test_new_memory_of_every_kind_but_complex_is_filled_another_way_in_every_run(run: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool):
+        filled = [torch.zeros(3, dtype=dtype) for _ in range(2)]
+        poison.fill(filled[0], run)
+        poison.fill(filled[1], 1 - run)
+        assert not torch.equal(*filled), dtype
+        assert filled[0].unique().numel() == 1 or filled[0].isnan().all(), dtype
+    untouched = torch.ones(2, dtype=torch.complex64)
+    poison.fill(untouched, run)
+    assert (untouched == 1).all()
 
 
 def test_resizing_keeps_what_belongs_together() -> None:
@@ -149,6 +242,75 @@ def test_resizing_keeps_what_belongs_together() -> None:
     loss = resized(Call("cross_entropy", "float32", (Array((5, 9), "float32"), labels)), {"V": 3, "N": 4})
     assert loss.arrays()[0][1].max() <= 2
     expect(loss)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        Array((2,), "int64", "ones", scale=9),
+        Array((2,), "int64", "zeros", mean=9),
+        Array((2,), "int64", "zeros", planted=(((0,), 9), ((1,), 2))),
+        Array((2,), "int64", "integers", scale=5, mean=5),
+        Array((2,), "int64", "integers", scale=10, mean=0),
+    ],
+)
+def test_integers_stay_within_the_axis_that_bounds_them(lengths: Array) -> None:
+    q, cache = Array((2, 1, 1, 8), "float32"), Array((2, 1, 9, 8), "float32")
+    call = Call("decode_attention", "float32", (q, cache, cache, lengths))
+    for slots in (1, 2, 4, 8):
+        smaller = resized(call, {"N": slots})
+        found = smaller.arrays()[0][3]
+        assert found.max() <= slots
+        assert found.min() >= 0
+        assert smaller.arguments[1].shape == (2, 1, slots, 8)
+    assert (resized(call, {"N": 9}).arrays()[0][3] == lengths.array()).all()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("size", [40, 64])
+def test_a_size_shrinks_to_the_smallest_that_fails(size: int, step: int) -> None:
+    """Also where only even sizes fail: halving ends at an odd size, and it goes on past that."""
+
+    def smallest(threshold: int) -> tuple[int, int]:
+        def retry(call: Call) -> Finding | None:
+            columns = axis_lengths(call)["E"]
+            return Finding("value", "", call) if columns >= threshold and columns % step == 0 else None
+
+        call = Call("rms_norm", "float32", (Array((3, size), "float32"), Array((size,), "float32"), 1e-5))
+        found, tried = shrink(Finding("value", "", call), retry, time.monotonic() + 60)
+        return axis_lengths(found.call)["E"], tried
+
+    thresholds = range(step, size + 1, step)
+    assert [smallest(t)[0] for t in thresholds] == list(thresholds)
+    assert max(smallest(t)[1] for t in thresholds) < 100
+
+
+@pytest.mark.parametrize(
+    ("bad", "size", "words"),
+    [
+        ([0], 1, "column 0"),
+        ([0, 1, 2, 3], 4, "all 4 columns"),
+        ([2], 4, "column 2 (of 4)"),
+        ([1, 2], 4, "columns 1..2 (of 4)"),
+        ([2, 3], 4, "columns 2.. (of 4)"),
+        ([1, 4, 7], 9, "every third of the columns from 1 (of 9)"),
+        ([1, 2, 7], 9, "3 of 9 columns from 1"),
+    ],
+)
+def test_part_of_an_axis_in_words(bad: list[int], size: int, words: str) -> None:
+    where = np.zeros((3, size), bool)
+    where[:, bad] = True
+    assert tile(where, signature("rms_norm").outputs["y"]) == f"{words} of all 3 rows"
+    assert begin(where) == (0, bad[0])
+    assert tile(np.zeros((3, size), bool), signature("rms_norm").outputs["y"]) == ""
+    assert begin(np.zeros((3, size), bool)) == ()
+
+
+def test_several_axes_of_rows_are_numbered() -> None:
+    where = np.zeros((2, 3, 4), bool)
+    where[1, 2, 3] = True
+    said = tile(where, signature("rms_norm").outputs["y"])
+    assert said == "column 3 (of 4) of row (axis 1) 2 (of 3) of row (axis 0) 1 (of 2)"
 
 
 def test_tiles_in_words() -> None:
@@ -185,7 +347,9 @@ def test_kernels_of_another_package_are_found_through_the_file_that_names_them(
 @pytest.mark.parametrize("operator", SIGNATURES)
 def test_code_makes_arrays_on_the_device_that_the_search_had(operator: str) -> None:
     """Without a GPU: on the device "meta", which has shapes, strides and no values."""
-    for call in corners(operator, "bfloat16"):
+    some = corners(operator, "bfloat16")
+    assert len(some) >= 5
+    for call in some:
         space: dict[str, Any] = {"np": np, "torch": torch}
         exec("\n".join(call.code("meta")), space)
         arguments, keywords = call.tensors("meta")

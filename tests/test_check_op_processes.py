@@ -32,6 +32,9 @@ def test_what_a_fork_returns_and_how_it_may_end(capfd: Any) -> None:
     assert run(lambda: os.kill(os.getpid(), 9)) == Ended("its process ended: SIGKILL")
     assert run(lambda: time.sleep(60), 0.05) == Ended("no answer within 0.05 s", in_time=False)
     assert "ZeroDivisionError" in run(lambda: 1 // 0).text
+    assert run(lambda: (print("first\nlast\n \n", flush=True), os._exit(3))).text.endswith("exit code 3 (last)")
+    assert run(lambda: (print("the only line", flush=True), os._exit(3))).text.endswith("(the only line)")
+    assert run(lambda: (print("w" * 300, flush=True), os._exit(3))).text.endswith(f"({'w' * 200})")
     run(lambda: print("a word on standard output"))
     assert capfd.readouterr() == ("", "")
 

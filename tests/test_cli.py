@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from refllm import cli
 from refllm.config import AutoConfig
@@ -348,6 +349,12 @@ def _block(contents: str) -> str:
     return next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if contents in code)
 
 
+def test_the_help_says_what_it_is_and_lists_every_command() -> None:
+    shown = CliRunner().invoke(cli.app, ["--help"]).output
+    assert "The math of Helium, Llama, StableLM and Arcee in NumPy" in shown
+    assert [c for c in ("check", "trace", "diff", "generate", "score", "info", "audit") if c not in shown] == []
+
+
 @pytest.mark.filterwarnings("ignore:.*untested")
 def test_port_shown_in_the_readme_is_checked(tmp_path: Path) -> None:
     """The forward pass and the test of the README, around a model of somebody else's that is right."""
@@ -361,13 +368,17 @@ def test_port_shown_in_the_readme_is_checked(tmp_path: Path) -> None:
     exec(test.replace('"path/to/checkpoint"', "folder"), names)
     folder = golden.path("llama-tiny")
 
+    ran = []
+
     def my_forward(checkpoint: str, ids: Any, mask: Any, positions: Any, tap: Any) -> Any:
+        ran.append(ids.shape)
         model = _port(checkpoint, ids)
         names.update(embed=model.embed, layers=model.layers, norm=model.norm, lm_head=model.lm_head)
         return names["forward"](checkpoint, ids, mask, positions, tap)
 
     names.update(folder=folder, my_forward=my_forward, assert_matches=partial(assert_matches, policy="hf-eager"))
     names["test_my_port"]()
+    assert ran
 
 
 def _port(checkpoint: str, ids: Any) -> Any:

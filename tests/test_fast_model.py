@@ -303,6 +303,7 @@ def test_fresh_model_has_the_reference_s_weights() -> None:
     config = tiny_model("HeliumForCausalLM").config
     a = CLASSES["HeliumForCausalLM"].from_config(config, seed=5)
     b = refllm.kernels.fast_class(CLASSES["HeliumForCausalLM"]).fresh(config, seed=5, device=DEVICE)
+    assert set() < set(a.weights) <= set(b.weights)
     for name, value in a.weights.items():
         assert np.array_equal(to_numpy(b.weights[name]), value), name
 

@@ -302,7 +302,9 @@ def test_settings_without_effect_are_reported() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_settings_of_the_checkpoint_without_effect_are_not_reported() -> None:
-    generate(TorchAdapter(tiny_model(), GenerationConfig(temperature=0.5, top_p=0.9, length_penalty=2.0)), [[3]])
+    set_there = GenerationConfig(temperature=0.5, top_p=0.9, length_penalty=2.0)
+    plain = generate(TorchAdapter(tiny_model(), GenerationConfig()), [[3]])
+    assert np.array_equal(generate(TorchAdapter(tiny_model(), set_there), [[3]]), plain)
 
 
 @pytest.mark.parametrize(

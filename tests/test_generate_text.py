@@ -119,6 +119,16 @@ def test_stop_string_is_found_where_a_character_is_split_over_tokens(kind: str, 
         np.testing.assert_array_equal(StopStringCriteria(OWN[kind], string)(ids[:, :end], None), expected)
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"word_pieces"}))  # which put a space between
+def test_no_stop_string_goes_through_an_id_that_is_no_token(kind: str) -> None:
+    """What follows such an id is looked at all the same."""
+    vocab = KINDS[kind].get_vocab()
+    a, b, foreign = vocab["a"], vocab["b"], max(vocab.values()) + 7
+    criterion = StopStringCriteria(OWN[kind], ["ab", "ssss"])
+    rows = np.array([[a, b, a, b], [a, a, foreign, b], [foreign, foreign, a, b], [a, b, b, foreign]])
+    assert criterion(rows, None).tolist() == [True, False, True, False]
+
+
 def test_stop_string_must_reach_into_the_last_token_and_may_hang_over() -> None:
     vocab = ["s", "to", "stop", "st", "op", "opera", "las", "topper", "pped", "at", *"abcdef"]
     tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(vocab)}, merges=[]))

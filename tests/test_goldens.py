@@ -76,7 +76,9 @@ def test_every_operator_family_head_and_rope_type_has_goldens() -> None:
 
 
 def test_inputs_lie_on_every_grid_that_they_serve() -> None:
-    for one in verify.goldens_of(FOLDER, MANIFEST):
+    goldens = list(verify.goldens_of(FOLDER, MANIFEST))
+    assert len(goldens) == len(MANIFEST["cases"])
+    for one in goldens:
         floats = [x for x in [*one.inputs.values(), *one.weights.values()] if x.dtype == np.float32]
         for dtype in one.case.dtypes if floats else ():
             for x in floats:
@@ -96,6 +98,30 @@ def test_goldens_follow_from_their_names() -> None:
     drawn_weights = exact.small_weights(one.case)
     assert drawn_weights.keys() == one.weights.keys()
     assert all(np.array_equal(drawn_weights[name], x) for name, x in one.weights.items())
+
+
+def nearly(new: np.ndarray, old: np.ndarray, tolerance: float) -> bool:
+    return new.shape == old.shape and np.allclose(new, old, rtol=tolerance, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*is used, although", "ignore:.*positions reach beyond")
+@pytest.mark.parametrize("group", sorted({name.split("/")[0] for name in MANIFEST["cases"]}))
+def test_every_golden_and_its_sigma_are_made_again(group: str) -> None:
+    """As `golden make` would: what is on disk is what the definitions and the prediction say today."""
+    goldens = [one for one in verify.goldens_of(FOLDER, MANIFEST) if one.case.name.split("/")[0] == group]
+    assert goldens
+    for old in goldens:
+        new = exact.compute(old.case)
+        assert new.exact.keys() == old.exact.keys(), old.case.name
+        assert [n for n in old.exact if not nearly(new.exact[n], old.exact[n], 1e-9)] == [], old.case.name
+        assert new.sigma.keys() == old.sigma.keys(), old.case.name
+        for which, sigma in old.sigma.items():
+            assert [n for n in sigma if not nearly(new.sigma[which][n], sigma[n], 1e-3)] == [], (old.case.name, which)
+
+
+def test_nothing_verified_has_no_error() -> None:
+    done = verify.verify(iter([]), "numpy", "bfloat16")
+    assert (done.cases, done.ratio, done.largest, done.worst, done.findings) == (0, 0.0, 0.0, "", [])
 
 
 def test_sizes() -> None:

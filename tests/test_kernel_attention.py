@@ -234,6 +234,7 @@ def test_masked_keys_and_values_never_reach_a_row(form: Form, value: float, devi
         for x in (0.0, value)
     ]
     for a, b in (results[:2], results[2:]):
+        assert len(a) == len(b) == 2
         for clean, dirty in zip(a, b, strict=True):
             torch.testing.assert_close(clean, dirty, rtol=2e-2, atol=1e-3)
             assert dirty.isfinite().all()
@@ -329,6 +330,7 @@ def test_strides_do_not_matter(form: Form, device: str) -> None:
     q, k, v = draw((3, 4, 2, 9, 20, 24), BF16, device)
     expected = form(q, k, v, return_lse=True)
     names = list(layouts(q))
+    assert len(names) > 2
     for i, name in enumerate(names):  # q, k and v each in another layout
         arguments = [layouts(x)[names[(i + j) % len(names)]] for j, x in enumerate((q, k, v))]
         for a, b in zip(expected, form(*arguments, return_lse=True), strict=True):

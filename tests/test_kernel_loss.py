@@ -272,6 +272,7 @@ def test_every_tile_of_every_target(device: str, dtype: torch.dtype, E: int) -> 
             for step in steps:
                 step.run()
             assert_meets_contract("linear_cross_entropy", loss, x, w, labels, reduction="none")
+    assert seen
 
 
 @pytest.mark.parametrize("V", [1000, 1030, 3000])

@@ -109,7 +109,9 @@ def test_heads_of_real_models(form: str, norm: str, device: str, heads: tuple[in
 def test_layer_norm_loses_nothing_to_a_mean_of_1000(form: str, device: str, interleaved: bool) -> None:
     given = arguments(1, 4, 4, 8, 37, 9, torch.float32, device, mean=1000.0)
     how = {"norm": "layer", "interleaved": interleaved}
-    for verdict in judge("norm_rope", FORMS[form].norm_rope(*given, **how), *given, **how):
+    verdicts = judge("norm_rope", FORMS[form].norm_rope(*given, **how), *given, **how)
+    assert len(verdicts) == 2
+    for verdict in verdicts:
         assert verdict.holds, verdict.problem
         assert verdict.ratio < 0.1
 
@@ -178,6 +180,7 @@ def test_a_token_has_the_same_bits_alone_and_in_any_batch(device: str, norm: str
     given = arguments(3, 5, 2, 4, D, 10, torch.float32, device)
     how = {"norm": norm, "interleaved": False}
     together, again = kernels.norm_rope(*given, **how), kernels.norm_rope(*given, **how)
+    assert len(together) == 2
     q, k, q_weight, k_weight, cos, sin, eps = given
     token = slice(2, 3)
     parts = q[1:2, :, token].clone(), k[1:2, :, token].clone(), q_weight, k_weight, cos[token], sin[token]

@@ -105,6 +105,7 @@ def test_every_tile_of_every_target(
             launch, *out = module.plan(*arrays, *keywords.values(), None, target)
             launch.run()
             assert_meets_contract(OP, tuple(out), *arrays, **keywords)
+    assert seen
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

@@ -246,6 +246,7 @@ def test_cached_calls(data: st.DataObject, seed: int) -> None:
         out = ours(ids[:, piece], attention_mask=so_far, past_key_values=cache)
         close(out.logits, expected.logits, EXACT, rows=sees[:, piece])
         assert cache.get_seq_length() == piece.stop
+    assert cache.get_seq_length() == S > 0
 
 
 @given(data, seeds)
@@ -277,6 +278,7 @@ def test_calls_of_changing_length(rope_type: str, data: st.DataObject, seed: int
         st.permutations([M + 6, M, M - 1, M + 1, 1, config.rope_parameters.get("original_max_position_embeddings", 3)])
     )
     rng = np.random.default_rng(seed)
+    assert len(lengths) == 6
     for length in lengths:
         ids = rng.integers(0, config.vocab_size, (1, length))
         close(ours(ids).logits, call(theirs, input_ids=ids).logits, EXACT)
@@ -414,3 +416,4 @@ def test_float32_against_unmodified_transformers(family: str, data: st.DataObjec
         out = ours(ids[:, piece], attention_mask=so_far, past_key_values=cache)
         assert out.logits.dtype == np.float32
         close(out.logits, expected.logits, FLOAT32, rows=sees[:, piece])
+    assert cache.get_seq_length() == S > 0

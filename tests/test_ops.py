@@ -231,6 +231,7 @@ def test_norm_rope_equals_its_parts(ar: Arithmetic, norm: str, seed: int, interl
             out[:, head] = ops.rms_norm(*row, 1e-6, ar=ar) if norm == "rms" else ops.layer_norm(*row, None, 1e-6, ar=ar)
     expected = ops.rope(*normed, cos, sin, interleaved=interleaved, ar=ar)
     found = ops.norm_rope(q, k, *weights, cos, sin, 1e-6, norm=norm, interleaved=interleaved, ar=ar)
+    assert len(found) == 2
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -413,6 +414,7 @@ def test_what_masked_keys_and_values_hold_reaches_no_valid_row(
     unseen = ~seen.reshape(B, K, -1, T).any(axis=2)  # [B, K, T]
     k_poisoned, v_poisoned = (np.where(unseen[..., None], poison, x) for x in (k, v))
     clean = ops.attention(q, k, v, return_lse=True, **options)
+    assert len(clean) == 2
     with np.errstate(invalid="ignore"):
         found = ops.attention(q, k_poisoned, v_poisoned, return_lse=True, **options)
     for a, b in zip(found, clean, strict=True):
@@ -586,6 +588,13 @@ def test_activations_equal_those_of_transformers(name: str) -> None:
         expected = ACT2FN[name](tensor(x)).numpy()
     tolerance = _LOOSER.get(name, 1e-13)
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ops.ACTIVATIONS)
+def test_an_activation_of_nothing_is_nothing(name: str) -> None:
+    for dtype in (np.float32, np.float64):
+        found = ops.activation(np.zeros((0, 4), dtype), name)
+        assert (found.shape, found.dtype) == ((0, 4), np.float64)
 
 
 def test_every_activation_without_weights_is_there() -> None:

@@ -175,7 +175,9 @@ def test_a_run_without_defect_holds(name: str, dtype: str, attention: str) -> No
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_stressed_runs_without_defect_hold(name: str) -> None:
     pair = opened(name, "bfloat16", "eager")
-    for inputs in stressed(pair.tokens(seed=6)):
+    kinds = list(stressed(pair.tokens(seed=6)))
+    assert len(kinds) == 5
+    for inputs in kinds:
         report = pair.check(inputs)
         assert report.verdict == "holds", (inputs.label, report.first_failure)
 
@@ -284,6 +286,7 @@ def collected(name: str) -> tuple[tuple[str, np.ndarray, np.ndarray], ...]:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_trivial_wrong_answers_are_rejected_everywhere(name: str) -> None:
+    assert len(collected(name)) > 20
     for tap_name, exact, variance in collected(name):
         assert limits.undetected(exact, variance, "bfloat16") == [], tap_name
         kinds = {kind for kind, _ in limits.wrong_answers(exact)}

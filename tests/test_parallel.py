@@ -12,6 +12,9 @@ from refllm import parallel
 from refllm.parallel import for_each, one_blas_thread
 
 
+_threads = parallel.threads.__wrapped__  # the fixture below stands in its place
+
+
 def blas_threads() -> list[int]:
     """Threads that a product of NumPy's BLAS may use now."""
     return [library.num_threads for library in ThreadpoolController().select(user_api="blas").lib_controllers]
@@ -101,3 +104,14 @@ def test_the_caller_does_it_all_where_the_other_threads_never_come(monkeypatch: 
     done: list[int] = []
     for_each(done.append, range(10))
     assert done == list(range(10))
+
+
+def test_the_number_of_threads_is_what_the_environment_says_else_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for blas, omp, expected in (("3", "2", 3), ("", "2", 2), ("x", "2", 2), ("0", "4", 4)):
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", blas)
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+        assert _threads() == expected
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1, 4, 5}, raising=False)
+    assert _threads() == 3

@@ -233,3 +233,10 @@ def test_unknown_names_are_refused_in_one_sentence(dtype: str, policy: str | Non
     config = small_config("llama")
     with pytest.raises(InputError, match=re.escape(sentence)):
         model_class("llama").from_config(config, dtype=dtype, policy=policy)
+
+
+def test_the_order_of_torch_is_that_of_the_policies_of_transformers_alone() -> None:
+    """A fused kernel adds in an order of its own."""
+    assert {name: policy.torch_order for name, policy in POLICIES.items()} == {
+        "hf-eager": True, "hf-sdpa": True, "fused": False,
+    }  # fmt: skip

@@ -135,6 +135,7 @@ def compared(call: Call, dtype: str, policy: Policy) -> Iterator[tuple[str, floa
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_error_of_right_implementations_is_the_predicted_one(operator: str) -> None:
     for family in INDEPENDENT:
+        assert list(calls(operator, family))
         for call in calls(operator, family):
             for dtype in DTYPES:
                 for policy in (FUSED, HF_EAGER):
@@ -149,6 +150,7 @@ def test_the_error_of_right_implementations_is_the_predicted_one(operator: str) 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_where_errors_repeat_they_are_still_bounded(operator: str) -> None:
     for family in LATTICE:
+        assert list(calls(operator, family))
         for call in calls(operator, family):
             for dtype in DTYPES:
                 for policy in (FUSED, HF_EAGER):
@@ -196,6 +198,7 @@ def test_one_rounding_too_many_is_seen() -> None:
 def test_exact_is_the_definition_and_what_is_copied_has_no_error() -> None:
     ((_, arguments, keywords),) = calls("rope", "normal")
     predicted = predict("rope", arguments, keywords, dtype="bfloat16", policy=FUSED)
+    assert len(predicted) == 2
     for p, exact in zip(predicted, ops.rope(*arguments, **keywords), strict=True):
         np.testing.assert_array_equal(p.exact, exact)
         assert (p.variance[..., R:] == 0).all()
@@ -271,6 +274,7 @@ def test_what_masked_keys_hold_changes_no_prediction() -> None:
     keywords = {**keywords, "return_lse": True, "causal": True}
     hidden = ~keywords["key_mask"][:, None, :, None]
     clean = predict("attention", (q, k, v), keywords, dtype="bfloat16", policy=FUSED)
+    assert len(clean) == 2
     for poison in (np.nan, np.inf, 1e30):
         dirty = (q, np.where(hidden, poison, k), np.where(hidden, poison, v))
         for p, expected in zip(

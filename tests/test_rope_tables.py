@@ -233,7 +233,9 @@ def test_float32_tables_are_those_of_transformers_to_one_ulp(
 ) -> None:
     ours, theirs = make_config(*case[:3], **case[3])
     rotary, module = RotaryEmbedding(ours, exact=False), their_rotary(theirs)
-    for length in data.draw(call_lengths(case[2])):
+    lengths = data.draw(call_lengths(case[2]))
+    assert lengths
+    for length in lengths:
         positions = positions_up_to(length)
         tables, expected = rotary.tables(positions), their_tables(module, positions, torch.float32)
         # (test_powers_are_those_of_torch says how few differ at all)
@@ -371,7 +373,9 @@ def test_powers_are_those_of_torch() -> None:
 
 
 def test_powers_of_one_element_are_those_of_torch() -> None:
-    for base in np.random.default_rng(0).uniform(1, 1e4, 300).astype(np.float32):
+    bases = np.random.default_rng(0).uniform(1, 1e4, 300).astype(np.float32)
+    assert len(bases) == 300
+    for base in bases:
         for dim in (4, 6, 20, 128):
             exponent = dim / (dim - 2)
             ours, theirs = torch_elementary.power_of_scalar(base, exponent), (torch.tensor(base) ** exponent).item()

@@ -49,6 +49,7 @@ def test_token_is_scored_by_its_window(tokens: int, context: int, seed: int, dat
     stride = data.draw(st.integers(1, context - 1))
     ids = np.random.default_rng(seed).integers(0, VOCAB, tokens)
     nll = score_tokens(ContextModel(), ids, context=context, stride=stride)
+    assert len(nll) == tokens - 1
     for start, first, stop in windows(tokens, context, stride):
         for token in range(first, stop):
             logits = ContextModel.logits(token - start, int(ids[token - 1]))

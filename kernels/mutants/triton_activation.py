@@ -34,7 +34,7 @@ SWIGLU = (
             corner="strides"),
     _swiglu("last tile dropped", "the grid counts whole tiles, and nobody stores what is left",
             "one-line: MLP", _TILES, ("(N * triton.cdiv(F, block),)", "(N * max(1, F // block),)"),
-            corner="a row longer than 1024"),
+            corner="more than 4096 elements"),
     _swiglu("store without a mask", "the padding lanes of a ragged row are stored, over the start of the next row",
             "fla-org/flash-linear-attention#795", (_SWIGLU_STORE, _SWIGLU_STORE.replace(", mask=columns < F", ""))),
     _swiglu("result with the stride of gate", "rows of the result are stored as far apart as those of gate",
