@@ -11,7 +11,6 @@ from threadpoolctl import ThreadpoolController
 from refllm import parallel
 from refllm.parallel import for_each, one_blas_thread
 
-
 _threads = parallel.threads.__wrapped__  # the fixture below stands in its place
 
 
