@@ -26,7 +26,7 @@ from refllm.bench.timer import CpuClock, GpuClock, Timed, spread
 from refllm.bench.traffic import decode_step, prefill, traffic
 from refllm.bench.workloads import Job, attention_jobs, operator_jobs
 from refllm.kernels import gpu, gpu_benchmarks
-from refllm.kernels.cases import REDUCED
+from refllm.kernels.calls import REDUCED
 from refllm.kernels.verify import Contract
 
 ROOT = Path(__file__).resolve().parent.parent

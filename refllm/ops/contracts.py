@@ -8,8 +8,9 @@ from its record. What needs Torch, Triton or Hypothesis stands there by name, so
 """
 
 import inspect
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,9 @@ from refllm.ops.programs import PROGRAMS
 
 ROWS = "*"
 """Any number of axes, of any length: the front of what works row by row."""
+
+_AXES = re.compile(r"_[A-Z]+$")
+_OURS = ("ar", "tap", "mask")  # parameters of a definition that no kernel has
 
 _BATCH = ("B", "N", ROWS)
 """First axes whose entries do not know of each other."""
@@ -36,6 +40,9 @@ class Contract:
     once: under the policy `fused`, the outputs that are rounded once, at the end, and nowhere before.
     product: it rounds inside a matrix product too (softmax weights, the normed row), at a place of its choosing.
     sums: it has sums over a row, whose error the elements of that row share.
+    kinds: what the values of an argument are, where they are not just numbers (normal, of size 1): "matrix" (rows of
+        length 1), "wide" (of a few units), "logits", "bias" (may be None), "heads" (stored [B, S, heads, D]), "halves"
+        (of one tensor), "table" (cos and sin), "labels", "lengths", "mask".
     """
 
     operator: str
@@ -48,6 +55,17 @@ class Contract:
     once: tuple[str, ...] = ()
     product: bool = False
     sums: bool = True
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    def kind(self, argument: str) -> str:
+        """What the values of an array argument are; "values" where nothing is special."""
+        return self.kinds.get(argument, "values")
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The parameters of its signature, without the suffixes that name axes."""
+        every = inspect.signature(self.definition).parameters.values()
+        return {_AXES.sub("", p.name): p for p in every if p.name not in _OURS}
 
     @property
     def definition(self) -> Callable[..., Any]:
@@ -70,9 +88,7 @@ class Contract:
         """How it is called: "rms_norm(x, weight, eps) -> y"."""
         words: list[str] = []
         star = False
-        for p in inspect.signature(self.definition).parameters.values():
-            if p.name in ("ar", "tap", "mask"):
-                continue
+        for p in self.parameters.values():
             if p.kind is p.KEYWORD_ONLY and not star:
                 words, star = [*words, "*"], True
             words.append(p.name if p.default is p.empty else f"{p.name}={p.default!r}")
@@ -89,6 +105,10 @@ _TABLE: Axes = {"cos": ("B", "S", "R/2"), "sin": ("B", "S", "R/2")}  # or withou
 _HEADS: Axes = {"q": ("B", "H", "S", "D"), "k": ("B", "K", "S", "D")}
 _Y: Axes = {"y": (ROWS, "E")}
 _Y_AND_SUM: Axes = {"y": (ROWS, "E"), "residual + x": (ROWS, "E")}
+
+_BIAS_KIND = {"bias": "bias"}
+_HEADS_KIND = {"q": "heads", "k": "heads"}
+_TABLE_KIND = {"cos": "table", "sin": "table"}
 
 _ALL = (
     Contract(
@@ -115,6 +135,7 @@ _ALL = (
         inputs="norms:norm",
         traffic=traffic.norm(flops=9, copies=2),
         once=("y",),
+        kinds=_BIAS_KIND,
     ),
     Contract(
         "add_layer_norm",
@@ -124,6 +145,7 @@ _ALL = (
         traffic=traffic.norm(flops=10, copies=4),
         kernel="layer_norm",
         once=("residual + x",),
+        kinds=_BIAS_KIND,
     ),
     Contract(
         "rope",
@@ -133,6 +155,7 @@ _ALL = (
         traffic=traffic.rope,
         once=("q", "k"),
         sums=False,
+        kinds=_HEADS_KIND | _TABLE_KIND,
     ),
     Contract(
         "norm_rope",
@@ -140,6 +163,7 @@ _ALL = (
         dict(_HEADS),
         inputs="rotations:rope",
         traffic=traffic.norm_rope,
+        kinds=_HEADS_KIND | _TABLE_KIND,
     ),
     Contract(
         "rms_norm_qkv_rope",
@@ -148,6 +172,7 @@ _ALL = (
         inputs="rotations:projected",
         traffic=traffic.qkv,
         product=True,
+        kinds={"w_qkv": "matrix", "b_qkv": "bias"} | _TABLE_KIND,
     ),
     Contract(
         "attention",
@@ -157,6 +182,7 @@ _ALL = (
         traffic=traffic.attention,
         float32=("lse",),
         product=True,
+        kinds={"q": "heads", "key_mask": "mask"},
     ),
     Contract(
         "decode_attention",
@@ -170,6 +196,7 @@ _ALL = (
         inputs="attentions:decode",
         traffic=traffic.decode_attention,
         product=True,
+        kinds={"q": "heads", "lengths": "lengths"},
     ),
     Contract(
         "swiglu",
@@ -179,6 +206,7 @@ _ALL = (
         traffic=traffic.swiglu,
         once=("y",),
         sums=False,
+        kinds={"gate": "halves", "up": "halves"},
     ),
     Contract(
         "relu2",
@@ -188,6 +216,7 @@ _ALL = (
         traffic=traffic.relu2,
         once=("y",),
         sums=False,
+        kinds={"x": "wide"},
     ),
     Contract(
         "cross_entropy",
@@ -196,6 +225,7 @@ _ALL = (
         inputs="losses:cross_entropy",
         traffic=traffic.cross_entropy,
         float32=("loss",),
+        kinds={"logits": "logits", "labels": "labels"},
     ),
     Contract(
         "linear_cross_entropy",
@@ -205,6 +235,7 @@ _ALL = (
         traffic=traffic.linear_cross_entropy,
         float32=("loss",),
         product=True,
+        kinds={"weight": "matrix", "labels": "labels"},
     ),
 )
 CONTRACTS = {known.operator: known for known in _ALL}
