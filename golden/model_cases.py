@@ -14,6 +14,7 @@ from refllm import families, golden
 from refllm.config import AutoConfig, ModelConfig
 from refllm.golden.cases import Case, Draw
 from refllm.golden.make_checkpoints import recipes, weight
+from refllm.traits import TRAITS
 
 Inputs = dict[str, np.ndarray]
 
@@ -171,7 +172,7 @@ def cases() -> list[Case]:
 
 def families_in_order() -> tuple[str, ...]:
     """The groups of these cases."""
-    return ("helium", "llama", "stablelm", "arcee")
+    return tuple(TRAITS)
 
 
 def _of_checkpoint(name: str) -> list[ModelCase]:

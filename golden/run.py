@@ -13,7 +13,7 @@ from refllm.golden.cases import DTYPES, OperatorCase
 from refllm.golden.model_cases import ModelCase, config_of, embedded
 from refllm.inputs import to_numpy
 from refllm.model import Model
-from refllm.opcheck.signatures import signature
+from refllm.ops.contracts import contract_of
 from refllm.precision import EXACT, FUSED, Arithmetic, arithmetic, largest, rounding
 from refllm.weights import Weights
 
@@ -26,7 +26,7 @@ BACKENDS = ("numpy", "torch", "triton")
 
 def output_names(operator: str, keywords: dict[str, Any]) -> tuple[str, ...]:
     """What its results are called: as in the contract, a sum by its first term."""
-    names = (name.partition(" ")[0] for name in signature(operator).outputs)
+    names = (name.partition(" ")[0] for name in contract_of(operator).outputs)
     return tuple(name for name in names if name != "lse" or keywords.get("return_lse"))
 
 

@@ -15,23 +15,7 @@ import importlib
 from typing import Any
 
 from refllm import extras
-
-OPERATORS = (
-    "rms_norm",
-    "add_rms_norm",
-    "layer_norm",
-    "add_layer_norm",
-    "rope",
-    "norm_rope",
-    "rms_norm_qkv_rope",
-    "attention",
-    "decode_attention",
-    "swiglu",
-    "relu2",
-    "cross_entropy",
-    "linear_cross_entropy",
-)
-"""The operators that exist as NumPy definition, as plain Torch and as Triton kernel."""
+from refllm.ops.contracts import OPERATORS
 
 __all__ = [*OPERATORS, "OPERATORS", "fast_class", "interpreted", "patch", "plain", "register", "unpatch"]
 

@@ -6,6 +6,8 @@ Nothing falls back silently: this is what `refllm info` prints. Importable witho
 from dataclasses import dataclass
 from typing import Any
 
+from refllm.traits import traits_of
+
 
 @dataclass(frozen=True)
 class Fusion:
@@ -20,7 +22,7 @@ def fusions(config: Any) -> list[Fusion]:
     """The fused operators of one decoder layer of a model with this config, in the order of the forward pass."""
     found = [*_before_attention(config)]
     found.append(Fusion("attention", "scores, softmax and values; decode_attention for a few tokens after a cache"))
-    if config.model_type != "stablelm":
+    if not traits_of(config).layer_norm:
         found.append(Fusion("add_rms_norm", "residual sum and the norm before the MLP"))
     elif config.use_parallel_residual:
         found.append(
@@ -32,7 +34,7 @@ def fusions(config: Any) -> list[Fusion]:
 
 
 def _before_attention(config: Any) -> list[Fusion]:
-    if config.model_type != "stablelm":
+    if not traits_of(config).layer_norm:
         return [Fusion("rms_norm_qkv_rope", "norm, the three projections and the rotation")]
     norm = Fusion("layer_norm", "norm before attention; the projections are one product of Torch")
     if config.qk_layernorm:
@@ -42,7 +44,7 @@ def _before_attention(config: Any) -> list[Fusion]:
 
 def _activation(config: Any) -> Fusion:
     act = config.hidden_act
-    if config.model_type == "arcee":
+    if not traits_of(config).gated:
         return Fusion("relu2", "max(x, 0)^2", "" if act == "relu2" else f"Torch's {act}: only relu2 has a kernel")
     fused = act in ("silu", "swish")
     return Fusion("swiglu", "silu(gate) * up", "" if fused else f"Torch's {act} and a product: only silu has a kernel")

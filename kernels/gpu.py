@@ -6,7 +6,7 @@ the benchmarks; one JSON file out, and one per benchmark in the folder benchmark
 
 The file holds
     machine: GPU, driver, versions, date, command
-    operators: one row per output of every call of `refllm.kernels.cases`: layer, dtype, form (triton or plain), ratio
+    operators: one row per output of every call of `refllm.kernels.calls`: layer, dtype, form (triton or plain), ratio
         of its error to the contract's in the same precision, limit, problem ("" if it holds)
     checks: one row per process that compared with the reference: seconds, results, problem if it broke
     models: one row per checkpoint, backend and dtype: the verdict of the check, and whether decoding on a graph gives

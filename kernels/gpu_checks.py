@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from refllm import kernels
-from refllm.kernels.cases import LAYERS, REDUCED, Case, Layer, cases
+from refllm.kernels.calls import LAYERS, REDUCED, Case, Layer, cases
 from refllm.kernels.end_to_end import check_models
 from refllm.kernels.verify import Contract
 

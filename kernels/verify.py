@@ -2,7 +2,7 @@
 
 The contract is the operator of `refllm.ops` with the same name. It is evaluated twice on the values that the kernel
 got: exactly (float64), and in the kernel's own precision under the policy `fused`, which is what a good kernel does.
-The error of that second evaluation is the unit: a kernel's root-mean-square error may be `LIMITS` times as large.
+The error of that second evaluation is the unit: a kernel's root-mean-square error may be `rms_limit` times as large.
 
 These are two rules of `refllm.opcheck.judge`, which `refllm check-op` asks more of: for single calls of any size.
 """
@@ -18,7 +18,7 @@ from refllm.errors import RefllmError
 from refllm.extras import missing_extra
 from refllm.inputs import to_numpy
 from refllm.opcheck.judge import errors, kind, rms, rounding_error
-from refllm.opcheck.limits import ELEMENTWISE_LIMIT, LIMITS, PRODUCT_LIMIT, chance, rms_limit
+from refllm.opcheck.limits import ELEMENTWISE_LIMIT, PRODUCT_LIMIT, chance, rms_limit
 from refllm.precision import EXACT, FUSED, Arithmetic
 
 try:
@@ -28,7 +28,6 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "ELEMENTWISE_LIMIT",
-    "LIMITS",
     "PRODUCT_LIMIT",
     "Contract",
     "ContractBrokenError",
@@ -81,7 +80,7 @@ class Contract:
     def judge(self, results: Any, limit: float | None = None) -> list[Verdict]:
         """One verdict per output. results: a tensor or a tuple of tensors, as the kernel returned them.
 
-        limit: another limit than `LIMITS` has. Raises ContractBrokenError for another number of results.
+        limit: another limit than `rms_limit` says. Raises ContractBrokenError for another number of results.
         """
         results = results if isinstance(results, tuple) else (results,)
         if len(self.exact) != len(results):

@@ -1,127 +1,50 @@
-"""The named classes, as in Transformers: one per family and head. Each is a `Model` with its page filled in."""
+"""The named classes, as in Transformers: one per family and head. Each is a `Model` with its page filled in.
 
-from refllm.config import ArceeConfig, HeliumConfig, LlamaConfig, StableLmConfig
+    from refllm.families import HeliumForCausalLM          # or, shorter: from refllm import HeliumForCausalLM
+
+They are made from the records of the families (`refllm.traits`): the config class and the page of that model_type, and
+one class for each head that the family exists with.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from refllm.config import CONFIG_CLASSES
 from refllm.model import Model
-from refllm.models import arcee, helium, llama, stablelm
+from refllm.traits import TRAITS, Traits
+
+SUFFIXES = {
+    "base": "Model",
+    "causal_lm": "ForCausalLM",
+    "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
+}
+"""What the name of a class ends with, by its head."""
 
 
-class HeliumModel(Model):
-    config_class = HeliumConfig
-    page = helium
-    head = "base"
-
-
-class HeliumForCausalLM(Model):
-    config_class = HeliumConfig
-    page = helium
-    head = "causal_lm"
-
-
-class HeliumForSequenceClassification(Model):
-    config_class = HeliumConfig
-    page = helium
-    head = "sequence_classification"
-
-
-class HeliumForTokenClassification(Model):
-    config_class = HeliumConfig
-    page = helium
-    head = "token_classification"
-
-
-class LlamaModel(Model):
-    config_class = LlamaConfig
-    page = llama
-    head = "base"
-
-
-class LlamaForCausalLM(Model):
-    config_class = LlamaConfig
-    page = llama
-    head = "causal_lm"
-
-
-class LlamaForSequenceClassification(Model):
-    config_class = LlamaConfig
-    page = llama
-    head = "sequence_classification"
-
-
-class LlamaForTokenClassification(Model):
-    config_class = LlamaConfig
-    page = llama
-    head = "token_classification"
-
-
-class LlamaForQuestionAnswering(Model):
-    config_class = LlamaConfig
-    page = llama
-    head = "question_answering"
-
-
-class StableLmModel(Model):
-    config_class = StableLmConfig
-    page = stablelm
-    head = "base"
-
-
-class StableLmForCausalLM(Model):
-    config_class = StableLmConfig
-    page = stablelm
-    head = "causal_lm"
-
-
-class StableLmForSequenceClassification(Model):
-    config_class = StableLmConfig
-    page = stablelm
-    head = "sequence_classification"
-
-
-class StableLmForTokenClassification(Model):
-    config_class = StableLmConfig
-    page = stablelm
-    head = "token_classification"
-
-
-class ArceeModel(Model):
-    config_class = ArceeConfig
-    page = arcee
-    head = "base"
-
-
-class ArceeForCausalLM(Model):
-    config_class = ArceeConfig
-    page = arcee
-    head = "causal_lm"
-
-
-class ArceeForSequenceClassification(Model):
-    config_class = ArceeConfig
-    page = arcee
-    head = "sequence_classification"
-
-
-class ArceeForTokenClassification(Model):
-    config_class = ArceeConfig
-    page = arcee
-    head = "token_classification"
-
-
-class ArceeForQuestionAnswering(Model):
-    config_class = ArceeConfig
-    page = arcee
-    head = "question_answering"
+def _named(traits: Traits, head: str) -> type[Model]:
+    filled_in = {
+        "config_class": CONFIG_CLASSES[traits.model_type],
+        "page": import_module(f"refllm.models.{traits.model_type}"),
+        "head": head,
+        "__module__": __name__,
+    }
+    return type(traits.class_prefix + SUFFIXES[head], (Model,), filled_in)
 
 
 CLASSES: dict[str, type[Model]] = {
-    name: value for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Model)
+    cls.__name__: cls for cls in (_named(traits, head) for traits in TRAITS.values() for head in traits.heads)
 }
-del CLASSES["Model"]
+"""By name."""
+globals().update(CLASSES)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[Model]: ...
 
 
 def find(model_type: str, head: str) -> type[Model] | None:
     """The class of a family ("helium", ...) and head ("base", "causal_lm", ...), or None where there is none."""
-    for cls in CLASSES.values():
-        if cls.config_class.model_type == model_type and cls.head == head:
-            return cls
-    return None
+    traits = TRAITS.get(model_type)
+    return CLASSES[traits.class_prefix + SUFFIXES[head]] if traits and head in traits.heads else None

@@ -10,6 +10,7 @@ from typing import Any
 
 from refllm.config import AutoConfig, ModelConfig
 from refllm.kernels.fusions import ALWAYS_IN_STEPS, fusions
+from refllm.traits import traits_of
 
 Shape = tuple[int, ...]
 
@@ -134,14 +135,12 @@ def expected_shapes(config: ModelConfig, head: str) -> dict[str, Shape]:
 
 def features(config: ModelConfig) -> dict[str, str]:
     """What the architecture is, in words, in the order of the forward pass."""
-    c, rope = config, config.rope_parameters
+    c, rope, traits = config, config.rope_parameters, traits_of(config)
     group = c.num_attention_heads // c.num_key_value_heads
     sharing = "one key/value head per query head" if group == 1 else f"{group} query heads share a key/value head"
-    layer_norm = hasattr(c, "layer_norm_eps")
-    norm = f"LayerNorm, eps {c.layer_norm_eps:g}" if layer_norm else f"RMSNorm, eps {c.rms_norm_eps:g}"
-    pairs = "interleaved pairs (2i, 2i+1)" if c.model_type == "helium" else "pairs (i, i + R/2)"
+    norm = f"LayerNorm, eps {c.layer_norm_eps:g}" if traits.layer_norm else f"RMSNorm, eps {c.rms_norm_eps:g}"
+    pairs = "interleaved pairs (2i, 2i+1)" if traits.interleaved else "pairs (i, i + R/2)"
     scaling = {k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta", "partial_rotary_factor")}
-    gated = c.model_type != "arcee"
     biases = [name for name in ("attention_bias", "use_qkv_bias", "mlp_bias") if getattr(c, name, False)]
     extras = [
         name for name in ("qk_layernorm", "use_parallel_residual", "tie_word_embeddings") if getattr(c, name, False)
@@ -154,7 +153,7 @@ def features(config: ModelConfig) -> dict[str, str]:
         "attention": f"{c.num_attention_heads} heads of {c.head_dim}; {sharing}",
         "rope": f"{rope['rope_type']}, theta {rope['rope_theta']:g}, {c.rotary_dim} of {c.head_dim} dims, {pairs}",
         "rope scaling": ", ".join(f"{key} {_number(value)}" for key, value in scaling.items()) or "none",
-        "mlp": f"{'gated ' if gated else ''}{c.hidden_act}, width {c.intermediate_size}",
+        "mlp": f"{'gated ' if traits.gated else ''}{c.hidden_act}, width {c.intermediate_size}",
         "biases": ", ".join(biases) or "none",
         "switched on": ", ".join(extras) or "nothing",
         "context": f"{c.max_position_embeddings} tokens",

@@ -33,7 +33,7 @@ from refllm.kernels.aot.gates import WIDE_SHARE, Finding
 from refllm.kernels.aot.machine_code import Resources, read_dots, read_ptxas_log, read_sass
 from refllm.kernels.aot.occupancy import occupancy
 from refllm.kernels.aot.sources import FileSource, our_sources
-from refllm.kernels.cases import LAYERS
+from refllm.kernels.calls import LAYERS
 from refllm.kernels.launch import Launch
 from refllm.kernels.targets import TARGETS, Target
 

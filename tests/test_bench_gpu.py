@@ -27,7 +27,7 @@ from refllm.bench.traffic import decode_step, prefill, traffic
 from refllm.bench.workloads import Job, attention_jobs, operator_jobs
 from refllm.extras import install_command
 from refllm.kernels import gpu, gpu_benchmarks
-from refllm.kernels.cases import REDUCED
+from refllm.kernels.calls import REDUCED
 from refllm.kernels.verify import Contract
 
 ROOT = Path(__file__).resolve().parent.parent

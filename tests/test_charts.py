@@ -12,7 +12,7 @@ from refllm.bench.model_forms import FORMS
 from refllm.bench.results import Row
 from refllm.bench.timer import spread
 from refllm.bench.workloads import attention_jobs, operator_jobs, traffic_of
-from refllm.kernels.cases import LAYERS
+from refllm.kernels.calls import LAYERS
 
 pytest.importorskip("matplotlib")
 CEILINGS = {

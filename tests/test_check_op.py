@@ -27,9 +27,9 @@ from refllm.errors import InputError  # noqa: E402
 from refllm.kernels import plain  # noqa: E402
 from refllm.opcheck.candidate import load  # noqa: E402
 from refllm.opcheck.observe import Task  # noqa: E402
-from refllm.opcheck.signatures import SIGNATURES  # noqa: E402
 from refllm.opcheck.tile import tile  # noqa: E402
 from refllm.opcheck.worker import Worker  # noqa: E402
+from refllm.ops.contracts import CONTRACTS  # noqa: E402
 from refllm.strategies import Array, Call, calls, corners  # noqa: E402
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -197,7 +197,7 @@ def test_the_search_survives_a_crash_and_what_is_printed() -> None:
 # -- right functions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", SIGNATURES)
+@pytest.mark.parametrize("operator", CONTRACTS)
 @pytest.mark.parametrize(("dtype", "policy"), [("bfloat16", "fused"), ("float32", "hf-eager")])
 def test_plain_forms_pass_and_the_check_could_have_failed(operator: str, dtype: str, policy: str) -> None:
     report = check_op(operator, getattr(plain, operator), dtype=dtype, policy=policy, max_examples=6, isolate=False)
@@ -363,7 +363,7 @@ def test_an_incomplete_search_is_told_by_the_exit_code_and_the_json(monkeypatch:
 def test_list_shows_every_signature(monkeypatch: Any, capsys: Any) -> None:
     assert command(monkeypatch, "--list") == 0
     said = capsys.readouterr().out
-    assert all(operator in said for operator in SIGNATURES)
+    assert all(operator in said for operator in CONTRACTS)
     assert "rms_norm(x, weight, eps) -> y" in said
 
 

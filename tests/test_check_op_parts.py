@@ -26,15 +26,15 @@ from refllm.opcheck import limits, poison  # noqa: E402
 from refllm.opcheck.candidate import Candidate, uses_triton  # noqa: E402
 from refllm.opcheck.examine import Finding  # noqa: E402
 from refllm.opcheck.expected import expect  # noqa: E402
-from refllm.opcheck.formulas import FORMULAS  # noqa: E402
 from refllm.opcheck.guess import guess  # noqa: E402
 from refllm.opcheck.judge import judge  # noqa: E402
 from refllm.opcheck.observe import Result  # noqa: E402
 from refllm.opcheck.repro import reproduction  # noqa: E402
 from refllm.opcheck.repro.unread import filled_memory, unread_changed  # noqa: E402
 from refllm.opcheck.shrink import axis_lengths, resized, shrink  # noqa: E402
-from refllm.opcheck.signatures import SIGNATURES, signature  # noqa: E402
 from refllm.opcheck.tile import begin, tile  # noqa: E402
+from refllm.ops.contracts import CONTRACTS, contract_of  # noqa: E402
+from refllm.ops.programs import PROGRAMS  # noqa: E402
 from refllm.precision import rounding  # noqa: E402
 from refllm.strategies import Array, Call, corners  # noqa: E402
 
@@ -108,7 +108,7 @@ def test_at_the_border_of_a_format_infinity_and_the_largest_number_are_one() -> 
 def test_limits_are_those_of_the_kernel_tests() -> None:
     from refllm.kernels import verify
 
-    assert verify.LIMITS is limits.LIMITS
+    assert verify.rms_limit is limits.rms_limit
     assert limits.rms_limit("rms_norm") == verify.ELEMENTWISE_LIMIT == 1.1
     assert limits.rms_limit("attention") == verify.PRODUCT_LIMIT == 1.25
     # The largest that a uniform last rounding and Gaussian errors before it reach, times 1.25.
@@ -169,10 +169,10 @@ def test_the_sigma_that_is_told_is_the_one_judged_by() -> None:
 # -- its parts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", SIGNATURES)
+@pytest.mark.parametrize("operator", CONTRACTS)
 def test_formulas_of_reproductions_are_the_definitions(operator: str) -> None:
     space: dict[str, Any] = {"np": np}
-    exec(FORMULAS[operator], space)
+    exec(PROGRAMS[operator], space)
     compared = 0
     for call in corners(operator, "float32"):
         arguments, keywords = call.arrays()
@@ -300,23 +300,23 @@ def test_a_size_shrinks_to_the_smallest_that_fails(size: int, step: int) -> None
 def test_part_of_an_axis_in_words(bad: list[int], size: int, words: str) -> None:
     where = np.zeros((3, size), bool)
     where[:, bad] = True
-    assert tile(where, signature("rms_norm").outputs["y"]) == f"{words} of all 3 rows"
+    assert tile(where, contract_of("rms_norm").outputs["y"]) == f"{words} of all 3 rows"
     assert begin(where) == (0, bad[0])
-    assert tile(np.zeros((3, size), bool), signature("rms_norm").outputs["y"]) == ""
+    assert tile(np.zeros((3, size), bool), contract_of("rms_norm").outputs["y"]) == ""
     assert begin(np.zeros((3, size), bool)) == ()
 
 
 def test_several_axes_of_rows_are_numbered() -> None:
     where = np.zeros((2, 3, 4), bool)
     where[1, 2, 3] = True
-    said = tile(where, signature("rms_norm").outputs["y"])
+    said = tile(where, contract_of("rms_norm").outputs["y"])
     assert said == "column 3 (of 4) of row (axis 1) 2 (of 3) of row (axis 0) 1 (of 2)"
 
 
 def test_tiles_in_words() -> None:
     where = np.zeros((4, 2048), bool)
     where[1:, 1024:] = True
-    assert tile(where, signature("rms_norm").outputs["y"]) == "columns 1024.. (of 2048) of rows 1.. (of 4)"
+    assert tile(where, contract_of("rms_norm").outputs["y"]) == "columns 1024.. (of 2048) of rows 1.. (of 4)"
     heads = np.zeros((2, 4, 3, 8), bool)
     heads[:, 1::2, :, 2] = True
     said = tile(heads, ("B", "H", "S", "D"))
@@ -344,7 +344,7 @@ def test_kernels_of_another_package_are_found_through_the_file_that_names_them(
 # -- reproductions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", SIGNATURES)
+@pytest.mark.parametrize("operator", CONTRACTS)
 def test_code_makes_arrays_on_the_device_that_the_search_had(operator: str) -> None:
     """Without a GPU: on the device "meta", which has shapes, strides and no values."""
     some = corners(operator, "bfloat16")

@@ -15,7 +15,7 @@ import torch
 from refllm import kernels
 from refllm.bench import kernels as kernel_bench
 from refllm.kernels import end_to_end, gpu, gpu_benchmarks, gpu_checks, limited_process
-from refllm.kernels.cases import LAYERS, REDUCED, cases
+from refllm.kernels.calls import LAYERS, REDUCED, cases
 from refllm.kernels.limited_process import LimitedProcess
 from refllm.status_line import StatusLine
 

@@ -15,7 +15,7 @@ from refllm.check import assert_matches
 from refllm.check.transformers_taps import hooks
 from refllm.errors import InputError, RefllmError
 from refllm.kernels.transformers import attention, modules
-from refllm.kernels.transformers.patching import FAMILIES
+from refllm.traits import TRAITS
 
 CHECKPOINTS = sorted(golden.checkpoints())
 SIZES = {
@@ -40,10 +40,10 @@ FEATURES: dict[str, dict[str, Any]] = {
 # Logits of these models are of the order of one; our operators add in another order in float32.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 HEADS = {
-    "AutoModel": FAMILIES,
-    "AutoModelForCausalLM": FAMILIES,
-    "AutoModelForSequenceClassification": FAMILIES,
-    "AutoModelForTokenClassification": FAMILIES,
+    "AutoModel": TRAITS,
+    "AutoModelForCausalLM": TRAITS,
+    "AutoModelForSequenceClassification": TRAITS,
+    "AutoModelForTokenClassification": TRAITS,
     "AutoModelForQuestionAnswering": ("llama", "arcee"),
 }
 
@@ -175,7 +175,7 @@ class TestSameAnswers:
                 torch.testing.assert_close(found[key], value, **CLOSE)
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", TRAITS)
     def test_padding(self, family: str, side: str) -> None:
         model, ids = tiny(family), tokens(2, 11)
         mask = padded(ids, side)
@@ -185,7 +185,7 @@ class TestSameAnswers:
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)
 
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", TRAITS)
     def test_cache(self, family: str, cache: str) -> None:
         """In pieces as at once, to rounding."""
         model, ids = tiny(family), tokens(2, 13)
@@ -199,7 +199,7 @@ class TestSameAnswers:
                 store, parts = out.past_key_values, [*parts, out.logits]
         torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
 
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", TRAITS)
     @pytest.mark.parametrize("parallel", [False, True])
     def test_hidden_states_and_attentions(self, family: str, parallel: bool) -> None:
         if parallel and family != "stablelm":
@@ -218,7 +218,7 @@ class TestSameAnswers:
                 torch.testing.assert_close(ours, theirs, **CLOSE)
 
     def test_other_activations_and_missing_biases(self) -> None:
-        for family in FAMILIES:
+        for family in TRAITS:
             plain = {"attention_bias": False, "mlp_bias": False, "use_qkv_bias": False, "qk_layernorm": False}
             known = {key: value for key, value in plain.items() if key in FEATURES[family]}
             model, ids = tiny(family, hidden_act="gelu", **known), tokens(2, 9)

@@ -25,7 +25,7 @@ from refllm.kernels.aot.batch import Checked, Step, check, collect
 from refllm.kernels.aot.calls import launches
 from refllm.kernels.aot.compile_code import Report
 from refllm.kernels.aot.sources import Named
-from refllm.kernels.cases import LAYERS
+from refllm.kernels.calls import LAYERS
 from refllm.kernels.targets import Target
 
 FORMAT = 2

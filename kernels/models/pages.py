@@ -9,10 +9,12 @@ Weights: "qkv" and "gate_up" are projections stored under each other (kernels/mo
 Shape suffixes as in the reference.
 """
 
+from refllm.traits import traits_of
+
 
 def forward(op, c, w, x_BSE, cos, sin, masking, cache):
     """Embeddings x_BSE -> the last hidden state x_BSE, after the final norm."""
-    block = layer_norm_block if c.model_type == "stablelm" else rms_norm_block
+    block = layer_norm_block if traits_of(c).layer_norm else rms_norm_block
     for i in range(c.num_hidden_layers):
         layer = f"model.layers.{i}"
         x_BSE = op.tap(layer, block(op.within(layer), c, w.layer(i), x_BSE, cos, sin, masking, cache.layer(i)))
@@ -31,14 +33,14 @@ def rms_norm_block(op, c, w, x_BSE, cos, sin, masking, cache):
         c.rms_norm_eps,
         num_heads=c.num_attention_heads,
         num_kv_heads=c.num_key_value_heads,
-        interleaved=c.model_type == "helium",
+        interleaved=traits_of(c).interleaved,
         cache=cache.slots(),
     )
     a_BSE = _attend(op, w, q_BHSD, k_BKSD, v_BKSD, masking, cache)
     b_BSE, x_BSE = op.add_rms_norm(a_BSE, x_BSE, w["post_attention_layernorm.weight"], c.rms_norm_eps)
     op.tap("residual_mid", x_BSE)
     op.tap("post_attention_layernorm", b_BSE)
-    mlp = ungated_mlp if c.model_type == "arcee" else gated_mlp
+    mlp = gated_mlp if traits_of(c).gated else ungated_mlp
     return op.add(x_BSE, mlp(op, c, w, b_BSE))
 
 
@@ -96,6 +98,6 @@ def ungated_mlp(op, c, w, b_BSE):
 
 
 def _final_norm(op, c, w, x_BSE):
-    if c.model_type == "stablelm":
+    if traits_of(c).layer_norm:
         return op.layer_norm(x_BSE, w["norm.weight"], w["norm.bias"], c.layer_norm_eps)
     return op.rms_norm(x_BSE, w["norm.weight"], c.rms_norm_eps)

@@ -30,9 +30,7 @@ from refllm.kernels.transformers.modules import (
     Swiglu,
 )
 from refllm.kernels.transformers.operators import BACKENDS
-
-FAMILIES = {"helium": "Helium", "llama": "Llama", "stablelm": "StableLm", "arcee": "Arcee"}
-"""model_type and what the names of its classes begin with."""
+from refllm.traits import TRAITS, Traits, traits_of
 
 _MARK = "_refllm_patch"
 _SILU, _RELU2 = (type(ACT2FN["silu"]), type(ACT2FN["swish"])), (type(ACT2FN["relu2"]),)
@@ -85,10 +83,9 @@ class Patch:
 
     def _apply(self) -> None:
         base = self.model.base_model
-        stablelm = base.config.model_type == "stablelm"
         for module in {id(m): m for m in (self.model, base)}.values():
             self._set(module, _MARK, self)
-        norm_class = LayerNorm if stablelm else RmsNorm
+        norm_class = LayerNorm if traits_of(base.config).layer_norm else RmsNorm
         for layer in base.layers:
             self._swap_layer(layer, norm_class)
         self._swap(base.norm, norm_class(base.norm, self.backend), "norm", norm_class.operator)
@@ -107,7 +104,7 @@ class Patch:
             self._fused.append(fused)
         else:
             self._swap(first, norm_class(first, self.backend), "input_layernorm", norm_class.operator)
-        interleaved = layer.self_attn.config.model_type == "helium"
+        interleaved = traits_of(layer.self_attn.config).interleaved
         rotation = "norm_rope" if getattr(attention, "qk_layernorm", False) else "rope"
         operators = f"{'rms_norm_qkv_rope' if fused else rotation}, attention, decode_attention"
         what = "input_layernorm, self_attn" if fused else "self_attn"
@@ -205,12 +202,12 @@ def _check(model: Any) -> None:
             f"patch: model is a {name}; expected a Transformers model (wrappers, such as that of torch.compile or of "
             "PEFT, go around it after it was patched)"
         )
-    family = FAMILIES.get(getattr(model.config, "model_type", ""))
-    expected = _classes(model.config.model_type, family) if family else {}
+    family = TRAITS.get(getattr(model.config, "model_type", ""))
+    expected = _classes(family) if family else {}
     backbone: type = type(model.base_model)
     if not family or backbone is not expected["Model"]:
         raise InputError(
-            f"patch: {name} (model_type {model.config.model_type!r}) is not known; known are {', '.join(FAMILIES)}. "
+            f"patch: {name} (model_type {model.config.model_type!r}) is not known; known are {', '.join(TRAITS)}. "
             'For attention alone, load it with attn_implementation="refllm"'
         )
     if any(_MARK in module.__dict__ for module in model.modules()):
@@ -248,9 +245,11 @@ _ROLES = {
 }
 
 
-def _classes(model_type: str, family: str) -> dict[str, type]:
+def _classes(family: Traits) -> dict[str, type]:
     """The classes of a family in Transformers, by their role."""
-    modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    classes = {role: getattr(modeling, family + role) for role in ("Model", "DecoderLayer", "Attention", "MLP")}
-    norm = torch.nn.LayerNorm if family == "StableLm" else getattr(modeling, f"{family}RMSNorm")
+    modeling = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
+    classes = {
+        role: getattr(modeling, family.class_prefix + role) for role in ("Model", "DecoderLayer", "Attention", "MLP")
+    }
+    norm = torch.nn.LayerNorm if family.layer_norm else getattr(modeling, f"{family.class_prefix}RMSNorm")
     return classes | {"Norm": norm}

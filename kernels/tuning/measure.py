@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from refllm.kernels.cases import Draw
+from refllm.kernels.calls import Source
 from refllm.kernels.launch import Launch
 from refllm.kernels.targets import Target
 from refllm.kernels.tuning.tunables import Call, Tunable
@@ -14,8 +14,8 @@ from refllm.kernels.verify import Contract
 
 def drawn(tunable: Tunable, shape: str, device: str, seed: int = 0, small: bool = False) -> Call:
     """The call of a class with random values on a device."""
-    draw = Draw(tunable.dtype(shape), device, seed)
-    return tunable.make(shape, lambda *sizes, dtype: draw.normal(*sizes, scale=sizes[-1] ** -0.25), small)
+    source = Source(tunable.dtype(shape), device, seed)
+    return tunable.make(shape, lambda *sizes, dtype: source.normal(*sizes, scale=sizes[-1] ** -0.25), small)
 
 
 def prepared(tunable: Tunable, call: Call, target: Target, tile: Any) -> tuple[Callable[[], None], tuple[Any, ...]]:

@@ -44,7 +44,7 @@ DEFAULT_PEERS = {"cuda": ("eager", "liger", "sdpa", "compile"), "cpu": ("plain",
 class Settings:
     """What to time. Empty or None: what suits the device.
 
-    device: "cuda" or "cpu". layers: names of `refllm.kernels.cases`. sizes: (sequences, tokens of each). lengths,
+    device: "cuda" or "cpu". layers: names of `refllm.kernels.calls`. sizes: (sequences, tokens of each). lengths,
     head_dims, batches: of attention. context: slots of a cache. peers: of `forms.PEERS`. minutes: begin nothing later.
     seconds: of timing per row. scale: of the buffers for the ceilings. cache_bytes: instead of the machine's.
     """
@@ -141,7 +141,7 @@ def head_jobs(settings: Settings) -> list[Job]:
 def find_layers(names: Sequence[str], device: str) -> list[Any]:
     """Layers by name; without names the real ones on a GPU, the reduced ones on a CPU. InputError: no such layer."""
     _torch()
-    from refllm.kernels.cases import LAYERS, REDUCED
+    from refllm.kernels.calls import LAYERS, REDUCED
 
     known = {layer.name: layer for layer in (*LAYERS, *REDUCED)}
     for name in names:

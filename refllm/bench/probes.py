@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from refllm.ops.contracts import ROWS as ANY_ROWS
+from refllm.ops.contracts import contract_of
+
 ROWS = 2
 """At the start, in the middle and at the end."""
 QUERIES = 8
@@ -123,9 +126,9 @@ def _peer(contract: Any, results: tuple[Any, ...], limit: float) -> tuple[float,
 def parts(operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> Iterator[Part]:
     """The parts of a call that are checked."""
     if operator in ("attention", "decode_attention"):
-        yield from _PARTS[operator](*arguments, **keywords)
+        yield from _SPECIAL[operator](*arguments, **keywords)
     else:
-        yield _PARTS[operator](arguments, keywords)
+        yield _SPECIAL.get(operator, _part(operator))(arguments, keywords)
 
 
 def _places(length: int, size: int) -> list[slice]:
@@ -244,32 +247,35 @@ def _losses(arguments: Sequence[Any], keywords: dict[str, Any]) -> Part:
     return Part(_said(rows, N, "rows"), fewer, keywords, lambda results: tuple(r[rows] for r in results))
 
 
-_PARTS: dict[str, Callable[..., Any]] = {
-    "rms_norm": _rows_of(1),
-    "add_rms_norm": _rows_of(2),
-    "layer_norm": _rows_of(1),
-    "add_layer_norm": _rows_of(2),
-    "rope": _positions,
-    "norm_rope": _positions,
+_SPECIAL: dict[str, Callable[..., Any]] = {
     "rms_norm_qkv_rope": _projection,
     "attention": _attention,
     "decode_attention": _decode_attention,
-    "swiglu": _rows_of(2),
-    "relu2": _rows_of(1),
-    "cross_entropy": _losses,
-    "linear_cross_entropy": _losses,
 }
 
 
+def _part(operator: str) -> Callable[..., Part]:
+    """How a part is cut out of a call, by what the axes of its arguments are."""
+    arguments = contract_of(operator).arguments
+    rows = sum(ANY_ROWS in axes for axes in arguments.values())
+    return _rows_of(rows) if rows else _losses if "labels" in arguments else _positions
+
+
 def result_shapes(operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Of the results of a call, as `refllm.ops` says; losses have reduction "none"."""
-    first = tuple(arguments[0].shape)
-    if operator in ("add_rms_norm", "add_layer_norm"):
-        return [first, first]
-    if operator in ("rope", "norm_rope"):
-        return [first, tuple(arguments[1].shape)]
-    if operator == "rms_norm_qkv_rope":
-        H, K, (B, S) = keywords["num_heads"], keywords["num_kv_heads"], first[:2]
-        D = len(arguments[2]) // (H + 2 * K)
-        return [(B, H, S, D), (B, K, S, D), (B, K, S, D)]
-    return [first[:1]] if operator in ("cross_entropy", "linear_cross_entropy") else [first]
+    """Of the results of a call, by the axes in its record; losses have reduction "none"."""
+    known = contract_of(operator)
+    given = dict(zip(known.parameters, arguments, strict=False)) | keywords
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name, axes in known.arguments.items():
+        if given.get(name) is not None:
+            shape = tuple(given[name].shape)
+            named = axes[1:] if ANY_ROWS in axes else axes[len(axes) - len(shape) :]
+            front = len(shape) - len(named)
+            sizes |= {axis: (size,) for axis, size in zip(named, shape[front:], strict=True)} | {
+                ANY_ROWS: shape[:front]
+            }
+    if "(H+2K)D" in sizes:
+        H, K = keywords["num_heads"], keywords["num_kv_heads"]
+        sizes |= {"H": (H,), "K": (K,), "D": (sizes["(H+2K)D"][0] // (H + 2 * K),)}
+    outputs = [axes for name, axes in known.outputs.items() if name != "lse" or keywords.get("return_lse")]
+    return [sum((sizes[axis] for axis in axes), ()) for axes in outputs]

@@ -14,6 +14,7 @@ from typing import Any
 from refllm import ops
 from refllm.config import ModelConfig
 from refllm.precision import POLICIES
+from refllm.traits import traits_of
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)(?:\.(.*))?$")
 _HEADS = ("lm_head", "score", "qa_outputs")
@@ -113,13 +114,13 @@ class _Family:
         if config is None:
             return cls()
         c: Any = config
-        layer_norm = hasattr(c, "layer_norm_eps")
+        traits = traits_of(config)
         return cls(
-            layer_norm=layer_norm,
-            interleaved=c.model_type == "helium",
-            gated=c.model_type != "arcee",
+            layer_norm=traits.layer_norm,
+            interleaved=traits.interleaved,
+            gated=traits.gated,
             act=c.hidden_act,
-            eps=f"{c.layer_norm_eps if layer_norm else c.rms_norm_eps:g}",
+            eps=f"{c.layer_norm_eps if traits.layer_norm else c.rms_norm_eps:g}",
             parallel=bool(getattr(c, "use_parallel_residual", False)),
             tied=bool(c.tie_word_embeddings),
             biases=frozenset(

@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from refllm.check.planting import forward_of, forward_of_block, forward_of_model, layer_of, replaced
+from refllm.traits import traits_of
 
 Forward = Callable[..., Any]
 
 
 def layer_norms(config: Any) -> bool:
     """Whether the family has LayerNorm (the others have RMSNorm)."""
-    return hasattr(config, "layer_norm_eps")
+    return traits_of(config).layer_norm
 
 
 def rms_norms(config: Any) -> bool:
@@ -24,7 +25,7 @@ def rms_norms(config: Any) -> bool:
 
 def gated(config: Any) -> bool:
     """Whether the MLP has a gate."""
-    return config.model_type != "arcee"
+    return traits_of(config).gated
 
 
 def parallel(config: Any) -> bool:
@@ -149,13 +150,13 @@ NORM: dict[str, dict[str, Any]] = {
     "rounded after the norm's weight only": {
         "taps": _NORM,
         "plant": forward_of("input_layernorm", _cast_after_weight),
-        "applies": lambda config: config.model_type in ("llama", "arcee"),
+        "applies": lambda config: traits_of(config).rounds_before_weight,
         "source": "vllm-project/vllm#42379",
     },
     "rounded before the norm's weight too": {
         "taps": _NORM,
         "plant": forward_of("input_layernorm", _cast_before_weight),
-        "applies": lambda config: config.model_type in ("helium", "stablelm"),
+        "applies": lambda config: not traits_of(config).rounds_before_weight,
         "source": "sgl-project/sglang#22931",
     },
 }

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from refllm.check.planting import Plant, layer_of, replaced, rotary_tables, rotate, rotation_is, tables_are
+from refllm.traits import traits_of
 
 
 def partly_rotated(config: Any) -> bool:
@@ -69,7 +70,7 @@ def _factor_once(rotary: Any, original: Any, q: Any, k: Any, cos: Any, sin: Any)
 
 
 def _other_pairing(rotary: Any, original: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:
-    interleaved = rotary.config.model_type != "helium"
+    interleaved = not traits_of(rotary.config).interleaved
     return tuple(rotate(x, cos, sin, interleaved=interleaved) for x in (q, k))
 
 
@@ -83,7 +84,7 @@ def _first_half_only(rotary: Any, original: Any, q: Any, k: Any, cos: Any, sin: 
 
     R, n = q.shape[-1] // 2, len(rotary.inv_freq)
     cos, sin = (torch.cat((t[..., :n:2], t[..., :n:2]), dim=-1) for t in (cos, sin))
-    interleaved = rotary.config.model_type == "helium"
+    interleaved = traits_of(rotary.config).interleaved
     return tuple(torch.cat((rotate(x[..., :R], cos, sin, interleaved=interleaved), x[..., R:]), dim=-1) for x in (q, k))
 
 

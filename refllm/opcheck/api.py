@@ -18,9 +18,9 @@ from refllm.opcheck.judge import Judgement
 from refllm.opcheck.observe import Task
 from refllm.opcheck.repro import reproduction
 from refllm.opcheck.shrink import shrink as make_small
-from refllm.opcheck.signatures import signature
 from refllm.opcheck.without import calls_without, find_left_out
 from refllm.opcheck.worker import InProcess, TimeIsUpError, Worker
+from refllm.ops.contracts import contract_of
 from refllm.strategies.call import Call
 
 SECONDS, SECONDS_TRITON = 25.0, 100.0
@@ -122,7 +122,7 @@ def check_op(
     Raises InputError for an operator, a candidate, a dtype, ... that there is none of.
     """
     start = time.monotonic()
-    signature(operator)
+    contract_of(operator)
     find_policy(policy)
     dtype = find_dtype(dtype)
     _must_be_possible(time_limit, seconds, max_examples, calls)

@@ -164,9 +164,9 @@ def audit(
     from refllm.kernels.mutants import FORMS, catalogue
 
     if operator is not None:
-        from refllm.opcheck.signatures import signature
+        from refllm.ops.contracts import contract_of
 
-        signature(operator)
+        contract_of(operator)
     if form is not None and form not in FORMS:
         raise InputError(f"--form {form} is not known; use {' or '.join(FORMS)}")
     if dtype is not None:

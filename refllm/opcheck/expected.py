@@ -11,8 +11,8 @@ from refllm import ops
 from refllm.check.predict_operator import predict
 from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
-from refllm.opcheck.limits import CHAIN, INNER, NO_SUMS
-from refllm.opcheck.signatures import signature
+from refllm.opcheck.limits import CHAIN, INNER
+from refllm.ops.contracts import contract_of
 from refllm.precision import EXACT, FUSED, HF_EAGER, NATIVE, Arithmetic, Policy
 from refllm.strategies import Call
 
@@ -26,7 +26,7 @@ _FLOAT32_ROUNDING = 2.0**-24
 class Expected:
     """One output of one call.
 
-    name, axes: of `refllm.opcheck.signatures`. dtype: that it must have. exact: float64. contract: the definition
+    name, axes: of `refllm.ops.contracts`. dtype: that it must have. exact: float64. contract: the definition
     evaluated in the same precision. variance: predicted, of a right implementation's rounding error. inner: the error
     that float32 arithmetic inside may cause, same shape. once: whether nothing but the result is rounded; never in
     float32, where the arithmetic inside rounds as coarsely.
@@ -59,7 +59,7 @@ def expect_values(
     operator: str, arguments: Sequence[Any], keywords: dict[str, Any], dtype: str, policy: str
 ) -> tuple[Expected, ...]:
     """One `Expected` per output, for arrays that lie on the grid of `dtype`."""
-    rules, known = find_policy(policy), signature(operator)
+    rules, known = find_policy(policy), contract_of(operator)
     predicted = predict(operator, arguments, keywords, dtype=dtype, policy=rules)
     contract = evaluate(operator, Arithmetic(dtype, rules), arguments, keywords)
     inner = _inner(operator, arguments, keywords, [p.exact for p in predicted])
@@ -131,7 +131,7 @@ def _inner(
         )
         for n, p, c, e in zip(near, plain, lost, exact, strict=True)
     ]
-    if operator not in NO_SUMS:
+    if contract_of(operator).sums:
         inner = [
             np.hypot(i, INNER * chain * _row_error(e, np.zeros_like(e))) for i, e in zip(inner, exact, strict=True)
         ]

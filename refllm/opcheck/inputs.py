@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from refllm.inputs import to_numpy
-from refllm.opcheck.signatures import is_batched, signature
+from refllm.ops.contracts import contract_of, is_batched
 from refllm.strategies.arrays import Array, memory_of
 from refllm.strategies.call import Call
 
@@ -144,7 +144,7 @@ def _unread(call: Call, tensors: dict[str, Any]) -> Iterator[tuple[str, Any, np.
 def rows_of(call: Call) -> int:
     """How many rows there are that do not know of each other: the length of the first axis, 1 where there is none."""
     first = call.arguments[0]
-    axes = next(iter(signature(call.operator).arguments.values()))
+    axes = next(iter(contract_of(call.operator).arguments.values()))
     return first.shape[0] if isinstance(first, Array) and is_batched(axes, len(first.shape)) else 1
 
 
@@ -152,7 +152,7 @@ def row_alone(
     call: Call, arguments: Sequence[Any], keywords: dict[str, Any], row: int
 ) -> tuple[list[Any], dict[str, Any]]:
     """Views of the arguments (arrays or tensors) that hold one row of the batch, which keeps its axis."""
-    axes = signature(call.operator).arguments
+    axes = contract_of(call.operator).arguments
     part = slice(row, row + 1)
 
     def cut(name: str, x: Any) -> Any:

@@ -19,6 +19,7 @@ from refllm.check.measure import ROW_FLOOR, measure
 from refllm.check.prediction import ulp
 from refllm.opcheck import limits
 from refllm.opcheck.expected import Expected
+from refllm.ops.contracts import contract_of
 from refllm.precision import largest
 
 
@@ -242,7 +243,7 @@ def _independent(expected: Expected, finite: np.ndarray) -> int:
     share.
     """
     V = np.where(finite, expected.variance + np.square(expected.inner), 0.0)
-    by_row = expected.dtype == "float32" and expected.operator not in limits.NO_SUMS
+    by_row = expected.dtype == "float32" and contract_of(expected.operator).sums
     if by_row and V.ndim and expected.axes[-1] in limits.SUMMED:
         V = V.sum(axis=-1)
     scale = float(V.max(initial=0.0))
@@ -250,5 +251,5 @@ def _independent(expected: Expected, finite: np.ndarray) -> int:
         return int(V.size)
     V = V / scale
     count = float(V.sum() ** 2 / np.square(V).sum())
-    shared = expected.operator in limits.LIMITS and not by_row
+    shared = contract_of(expected.operator).product and not by_row
     return max(1, int(count / limits.SHARED if shared else count))

@@ -6,17 +6,11 @@ Used by `refllm.opcheck.judge` and by `refllm.kernels.verify`.
 import numpy as np
 
 from refllm.check.limits import MISROUNDED
+from refllm.ops.contracts import contract_of
 
 ELEMENTWISE_LIMIT, PRODUCT_LIMIT = 1.1, 1.25
-LIMITS = {
-    "attention": PRODUCT_LIMIT,
-    "decode_attention": PRODUCT_LIMIT,
-    "rms_norm_qkv_rope": PRODUCT_LIMIT,
-    "linear_cross_entropy": PRODUCT_LIMIT,
-}
-"""How many times the RMS error of the contract in the same precision that of a result may be; others:
-ELEMENTWISE_LIMIT. Where nothing is rounded but the result, both errors are nearly the same numbers. A product rounds
-inside as well (softmax weights, the normed row), at a place of its choosing."""
+"""How many times the RMS error of the contract in the same precision that of a result may be. Where nothing is rounded
+but the result, both errors are nearly the same numbers. A product rounds inside as well (`Contract.product`)."""
 
 ELEMENT_LIMIT = 8.0
 """Sigmas of a single element. The last rounding is uniform and at most sqrt(3) of its sigma; the errors before it add
@@ -31,10 +25,8 @@ of sums, products, a root or an exponential, of which the approximate ones of a 
 SHARED = 8
 """Elements of a row that share the rounding of one weight or one term of a product, and so count as one."""
 
-NO_SUMS = ("rope", "swiglu", "relu2")
-"""Operators without a sum over a row: also in float32 every element has errors of its own."""
 SUMMED = ("E", "F", "V", "D")
-"""Axes along which the others have sums."""
+"""Axes along which operators have sums, those that have any (`Contract.sums`)."""
 
 CHAIN = 0.4
 """A sum of n numbers of one sign in one float32 chain has a relative error of CHAIN sqrt(n / 3) roundings of 2^-24: the
@@ -50,7 +42,7 @@ BORDER = 4.0
 
 def rms_limit(operator: str) -> float:
     """Up to which RMS error / RMS error of the contract a result holds, before what chance allows."""
-    return LIMITS.get(operator, ELEMENTWISE_LIMIT)
+    return PRODUCT_LIMIT if contract_of(operator).product else ELEMENTWISE_LIMIT
 
 
 def chance(rows: int) -> float:

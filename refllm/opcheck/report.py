@@ -10,8 +10,8 @@ from rich.text import Text
 from refllm.fitted_table import Table
 from refllm.opcheck.api import OpReport
 from refllm.opcheck.judge import Judgement
-from refllm.opcheck.signatures import SIGNATURES
 from refllm.opcheck.tile import begin, tile
+from refllm.ops.contracts import CONTRACTS
 from refllm.strategies.call import Call
 
 WIDTH = 110
@@ -38,7 +38,7 @@ def show_report(report: OpReport, with_repro: bool = False) -> RenderableType:
 def show_operators() -> RenderableType:
     """Every operator with its signature."""
     table = Table.grid(padding=(0, 2, 0, 0))
-    for known in SIGNATURES.values():
+    for known in CONTRACTS.values():
         table.add_row(Text(known.operator, style="bold"), Text(known.text))
     return table
 

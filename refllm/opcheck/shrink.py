@@ -11,7 +11,7 @@ from typing import Any
 
 from refllm.errors import RefllmError
 from refllm.opcheck.examine import Finding
-from refllm.opcheck.signatures import ROWS, axis_names, is_batched, signature
+from refllm.ops.contracts import ROWS, axis_names, contract_of, is_batched
 from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
 
@@ -137,7 +137,7 @@ def _axes(call: Call) -> list[str]:
 
 def axis_lengths(call: Call) -> dict[str, int]:
     """The length of every axis by name."""
-    axes = signature(call.operator).arguments
+    axes = contract_of(call.operator).arguments
     sizes: dict[str, int] = {}
     for name, x in _arrays(call):
         sizes.update(zip(axis_names(axes[name], len(x.shape)), x.shape, strict=True))
@@ -155,7 +155,7 @@ def resized(call: Call, changed: dict[str, int]) -> Call:
         sizes["(H+2K)D"] = (sizes["H"] + 2 * sizes["K"]) * sizes["D"]
     if "R/2" in sizes and "D" in sizes and "R/2" not in changed:
         sizes["R/2"] = min(sizes["R/2"], sizes["D"] // 2)
-    axes = signature(call.operator).arguments
+    axes = contract_of(call.operator).arguments
 
     def fit(name: str, x: Any) -> Any:
         if name in ("num_heads", "num_kv_heads"):
@@ -171,7 +171,7 @@ def resized(call: Call, changed: dict[str, int]) -> Call:
 
 def _only_row(call: Call, row: int) -> Call:
     """One row of a batch: what is planted in it stays, its drawn numbers are others."""
-    axes = signature(call.operator).arguments
+    axes = contract_of(call.operator).arguments
 
     def only(name: str, x: Any) -> Any:
         if not isinstance(x, Array) or not is_batched(axes[name], len(x.shape)):
@@ -223,7 +223,7 @@ def _bounded(name: str, x: Array, sizes: dict[str, int]) -> Array:
 
 
 def _one_row_axis(call: Call) -> Call | None:
-    axes = signature(call.operator).arguments
+    axes = contract_of(call.operator).arguments
     if not any(ROWS in axes[name] and len(x.shape) > 2 for name, x in _arrays(call)):
         return None
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from refllm.opcheck.signatures import axis_names
+from refllm.ops.contracts import axis_names
 
 _WORDS = {
     "E": "columns",

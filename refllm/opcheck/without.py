@@ -11,7 +11,7 @@ from typing import Any
 
 from refllm import ops
 from refllm.errors import InputError
-from refllm.opcheck.signatures import signature
+from refllm.ops.contracts import contract_of
 from refllm.strategies.arrays import FLOATS, Array
 from refllm.strategies.call import Call
 
@@ -26,7 +26,7 @@ _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 def optional(operator: str) -> dict[str, Any]:
     """The arguments of an operator that a call may lack, with what it then means: keywords that have a default, and
     arrays that may be None. Raises InputError for an operator that there is none of."""
-    signature(operator)
+    contract_of(operator)
     known = inspect.signature(getattr(ops, operator)).parameters.values()
     keywords = [p for p in known if p.kind is p.KEYWORD_ONLY and p.name not in ("ar", "tap", "mask")]
     arrays = [p for p in known if p.kind is not p.KEYWORD_ONLY and "None" in str(p.annotation)]
@@ -97,4 +97,4 @@ def refused(operator: str, error: BaseException, at_once: bool) -> str:
     unexpected = _UNEXPECTED.search(str(error))
     if unexpected and unexpected[1] in optional(operator):
         return f"; --without {unexpected[1]} leaves it out"
-    return f"; the contract is {signature(operator).text}" if at_once else ""
+    return f"; the contract is {contract_of(operator).text}" if at_once else ""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from refllm.config import CONFIG_CLASSES, ModelConfig
 from refllm.ops import ACTIVATIONS
 from refllm.strategies.small_models import FAMILIES
+from refllm.traits import traits_of
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 seeds = st.integers(0, 2**31)
@@ -67,16 +68,18 @@ def configs(
 ) -> ModelConfig:
     """Any legal config of a family (of any family if None), with tiny sizes. fixed: keys that are not drawn."""
     family = family or draw(st.sampled_from(FAMILIES))
+    config_class = CONFIG_CLASSES[family]
+    own = config_class.__annotations__  # the keys that are not common to all families, and their types as text
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads = kv_heads * group
     head_dim = 2 * draw(st.integers(smallest_head // 2, 5))
     hidden = heads * head_dim
-    if family in ("llama", "arcee"):  # head_dim is free, hidden_size is any multiple of the heads
+    if own.get("head_dim") == "DerivedSize":  # head_dim is free, hidden_size is any multiple of the heads
         hidden = heads * draw(st.integers(2, 8))
     rope_type = draw(st.sampled_from([kind for kind in rope_types if head_dim > 2 or kind != "dynamic"] or ["default"]))
     max_positions = draw(st.integers(5, 20))
     rotary_dim, partial = head_dim, None
-    if family == "stablelm":
+    if config_class.partial_rotation:
         partial = 1.0 if rope_type == "proportional" else draw(st.sampled_from(_fractions(head_dim, rope_type)))
         rotary_dim = int(head_dim * partial)
     elif rope_type == "proportional":
@@ -93,18 +96,15 @@ def configs(
         "max_position_embeddings": max_positions,
         "tie_word_embeddings": draw(st.booleans()),
         "rope_parameters": rope if partial is None else rope | {"partial_rotary_factor": partial},
-        "layer_norm_eps" if family == "stablelm" else "rms_norm_eps": draw(st.sampled_from([1e-8, 1e-5, 0.01])),
+        "layer_norm_eps" if traits_of(family).layer_norm else "rms_norm_eps": draw(st.sampled_from([1e-8, 1e-5, 0.01])),
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": draw(st.sampled_from([None, 0, 3])),
     }
-    if family != "stablelm":
+    if "head_dim" in own:
         values["head_dim"] = head_dim
-    flags = ("use_qkv_bias", "qk_layernorm", "use_parallel_residual")
-    values |= {
-        flag: draw(st.booleans()) for flag in (flags if family == "stablelm" else ("attention_bias", "mlp_bias"))
-    }
-    return CONFIG_CLASSES[family](**(values | fixed))
+    values |= {flag: draw(st.booleans()) for flag, kind in own.items() if kind == "bool"}
+    return config_class(**(values | fixed))
 
 
 def _fractions(head_dim: int, rope_type: str) -> list[float]:

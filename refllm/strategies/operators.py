@@ -1,40 +1,17 @@
-"""The strategy of every operator, by its name."""
+"""The strategy of every operator, by its name: the function that its record names (`refllm.ops.contracts`)."""
 
-from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
 
 from hypothesis import strategies as st
 
 from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
-from refllm.strategies import activations, attentions, losses, norms, rotations
+from refllm.ops.contracts import CONTRACTS, OPERATORS
 from refllm.strategies.call import Call
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 POLICIES = ("fused", "hf-eager", "hf-sdpa")
-
-_Drawn = Callable[[st.DrawFn, str, str, str, str | None], Call]
-_STRATEGIES: dict[str, _Drawn] = {
-    "rms_norm": norms.norm,
-    "add_rms_norm": norms.norm,
-    "layer_norm": norms.norm,
-    "add_layer_norm": norms.norm,
-    "rope": rotations.rope,
-    "norm_rope": rotations.rope,
-    "rms_norm_qkv_rope": rotations.projected,
-    "attention": attentions.attention,
-    "decode_attention": attentions.decode,
-    "swiglu": activations.swiglu,
-    "relu2": activations.relu2,
-    "cross_entropy": losses.cross_entropy,
-    "linear_cross_entropy": losses.linear_cross_entropy,
-}
-OPERATORS = tuple(_STRATEGIES)
-_FAMILIES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"), norms.FAMILIES),
-    **dict.fromkeys(("cross_entropy", "linear_cross_entropy"), losses.FAMILIES),
-    **rotations.FAMILIES,
-    **activations.FAMILIES,
-}
 
 
 def calls(
@@ -53,19 +30,30 @@ def calls(
     if family is not None and family not in allowed:
         raise InputError(f"calls: {operator} has no family {family!r} under {policy}; use one of: {'; '.join(allowed)}")
 
+    module, name = _strategy(operator)
+    function = getattr(module, name)
+
     @st.composite
     def drawn(draw: st.DrawFn) -> Call:
-        return _STRATEGIES[operator](draw, operator, dtype, policy, family)
+        found: Call = function(draw, operator, dtype, policy, family)
+        return found
 
     return drawn()
 
 
 def families(operator: str, policy: str = "fused") -> tuple[str, ...]:
     """The families of inputs that `calls` draws for an operator; InputError for one that is not known."""
-    if operator not in _STRATEGIES:
+    if operator not in CONTRACTS:
         raise InputError(f"operator {operator!r} is not known; use one of {', '.join(OPERATORS)}")
     if policy not in POLICIES:
         raise InputError(f"policy={policy!r} is not known; use one of {', '.join(POLICIES)}")
-    if operator in attentions.FAMILIES:
-        return attentions.families(operator, policy)
-    return _FAMILIES[operator]
+    module, _ = _strategy(operator)
+    known = module.FAMILIES
+    drawn: tuple[str, ...] = known[operator] if isinstance(known, dict) else known
+    return tuple(f for f in drawn if policy != "hf-eager" or f not in getattr(module, "NEEDS_FUSED", ()))
+
+
+def _strategy(operator: str) -> tuple[ModuleType, str]:
+    """The module that draws the calls of an operator, and the name of its function."""
+    module, _, name = CONTRACTS[operator].inputs.partition(":")
+    return import_module(f"refllm.strategies.{module}"), name

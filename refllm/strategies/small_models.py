@@ -9,9 +9,10 @@ from refllm.config import CONFIG_CLASSES, ModelConfig
 from refllm.errors import InputError
 from refllm.model import Model
 from refllm.precision import arithmetic, rounding
+from refllm.traits import TRAITS
 from refllm.weights import Weights
 
-FAMILIES = ("helium", "llama", "stablelm", "arcee")
+FAMILIES = tuple(TRAITS)
 HEADS = ("base", "causal_lm", "sequence_classification", "token_classification", "question_answering")
 
 
@@ -67,9 +68,11 @@ def small_config(family: str, **values: Any) -> ModelConfig:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    plain |= {"helium": {"head_dim": 12}, "llama": {"head_dim": 20}, "arcee": {"head_dim": 20}}.get(family, {})
-    plain |= {"rope_parameters": {"partial_rotary_factor": 0.5}} if family == "stablelm" else {}
-    return CONFIG_CLASSES[family](**(plain | values))
+    config_class = CONFIG_CLASSES[family]
+    head_dim = {"Size": 12, "DerivedSize": 20}.get(config_class.__annotations__.get("head_dim", ""))
+    plain |= {} if head_dim is None else {"head_dim": head_dim}
+    plain |= {"rope_parameters": {"partial_rotary_factor": 0.5}} if config_class.partial_rotation else {}
+    return config_class(**(plain | values))
 
 
 EVERY_FLAG: dict[str, tuple[dict[str, Any], ...]] = {

@@ -4,11 +4,11 @@ import textwrap
 
 from refllm.opcheck.candidate import Candidate
 from refllm.opcheck.examine import Finding
-from refllm.opcheck.formulas import FORMULAS
 from refllm.opcheck.repro.case import WIDTH, Case, indented, made
 from refllm.opcheck.repro.checks import check
 from refllm.opcheck.repro.source import candidate_code
 from refllm.opcheck.repro.unread import filled_memory
+from refllm.ops.contracts import CONTRACTS
 from refllm.strategies.arrays import Array
 
 
@@ -53,7 +53,7 @@ def _bfloat16_arrays(case: Case) -> bool:
 def _helpers(case: Case) -> list[str]:
     lines = []
     if case.whole:
-        lines += ["", *FORMULAS[case.call.operator].splitlines(), "", ""]
+        lines += ["", *CONTRACTS[case.call.operator].program.splitlines(), "", ""]
     if case.kind == "pair":
         made_here = [*made(case), "return arguments, keywords"]
         run = [*case.called(), f"return [{case.read('x')} for x in got]"]

@@ -7,12 +7,12 @@ from refllm.opcheck import limits
 from refllm.opcheck.expected import Expected, remembered
 from refllm.opcheck.judge import Judgement, rms
 from refllm.opcheck.repro.case import Case, number
-from refllm.opcheck.signatures import signature
+from refllm.ops.contracts import contract_of
 
 
 def values(case: Case) -> list[str]:
     """Lines that compare values."""
-    i = list(signature(case.call.operator).outputs).index(case.finding.output)
+    i = list(contract_of(case.call.operator).outputs).index(case.finding.output)
     judgement = case.finding.judgement
     if judgement is None:
         return _bits(case, i)

@@ -1,4 +1,4 @@
-"""The definitions as a few lines of float64 NumPy each, to be written into a reproduction that runs without refllm.
+"""The definitions once more, as a few lines of float64 NumPy each: for reproductions, which run without refllm.
 
 They take the arguments of the contract as arrays and return a tuple of outputs. Tested against `refllm.ops`.
 """
@@ -34,7 +34,7 @@ _LOSS = """def cross_entropy(logits, labels, ignore_index=-100, reduction="mean"
     loss[counted] = np.log(np.exp(z).sum(axis=-1)) - z[np.arange(len(z)), labels[counted]]
     return (loss if reduction == "none" else loss.sum() / (counted.sum() if reduction == "mean" else 1),)"""
 
-FORMULAS: dict[str, str] = {
+PROGRAMS: dict[str, str] = {
     "rms_norm": f"""{_NORMS["rms"]}
 
 
