@@ -86,7 +86,7 @@ def _left_over(x: np.ndarray, width: int) -> np.ndarray:
 
 def _dealt(terms: np.ndarray, *shape: int) -> np.ndarray:
     """[n, ...] -> [n / prod(shape), *shape, ...]: term after term to the next of `shape`."""
-    return terms.reshape(-1, *shape, *terms.shape[1:])
+    return terms.reshape(len(terms) // math.prod(shape), *shape, *terms.shape[1:])
 
 
 # ---------------------------------------------------------------------------------------------- elementwise functions

@@ -160,3 +160,11 @@ def test_every_bfloat16_boundary_rounds_like_torch():
     bits = (upper[:, None] | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).reshape(-1)
     x = bits.view(np.float32)
     np.testing.assert_array_equal(round_bfloat16(x), torch.from_numpy(x.copy()).bfloat16().float().numpy())
+
+
+@pytest.mark.parametrize("shape", [(0, 1), (0, 96), (0, 700), (2, 0, 5)])
+def test_no_rows_give_no_sums(shape):
+    x = np.zeros(shape, np.float32)
+    assert torch_cpu.row_sum(x).shape == shape[:-1]
+    for sums in (torch_cpu.softmax_sum(x), *torch_cpu.moments(x, "float16")):
+        assert sums.shape == (*shape[:-1], 1)
