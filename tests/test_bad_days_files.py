@@ -681,7 +681,8 @@ def test_a_setting_that_stands_twice_with_one_value_is_no_warning(tmp_path: Path
     (tmp_path / "config.json").write_text(json.dumps(values))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        AutoConfig.from_pretrained(tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+    assert config.rope_parameters["rope_theta"] == 5.0
 
 
 # --------------------------------------------------------------------------------------------------------------- texts

@@ -487,13 +487,14 @@ def test_odd_header_is_read_as_the_library_reads_it(tmp_path: Path, case: str) -
         assert checkpoint.metadata == (file.metadata() or {})
 
 
-@pytest.mark.parametrize("case", BROKEN_HEADERS)
+@pytest.mark.parametrize(
+    "case", [name for name, (*_, said) in BROKEN_HEADERS.items() if said not in ("fit into memory", "holds no tensors")]
+)
 def test_what_is_refused_is_refused_by_the_library_too(tmp_path: Path, case: str) -> None:
-    header, data, said = BROKEN_HEADERS[case]
-    if said not in ("fit into memory", "holds no tensors"):
-        path = raw_file(tmp_path / "model.safetensors", header, data)
-        with pytest.raises(SafetensorError):
-            safe_open(path, "np")
+    header, data, _ = BROKEN_HEADERS[case]
+    path = raw_file(tmp_path / "model.safetensors", header, data)
+    with pytest.raises(SafetensorError):
+        safe_open(path, "np")
 
 
 def test_git_lfs_pointer_is_named(tmp_path: Path) -> None:
