@@ -113,7 +113,6 @@ def test_named_documents_exist_and_no_path_of_one_machine(path: Path) -> None:
 
 REFUSED_IS_RIGHT_TOO = {
     "test_cli.py::test_no_text_breaks_the_reader_of_ids",
-    "test_tokenizer.py::test_a_damaged_tokenizer_json_never_escapes_as_another_exception",
     "test_weights.py::test_any_names_have_a_prefix_or_are_refused",
 }
 """Of drawn input: it is taken, or refused with one kind of error. The tests beside say which."""
