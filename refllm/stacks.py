@@ -29,7 +29,7 @@ def rooms(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> dict[s
         first = 0
         for name in names:
             offset = first * columns * dtype.itemsize
-            found[name] = np.ndarray(shapes[name], dtype, buffer=whole, offset=offset)  # type: ignore[call-overload]
+            found[name] = np.ndarray(shapes[name], dtype, buffer=whole, offset=offset)
             first += shapes[name][0]
     return found
 
