@@ -68,7 +68,7 @@ gpu:  ## on a machine with a GPU: the kernels compiled, against their definition
 		"make gpu needs a python3 that has torch and triton and sees a GPU; name another with GPU_PYTHON=..." >&2; exit 2; }
 	@rm -rf build/gpu build/lib
 	@$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --target build/gpu .
-	PYTHONPATH=build/gpu $(GPU_PYTHON) -P -m refllm.kernels.gpu --output $(GPU_FILE)
+	PYTHONPATH=build/gpu $(GPU_PYTHON) -P -m refllm.bench.gpu --output $(GPU_FILE)
 
 golden: .venv/ready-to-check  ## make the embedded checkpoints again, then the golden vectors (ARGS=--yes replaces them)
 	$(BIN)/python -m refllm.golden.make_checkpoints

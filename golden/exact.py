@@ -1,7 +1,7 @@
 """The content of a golden: inputs, exact outputs, and beside each element the error that a right implementation makes.
 
-Operators are predicted by `refllm.check.predict_operator`. A model is run twice: exactly, and as a propagation of the
-error through its page (`refllm.check.prediction`), from exact weights and token ids to the result. The exact rotary
+Operators are predicted by `refllm.accuracy.operator`. A model is run twice: exactly, and as a propagation of the
+error through its page (`refllm.accuracy.propagation`), from exact weights and token ids to the result. The exact rotary
 tables are float64; that every implementation makes them in float32 is part of the predicted error.
 """
 
@@ -11,20 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from refllm import families, ops
-from refllm.cache import NoCache
-from refllm.check.predict_operator import predict, predict_loss
-from refllm.check.prediction import Propagation, Uncertain, certain, ulp
+from refllm import ops
+from refllm.accuracy.operator import predict, predict_loss
+from refllm.accuracy.propagation import Propagation, Uncertain, certain, ulp
 from refllm.check.taps import HEAD_TAPS
 from refllm.config import ModelConfig
+from refllm.forward.cache import NoCache
+from refllm.forward.masks import masking
+from refllm.forward.model import Model
+from refllm.forward.rotary import RotaryEmbedding
 from refllm.golden import run
 from refllm.golden.cases import Case, OperatorCase
 from refllm.golden.model_cases import ModelCase, embedded, tensors_of
-from refllm.masks import masking
-from refllm.model import Model
+from refllm.models import families
 from refllm.precision import POLICIES as BY_NAME
 from refllm.precision import Policy
-from refllm.rope import RotaryEmbedding
 from refllm.strategies.call import argument_names
 
 Arrays = dict[str, np.ndarray]

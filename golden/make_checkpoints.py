@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from refllm import families
 from refllm.config import ArceeConfig, HeliumConfig, LlamaConfig, ModelConfig, StableLmConfig
 from refllm.generation.config import GenerationConfig
+from refllm.models import families
 from refllm.storage.checkpoint_writer import save_checkpoint
-from refllm.tokenizer import Tokenizer
+from refllm.text.tokenizer import Tokenizer
 
 from . import FOLDER, train_tokenizers
 

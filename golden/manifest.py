@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from refllm import __version__, input_file
+from refllm import __version__
 from refllm.errors import InputError
+from refllm.storage import input_file
 
 FORMAT = "refllm golden 1"
 MANIFEST = "manifest.json"

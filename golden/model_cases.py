@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from refllm import families, golden
+from refllm import golden
 from refllm.config import AutoConfig, ModelConfig
+from refllm.config.traits import TRAITS
 from refllm.golden.cases import Case, Draw
 from refllm.golden.make_checkpoints import recipes, weight
-from refllm.traits import TRAITS
+from refllm.models import families
 
 Inputs = dict[str, np.ndarray]
 

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refllm import extras, families, golden, ops
-from refllm.check.measure import errors
+from refllm import extras, golden, ops
+from refllm.accuracy.measure import errors
 from refllm.errors import InputError
+from refllm.forward.model import Model
 from refllm.golden.cases import DTYPES, OperatorCase
 from refllm.golden.model_cases import ModelCase, config_of, embedded
 from refllm.inputs import to_numpy
-from refllm.model import Model
+from refllm.models import families
 from refllm.ops.contracts import contract_of
 from refllm.precision import EXACT, FUSED, Arithmetic, arithmetic, largest, rounding
-from refllm.weights import Weights
+from refllm.storage.weights import Weights
 
 if TYPE_CHECKING:
     from refllm.golden.exact import Golden
@@ -124,14 +125,14 @@ def reference(case: ModelCase, weights: Arrays, dtype: str) -> Model:
 
 @lru_cache(maxsize=2)
 def _checkpoint(name: str, head: str, dtype: str, policy: str | None) -> Model:
-    from refllm.auto import load
+    from refllm.models.auto import load
 
     return load(golden.path(name), head=head, dtype=dtype, policy=policy)
 
 
 @lru_cache(maxsize=2)
 def _fast_checkpoint(name: str, head: str, backend: str, dtype: str, device: str) -> Any:
-    from refllm.auto import load
+    from refllm.models.auto import load
 
     return load(golden.path(name), head=head, dtype=dtype, backend=backend, device=device)
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from refllm.fitted_table import Table
 from refllm.golden.exact import Golden
 from refllm.golden.make_vectors import Change
 from refllm.golden.verify import Finding, Verified
+from refllm.terminal.fitted_table import Table
 
 _COMPARED = "largest difference to the witness in sigma of float32"
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from refllm import golden, output_file
+from refllm import golden
 from refllm.errors import InputError
 from refllm.golden.cases import all_cases
 from refllm.golden.exact import Golden
 from refllm.golden.manifest import AGAIN, FORMAT, MANIFEST, sealed
 from refllm.golden.model_cases import ModelCase
+from refllm.storage import output_file
 
 VECTORS = "vectors"
 

@@ -12,7 +12,7 @@ from collections import Counter
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from refllm.tokenizer import Tokenizer
+from refllm.text.tokenizer import Tokenizer
 
 from . import corpus
 

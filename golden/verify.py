@@ -1,8 +1,8 @@
 """Do the goldens hold? First their bytes, then what the reference and the backends compute for their inputs.
 
 The reference in float64 has to give the exact values again, up to what float64 arithmetic allows. A backend in its
-dtype has to lie within the predicted error: the rules of `refllm.check.limits`, for a golden of one operator those for
-an operator on its own inputs, for a model those for a value end to end. A golden's inputs are fixed, and so is the
+dtype has to lie within the predicted error: the rules of `refllm.accuracy.limits`, for a golden of one operator those
+for an operator on its own inputs, for a model those for a value end to end. A golden's inputs are fixed, and so is the
 error of the reference's own emulation on them; where that is larger than predicted (errors that repeat), it counts.
 """
 
@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from refllm.check.limits import END_TO_END, ISOLATED, ROW
-from refllm.check.measure import Measure, measure, sampling
-from refllm.dtype_names import dtype_name
+from refllm.accuracy.limits import END_TO_END, ISOLATED, ROW
+from refllm.accuracy.measure import Measure, measure, sampling
 from refllm.golden import manifest as manifests
 from refllm.golden import run, store
 from refllm.golden.cases import OperatorCase, quiet, select
 from refllm.golden.exact import Golden
 from refllm.golden.make_vectors import FLOAT64_LIMIT, FLOAT64_SIGMA, distance_in_sigma, float64_bound
 from refllm.precision import largest
+from refllm.precision.dtype_names import dtype_name
 
 Step = Callable[[str], None]
 ELEMENT = 12.0

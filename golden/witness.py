@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from refllm.forward.model import Model
 from refllm.golden import run
 from refllm.golden.cases import OperatorCase
 from refllm.golden.model_cases import ModelCase
-from refllm.model import Model
 
 if TYPE_CHECKING:
     from refllm.golden.exact import Golden

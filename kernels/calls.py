@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from refllm import published
+from refllm.config import published
+from refllm.config.traits import TRAITS
 from refllm.errors import InputError
 from refllm.ops.contracts import OPERATORS, ROWS, Contract, contract_of
-from refllm.traits import TRAITS
 
 Arguments = tuple[list[Any], dict[str, Any]]
 

@@ -6,7 +6,7 @@ Nothing falls back silently: this is what `refllm info` prints. Importable witho
 from dataclasses import dataclass
 from typing import Any
 
-from refllm.traits import traits_of
+from refllm.config.traits import traits_of
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whether policy `hf-eager` has torch's bits on the CPU at hand: `refllm.torch_cpu` against torch's kernels.
+"""Whether policy `hf-eager` has torch's bits on the CPU at hand: `refllm.precision.torch_cpu` against torch's kernels.
 
 On every CPU the policy rounds where Transformers' eager forward does; whether its float32 sums between two roundings
 are the same to the last bit depends on the kernels that torch and oneDNN choose for the processor. So a few of each
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from refllm import ops, torch_cpu
-from refllm.precision import Arithmetic, arithmetic, rounding
+from refllm import ops
+from refllm.precision import Arithmetic, arithmetic, rounding, torch_cpu
 
 DTYPES = ("bfloat16", "float16")
 

@@ -4,7 +4,7 @@ The contract is the operator of `refllm.ops` with the same name. It is evaluated
 got: exactly (float64), and in the kernel's own precision under the policy `fused`, which is what a good kernel does.
 The error of that second evaluation is the unit: a kernel's root-mean-square error may be `rms_limit` times as large.
 
-These are two rules of `refllm.opcheck.judge`, which `refllm check-op` asks more of: for single calls of any size.
+These are two rules of `refllm.accuracy.judge`, which `refllm check-op` asks more of: for single calls of any size.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from refllm import ops
+from refllm.accuracy.judge import errors, kind, rms, rounding_error
+from refllm.accuracy.operator_limits import ELEMENTWISE_LIMIT, PRODUCT_LIMIT, chance, rms_limit
 from refllm.errors import RefllmError
 from refllm.extras import missing_extra
 from refllm.inputs import to_numpy
-from refllm.opcheck.judge import errors, kind, rms, rounding_error
-from refllm.opcheck.limits import ELEMENTWISE_LIMIT, PRODUCT_LIMIT, chance, rms_limit
 from refllm.precision import EXACT, FUSED, Arithmetic
 
 try:
@@ -155,7 +155,7 @@ def _judge_output(operator: str, i: int, got: torch.Tensor, exact: Any, contract
 
 
 def _chance(finite: np.ndarray, dtype: str) -> float:
-    """How much larger one of two equal RMS errors may come out by chance (`refllm.opcheck.limits.chance`).
+    """How much larger one of two equal RMS errors may come out by chance (`refllm.accuracy.operator_limits.chance`).
 
     In the narrow formats nearly all error is the last rounding, which both evaluations share: nothing is granted. In
     float32 the order of additions counts as much, it differs, and its error is common to a row (the sum of a norm, of a

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. They are imported when first used, so that `import refllm` costs next to nothing.
 _HOMES = {
-    "refllm.auto": (
+    "refllm.models.auto": (
         "load",
         "AutoModel",
         "AutoModelForCausalLM",
@@ -22,10 +22,10 @@ _HOMES = {
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     ),
-    "refllm.cache": ("DynamicCache", "StaticCache"),
+    "refllm.forward.cache": ("DynamicCache", "StaticCache"),
     "refllm.config": ("ArceeConfig", "AutoConfig", "HeliumConfig", "LlamaConfig", "StableLmConfig"),
     "refllm.errors": ("CheckpointError", "ConfigError", "InputError", "RefllmError", "TokenizerError"),
-    "refllm.families": (
+    "refllm.models.families": (
         "ArceeForCausalLM",
         "ArceeForQuestionAnswering",
         "ArceeForSequenceClassification",
@@ -46,8 +46,8 @@ _HOMES = {
         "StableLmModel",
     ),
     "refllm.generation.config": ("GenerationConfig",),
-    "refllm.pipelines": ("pipeline",),
-    "refllm.tokenizer": ("AutoTokenizer",),
+    "refllm.generation.pipelines": ("pipeline",),
+    "refllm.text.tokenizer": ("AutoTokenizer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,6 +1,6 @@
 """`python -m refllm` is the command `refllm`."""
 
-from refllm.cli import main
+from refllm.commands.cli import main
 
 if __name__ == "__main__":
     main()

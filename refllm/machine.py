@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-from refllm.torch_cpu import this_cpu
+from refllm.precision.torch_cpu import this_cpu
 
 _PACKAGES = ("numpy", "torch", "triton", "transformers")
 _LANES = {16: "16 float32 lanes (AVX-512)", 8: "8 float32 lanes (AVX2)", 0: "no vector code that is known"}
@@ -13,7 +13,7 @@ _LANES = {16: "16 float32 lanes (AVX-512)", 8: "8 float32 lanes (AVX2)", 0: "no 
 
 def describe() -> dict[str, Any]:
     """Plain values for JSON. versions: None for what is not installed. same_bits: dtype -> kind of kernel -> whether
-    this CPU's torch adds as `refllm.torch_cpu` does, on one thread; None without torch, which is imported here."""
+    this CPU's torch adds as `refllm.precision.torch_cpu` does, on one thread; None without torch."""
     versions = {name: version(name) if importlib.util.find_spec(name) else None for name in _PACKAGES}
     same_bits = None
     if versions["torch"]:

@@ -1,6 +1,6 @@
 """What an operator may return in a narrow format, whatever the order in which a CPU adds: a page run on ranges.
 
-`Bounds` stands in for `refllm.operators.Operators`. Every operator gets the candidate's own inputs, computes in
+`Bounds` stands in for `refllm.forward.operators.Operators`. Every operator gets the candidate's own inputs, computes in
 float64, and knows how far a float32 evaluation in any order can be from that (Higham 2002, "Accuracy and Stability of
 Numerical Algorithms": a sum of n terms is off by at most gamma_n = n u / (1 - n u) times the sum of their absolute
 values; the functions by an ulp or two). Both ends of that range are rounded where the policy rounds. So an element is

@@ -1,4 +1,4 @@
-"""A Transformers model behind the interface that `refllm.generate` calls.
+"""A Transformers model behind the interface that `refllm.generation.generate` calls.
 
 With it both sides of a comparison see the same logits bit for bit, so that tokens must be identical.
 """
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from refllm.generate import GenerateOutput, generate
 from refllm.generation.config import GenerationConfig
+from refllm.generation.generate import GenerateOutput, generate
 
 
 class CacheAdapter:

@@ -29,7 +29,7 @@ LEFT_OUT = {
     "refllm/opcheck/typical_tests.py": "tests of others, written to be weak",
     "kernels/mutants/": "planted bugs: a change of one is another bug",
     "kernels/gpu": "needs a GPU",
-    "kernels/end_to_end.py": "needs a GPU",
+    "refllm/bench/end_to_end.py": "needs a GPU",
     "kernels/aot/": "its tests compile for minutes",
     "kernels/tuning/": "its tests compile for minutes; timing needs a GPU",
     "refllm/strategies/": "inputs of checks: a change of one is another input",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from refllm.cli import main
+from refllm.commands.cli import main
 from refllm.opcheck.api import OpReport
 from refllm.strategies import Array
 

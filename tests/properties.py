@@ -1,7 +1,7 @@
 """What the property tests share: the three backends behind one call, drawn tests for each, and when two results agree.
 
 Two results that should be the same number are compared in units of their predicted rounding errors
-(`refllm.check.predict_operator`), or bit for bit where that is promised.
+(`refllm.accuracy.operator`), or bit for bit where that is promised.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from where_kernels_run import DEVICE, running
 
 from refllm import kernels, ops
-from refllm.check.predict_operator import predict
+from refllm.accuracy.operator import predict
+from refllm.accuracy.operator_limits import chance
 from refllm.inputs import to_numpy
 from refllm.kernels import plain
-from refllm.opcheck.limits import chance
 from refllm.precision import FUSED
 from refllm.strategies import Array, Call, calls, corners
 

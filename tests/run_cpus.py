@@ -85,7 +85,7 @@ def _try(name: str, options: argparse.Namespace) -> tuple[bool, str]:
         lines.append("  nothing may be skipped on this CPU")
         holds = False
     if not options.no_check and not options.tests:
-        holds &= _run("refllm check", [sys.executable, "-m", "refllm.cli", "check"], environment, lines)[0]
+        holds &= _run("refllm check", [sys.executable, "-m", "refllm.commands.cli", "check"], environment, lines)[0]
     return holds, "\n".join(lines)
 
 

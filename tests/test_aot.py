@@ -16,18 +16,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from refllm.bench import layers
 from refllm.errors import InputError, MissingExtraError
-from refllm.kernels.aot import (
-    DoesNotCompile,
-    Report,
-    batch,
-    compile_code,
-    compile_launch,
-    disassemble,
-    gates,
-    layers,
-    record,
-)
+from refllm.kernels.aot import DoesNotCompile, Report, batch, compile_code, compile_launch, disassemble, gates, record
 from refllm.kernels.aot.batch import Checked, check, collect
 from refllm.kernels.aot.gates import WIDE_SHARE, Finding
 from refllm.kernels.aot.machine_code import Resources, read_dots, read_ptxas_log, read_sass

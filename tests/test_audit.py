@@ -23,8 +23,9 @@ import legitimate_libraries  # noqa: E402
 from legitimate import RIGHT, Legitimate  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from refllm import cli, kernels  # noqa: E402
+from refllm import kernels  # noqa: E402
 from refllm.check.candidates import find_function  # noqa: E402
+from refllm.commands import cli  # noqa: E402
 from refllm.errors import InputError, RefllmError  # noqa: E402
 from refllm.kernels import plain  # noqa: E402
 from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402

@@ -25,17 +25,19 @@ import pytest
 from tiny import tiny_model
 
 import refllm
-from refllm import cli, golden, input_file, output_file
+from refllm import golden
 from refllm.check.trace import Trace
-from refllm.checkpoint import Checkpoint, one_model
+from refllm.commands import cli
 from refllm.config import AutoConfig
 from refllm.errors import CheckpointError, ConfigError, InputError, RefllmError, TokenizerError
+from refllm.forward.model import Model
 from refllm.generation.config import GenerationConfig
-from refllm.model import Model
+from refllm.storage import input_file, output_file
+from refllm.storage.checkpoint import Checkpoint, one_model
 from refllm.storage.checkpoint_writer import save_checkpoint
 from refllm.text.growth import LIMIT
-from refllm.token_input import read_text
-from refllm.tokenizer import AutoTokenizer
+from refllm.text.token_input import read_text
+from refllm.text.tokenizer import AutoTokenizer
 
 IDS = [[1, 2, 3, 4]]
 VISIBLE = {"os.rename", "os.remove"}
@@ -866,7 +868,7 @@ def test_a_decay_beyond_all_numbers_only_ends_the_text() -> None:
 
 def test_no_other_module_writes_a_file_of_the_users() -> None:
     """Except lines that are meant to be read while they come, and what lies in temporary folders."""
-    allowed = {"refllm/output_file.py", "kernels/gpu_checks.py", "refllm/opcheck/forked.py"}
+    allowed = {"refllm/storage/output_file.py", "refllm/bench/gpu_checks.py", "refllm/opcheck/forked.py"}
     writing = re.compile(r"""\.write_text\(|\.write_bytes\(|\bsave_file\(|\bopen\([^)]*["'][wxa]\+?b?["']""")
     root = Path(__file__).parent.parent
     found = {
@@ -876,4 +878,4 @@ def test_no_other_module_writes_a_file_of_the_users() -> None:
         if writing.search(path.read_text(encoding="utf-8"))
     }
     assert found <= allowed, found - allowed
-    assert "refllm/output_file.py" in found
+    assert "refllm/storage/output_file.py" in found

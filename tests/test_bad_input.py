@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, VOCAB, tiny_config, tiny_model
 
 import refllm
-from refllm import families
-from refllm.auto import AutoModelForCausalLM, AutoModelForQuestionAnswering, load
 from refllm.errors import CheckpointError, ConfigError, InputError, RefllmError
-from refllm.model import Model
+from refllm.forward.model import Model
+from refllm.models import families
+from refllm.models.auto import AutoModelForCausalLM, AutoModelForQuestionAnswering, load
 from refllm.precision import POLICIES, arithmetic
 
 IDS = np.array([[1, 2, 3], [4, 5, 6]])
@@ -160,7 +160,8 @@ def test_a_long_generation_warns_once() -> None:
 @pytest.mark.parametrize("past", [((1, 2),), [], {}, 5, "cache"], ids=repr)
 def test_only_a_cache_is_a_cache(past: Any) -> None:
     found = type(past).__name__
-    check(InputError, lambda: model_of()(IDS, past_key_values=past), "past_key_values", "refllm.cache object", found)
+    sentence = "refllm.forward.cache object"
+    check(InputError, lambda: model_of()(IDS, past_key_values=past), "past_key_values", sentence, found)
 
 
 def test_a_cache_of_another_batch_or_model_is_refused() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refllm import bench, cli
+from refllm import bench
 from refllm.bench import worker as bench_worker
+from refllm.commands import cli
+from refllm.commands.info import describe
 from refllm.errors import InputError
-from refllm.info import describe
 
 SMALL = bench.Settings(prompt_tokens=8, new_tokens=3, threads=1, repeats=2)
 

@@ -14,8 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from refllm import cli, kernels
-from refllm.bench import ceilings, eager, growth, model_forms, page, process, results, timer, whole_models
+from refllm import kernels
+from refllm.bench import (
+    ceilings,
+    eager,
+    gpu,
+    gpu_benchmarks,
+    growth,
+    model_forms,
+    page,
+    process,
+    results,
+    timer,
+    whole_models,
+)
 from refllm.bench import forms as forms_module
 from refllm.bench import kernels as kernel_bench
 from refllm.bench import models as model_bench
@@ -25,8 +37,8 @@ from refllm.bench.probes import Checker, loss_contract
 from refllm.bench.timer import CpuClock, GpuClock, Timed, spread
 from refllm.bench.traffic import decode_step, prefill, traffic
 from refllm.bench.workloads import Job, attention_jobs, operator_jobs
+from refllm.commands import cli
 from refllm.extras import install_command
-from refllm.kernels import gpu, gpu_benchmarks
 from refllm.kernels.calls import REDUCED
 from refllm.kernels.verify import Contract
 
@@ -553,7 +565,7 @@ def test_commands_run_end_to_end(
 
 @pytest.mark.parametrize("operator", kernels.OPERATORS)
 def test_every_call_can_be_planned_without_memory(operator: str) -> None:
-    from refllm.kernels.aot.calls import launches
+    from refllm.bench.launches import launches
     from refllm.kernels.targets import TARGETS
 
     size = (3, 1) if operator == "decode_attention" else (2, 6)

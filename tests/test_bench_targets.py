@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from refllm.bench import kernels, models, page, results, targets
+from refllm.bench.gpu_benchmarks import PASSES
 from refllm.bench.timer import spread
 from refllm.bench.workloads import attention_jobs, operator_jobs
 from refllm.kernels.calls import LAYERS
-from refllm.kernels.gpu_benchmarks import PASSES
 
 PEER_FORMS = ("triton", "eager", "compile", "liger", "sdpa math", "sdpa flash", "sdpa efficient", "sdpa cudnn")
 

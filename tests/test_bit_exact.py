@@ -1,8 +1,8 @@
 """Policy "hf-eager" gives the logits of Transformers' eager forward to the last bit, in bfloat16 and float16.
 
-On one thread, on a CPU whose kernels `refllm.torch_cpu` knows (else skipped: `this_cpu`), and from the same rotary
-tables (ours are correctly rounded: test_every_cpu has what that means). Activations: silu, sigmoid and those of one
-rounding (relu, relu2, ...).
+On one thread, on a CPU whose kernels `refllm.precision.torch_cpu` knows (else skipped: `this_cpu`), and from the same
+rotary tables (ours are correctly rounded: test_every_cpu has what that means). Activations: silu, sigmoid and those of
+one rounding (relu, relu2, ...).
 """
 
 from typing import Any

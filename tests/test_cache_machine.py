@@ -15,10 +15,10 @@ from tiny import FAMILIES, VOCAB, tiny_model
 from transformers import DynamicCache as TransformersCache
 from witness import to_torch
 
-from refllm import cache as cache_module
-from refllm.cache import DynamicCache, LayerCache, StaticCache
 from refllm.errors import InputError
-from refllm.model import Model
+from refllm.forward import cache as cache_module
+from refllm.forward.cache import DynamicCache, LayerCache, StaticCache
+from refllm.forward.model import Model
 
 FIRST_CAPACITY = cache_module._FIRST_CAPACITY
 SLOTS = 40

@@ -18,7 +18,7 @@ from refllm import golden
 from refllm.errors import InputError, TokenizerError
 from refllm.text import chat_template, template_meter
 from refllm.text.chat_template import render
-from refllm.tokenizer import AutoTokenizer
+from refllm.text.tokenizer import AutoTokenizer
 
 WITH_TEMPLATE = ["arcee-tiny", "llama-tiny", "stablelm-tiny-parallel"]
 USER: dict[str, Any] = {"role": "user", "content": "What is <b>RoPE</b> & why?\n"}

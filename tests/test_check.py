@@ -11,17 +11,17 @@ import pytest
 
 from refllm import golden
 from refllm.check import assert_matches, compare
+from refllm.check.adapters.transformers import TransformersCandidate
 from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.difference import diff
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.oracle import Report, judge
 from refllm.check.run import Settings, check_all, folders_to_check, trace_candidate
 from refllm.check.trace import Trace
-from refllm.check.transformers_adapter import TransformersCandidate
 from refllm.errors import InputError
-from refllm.json_text import json_text
-from refllm.model import Model
+from refllm.forward.model import Model
 from refllm.precision import FUSED, HF_EAGER, HF_SDPA
+from refllm.storage.json_text import json_text
 
 NAMES = ["arcee-tiny", "helium-tiny", "llama-tiny", "stablelm-tiny-parallel", "stablelm-tiny-sequential"]
 LAYER = 1

@@ -19,15 +19,16 @@ import opcheck_candidates as candidates  # noqa: E402
 from opcheck_tools import run_alone, shown  # noqa: E402
 
 from refllm import ops  # noqa: E402
+from refllm.accuracy import expected as expected_module  # noqa: E402
+from refllm.accuracy import operator_limits as limits  # noqa: E402
+from refllm.accuracy.expected import expect  # noqa: E402
+from refllm.accuracy.judge import judge  # noqa: E402
 from refllm.check import check_op  # noqa: E402
 from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
-from refllm.opcheck import expected as expected_module  # noqa: E402
-from refllm.opcheck import limits, poison  # noqa: E402
+from refllm.opcheck import poison  # noqa: E402
 from refllm.opcheck.candidate import Candidate, uses_triton  # noqa: E402
 from refllm.opcheck.examine import Finding  # noqa: E402
-from refllm.opcheck.expected import expect  # noqa: E402
 from refllm.opcheck.guess import guess  # noqa: E402
-from refllm.opcheck.judge import judge  # noqa: E402
 from refllm.opcheck.observe import Result  # noqa: E402
 from refllm.opcheck.repro import reproduction  # noqa: E402
 from refllm.opcheck.repro.unread import filled_memory, unread_changed  # noqa: E402

@@ -15,9 +15,9 @@ import opcheck_candidates as candidates  # noqa: E402
 from opcheck_tools import is_there, run_alone, shown  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from refllm import cli  # noqa: E402
 from refllm.apart import Ended, run  # noqa: E402
 from refllm.check import check_op  # noqa: E402
+from refllm.commands import cli  # noqa: E402
 from refllm.errors import InputError  # noqa: E402
 from refllm.kernels import plain  # noqa: E402
 from refllm.opcheck import audit as auditing  # noqa: E402

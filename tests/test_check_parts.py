@@ -10,10 +10,11 @@ import pytest
 
 import refllm
 from refllm import golden
-from refllm.check import findings, html, limits
+from refllm.accuracy import limits
+from refllm.accuracy.measure import ROW_FLOOR, Measure, measure, ulp_histogram
+from refllm.check import findings, html
 from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.inputs import Inputs
-from refllm.check.measure import ROW_FLOOR, Measure, measure, ulp_histogram
 from refllm.check.next_tokens import compare_tokens
 from refllm.check.oracle import Report, TapReport, judge
 from refllm.check.second_opinion import honest_ratios

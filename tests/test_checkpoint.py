@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from refllm.checkpoint import Checkpoint, save_checkpoint
 from refllm.errors import CheckpointError
 from refllm.storage import checkpoint_writer
+from refllm.storage.checkpoint import Checkpoint, save_checkpoint
 from refllm.storage.safetensors_format import DTYPES, MAX_HEADER_BYTES, WEIGHT_DTYPES
 
 INDEX = "model.safetensors.index.json"
@@ -825,7 +825,7 @@ def test_fuzzed_index_reads_or_is_refused(
 
 MEMORY = """
 import sys, numpy as np
-from refllm.checkpoint import Checkpoint, save_checkpoint
+from refllm.storage.checkpoint import Checkpoint, save_checkpoint
 
 def resident(field):
     with open("/proc/self/status") as file:

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from refllm import cli
+from refllm.commands import cli
 from refllm.config import AutoConfig
 from refllm.errors import InputError
-from refllm.token_input import parse_ids, read_tokens
+from refllm.text.token_input import parse_ids, read_tokens
 
 HELIUM = {
     "model_type": "helium",
@@ -163,7 +163,7 @@ def test_warning_is_one_line_without_source_code(refllm: Run, checkpoint: Path) 
 
 
 def test_reader_that_goes_away_is_no_error(checkpoint: Path) -> None:
-    command = f"{sys.executable} -m refllm.cli info {checkpoint} --tensors | true"
+    command = f"{sys.executable} -m refllm.commands.cli info {checkpoint} --tensors | true"
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_configs import FILE_BYTES, PUBLISHED_CONFIGS
 
-from refllm import ops, published
+from refllm import ops
 from refllm.config import (
     ACTIVATIONS,
     CONFIG_CLASSES,
@@ -28,10 +28,11 @@ from refllm.config import (
     LlamaConfig,
     ModelConfig,
     StableLmConfig,
+    published,
 )
+from refllm.config.rope_parameters import ROPE_TYPES
 from refllm.errors import ConfigError
-from refllm.rope import RotaryEmbedding
-from refllm.rope_parameters import ROPE_TYPES
+from refllm.forward.rotary import RotaryEmbedding
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

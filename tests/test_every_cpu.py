@@ -10,12 +10,12 @@ import torch
 from bounds import Bounds, Found, Range, table
 from witness import numpy_of, to_torch
 
-from refllm.cache import NoCache
+from refllm.check.adapters.transformers import TransformersCandidate
 from refllm.check.candidates import ReferenceCandidate
 from refllm.check.inputs import Inputs
 from refllm.check.taps import as_array
-from refllm.check.transformers_adapter import TransformersCandidate
-from refllm.masks import masking
+from refllm.forward.cache import NoCache
+from refllm.forward.masks import masking
 from refllm.precision import HF_EAGER, round_bfloat16
 from refllm.strategies.small_models import EVERY_FLAG, FAMILIES, build, model_class, small_config
 

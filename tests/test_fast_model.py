@@ -13,16 +13,16 @@ from tiny import FAMILIES, VOCAB, tiny_model
 
 import refllm
 from refllm import golden
-from refllm.cache import DynamicCache
 from refllm.check.api import compare
 from refllm.errors import InputError
-from refllm.families import CLASSES
+from refllm.forward.cache import DynamicCache
+from refllm.forward.model import Model
 from refllm.generation import decoding
 from refllm.inputs import to_numpy
 from refllm.kernels.fusions import fusions
 from refllm.kernels.models.decode import DecodeStep
 from refllm.kernels.models.fast_model import FastModel
-from refllm.model import Model
+from refllm.models.families import CLASSES
 
 DEVICE = os.environ.get("REFLLM_TEST_DEVICE", "cpu")
 BACKENDS = ("torch", "triton")

@@ -21,15 +21,17 @@ import pytest
 import torch
 import typer.main
 
-from refllm import cli, extras, golden, not_a_checkpoint
+from refllm import extras, golden
+from refllm.commands import cli
 from refllm.config import AutoConfig
-from refllm.dtype_names import dtype_name
 from refllm.errors import ConfigError, InputError, MissingExtraError, RefllmError, TokenizerError
 from refllm.opcheck import inputs
 from refllm.opcheck.api import check_op
 from refllm.precision import check_dtype
+from refllm.precision.dtype_names import dtype_name
+from refllm.storage import not_a_checkpoint
 from refllm.strategies.arrays import LAYOUTS, Array, memory_of
-from refllm.tokenizer import AutoTokenizer
+from refllm.text.tokenizer import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -232,7 +234,7 @@ _COMMANDS = """
 import contextlib, io, json, sys
 for name in {absent!r}:
     sys.modules[name] = None  # as if it were not installed
-from refllm import cli
+from refllm.commands import cli
 
 def run(arguments):
     sys.argv, out, err = ["refllm", *arguments], io.StringIO(), io.StringIO()

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from refllm import golden, info
-from refllm.fitted_table import Table
+from refllm import golden
+from refllm.commands import info
 from refllm.golden import show
 from refllm.golden.manifest import read_manifest
 from refllm.golden.verify import Verified, goldens_of
 from refllm.kernels.aot import commands
 from refllm.kernels.aot import show as aot
 from refllm.opcheck.report import show_operators
+from refllm.terminal.fitted_table import Table
 
 WIDTH = 80
 

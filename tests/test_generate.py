@@ -15,10 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from refllm.errors import InputError
-from refllm.generate import generate
 from refllm.generation.beam_search import draw_without_replacement
 from refllm.generation.config import GenerationConfig
 from refllm.generation.decoding import GenerateOutput, draw
+from refllm.generation.generate import generate
 from refllm.generation.logits_process import softmax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -14,9 +14,9 @@ from transformers.generation import utils as hf_utils
 
 import refllm
 from refllm.errors import ConfigError, InputError
-from refllm.generate import generate
 from refllm.generation.config import GenerationConfig
 from refllm.generation.decoding import GenerateOutput
+from refllm.generation.generate import generate
 
 SHAPE = {
     "vocab_size": 61,

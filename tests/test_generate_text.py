@@ -19,11 +19,11 @@ from transformers import TextIteratorStreamer as WitnessIterator
 from transformers import TextStreamer as WitnessStreamer
 from transformers.generation.stopping_criteria import StopStringCriteria as Witness
 
-import refllm.tokenizer
+import refllm.text.tokenizer
 from refllm import AutoTokenizer
 from refllm.errors import InputError
-from refllm.generate import generate, stream_text
 from refllm.generation import streamers
+from refllm.generation.generate import generate, stream_text
 from refllm.generation.stopping import StopStringCriteria, byte_of_character
 from refllm.generation.streamers import BaseStreamer, TextIteratorStreamer, TextStreamer
 from refllm.golden import checkpoints
@@ -83,7 +83,7 @@ KINDS = {
     f.__name__: PreTrainedTokenizerFast(tokenizer_object=f())
     for f in (byte_level, byte_fallback, characters, word_pieces)
 }
-OWN = {f.__name__: refllm.tokenizer.Tokenizer(f()) for f in (byte_level, byte_fallback, characters, word_pieces)}
+OWN = {f.__name__: refllm.text.tokenizer.Tokenizer(f()) for f in (byte_level, byte_fallback, characters, word_pieces)}
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -133,7 +133,7 @@ def test_stop_string_must_reach_into_the_last_token_and_may_hang_over() -> None:
     vocab = ["s", "to", "stop", "st", "op", "opera", "las", "topper", "pped", "at", *"abcdef"]
     tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(vocab)}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
-    criterion = StopStringCriteria(refllm.tokenizer.Tokenizer(tokenizer), "stop")
+    criterion = StopStringCriteria(refllm.text.tokenizer.Tokenizer(tokenizer), "stop")
 
     def stops(*tokens: str) -> bool:
         return bool(criterion(np.array([[vocab.index(t) for t in tokens]]), None)[0])
@@ -220,7 +220,7 @@ def decoded(kind: str, prompt: np.ndarray, tokens: np.ndarray, own: TextStreamer
     return str(OWN[kind].decode(ids.tolist(), **own.decode_kwargs))
 
 
-def with_decoder(decoder: decoders.Decoder, **config: Any) -> refllm.tokenizer.Tokenizer:
+def with_decoder(decoder: decoders.Decoder, **config: Any) -> refllm.text.tokenizer.Tokenizer:
     """A tokenizer whose tokens are what decoders treat in a special way."""
     tokens = [piece.replace(" ", "▁") for piece in PIECES] + [
         f"<0x{byte:02X}>" for byte in [*"é日".encode(), 10, 32, 255]
@@ -229,7 +229,7 @@ def with_decoder(decoder: decoders.Decoder, **config: Any) -> refllm.tokenizer.T
     made = Tokenizer(models.WordLevel({t: n for n, t in enumerate(dict.fromkeys(tokens))}, unk_token="a"))
     made.decoder = decoder
     made.add_special_tokens(["<|end|>"])
-    return refllm.tokenizer.Tokenizer(made, **config)
+    return refllm.text.tokenizer.Tokenizer(made, **config)
 
 
 BLANKS = decoders.Replace("▁", " ")

@@ -14,10 +14,10 @@ import torch
 import transformers
 
 from refllm import golden
-from refllm.checkpoint import Checkpoint
 from refllm.config import AutoConfig
 from refllm.errors import InputError
-from refllm.tokenizer import AutoTokenizer
+from refllm.storage.checkpoint import Checkpoint
+from refllm.text.tokenizer import AutoTokenizer
 
 NAMES = sorted(golden.checkpoints())
 MEGABYTE = 1_000_000

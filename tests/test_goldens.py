@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refllm import cli, families, golden, ops
+from refllm import golden, ops
+from refllm.commands import cli
 from refllm.golden import cases, exact, make_vectors, manifest, model_cases, run, store, verify
 from refllm.golden.cases import OperatorCase
 from refllm.golden.exact import Golden
 from refllm.golden.model_cases import ModelCase
 from refllm.kernels import OPERATORS
+from refllm.models import families
 from refllm.precision import rounding
 
 FOLDER = golden.FOLDER

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from refllm import kernels
+from refllm.bench import end_to_end, gpu, gpu_benchmarks, gpu_checks, limited_process
 from refllm.bench import kernels as kernel_bench
-from refllm.kernels import end_to_end, gpu, gpu_benchmarks, gpu_checks, limited_process
+from refllm.bench.limited_process import LimitedProcess
 from refllm.kernels.calls import LAYERS, REDUCED, cases
-from refllm.kernels.limited_process import LimitedProcess
-from refllm.status_line import StatusLine
+from refllm.terminal.status_line import StatusLine
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_SIZES: dict[str, Any] = {
@@ -228,7 +228,7 @@ def test_installs_into_a_folder_of_its_own_without_a_network(tmp_path: Path) -> 
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     done = subprocess.run([*command, "--target", target, source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    program = "import refllm.kernels.gpu as g, refllm.golden as h; print(g.__file__, len(h.checkpoints()))"
+    program = "import refllm.bench.gpu as g, refllm.golden as h; print(g.__file__, len(h.checkpoints()))"
     run = subprocess.run(
         [sys.executable, "-P", "-c", program],
         env={"PYTHONPATH": str(target), "PATH": ""},

@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForTokenClassification
 from witness import to_torch
 
 from refllm.errors import InputError
-from refllm.model import Model
+from refllm.forward.model import Model
 
 CAUSAL = [f"{family}ForCausalLM" for family in FAMILIES]
 SEQUENCE = [f"{family}ForSequenceClassification" for family in FAMILIES]

@@ -160,7 +160,7 @@ def test_readme_names_only_targets_and_commands_that_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+)\b", readme)) <= targets
     commands = set(re.findall(r"^    refllm ([a-z-]+)", readme, re.MULTILINE))
-    help_text = run("-m", "refllm.cli", "--help").stdout
+    help_text = run("-m", "refllm.commands.cli", "--help").stdout
     assert commands, "the README shows no command"
     for command in commands:
         assert re.search(rf"\b{command}\b", help_text), command

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from published_configs import PARAMETER_COUNTS, PUBLISHED_CONFIGS
 
-from refllm.checkpoint import save_checkpoint
+from refllm.commands.info import describe, expected_shapes
 from refllm.errors import CheckpointError, ConfigError, RefllmError
-from refllm.info import describe, expected_shapes
+from refllm.storage.checkpoint import save_checkpoint
 
 
 def write_config(folder: Path, values: dict[str, Any]) -> Path:

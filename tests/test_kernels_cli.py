@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from refllm import cli
+from refllm.commands import cli
 from refllm.kernels import OPERATORS
 from refllm.kernels.aot import commands, sources
 from refllm.kernels.targets import TARGETS

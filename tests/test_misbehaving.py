@@ -15,10 +15,11 @@ import misbehaving
 import numpy as np
 import pytest
 
-from refllm import LlamaConfig, LlamaForCausalLM, cli
+from refllm import LlamaConfig, LlamaForCausalLM
 from refllm.check import assert_matches, compare, process
 from refllm.check.oracle import Report
 from refllm.check.run import Settings, check_all
+from refllm.commands import cli
 from refllm.errors import InputError
 
 FILE = Path(misbehaving.__file__)
@@ -243,7 +244,7 @@ def test_ctrl_c_ends_everything_at_once(checkpoint: Path, tmp_path: Path) -> Non
     pids = tmp_path / "pids"
     words = ["check", checkpoint, "--candidate", tmp_path / "mine.py:forward", "--ids", "1,2"]
     running = subprocess.Popen(
-        [sys.executable, "-c", "from refllm.cli import main; main()", *map(str, words)],
+        [sys.executable, "-c", "from refllm.commands.cli import main; main()", *map(str, words)],
         env={**os.environ, "PIDS": str(pids)},
         stderr=subprocess.PIPE,
         text=True,

@@ -14,8 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from witness import numpy_of, to_torch
 
-from refllm import families
-from refllm.cache import StaticCache
+from refllm.forward.cache import StaticCache
+from refllm.models import families
 from refllm.strategies.models import ROPE_TYPES, configs, cuts, inputs, key_masks, seeds
 from refllm.strategies.small_models import FAMILIES, build, model_class, small_config
 

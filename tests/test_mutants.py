@@ -1,6 +1,6 @@
 """The catalogue of mutants: plants change one layer, leave no trace, and are named; what is equivalent is shown to be.
 
-The whole table is made by `python -m refllm.check.validation`; every kind, once, is planted and named here.
+The whole table is made by `python -m refllm.mutants.validation`; every kind, once, is planted and named here.
 """
 
 import functools
@@ -15,10 +15,10 @@ import transformers
 
 from refllm import golden
 from refllm.check.inputs import Inputs
-from refllm.check.mutants import Mutant, catalogue
-from refllm.check.validation import Pair, Run, Validation, sharpness
-from refllm.check.validation_page import calibration_rows, page
 from refllm.config import AutoConfig
+from refllm.mutants.models import Mutant, catalogue
+from refllm.mutants.validation import Pair, Run, Validation, sharpness
+from refllm.mutants.validation_page import calibration_rows, page
 
 CHECKPOINTS = {name: Path(path) for name, path in golden.checkpoints().items()}
 CASES = [
@@ -105,7 +105,7 @@ def one_of_each_area(name: str) -> list[Mutant]:
 
 def share(name: str) -> list[Mutant]:
     """The kinds of bugs that are planted in this checkpoint here: those of its turn among the checkpoints that can have
-    them, and one of each area besides. All 195 plants are those of `python -m refllm.check.validation`."""
+    them, and one of each area besides. All 195 plants are those of `python -m refllm.mutants.validation`."""
     configs = {other: AutoConfig.from_pretrained(folder) for other, folder in CHECKPOINTS.items()}
     mine = one_of_each_area(name)
     for turn, mutant in enumerate(m for m in catalogue() if not m.equivalent):

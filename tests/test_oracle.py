@@ -12,16 +12,16 @@ import torch
 import transformers
 
 from refllm import golden, ops
-from refllm.check import limits
+from refllm.accuracy import limits
+from refllm.accuracy.measure import measure
+from refllm.accuracy.propagation import Propagation, Uncertain, certain
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.losses import MUTANTS as LOSS_MUTANTS
 from refllm.check.losses import compare_loss, correct
-from refllm.check.measure import measure
-from refllm.check.mutants import Mutant, catalogue
 from refllm.check.oracle import Report, TapReport, judge
-from refllm.check.prediction import Propagation, Uncertain, certain
 from refllm.check.trace import Trace
-from refllm.check.validation import DTYPES, TOKENS, Pair
+from refllm.mutants.models import Mutant, catalogue
+from refllm.mutants.validation import DTYPES, TOKENS, Pair
 from refllm.precision import FUSED, HF_EAGER, HF_SDPA, Policy, arithmetic, round_bfloat16
 
 CHECKPOINTS = {name: Path(path) for name, path in golden.checkpoints().items()}

@@ -9,11 +9,11 @@ import torch
 import transformers
 
 from refllm import golden
-from refllm.auto import load
 from refllm.errors import InputError, RefllmError, TokenizerError
 from refllm.generation.config import GenerationConfig
-from refllm.pipelines import TextGenerationPipeline, pipeline
-from refllm.tokenizer import AutoTokenizer
+from refllm.generation.pipelines import TextGenerationPipeline, pipeline
+from refllm.models.auto import load
+from refllm.text.tokenizer import AutoTokenizer
 
 CHAT = [{"role": "user", "content": "What is a head?"}]
 PREFILL = [*CHAT, {"role": "assistant", "content": "A head is"}]
@@ -202,9 +202,9 @@ def test_dtype_and_memory_are_those_of_load() -> None:
 
 def test_the_public_name_is_the_function() -> None:
     import refllm
-    import refllm.pipelines
+    import refllm.generation.pipelines
 
-    assert refllm.pipeline is refllm.pipelines.pipeline
+    assert refllm.pipeline is refllm.generation.pipelines.pipeline
 
 
 # --- what is wrong is said in one sentence ----------------------------------------------------------------------------

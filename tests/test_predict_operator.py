@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refllm import kernels, ops
-from refllm.check.predict_operator import OPERATORS, Predicted, predict
+from refllm.accuracy.operator import OPERATORS, Predicted, predict
 from refllm.errors import InputError
 from refllm.kernels import plain
 from refllm.precision import FUSED, HF_EAGER, Arithmetic, Policy, rounding

@@ -16,9 +16,9 @@ from properties import Chosen, how_many
 from where_kernels_run import DEVICE
 
 from refllm.config import ModelConfig
+from refllm.forward.model import Model
 from refllm.inputs import to_numpy
 from refllm.kernels.models.fast_model import FastModel
-from refllm.model import Model
 from refllm.precision import EXACT
 from refllm.strategies.models import (
     WholeInput,

@@ -23,7 +23,8 @@ from tiny import tiny_model
 
 import refllm
 from refllm import ops
-from refllm.check import charts, findings, formulas, limits
+from refllm.accuracy import limits
+from refllm.check import charts, findings, formulas
 from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.error_map import LARGEST, column_edges, error_map, row_edges
 from refllm.check.html import render, write_html
@@ -32,7 +33,7 @@ from refllm.check.next_tokens import Flip
 from refllm.check.oracle import Report, judge
 from refllm.check.report import WIDTH, closing_line, legend, show_report, show_summary
 from refllm.check.trace import Trace
-from refllm.model import Model
+from refllm.forward.model import Model
 from refllm.precision import POLICIES
 
 LENGTH, HEADS, HEAD_DIM = 40, 4, 8

@@ -15,11 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from refllm import torch_elementary
 from refllm.config import AutoConfig, ModelConfig
+from refllm.forward.rotary import RotaryEmbedding
 from refllm.ops import rope_tables
-from refllm.rope import RotaryEmbedding
-from refllm.torch_cpu import this_cpu
+from refllm.precision import torch_elementary
+from refllm.precision.torch_cpu import this_cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

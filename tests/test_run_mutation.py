@@ -91,9 +91,9 @@ def test_the_quickest_of_every_test_comes_before_the_second_of_one() -> None:
 
 def test_who_imports_a_file_is_found() -> None:
     importers = run_mutation._importers()
-    assert "refllm/check/oracle.py" in importers["refllm/check/limits.py"]
+    assert "refllm/check/oracle.py" in importers["refllm/accuracy/limits.py"]
     assert "golden/exact.py" in importers["golden/run.py"]
-    assert "kernels/triton/attention.py" not in importers["refllm/check/limits.py"]
+    assert "kernels/triton/attention.py" not in importers["refllm/accuracy/limits.py"]
 
 
 def test_every_equivalent_mutant_is_of_a_line_that_is_there_and_has_its_reason() -> None:

@@ -9,8 +9,10 @@ import pytest
 from this_cpu import avx2, every_dtype
 from typer.testing import CliRunner
 
-from refllm import cli, machine, torch_cpu
+from refllm import machine
+from refllm.commands import cli
 from refllm.kernels import same_bits
+from refllm.precision import torch_cpu
 
 pytestmark = pytest.mark.cpu
 

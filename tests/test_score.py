@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refllm.commands.score import CHUNK, Score, negative_log_likelihood, score_tokens, windows
 from refllm.errors import InputError
-from refllm.score import CHUNK, Score, negative_log_likelihood, score_tokens, windows
 
 VOCAB = 17
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import refllm
-from refllm import golden, operators, ops
-from refllm.operators import Operators
+from refllm import golden, ops
+from refllm.forward import operators
+from refllm.forward.operators import Operators
+from refllm.forward.stacks import Stack, rooms, stack_of
 from refllm.precision import arithmetic
-from refllm.stacks import Stack, rooms, stack_of
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 ROWS = {"q_proj": 48, "k_proj": 16, "v_proj": 16}

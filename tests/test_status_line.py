@@ -5,7 +5,7 @@ import io
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.status_line import StatusLine, bar
+from refllm.terminal.status_line import StatusLine, bar
 
 
 class Terminal(io.StringIO):

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from refllm import golden
 from refllm.errors import InputError, RefllmError, TokenizerError
-from refllm.tokenizer import AutoTokenizer, Tokenizer, warn_about_vocabulary
+from refllm.text.tokenizer import AutoTokenizer, Tokenizer, warn_about_vocabulary
 
 GOLDEN = sorted(golden.checkpoints())
 LINES = golden.corpus().splitlines()

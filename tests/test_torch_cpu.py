@@ -1,4 +1,4 @@
-"""refllm.torch_cpu computes what torch's CPU kernels compute, bit for bit, where these are the known ones."""
+"""refllm.precision.torch_cpu computes what torch's CPU kernels compute, bit for bit, where these are the known ones."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from this_cpu import avx2, same_bits
 
-from refllm import ops, torch_cpu
-from refllm.precision import HF_EAGER, Arithmetic, round_bfloat16, round_float16
+from refllm import ops
+from refllm.precision import HF_EAGER, Arithmetic, round_bfloat16, round_float16, torch_cpu
 
 pytestmark = pytest.mark.cpu
 widths = st.integers(1, 40) | st.integers(41, 700) | st.sampled_from([1024, 2560, 5120])

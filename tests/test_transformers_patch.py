@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from refllm import golden, kernels
 from refllm.check import assert_matches
-from refllm.check.transformers_taps import hooks
+from refllm.check.adapters.transformers_taps import hooks
+from refllm.config.traits import TRAITS
 from refllm.errors import InputError, RefllmError
 from refllm.kernels.transformers import attention, modules
-from refllm.traits import TRAITS
 
 CHECKPOINTS = sorted(golden.checkpoints())
 SIZES = {

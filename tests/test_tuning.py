@@ -13,14 +13,18 @@ import pytest
 import torch
 import triton
 
-from refllm import cli, kernels
+from refllm import kernels
+from refllm.bench import tune
+from refllm.bench import tune_measure as measure
+from refllm.bench import tune_rank as rank
+from refllm.commands import cli
 from refllm.errors import InputError
 from refllm.kernels import tuning
 from refllm.kernels.aot import DoesNotCompile, gates
 from refllm.kernels.aot.compile_code import compile_launches
 from refllm.kernels.targets import TARGETS
 from refllm.kernels.triton import KERNELS
-from refllm.kernels.tuning import measure, rank, table, tune
+from refllm.kernels.tuning import table
 from refllm.kernels.tuning.table import AHEAD_OF_TIME, ANY, BY_HAND, MEASURED, Entry
 from refllm.kernels.tuning.tunables import TUNABLES, Tunable, everything, meta_call
 

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from refllm import weights as weights_module
-from refllm.checkpoint import Checkpoint, save_checkpoint
 from refllm.errors import CheckpointError
 from refllm.precision import rounding
 from refllm.storage import fresh_tensors
+from refllm.storage import weights as weights_module
+from refllm.storage.checkpoint import Checkpoint, save_checkpoint
 from refllm.storage.fresh_tensors import fresh_tensor
 from refllm.storage.load_report import LoadReport, file_name, find_prefix
-from refllm.weights import Weights, fresh_weights, identity, init_weights, keeps_grid, load_weights
+from refllm.storage.weights import Weights, fresh_weights, identity, init_weights, keeps_grid, load_weights
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 SMALL = {
@@ -550,8 +550,8 @@ def test_fresh_weights_stream_to_a_checkpoint(tmp_path: Path) -> None:
 MEMORY = """
 import sys
 from types import SimpleNamespace
-from refllm.checkpoint import Checkpoint, save_checkpoint
-from refllm.weights import fresh_weights, load_weights
+from refllm.storage.checkpoint import Checkpoint, save_checkpoint
+from refllm.storage.weights import fresh_weights, load_weights
 
 LAYERS, SHAPE = 24, (2048, 1024)
 EXPECTED = {f"layers.{i}.mlp.up_proj.weight": SHAPE for i in range(LAYERS)}

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from refllm.families import CLASSES
-from refllm.model import Model
+from refllm.forward.model import Model
+from refllm.models.families import CLASSES
 from refllm.precision import Policy, arithmetic, rounding
-from refllm.weights import Weights
+from refllm.storage.weights import Weights
 
 VOCAB = 23
 FAMILIES = ("Helium", "Llama", "StableLm", "Arcee")

@@ -79,7 +79,7 @@ def keep(file: Path, outcome: Outcome) -> None:
 
 def check_layers(targets: str, jobs: int = 0, step: batch.Step | None = None) -> tuple[dict[str, Any], str]:
     """The figures of every kernel on the layers of published models, and their page. InputError for unknown targets."""
-    from refllm.kernels.aot import layers
+    from refllm.bench import layers
 
     started, gpus = time.perf_counter(), read_targets(targets)
     found = layers.rows(gpus, jobs or batch.cores(), step)

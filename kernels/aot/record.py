@@ -19,12 +19,12 @@ import triton
 from triton.language import constexpr
 from triton.runtime.jit import JITFunction
 
-from refllm import output_file
 from refllm.errors import InputError
 from refllm.kernels.aot.batch import Checked, Configuration
 from refllm.kernels.aot.compile_code import Report, specialise
 from refllm.kernels.aot.machine_code import Dot, Instructions, Resources
 from refllm.kernels.aot.occupancy import Occupancy
+from refllm.storage import output_file
 
 FORMAT = 1
 

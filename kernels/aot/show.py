@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from refllm.fitted_table import Table
 from refllm.kernels.aot.batch import Checked
+from refllm.terminal.fitted_table import Table
 
 
 def show_checked(checked: Sequence[Checked], verbose: bool = False) -> RenderableType:

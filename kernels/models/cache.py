@@ -1,12 +1,12 @@
-"""The KV cache in tensors: preallocated slots, written in place, with the methods of `refllm.cache`."""
+"""The KV cache in tensors: preallocated slots, written in place, with the methods of `refllm.forward.cache`."""
 
 from typing import Any
 
 import numpy as np
 import torch
 
-from refllm.cache import DynamicCache
 from refllm.errors import InputError
+from refllm.forward.cache import DynamicCache
 
 _FIRST_CAPACITY = 256
 

@@ -19,22 +19,22 @@ import numpy as np
 import torch
 
 from refllm import kernels
-from refllm.cache import DynamicCache
-from refllm.checkpoint import Checkpoint, one_model
 from refllm.config import ModelConfig
 from refllm.errors import InputError
+from refllm.forward.cache import DynamicCache
+from refllm.forward.model import Model, norm_biases
+from refllm.forward.operators import Recorder
+from refllm.forward.outputs import ModelOutput
+from refllm.forward.rotary import RotaryEmbedding
 from refllm.inputs import as_array, to_numpy
 from refllm.kernels.models import pages
 from refllm.kernels.models.cache import NoCache, TorchCache
 from refllm.kernels.models.decode import DecodeStep
 from refllm.kernels.models.operators import BACKENDS, TorchOperators
 from refllm.kernels.models.weights import TorchWeights, to_device
-from refllm.model import Model, norm_biases
-from refllm.operators import Recorder
-from refllm.outputs import ModelOutput
 from refllm.precision import FUSED, Arithmetic, check_dtype
-from refllm.rope import RotaryEmbedding
-from refllm.weights import fresh_weights, load_weights
+from refllm.storage.checkpoint import Checkpoint, one_model
+from refllm.storage.weights import fresh_weights, load_weights
 
 Progress = Callable[[int, int], None]
 DTYPES = ("float32", "bfloat16", "float16")

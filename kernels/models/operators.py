@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from refllm import kernels
+from refllm.forward.operators import Recorder, Taps
 from refllm.kernels.models import products, torch_forms
 from refllm.kernels.models.activations import activation
-from refllm.operators import Recorder, Taps
 
 BACKENDS = ("torch", "triton")
 _DECODED_AT_ONCE = 8
@@ -89,8 +89,8 @@ class TorchOperators(Taps):
         key_mask: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention under what `refllm.masks.masking` says. A mask of pairs of positions, or recorded weights, need it
-        in steps: no kernel takes the one or keeps the other."""
+        """Attention under what `refllm.forward.masks.masking` says. A mask of pairs of positions, or recorded weights,
+        need it in steps: no kernel takes the one or keeps the other."""
         wanted = self.wanted("self_attn.scores", "self_attn.probs")
         B, _, S, _ = q_BHSD.shape
         T = k_BKTD.shape[2]

@@ -9,7 +9,7 @@ Weights: "qkv" and "gate_up" are projections stored under each other (kernels/mo
 Shape suffixes as in the reference.
 """
 
-from refllm.traits import traits_of
+from refllm.config.traits import traits_of
 
 
 def forward(op, c, w, x_BSE, cos, sin, masking, cache):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from refllm.storage.load_report import LoadReport
-from refllm.weights import Weights
+from refllm.storage.weights import Weights
 
 _FUSED = (
     (re.compile(r"(.*self_attn\.)(q|k|v)_proj\.(weight|bias)"), "{0}qkv.{2}"),

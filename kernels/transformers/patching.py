@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from refllm.config.traits import TRAITS, Traits, traits_of
 from refllm.errors import InputError
 from refllm.kernels.arguments import FLOATS
 from refllm.kernels.transformers.attention import NAMES
@@ -30,7 +31,6 @@ from refllm.kernels.transformers.modules import (
     Swiglu,
 )
 from refllm.kernels.transformers.operators import BACKENDS
-from refllm.traits import TRAITS, Traits, traits_of
 
 _MARK = "_refllm_patch"
 _SILU, _RELU2 = (type(ACT2FN["silu"]), type(ACT2FN["swish"])), (type(ACT2FN["relu2"]),)

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from refllm import input_file, output_file
 from refllm.errors import InputError
 from refllm.kernels.targets import Target
+from refllm.storage import input_file, output_file
 
 FILE = Path(__file__).with_name("tiles.json")
 

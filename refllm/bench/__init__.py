@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from refllm.dtype_names import dtype_name
 from refllm.errors import InputError, RefllmError
+from refllm.precision.dtype_names import dtype_name
 
 # Shapes to fill with random weights: Helium-1-preview-2b, narrower and less deep (226.7 million parameters), and tiny.
 SHAPES: dict[str, dict[str, int]] = {
@@ -222,7 +222,7 @@ def take_turns(
 
 def weight_bytes(folder: Path, dtype: str = "float32") -> dict[str, int]:
     """Bytes of all weights in `dtype`, and of those that one decode step reads (of the embedding table: one row)."""
-    from refllm.checkpoint import Checkpoint
+    from refllm.storage.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(folder)
     size = NUMBER_BYTES[dtype]

@@ -188,7 +188,7 @@ def show_growth(result: dict[str, Any]) -> Any:
     """The series as tables for a terminal."""
     from rich.console import Group
 
-    from refllm.fitted_table import Table
+    from refllm.terminal.fitted_table import Table
 
     labels = {"prefill": "prefill, tokens", "decode": "decode, per token behind", "check": "check, layers"}
     tables: list[Any] = []

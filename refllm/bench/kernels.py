@@ -17,8 +17,8 @@ from refllm.bench.measure import Bench, measure
 from refllm.bench.targets import MANY_TOKENS, STREAMING
 from refllm.bench.timer import Deadline, clock
 from refllm.bench.workloads import Job, attention_jobs, operator_jobs
-from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
+from refllm.precision.dtype_names import dtype_name
 
 Step = Callable[..., None]
 Save = Callable[[dict[str, Any]], None]

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from refllm import bench, published
+from refllm import bench
+from refllm.config import published
 from refllm.errors import InputError
 
 GIB = 2**30
@@ -49,7 +50,7 @@ def write_random(folder: Path, shape: dict[str, int], seed: int = 0) -> int:
     """A bfloat16 checkpoint of the shape, written in memory for one tensor. Returns the number of parameters."""
     import refllm
     from refllm.storage.checkpoint_writer import save_checkpoint
-    from refllm.weights import fresh_weights
+    from refllm.storage.weights import fresh_weights
 
     config = refllm.HeliumConfig(**shape, architectures=["HeliumForCausalLM"])
     tensors = refllm.HeliumForCausalLM.tensors(config)
@@ -97,7 +98,7 @@ def _run(folder: str, mode: str, tokens: int) -> dict[str, Any]:
 
 def show_memory(result: dict[str, Any]) -> Any:
     """The result as a table for a terminal."""
-    from refllm.fitted_table import Table
+    from refllm.terminal.fitted_table import Table
 
     weights = 4 * result["parameters"]
     title = f"{result['shape']}: {result['parameters'] / 1e6:,.1f} million parameters, {result['tokens']} tokens, "

@@ -40,9 +40,9 @@ from refllm.bench.results import STEP_ALONE, WHOLE_CALL, Row
 from refllm.bench.timer import Deadline, Spread, clock, spread
 from refllm.bench.traffic import Traffic
 from refllm.bench.whole_models import MODELS, relative_error
-from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 from refllm.inputs import to_numpy
+from refllm.precision.dtype_names import dtype_name
 
 DEFAULT_MODELS = {
     "cuda": ("helium-1-preview-2b", "helium-1-2b", "stablelm-3b-4e1t", "afm-4.5b", "stablelm-2-12b"),

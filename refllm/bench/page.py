@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from refllm import input_file, output_file
 from refllm.bench.results import span, speed
 from refllm.bench.targets import GPU, TARGETS, Result, counts_for, device_of, fastest_peer
 from refllm.errors import InputError
+from refllm.storage import input_file, output_file
 
 PAGE = "README.md"
 GPU_BENCHES = ("kernels", "attention", "decode", "prefill")

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from refllm import extras, output_file
+from refllm import extras
 from refllm.bench.charts import COLOURS, MARKERS, largest, roofline_figure, shares_figure, split, title
 from refllm.bench.results import span
+from refllm.storage import output_file
 
 LABELS = {
     "prefill": ("tokens of the prompt", "time"),

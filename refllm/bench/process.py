@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from refllm import output_file
 from refllm.bench.timer import Deadline
 from refllm.errors import InputError, MissingExtraError, RefllmError
-from refllm.json_text import json_text
+from refllm.storage import output_file
+from refllm.storage.json_text import json_text
 
 BENCHES = ("kernels", "attention", "decode", "prefill")
 Result = dict[str, Any]

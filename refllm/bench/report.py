@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from refllm.fitted_table import Table
+from refllm.terminal.fitted_table import Table
 
 
 def show_bench(result: dict[str, Any]) -> RenderableType:

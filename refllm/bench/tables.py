@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from refllm.bench.results import span, speed
-from refllm.fitted_table import Table
+from refllm.terminal.fitted_table import Table
 
 
 def show_result(result: dict[str, Any]) -> RenderableType:

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from refllm import bench, published
+from refllm import bench
 from refllm.bench import traffic
 from refllm.bench.traffic import Traffic
+from refllm.config import published
 from refllm.errors import InputError
-from refllm.weights import Weights
+from refllm.storage.weights import Weights
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **published.MODELS,
@@ -67,8 +68,8 @@ class Whole:
     def __init__(self, name: str, dtype: str, device: str, seed: int = 0) -> None:
         import torch
 
-        from refllm.families import CLASSES
         from refllm.kernels.models.weights import to_device
+        from refllm.models.families import CLASSES
 
         if name not in MODELS:
             raise InputError(f"--model {name} is not known: use {', '.join(MODELS)}")

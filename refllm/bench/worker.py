@@ -35,7 +35,7 @@ class RefllmSide:
     @staticmethod
     def imports(backend: str) -> None:
         """Everything that is imported before the clock and the memory count start."""
-        import refllm.auto
+        import refllm.models.auto
 
         if backend != "numpy":
             import refllm.kernels.models.fast_model  # noqa: F401
@@ -73,7 +73,7 @@ class TransformersSide:
     @staticmethod
     def imports(backend: str) -> None:
         """Everything that is imported before the clock and the memory count start."""
-        from refllm.check.transformers_adapter import require_transformers
+        from refllm.check.adapters.transformers import require_transformers
 
         require_transformers()
         from transformers import AutoModelForCausalLM  # noqa: F401

@@ -109,7 +109,7 @@ def _candidate(candidate: Any, folder: Path, dtype: str | None, attention: str, 
         open_one = open_candidate if processes is None else processes.open
         return open_one(candidate, folder, head=head, dtype=dtype or "float32", attention=attention)
     if hasattr(candidate, "named_modules"):
-        from refllm.check.transformers_adapter import TransformersCandidate
+        from refllm.check.adapters.transformers import TransformersCandidate
 
         return TransformersCandidate(candidate)
     if hasattr(candidate, "run"):

@@ -14,10 +14,10 @@ from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import floats, misbehaves, raised
 from refllm.check.taps import HEAD_TAPS, Candidate, Sink
 from refllm.check.trace import Trace, config_hash
-from refllm.dtype_names import dtype_name
 from refllm.errors import InputError, RefllmError
+from refllm.forward.model import Model
 from refllm.inputs import to_numpy
-from refllm.model import Model
+from refllm.precision.dtype_names import dtype_name
 
 ATTENTION = ("eager", "sdpa")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,7 +53,7 @@ def open_candidate(name: str, folder: Path, *, head: str, dtype: str, attention:
     dtype = dtype_name(dtype)
     must_be_known(name, dtype, attention)
     if name == "transformers":
-        from refllm.check.transformers_adapter import TransformersCandidate
+        from refllm.check.adapters.transformers import TransformersCandidate
 
         return TransformersCandidate.load(folder, head=head, dtype=dtype, attention=attention)
     if name == "numpy":
@@ -167,7 +167,7 @@ class ReferenceCandidate:
 
     @classmethod
     def load(cls, folder: Path, *, head: str, dtype: str, attention: str) -> "ReferenceCandidate":
-        from refllm.auto import load
+        from refllm.models.auto import load
 
         policy = None if dtype == "float32" else "hf-eager" if attention == "eager" else "hf-sdpa"
         return cls(load(folder, head=head, dtype=dtype, policy=policy))
@@ -175,7 +175,7 @@ class ReferenceCandidate:
     @classmethod
     def fast(cls, folder: Path, *, head: str, dtype: str, backend: str) -> "ReferenceCandidate":
         """The fast model of a backend, in the reference's place: it takes and names the same things."""
-        from refllm.auto import load
+        from refllm.models.auto import load
 
         model: Any = load(folder, head=head, dtype=dtype, backend=backend)
         return cls(model, f"refllm {backend}, {dtype} on {model.device}")

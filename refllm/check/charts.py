@@ -10,7 +10,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from refllm.check import findings, limits
+from refllm.accuracy import limits
+from refllm.check import findings
 from refllm.check.error_map import column_edges
 from refllm.check.oracle import Report, TapReport
 

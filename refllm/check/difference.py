@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from refllm.check.measure import ULP_BINS, ulp_histogram
+from refllm.accuracy.measure import ULP_BINS, ulp_histogram
 from refllm.check.trace import Trace
 from refllm.errors import InputError
 

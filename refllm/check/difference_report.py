@@ -4,7 +4,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from refllm.check.difference import Difference, TapDifference
-from refllm.fitted_table import Table
+from refllm.terminal.fitted_table import Table
 
 
 def show_difference(found: Difference) -> RenderableType:

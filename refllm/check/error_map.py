@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from refllm.check.measure import ROW_FLOOR, errors, ratio
+from refllm.accuracy.measure import ROW_FLOOR, errors, ratio
 
 LARGEST = 64
 """Most rows and columns of a map."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refllm.check import formulas, limits
+from refllm.accuracy import limits
+from refllm.accuracy.measure import Measure
+from refllm.check import formulas
 from refllm.check.error_map import column_edges, row_edges
-from refllm.check.measure import Measure
 from refllm.check.oracle import Report, TapReport
 from refllm.config import ModelConfig
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from refllm import ops
 from refllm.config import ModelConfig
+from refllm.config.traits import traits_of
 from refllm.precision import POLICIES
-from refllm.traits import traits_of
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)(?:\.(.*))?$")
 _HEADS = ("lm_head", "score", "qa_outputs")
@@ -69,7 +69,7 @@ def _source(operator: str) -> str:
 
 
 def _page(config: ModelConfig) -> Any:
-    from refllm.families import find
+    from refllm.models.families import find
 
     found = find(config.model_type, "base")
     assert found is not None

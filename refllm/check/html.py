@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from refllm import output_file
-from refllm.check import charts, findings, formulas, limits
-from refllm.check.measure import ULP_BINS, Measure
+from refllm.accuracy import limits
+from refllm.accuracy.measure import ULP_BINS, Measure
+from refllm.check import charts, findings, formulas
 from refllm.check.oracle import Report, TapReport
 from refllm.check.report import context
+from refllm.storage import output_file
 
 _TEMPLATE = "page.html"
 _MAPS, _FLIPS, _VALUES = 4, 100, 8

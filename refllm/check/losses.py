@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from refllm.check.prediction import ulp
+from refllm.accuracy.propagation import ulp
+from refllm.forward.operators import Operators
 from refllm.models import heads
-from refllm.operators import Operators
 from refllm.ops import IGNORE_INDEX
 
 LIMIT = 6.0
 """Sigmas up to which a loss is that of its logits. One number is compared, so its own scatter is allowed for."""
-_ADDITIONS = 8.0  # roundings at full size when a mean is taken: see `_total_noise` in refllm.check.prediction
+_ADDITIONS = 8.0  # roundings at full size when a mean is taken: see `_total_noise` in refllm.accuracy.propagation
 
 
 @dataclass(frozen=True)

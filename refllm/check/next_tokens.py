@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refllm.check import limits
+from refllm.accuracy import limits
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The judgement of a trace: every named value against what the page predicts, end to end and operator by operator.
 
-The page is run twice on values that carry their predicted error (`refllm.check.prediction`). *End to end* it starts
+The page is run twice on values that carry their predicted error (`refllm.accuracy.propagation`). *End to end* it starts
 from the token ids, so its error grows as the candidate's may. *Isolated* it takes over the candidate's own value at
 every name, so that each operator is judged on the candidate's own inputs, and a defect shows where it is and nowhere
 after.
@@ -13,23 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from refllm.cache import NoCache
-from refllm.check import limits
+from refllm.accuracy import limits
+from refllm.accuracy.measure import Measure, measure, ulp_histogram
+from refllm.accuracy.propagation import Propagation, Uncertain, certain
 from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
-from refllm.check.measure import Measure, measure, ulp_histogram
 from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
-from refllm.check.prediction import Propagation, Uncertain, certain
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.taps import HEAD_TAPS
 from refllm.check.trace import Trace, config_hash
 from refllm.config import ModelConfig
 from refllm.errors import InputError
-from refllm.masks import masking
-from refllm.model import Model
+from refllm.forward.cache import NoCache
+from refllm.forward.masks import masking
+from refllm.forward.model import Model
+from refllm.forward.rotary import RotaryEmbedding
 from refllm.precision import FUSED, Policy, largest, rounding
-from refllm.rope import RotaryEmbedding
 
 
 @dataclass

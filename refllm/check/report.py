@@ -5,12 +5,13 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from refllm.check import findings, formulas, limits
+from refllm.accuracy import limits
+from refllm.accuracy.measure import Measure
+from refllm.check import findings, formulas
 from refllm.check.findings import count, figure, percent
-from refllm.check.measure import Measure
 from refllm.check.next_tokens import Flip
 from refllm.check.oracle import Report, TapReport
-from refllm.fitted_table import Table
+from refllm.terminal.fitted_table import Table
 
 WIDTH = 100
 STYLE = {"holds": "green", "fails": "bold red", "untested": "yellow"}

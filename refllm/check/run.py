@@ -16,11 +16,11 @@ from refllm.check.oracle import Report, judge
 from refllm.check.process import ApartCandidate, Processes
 from refllm.check.taps import Candidate
 from refllm.check.trace import Trace
-from refllm.dtype_names import dtype_name
 from refllm.errors import InputError, RefllmError
-from refllm.model import Model
-from refllm.not_a_checkpoint import explain
+from refllm.forward.model import Model
 from refllm.precision import POLICIES, Policy
+from refllm.precision.dtype_names import dtype_name
+from refllm.storage.not_a_checkpoint import explain
 
 Step = Callable[..., None]
 
@@ -226,16 +226,16 @@ def _misbehaving(
 
 def head_of(folder: Path) -> str:
     """The head that a checkpoint says it has."""
-    from refllm.auto import model_class
     from refllm.config import AutoConfig
+    from refllm.models.auto import model_class
 
     return model_class(AutoConfig.from_pretrained(folder)).head
 
 
 def prepare(folder: Path, dtype: str, tokens: dict[str, Any]) -> tuple[Model, list[str], np.ndarray]:
     """The checkpoint with its weights rounded to `dtype`, notes for the reader, and the token ids [1, S]."""
-    from refllm.auto import load
     from refllm.config import AutoConfig
+    from refllm.models.auto import load
 
     ids, notes = tokens_for(folder, AutoConfig.from_pretrained(folder), tokens)
     return load(folder, dtype=dtype), notes, ids
@@ -261,7 +261,7 @@ def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: No
 def tokens_for(folder: Path, config: Any, tokens: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
     """The tokens asked for; else a text of our own through the folder's tokenizer; else, with a note, random ids."""
     from refllm.errors import TokenizerError
-    from refllm.token_input import read_tokens
+    from refllm.text.token_input import read_tokens
 
     vocab_size, length = config.vocab_size, min(DEFAULT_LENGTH, config.max_position_embeddings)
     given = read_tokens(folder, vocab_size, **tokens)
@@ -279,7 +279,7 @@ def tokens_for(folder: Path, config: Any, tokens: dict[str, Any]) -> tuple[np.nd
 def token_texts(folders: list[Path]) -> Callable[[Report, int], str]:
     """(report, token id) -> text by the tokenizer of that report's checkpoint; empty where there is none."""
     from refllm.errors import RefllmError
-    from refllm.tokenizer import AutoTokenizer
+    from refllm.text.tokenizer import AutoTokenizer
 
     tokenizers: dict[str, Any] = {}
     for folder in folders:

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from refllm.accuracy.measure import Measure
+from refllm.accuracy.propagation import Uncertain
 from refllm.check.candidates import ReferenceCandidate
 from refllm.check.inputs import Inputs
-from refllm.check.measure import Measure
-from refllm.check.prediction import Uncertain
 from refllm.check.taps import as_array
-from refllm.model import Model
+from refllm.forward.model import Model
 from refllm.precision import Arithmetic, Policy
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from refllm import input_file, output_file
 from refllm.check.inputs import Inputs
 from refllm.config import ModelConfig
 from refllm.errors import CheckpointError, InputError
+from refllm.storage import input_file, output_file
 from refllm.storage.checkpoint_writer import header
 from refllm.storage.safetensors_format import read_header
 

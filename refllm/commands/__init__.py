@@ -1,1 +1,1 @@
-"""Commands of the command line that have a file of their own; `refllm.cli` registers them."""
+"""Commands of the command line that have a file of their own; `refllm.commands.cli` registers them."""

@@ -7,7 +7,7 @@ import typer
 
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.extras import require
-from refllm.status_line import StatusLine
+from refllm.terminal.status_line import StatusLine
 
 
 def audit(
@@ -76,7 +76,7 @@ def show(report: Any, screen: Any) -> None:
     from rich import box
     from rich.text import Text
 
-    from refllm.fitted_table import Table
+    from refllm.terminal.fitted_table import Table
 
     screen.print(Text(f"{report.checker} against known bugs\n"))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from refllm import output_file
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
 from refllm.extras import require
-from refllm.status_line import StatusLine
+from refllm.storage import output_file
+from refllm.terminal.status_line import StatusLine
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Measure speed and memory.")
 

@@ -8,7 +8,7 @@ import typer
 
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
-from refllm.status_line import StatusLine
+from refllm.terminal.status_line import StatusLine
 
 
 def check_op(

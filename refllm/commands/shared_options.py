@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from refllm import output_file
+from refllm.storage import output_file
 
 HOLDS, FINDING, WRONG_USE = 0, 1, 2
 
@@ -47,7 +47,7 @@ def write_json(values: Any, json_file: Path | None) -> None:
     """Writes the result where `--json` says, if it does. Raises InputError for a file that cannot be written."""
     if json_file is None:
         return
-    from refllm.json_text import json_text
+    from refllm.storage.json_text import json_text
 
     if to_stdout(json_file):
         text = json_text(values)

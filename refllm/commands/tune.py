@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from refllm import output_file
 from refllm.commands.shared_options import Json, console, to_stdout, write_json
 from refllm.extras import require
-from refllm.status_line import StatusLine
+from refllm.storage import output_file
+from refllm.terminal.status_line import StatusLine
 
 
 def bench_tune(
@@ -26,7 +26,8 @@ def bench_tune(
 ) -> None:
     """Look for better tiles than those of the committed table; say what would change, and with --write change it."""
     require("bench tune", "torch", "triton")
-    from refllm.kernels.tuning import table, tune
+    from refllm.bench import tune
+    from refllm.kernels.tuning import table
 
     if write:
         output_file.must_be_writable("--write changes the table:", table.FILE)

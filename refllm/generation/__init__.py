@@ -1,1 +1,1 @@
-"""The parts of `refllm.generate`: settings, score processors, stopping rules, the loops."""
+"""The parts of `refllm.generation.generate`: settings, score processors, stopping rules, the loops."""

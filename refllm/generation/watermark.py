@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from refllm.config_values import read_choice, read_float, read_int
+from refllm.config.values import read_choice, read_float, read_int
 from refllm.errors import ConfigError, InputError
 
 TABLE_SIZE = 1_000_003

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from refllm import output_file
+from refllm.accuracy.expected import find_dtype, find_policy
+from refllm.accuracy.judge import Judgement
 from refllm.errors import InputError, RefllmError
 from refllm.extras import require
 from refllm.opcheck import candidate as candidates
 from refllm.opcheck import search
 from refllm.opcheck.examine import Examiner, Finding
-from refllm.opcheck.expected import find_dtype, find_policy
 from refllm.opcheck.guess import Guess, guess, ragged
-from refllm.opcheck.judge import Judgement
 from refllm.opcheck.observe import Task
 from refllm.opcheck.repro import reproduction
 from refllm.opcheck.shrink import shrink as make_small
 from refllm.opcheck.without import calls_without, find_left_out
 from refllm.opcheck.worker import InProcess, TimeIsUpError, Worker
 from refllm.ops.contracts import contract_of
+from refllm.storage import output_file
 from refllm.strategies.call import Call
 
 SECONDS, SECONDS_TRITON = 25.0, 100.0

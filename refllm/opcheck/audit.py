@@ -170,7 +170,7 @@ def audit(
     if form is not None and form not in FORMS:
         raise InputError(f"--form {form} is not known; use {' or '.join(FORMS)}")
     if dtype is not None:
-        from refllm.opcheck.expected import find_dtype
+        from refllm.accuracy.expected import find_dtype
 
         dtype = find_dtype(dtype)
     if test is not None and operator is None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from refllm.check.limits import wrong_answers
+from refllm.accuracy.expected import Expected, expect_values, remembered
+from refllm.accuracy.judge import Judgement, judge
+from refllm.accuracy.limits import wrong_answers
 from refllm.opcheck import inputs
-from refllm.opcheck.expected import Expected, expect_values, remembered
-from refllm.opcheck.judge import Judgement, judge
 from refllm.opcheck.observe import Observation, Result, Task
 from refllm.opcheck.without import missing_result, raised
 from refllm.precision import rounding

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from refllm.accuracy.expected import Expected, remembered
 from refllm.inputs import to_numpy
 from refllm.opcheck.examine import Finding
-from refllm.opcheck.expected import Expected, remembered
 from refllm.opcheck.shrink import axis_lengths, resized
 from refllm.strategies.call import Call
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refllm import output_file
-from refllm.status_line import StatusLine
+from refllm.storage import output_file
+from refllm.terminal.status_line import StatusLine
 
 if TYPE_CHECKING:
     from refllm.kernels.mutants import Mutant

@@ -7,12 +7,12 @@ from rich.console import Console, Group, RenderableType
 from rich.syntax import Syntax
 from rich.text import Text
 
-from refllm.fitted_table import Table
+from refllm.accuracy.judge import Judgement
 from refllm.opcheck.api import OpReport
-from refllm.opcheck.judge import Judgement
 from refllm.opcheck.tile import begin, tile
 from refllm.ops.contracts import CONTRACTS
 from refllm.strategies.call import Call
+from refllm.terminal.fitted_table import Table
 
 WIDTH = 110
 _STYLE = {"pass": "green", "incomplete": "yellow", "fail": "bold red"}

@@ -2,7 +2,7 @@
 
 Called directly they are exact: inputs are taken as float64 and nothing is rounded. Called with `ar=` (a
 `refllm.precision.Arithmetic`) they emulate another precision. Model pages call them through
-`refllm.operators.Operators`, which fixes `ar` once.
+`refllm.forward.operators.Operators`, which fixes `ar` once.
 
 Shape suffixes name the axes: B batch, S query positions, T key positions, E hidden_size, F intermediate_size, H query
 heads, K key/value heads, D head_dim, R rotary dims, V vocabulary, L layers, C classes, N rows of any kind.

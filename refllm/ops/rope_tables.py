@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from refllm import torch_elementary
+from refllm.precision import torch_elementary
 
 RealArray = np.ndarray
 

@@ -1,1 +1,1 @@
-"""The parts of `refllm.checkpoint` and `refllm.weights`: the safetensors format, conversion, writing, fresh tensors."""
+"""Checkpoints and weights on disk: the safetensors format, conversion, writing; and files that users name."""

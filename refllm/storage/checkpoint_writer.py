@@ -2,7 +2,7 @@
 
 All shapes are known before the first byte is written, so headers and shards are planned first; then one tensor at a
 time is converted, in blocks, straight into its file. The files get their names when all of them are complete, in an
-order whose every state between is refused by who reads (`refllm.output_file.publish_together`).
+order whose every state between is refused by who reads (`refllm.storage.output_file.publish_together`).
 """
 
 import contextlib
@@ -20,9 +20,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from refllm.dtype_names import dtype_name
 from refllm.errors import CheckpointError
-from refllm.output_file import NewFile, publish_together
+from refllm.precision.dtype_names import dtype_name
+from refllm.storage.output_file import NewFile, publish_together
 from refllm.storage.safetensors_format import DTYPES, FORMAT_NAMES, MAX_HEADER_BYTES, WEIGHT_DTYPES, is_text, quote
 from refllm.storage.upcast import blocks
 

@@ -19,8 +19,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from refllm import input_file
 from refllm.errors import CheckpointError
+from refllm.storage import input_file
 
 # The limit of the safetensors library, against headers that exhaust the memory of the reader.
 MAX_HEADER_BYTES = 100_000_000

@@ -11,9 +11,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refllm.config import CONFIG_CLASSES, ModelConfig
+from refllm.config.traits import traits_of
 from refllm.ops import ACTIVATIONS
 from refllm.strategies.small_models import FAMILIES
-from refllm.traits import traits_of
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 seeds = st.integers(0, 2**31)

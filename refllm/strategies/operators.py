@@ -5,9 +5,9 @@ from types import ModuleType
 
 from hypothesis import strategies as st
 
-from refllm.dtype_names import dtype_name
 from refllm.errors import InputError
 from refllm.ops.contracts import CONTRACTS, OPERATORS
+from refllm.precision.dtype_names import dtype_name
 from refllm.strategies.call import Call
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from refllm import families
 from refllm.config import CONFIG_CLASSES, ModelConfig
+from refllm.config.traits import TRAITS
 from refllm.errors import InputError
-from refllm.model import Model
+from refllm.forward.model import Model
+from refllm.models import families
 from refllm.precision import arithmetic, rounding
-from refllm.traits import TRAITS
-from refllm.weights import Weights
+from refllm.storage.weights import Weights
 
 FAMILIES = tuple(TRAITS)
 HEADS = ("base", "causal_lm", "sequence_classification", "token_classification", "question_answering")

@@ -1,1 +1,1 @@
-"""The parts of `refllm.tokenizer`: its files, its arguments, and chat templates in a sandbox."""
+"""The parts of `refllm.text.tokenizer`: its files, its arguments, and chat templates in a sandbox."""

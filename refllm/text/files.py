@@ -11,8 +11,8 @@ from typing import Any
 
 import tokenizers
 
-from refllm import input_file, output_file
 from refllm.errors import TokenizerError
+from refllm.storage import input_file, output_file
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that every tokenizer may have, by the names of the configuration files."""

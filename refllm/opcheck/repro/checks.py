@@ -1,6 +1,6 @@
 """The lines that check: one way per property. They find `arguments`, `keywords` and `candidate`."""
 
-from refllm.opcheck.expected import remembered
+from refllm.accuracy.expected import remembered
 from refllm.opcheck.poison import FILLINGS
 from refllm.opcheck.repro.case import Case, indented, listed, made, number
 from refllm.opcheck.repro.unread import between_changed, unread_changed

@@ -3,9 +3,9 @@
 import ml_dtypes
 import numpy as np
 
-from refllm.opcheck import limits
-from refllm.opcheck.expected import Expected, remembered
-from refllm.opcheck.judge import Judgement, rms
+from refllm.accuracy import operator_limits as limits
+from refllm.accuracy.expected import Expected, remembered
+from refllm.accuracy.judge import Judgement, rms
 from refllm.opcheck.repro.case import Case, number
 from refllm.ops.contracts import contract_of
 

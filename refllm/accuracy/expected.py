@@ -1,0 +1,192 @@
+"""What a call has to return: exact, in the same precision, and how far a right implementation may be from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from refllm import ops
+from refllm.accuracy.operator import predict
+from refllm.accuracy.operator_limits import CHAIN, INNER
+from refllm.errors import InputError
+from refllm.ops.contracts import contract_of
+from refllm.precision import EXACT, FUSED, HF_EAGER, NATIVE, Arithmetic, Policy
+from refllm.precision.dtype_names import dtype_name
+from refllm.strategies import Call
+
+POLICIES = {"fused": FUSED, "hf-eager": replace(HF_EAGER, torch_order=False)}
+"""Where a candidate is expected to round. The order in which Torch adds is none of its business."""
+DTYPES = ("bfloat16", "float16", "float32")
+_FLOAT32_ROUNDING = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One output of one call.
+
+    name, axes: of `refllm.ops.contracts`. dtype: that it must have. exact: float64. contract: the definition
+    evaluated in the same precision. variance: predicted, of a right implementation's rounding error. inner: the error
+    that float32 arithmetic inside may cause, same shape. once: whether nothing but the result is rounded; never in
+    float32, where the arithmetic inside rounds as coarsely.
+    """
+
+    operator: str
+    name: str
+    axes: tuple[str, ...]
+    dtype: str
+    exact: np.ndarray
+    contract: np.ndarray
+    variance: np.ndarray
+    inner: np.ndarray
+    once: bool
+
+
+def expect(call: Call, policy: str = "fused") -> tuple[Expected, ...]:
+    """One `Expected` per output of a call. Raises InputError for a call that the contract does not allow."""
+    arguments, keywords = call.arrays()
+    return expect_values(call.operator, arguments, keywords, call.dtype, policy)
+
+
+@lru_cache(maxsize=256)
+def remembered(call: Call, policy: str) -> tuple[Expected, ...]:
+    """`expect`, kept for the calls that one candidate after the other is given."""
+    return expect(call, policy)
+
+
+def expect_values(
+    operator: str, arguments: Sequence[Any], keywords: dict[str, Any], dtype: str, policy: str
+) -> tuple[Expected, ...]:
+    """One `Expected` per output, for arrays that lie on the grid of `dtype`."""
+    rules, known = find_policy(policy), contract_of(operator)
+    predicted = predict(operator, arguments, keywords, dtype=dtype, policy=rules)
+    contract = evaluate(operator, Arithmetic(dtype, rules), arguments, keywords)
+    inner = _inner(operator, arguments, keywords, [p.exact for p in predicted])
+    if dtype != "float32" and known.once and policy == "fused":
+        inside = predict(operator, arguments, keywords, dtype="float32", policy=rules)
+        inner = [np.hypot(own, INNER * p.sigma) for own, p in zip(inner, inside, strict=True)]
+    return tuple(
+        Expected(
+            operator,
+            name,
+            axes if p.exact.ndim else (),
+            "float32" if name in known.float32 else dtype,
+            p.exact,
+            np.asarray(c, np.float64),
+            p.variance,
+            own,
+            name in known.once and policy == "fused" and dtype != "float32",
+        )
+        for (name, axes), p, c, own in zip(known.outputs.items(), predicted, contract, inner, strict=False)
+    )
+
+
+def find_policy(policy: str) -> Policy:
+    """The policy of that name. Raises InputError for another name."""
+    if policy not in POLICIES:
+        raise InputError(f"--policy {policy} is not known; use {' or '.join(POLICIES)}")
+    return POLICIES[policy]
+
+
+def find_dtype(dtype: Any) -> str:
+    """The name of a dtype, given in any of the ways of `dtype_name`. Raises InputError if no kernel works in it."""
+    name = dtype_name(dtype)
+    if not isinstance(name, str) or name not in DTYPES:
+        raise InputError(f"--dtype {dtype} is not known; use {', '.join(DTYPES)}")
+    return name
+
+
+def evaluate(
+    operator: str, ar: Arithmetic, arguments: Sequence[Any], keywords: dict[str, Any]
+) -> tuple[np.ndarray, ...]:
+    """The definition, evaluated in `ar`: a tuple, also of one output."""
+    with np.errstate(all="ignore"):
+        out = getattr(ops, operator)(*arguments, **keywords, ar=ar)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _inner(
+    operator: str, arguments: Sequence[Any], keywords: dict[str, Any], exact: list[np.ndarray]
+) -> list[np.ndarray]:
+    """How much float32 arithmetic inside may move each element.
+
+    A stable implementation returns the exact result of inputs moved by a few float32 roundings: so they are moved, and
+    the results compared, row by row (which is where a norm's or softmax's errors are alike). The definition itself in
+    float32 is one such implementation, and its error counts twice. A sum may be one chain of additions, whose roundings
+    are random (`limits.CHAIN`), except where a large number comes first and swallows the rest: so the definition is
+    evaluated with such sums as well. A loss is the difference of two float32 numbers, of which each is rounded.
+    """
+    rng = np.random.default_rng(0x5EED)  # not that of any input
+    moved = [_moved(x, rng) for x in arguments]
+    near = evaluate(operator, EXACT, moved, keywords)
+    plain = evaluate(operator, Arithmetic("float32", NATIVE), arguments, keywords)
+    lost = evaluate(operator, _OneChain("float32", NATIVE), arguments, keywords)
+    terms = max((x.shape[-1] for x in arguments if isinstance(x, np.ndarray) and x.ndim), default=1)
+    chain = CHAIN * _FLOAT32_ROUNDING * np.sqrt(terms / 3)
+    inner = [
+        np.hypot(
+            INNER * np.maximum(_row_error(n, e), _FLOAT32_ROUNDING * _size(e)),
+            2 * np.maximum(_row_error(p, e), _row_error(c, e)),
+        )
+        for n, p, c, e in zip(near, plain, lost, exact, strict=True)
+    ]
+    if contract_of(operator).sums:
+        inner = [
+            np.hypot(i, INNER * chain * _row_error(e, np.zeros_like(e))) for i, e in zip(inner, exact, strict=True)
+        ]
+    if "cross_entropy" in operator:
+        inner = [np.hypot(inner[0], INNER * _of_the_terms(operator, arguments, keywords))]
+    return inner
+
+
+class _OneChain(Arithmetic):
+    """Float32, with the sum of a row added up number after number."""
+
+    def mean(self, x: np.ndarray) -> np.ndarray:
+        return self.softmax_sum(x) / np.float32(max(1, x.shape[-1]))
+
+    def softmax_sum(self, e: np.ndarray) -> np.ndarray:
+        return np.cumsum(e, axis=-1, dtype=np.float32)[..., -1:] if e.shape[-1] else e.sum(axis=-1, keepdims=True)
+
+    def standardize(self, x: np.ndarray, eps: float) -> np.ndarray:
+        centred = x - self.mean(x)
+        return centred * (1 / np.sqrt(self.mean(centred * centred) + np.float32(eps)))
+
+
+def _of_the_terms(operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> np.ndarray:
+    """The float32 rounding of log-sum-exp and logit, whose difference a loss is: of the size of the largest logit."""
+    first, *_, labels = arguments
+    logits = np.asarray(first, np.float64)
+    if operator == "linear_cross_entropy":
+        logits = np.where(np.isfinite(logits), logits, 0) @ np.asarray(arguments[1], np.float64).T
+    top = np.abs(logits.max(axis=-1, initial=-np.inf))
+    counted = (labels != keywords.get("ignore_index", ops.IGNORE_INDEX)) & np.isfinite(top)
+    each = np.where(counted, _FLOAT32_ROUNDING * top, 0.0)
+    reduction = keywords.get("reduction", "mean")
+    if reduction == "none":
+        return each
+    together = np.sqrt(np.square(each).sum())
+    return np.asarray(together / max(1, counted.sum()) if reduction == "mean" else together)
+
+
+def _moved(x: Any, rng: np.random.Generator) -> Any:
+    if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+        return x
+    # Of a subnormal number the rounding is that of the smallest one.
+    size = np.maximum(np.abs(np.where(np.isfinite(x), x, 0.0).astype(np.float64)), np.finfo(np.float32).tiny)
+    return x + np.where(x == 0, 0.0, _FLOAT32_ROUNDING * size * rng.standard_normal(x.shape))
+
+
+def _row_error(value: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """The error of an element, or the root mean square of its row's if that is more: its own may be small by luck."""
+    with np.errstate(invalid="ignore"):
+        error = np.asarray(value, np.float64) - exact
+    error = np.where(np.isfinite(error), error, 0.0)
+    if not error.ndim or not error.size:
+        return np.abs(error)
+    return np.maximum(np.sqrt(np.mean(np.square(error), axis=-1, keepdims=True)), np.abs(error))
+
+
+def _size(exact: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(exact), np.abs(exact), 0.0)

@@ -1,0 +1,101 @@
+"""Hugging Face Transformers as a candidate. Needs the packages `torch` and `transformers`."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refllm import extras
+from refllm.check.adapters.transformers_taps import hooks
+from refllm.check.candidates import must_not_have_changed
+from refllm.check.inputs import Inputs
+from refllm.check.taps import Sink
+
+_AUTO_CLASS = {
+    "base": "AutoModel",
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+}
+
+
+def require_transformers() -> None:
+    """Raises MissingExtraError, naming the command that helps, if Torch or Transformers is not installed."""
+    try:
+        import torch  # noqa: F401
+        import transformers
+    except ImportError as error:
+        missing = extras.not_installed(("torch", "transformers")) or ["transformers"]
+        raise extras.missing_extra("a candidate of Transformers", *missing) from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+class TransformersCandidate:
+    """A Transformers model of any class, recorded by hooks (`refllm.check.adapters.transformers_taps`).
+
+    attention: what it runs, "eager" or "sdpa"; only eager attention shows its weights.
+    """
+
+    def __init__(self, model: Any, attention: str | None = None) -> None:
+        require_transformers()
+        import torch
+        import transformers
+
+        self.model = model.eval()
+        self.attention = attention or getattr(model.config, "_attn_implementation", "eager")
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.name = f"transformers {transformers.__version__} {self.attention}"
+        self.details = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "threads": str(torch.get_num_threads()),
+        }
+
+    @classmethod
+    def load(cls, folder: Path, *, head: str, dtype: str, attention: str = "eager") -> "TransformersCandidate":
+        """The model in a checkpoint folder. attention: Transformers' `attn_implementation`."""
+        require_transformers()
+        import torch
+        import transformers
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = getattr(transformers, _AUTO_CLASS[head]).from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
+            )
+        return cls(model, attention)
+
+    def run(self, inputs: Inputs, sink: Sink) -> None:
+        """See `Candidate.run`."""
+        import torch
+
+        device = next(self.model.parameters()).device
+        cache = None
+        for piece in inputs.pieces():
+            given = {
+                "attention_mask": inputs.mask[:, : piece.stop],
+                "position_ids": inputs.positions[:, piece],
+                "input_ids": inputs.input_ids[:, piece],
+            }
+            tensors = {name: _tensor(value, device) for name, value in given.items()}
+            arguments: dict[str, Any] = {**tensors, "past_key_values": cache, "use_cache": bool(inputs.chunks)}
+            ids = arguments.pop("input_ids")
+            with torch.inference_mode(), hooks(self.model, sink):
+                if inputs.embeds_scale is None:
+                    arguments["input_ids"] = ids
+                else:
+                    rows = self.model.get_input_embeddings().weight[ids]
+                    arguments["inputs_embeds"] = (rows.float() * inputs.embeds_scale).to(rows.dtype)
+                    sink("model.embed_tokens", arguments["inputs_embeds"])
+                out = self.model(**arguments)
+            must_not_have_changed(given, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+            cache = out.past_key_values if inputs.chunks else None
+
+
+def _tensor(array: np.ndarray, device: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(np.array(array, np.int64)).to(device)

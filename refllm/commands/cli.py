@@ -1,0 +1,493 @@
+"""The command line: reads arguments, calls the module that does the work, prints what it returns.
+
+Exit codes: 0 it holds or is done, 1 a finding, 2 wrong use or unreadable input. A mistake of the user's is one sentence
+on standard error, never a traceback. Progress goes to standard error, and only if that is a terminal. Everything heavy
+is imported inside the commands, so that `refllm --help` is quick.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from refllm.commands import audit, bench, golden, operators, tune
+from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, can_be_written
+from refllm.commands.shared_options import console as _console
+from refllm.commands.shared_options import to_stdout as _to_stdout
+from refllm.commands.shared_options import write_json as _write_json
+from refllm.errors import InputError, RefllmError
+from refllm.extras import needs, optional_package, require
+from refllm.storage import output_file
+from refllm.terminal import streams
+from refllm.terminal.status_line import StatusLine
+
+# The base class of all errors in arguments; where it is imported from differs between versions of typer.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(bench.app, name="bench")
+bench.app.command("tune")(tune.bench_tune)
+kernels_app = typer.Typer(add_completion=False, rich_markup_mode=None, help="The Triton kernels, and yours.")
+app.add_typer(kernels_app, name="kernels")
+app.add_typer(golden.app, name="golden")
+app.command("check-op")(operators.check_op)
+app.command("audit")(audit.audit)
+
+Folder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder with config.json and safetensors files.")]
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="Tokens: this text, through the tokenizer.")
+]
+Ids = Annotated[str | None, typer.Option("--ids", metavar="1,2,3", help="Tokens: these ids.")]
+IdsFile = Annotated[
+    Path | None, typer.Option("--ids-file", metavar="F", help="Tokens: the ids in a file, or a JSON list.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float64 (exact), float32, bfloat16 or float16.")]
+Policy = Annotated[str | None, typer.Option("--policy", help="Where an emulated precision rounds: hf-eager or fused.")]
+Backend = Annotated[str, typer.Option("--backend", help="numpy (the reference), torch or triton (the fast models).")]
+Device = Annotated[str | None, typer.Option("--device", help="Of torch and triton: cpu, cuda, cuda:1. Default: cuda.")]
+LowMemory = Annotated[bool, typer.Option("--low-memory", help="Read the weights layer by layer and keep none.")]
+
+
+@app.callback()
+def describe() -> None:
+    """The math of Helium, Llama, StableLM and Arcee in NumPy, and how far other implementations are from it."""
+
+
+_CANDIDATES = (
+    "torch, triton, transformers, numpy (the reference), or a forward pass: module:function, file.py:function."
+)
+Candidate = Annotated[str, typer.Option("--candidate", help=_CANDIDATES)]
+Attention = Annotated[str, typer.Option("--attn", help="Transformers' attention: eager or sdpa.")]
+Rounding = Annotated[
+    str | None,
+    typer.Option("--policy", help="Where the candidate is expected to round: hf-eager, hf-sdpa or fused."),
+]
+Time = Annotated[
+    float | None,
+    typer.Option(
+        "--time",
+        metavar="N",
+        help="Seconds for each run of a candidate, which then hangs. Default: 600, and 3600 more per GiB of weights.",
+    ),
+]
+
+
+@app.command()
+def check(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="CHECKPOINT", help="Folder; without one, all embedded checkpoints.")
+    ] = None,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--candidate",
+            help=f"{_CANDIDATES} Repeat for more. Default: transformers; without a CHECKPOINT torch, triton and "
+            "transformers.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="Precision; repeat for more. Default: float32, bfloat16.")
+    ] = None,
+    policy: Rounding = None,
+    attention: Attention = "eager",
+    stress: Annotated[
+        bool, typer.Option("--stress", help="Also far positions, small and large values, padding, cached decode.")
+    ] = False,
+    taps: Annotated[
+        bool, typer.Option("--taps", help="A line for every named value, not only for every layer.")
+    ] = False,
+    prompt: Prompt = None,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    time: Time = None,
+    json_file: Json = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", metavar="F", callback=can_be_written("--html"), help="Write everything as one HTML page."
+        ),
+    ] = None,
+) -> None:
+    """Run the same tokens through an implementation and the reference; say where and by how much they differ."""
+    from refllm.check import report as show
+    from refllm.check import run
+
+    tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+    dtypes = tuple(dtype or ("float32", "bfloat16"))
+    names, left_out = run.candidates_to_check(candidate, checkpoint)
+    settings = [run.Settings(name, dtypes, attention, policy, stress, tokens, time) for name in names]
+    console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
+    reports = []
+    with StatusLine(sys.stderr) as step:
+        for report in run.check_all(folders, settings, step):
+            reports.append(report)
+            step.clear()
+            console.print(show.show_report(report, verbose=taps))
+    if len(reports) > 1:
+        console.print(show.show_summary(reports))
+    for sentence in left_out:
+        console.print(sentence)
+    console.print(show.closing_line(reports))
+    _write_json({"verdict": run.overall(reports), "reports": [report.to_dict() for report in reports]}, json_file)
+    if html_file is not None:
+        from refllm.check.html import write_html
+
+        command = " ".join(["refllm", *sys.argv[1:]])
+        write_html(html_file, reports, {"command": command}, run.token_texts(folders))
+    if run.overall(reports) != "holds":
+        raise typer.Exit(FINDING)
+
+
+@app.command()
+def trace(
+    checkpoint: Folder,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="F", callback=can_be_written("--output"), help="The safetensors file to write."
+        ),
+    ],
+    candidate: Candidate = "transformers",
+    dtype: Dtype = "float32",
+    policy: Rounding = None,
+    attention: Attention = "eager",
+    prompt: Prompt = None,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    time: Time = None,
+) -> None:
+    """Write the named values of one run to a file, for refllm diff. Exit code 1 if the candidate misbehaves."""
+    from refllm.check import run
+    from refllm.check.misbehaviour import MisbehavesError
+
+    settings = run.Settings(
+        candidate, (dtype,), attention, policy, False, {"prompt": prompt, "ids": ids, "ids_file": ids_file}, time
+    )
+    try:
+        with StatusLine(sys.stderr) as step:
+            recorded = run.trace_candidate(run.folders_to_check(checkpoint)[0], settings, step)
+    except MisbehavesError as error:
+        print(f"refllm: {error}", file=sys.stderr)
+        raise typer.Exit(FINDING) from None
+    recorded.save(output)
+    tokens = int(recorded.inputs.valid.sum())
+    _console(quiet=False).print(f"{output}: {len(recorded.taps)} values of {recorded.source}, {tokens} tokens")
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A trace file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    json_file: Json = None,
+) -> None:
+    """Compare two trace files of any origin, value by value. Exit code 1 if anything differs."""
+    from refllm.check.difference import diff as compare_traces
+    from refllm.check.difference_report import show_difference
+    from refllm.check.trace import Trace
+
+    found = compare_traces(Trace.load(first), Trace.load(second))
+    _console(quiet=_to_stdout(json_file)).print(show_difference(found))
+    _write_json(found.to_dict(), json_file)
+    if not found.identical:
+        raise typer.Exit(FINDING)
+
+
+@app.command()
+def generate(
+    checkpoint: Folder,
+    prompt: Prompt = None,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Stop after this many.")] = 128,
+    sample: Annotated[
+        bool | None,
+        typer.Option(
+            "--sample/--greedy", help="Default: as the checkpoint says; sampling if an option for it is given."
+        ),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divide the logits by this.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the most likely tokens that sum to this probability.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Make what was said less likely (above 1).")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beam search with this many beams.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop at this text; repeat for more.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message: apply the chat template.")
+    ] = False,
+    dtype: Dtype = "float32",
+    policy: Policy = None,
+    low_memory: LowMemory = False,
+    backend: Backend = "numpy",
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Continue a prompt; the text appears as it is made."""
+    from refllm.commands import generate as continuation
+
+    choices = {
+        "do_sample": sample
+        if sample is not None
+        else (True if any(v is not None for v in (temperature, top_k, top_p, seed)) else None),
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "num_beams": num_beams,
+        "seed": seed,
+        "stop_strings": stop,
+    }
+    continuation.check_settings(max_new_tokens, choices)
+    with StatusLine(sys.stderr) as step:
+        task = continuation.prepare(
+            checkpoint,
+            dtype=dtype,
+            policy=policy,
+            low_memory=low_memory,
+            backend=backend,
+            device=device,
+            prompt=prompt,
+            ids=ids,
+            ids_file=ids_file,
+            chat=chat,
+            step=step,
+        )
+    shown = None if _to_stdout(json_file) else sys.stdout
+    result = task.generate(max_new_tokens, {name: value for name, value in choices.items() if value is not None}, shown)
+    _write_json(result, json_file)
+
+
+@app.command()
+def score(
+    checkpoint: Folder,
+    prompt: Prompt = None,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    file: Annotated[Path | None, typer.Option("--file", metavar="F", help="Score the text in this file.")] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Tokens per window. Default: max_position_embeddings, at most 4096.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="Tokens scored per window. Default: half the context.")
+    ] = None,
+    dtype: Dtype = "float32",
+    policy: Policy = None,
+    low_memory: LowMemory = False,
+    backend: Backend = "numpy",
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Log-likelihood, perplexity and bits per byte of a text."""
+    from refllm.commands import score as work
+
+    with StatusLine(sys.stderr) as step:
+        result = work.score_source(
+            checkpoint,
+            prompt=prompt,
+            ids=ids,
+            ids_file=ids_file,
+            file=file,
+            context=context,
+            stride=stride,
+            dtype=dtype,
+            policy=policy,
+            low_memory=low_memory,
+            backend=backend,
+            device=device,
+            step=step,
+        )
+    _console(quiet=_to_stdout(json_file)).print(work.show_score(result))
+    _write_json(result.to_dict(), json_file)
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="CHECKPOINT", help="Folder, or a config.json alone; without one, this machine."),
+    ] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json_file: Json = None,
+) -> None:
+    """What a checkpoint is: architecture, parameters, memory, tensors. A config.json is enough. Without one: this
+    machine, and whether policy hf-eager has Transformers' bits on its CPU."""
+    from refllm.commands import info as work
+
+    if checkpoint is None:
+        from refllm import machine
+
+        found = machine.describe()
+        _console(quiet=_to_stdout(json_file)).print(machine.show(found))
+        _write_json(found, json_file)
+        return
+    result = work.describe(checkpoint)
+    _console(quiet=_to_stdout(json_file)).print(work.show_info(result, tensors=tensors))
+    _write_json(result.to_dict(), json_file)
+    if result.findings:
+        raise typer.Exit(FINDING)
+
+
+@kernels_app.command("list")
+def kernels_list(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Name every configuration.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Every kernel file: its operators, kernels and shipped configurations."""
+    require("kernels list", "torch", "triton")
+    from refllm.kernels.aot import commands, show
+
+    described = commands.describe()
+    _console(quiet=_to_stdout(json_file)).print(show.show_list(described, verbose))
+    _write_json({"kernels": described}, json_file)
+
+
+@kernels_app.command("check-aot")
+def kernels_check_aot(
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FILE.PY:KERNEL",
+            help="Your kernel instead of ours, also package.module:kernel. The file is imported. It may carry its "
+            "configurations: `def launches(target)` or a list LAUNCHES of pairs (name, refllm.kernels.launch.Launch).",
+        ),
+    ] = None,
+    targets: Annotated[
+        str, typer.Option("--target", metavar="A,B", help="Of sm_80, sm_90, sm_100, gfx942. Default: all.")
+    ] = "",
+    kernel: Annotated[str, typer.Option("--kernel", metavar="NAME", help="Only what has this in its name.")] = "",
+    arguments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arg",
+            metavar="NAME=TYPE",
+            help="An argument of your kernel: *bf16 (a tensor; *bf16:1 not aligned), i32 (i32:16: 16 divides it), i64, "
+            "fp32, or a value. Repeat for more.",
+        ),
+    ] = None,
+    constants: Annotated[
+        list[str] | None, typer.Option("--constant", metavar="NAME=VALUE", help="A tl.constexpr of your kernel.")
+    ] = None,
+    num_warps: Annotated[int, typer.Option("--num-warps", min=1, help="Of your kernel.")] = 4,
+    num_stages: Annotated[int, typer.Option("--num-stages", min=1, help="Of your kernel.")] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", min=0, help="Processes; 0: one per core.")] = 0,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Every configuration, not only the worst.")] = False,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Ours, as the layers of published models call them; with --json F the page beside F is written too.",
+        ),
+    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", metavar="F", help="Keep what became of ours: tests compile what is not in it."),
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Compile kernels without a GPU; find spills, too much shared memory, missing tensor cores and slow loads."""
+    require("kernels check-aot", "torch", "triton")
+    from refllm.kernels.aot import commands, show
+
+    if layers:
+        return _check_layers(targets, jobs, json_file, [file, kernel, *(arguments or ()), *(constants or ())])
+    settings = commands.Settings(targets, kernel, file, arguments or (), constants or (), num_warps, num_stages, jobs)
+    if record is not None:
+        _all_of_ours(record, [file, targets, kernel])
+    with StatusLine(sys.stderr) as step:
+        outcome = commands.check_aot(settings, step)
+    if record is not None:
+        commands.keep(record, outcome)
+    console = _console(quiet=_to_stdout(json_file))
+    console.print(show.show_checked(outcome.checked, verbose))
+    console.print(show.closing_line(outcome.checked, outcome.compiled, outcome.seconds))
+    _write_json(outcome.to_dict(), json_file)
+    if not outcome.holds:
+        raise typer.Exit(FINDING)
+
+
+def _all_of_ours(record: Path, others: list[Any]) -> None:
+    if any(others):
+        raise InputError("--record keeps all of our kernels on all targets; leave out the file, --target and --kernel")
+    output_file.must_be_writable("--record", record)
+
+
+def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[Any]) -> None:
+    from refllm.kernels.aot import commands
+
+    if any(others):
+        raise InputError(
+            "--layers compiles our kernels as they are; leave out the file, --kernel, --arg and --constant"
+        )
+    page = None if json_file is None or _to_stdout(json_file) else json_file.with_suffix(".md")
+    if page is not None:
+        output_file.must_be_writable("the page beside --json:", page)
+    with StatusLine(sys.stderr) as step:
+        found, text = commands.check_layers(targets, jobs, step)
+    _write_json(found, json_file)
+    if page is not None:
+        output_file.write("the page beside --json:", page, text)
+    _console(quiet=_to_stdout(json_file)).print(commands.layers_line(found))
+    if found["verdict"] != "holds":
+        raise typer.Exit(FINDING)
+
+
+def main() -> None:
+    """Entry point of the `refllm` command: turns exceptions into one sentence and an exit code."""
+    streams.prepare()
+    warnings.showwarning = _show_warning
+    _shown_warnings.clear()
+    code = _run()
+    sys.exit(streams.flush(code))
+
+
+def _run() -> int:
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="refllm", standalone_mode=False)
+    except RefllmError as error:
+        code = _complain(str(error))
+    except ModuleNotFoundError as error:
+        package = optional_package(error)
+        if package is None:
+            raise
+        code = _complain(needs("this command", package))
+    except _USAGE_ERROR as error:
+        code = _complain(error.format_message())
+    except BrokenPipeError:  # the reader of the output went away, as `head` does
+        code = HOLDS
+    except SystemExit as error:  # which click makes of it
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        code = HOLDS
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        code = _complain(f"{error.filename}: {reason}" if error.filename else reason)
+    except MemoryError:
+        code = _complain("not enough memory: try --low-memory or a smaller input")
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    return code if isinstance(code, int) else HOLDS
+
+
+def _complain(sentence: str) -> int:
+    print(f"refllm: {sentence}", file=sys.stderr)
+    return WRONG_USE
+
+
+_shown_warnings: set[str] = set()
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, and the same one once: a command may read a checkpoint several times."""
+    if str(message) not in _shown_warnings:
+        _shown_warnings.add(str(message))
+        print(f"refllm: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
