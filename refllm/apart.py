@@ -358,8 +358,8 @@ def _speak_into(printed: int | None) -> None:
     os.dup2(printed, 2)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 (as long as the process)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # the threads of the process that forked are not in this one
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # the threads of the process that forked are not in this one
 
 
 def _die_first() -> None:

@@ -22,7 +22,6 @@ EXTRA_OF = {
     "transformers": "witness",
     "hypothesis": "check",
     "matplotlib": "bench",
-    "threadpoolctl": "bench",
     "pytest": "test",
     "liger_kernel": "test",
 }

@@ -38,8 +38,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 # --- our kernels
 
 
-RECORD = Path(__file__).parent.parent / "docs/benchmarks/shipped_configurations.json"
-RENEW = "run `refllm kernels check-aot --record docs/benchmarks/shipped_configurations.json`"
+RECORD = Path(__file__).parent / "shipped_configurations.json"
+RENEW = "run `refllm kernels check-aot --record tests/shipped_configurations.json`"
 
 
 @pytest.fixture(scope="module")

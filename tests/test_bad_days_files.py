@@ -439,7 +439,7 @@ def test_text_beyond_the_limit_is_not_read(checkpoint: Path, file: str) -> None:
 def test_json_of_millions_of_values_is_counted_and_not_parsed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" + "[]," * 4_000_001 + "[]]")
     start = time.perf_counter()
-    with pytest.raises(ConfigError, match="about 12000004 values, and at most 4000000 are read"):
+    with pytest.raises(ConfigError, match="about 8000004 values, and at most 4000000 are read"):
         AutoConfig.from_pretrained(tmp_path)
     assert time.perf_counter() - start < 0.5
     (tmp_path / "deep.json").write_text("[" * 100_000)
@@ -868,7 +868,8 @@ def test_a_decay_beyond_all_numbers_only_ends_the_text() -> None:
 
 def test_no_other_module_writes_a_file_of_the_users() -> None:
     """Except lines that are meant to be read while they come, and what lies in temporary folders."""
-    allowed = {"refllm/storage/output_file.py", "refllm/bench/gpu_checks.py", "refllm/opcheck/forked.py"}
+    allowed = {"refllm/storage/output_file.py", "refllm/bench/gpu_checks.py", "refllm/bench/pytest_rows.py"}
+    allowed |= {"refllm/apart.py", "refllm/text/template_worker.py"}  # ends of pipes
     writing = re.compile(r"""\.write_text\(|\.write_bytes\(|\bsave_file\(|\bopen\([^)]*["'][wxa]\+?b?["']""")
     root = Path(__file__).parent.parent
     found = {

@@ -37,13 +37,12 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import triton
 
 import refllm
 from refllm import kernels
@@ -65,6 +64,8 @@ PARTS = ("operators", "models", "tests")
 
 def machine(device: str) -> dict[str, Any]:
     """Where this run took place."""
+    import torch
+
     return {
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "capability": list(torch.cuda.get_device_capability()) if device == "cuda" else None,
@@ -72,7 +73,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": version("triton"),
         "numpy": np.__version__,
         "refllm": refllm.__version__,
         "date": time.strftime("%Y-%m-%d"),
@@ -152,6 +153,8 @@ def run(
 
     tests: their folder, None for none. only: as in `refllm.bench.gpu_checks`.
     """
+    import torch
+
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("make gpu needs a GPU, and torch sees none here; `make test` runs the kernels without one")
     start, rows = time.perf_counter(), output.with_name(f"{output.stem}-tests.jsonl")

@@ -13,10 +13,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import triton
 
 import refllm
 from refllm.bench.launches import launches
@@ -148,7 +147,7 @@ def result(found: list[dict[str, Any]], targets: Sequence[Target], seconds: floa
         "format": FORMAT,
         "benchmark": "ahead_of_time",
         "verdict": "finding" if any(row["findings"] for row in found) else "holds",
-        "versions": {"refllm": refllm.__version__, "triton": triton.__version__},
+        "versions": {"refllm": refllm.__version__, "triton": version("triton")},
         "command": " ".join(["refllm", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds, 1),

@@ -271,9 +271,9 @@ def result_shapes(operator: str, arguments: Sequence[Any], keywords: dict[str, A
             shape = tuple(given[name].shape)
             named = axes[1:] if ANY_ROWS in axes else axes[len(axes) - len(shape) :]
             front = len(shape) - len(named)
-            sizes |= {axis: (size,) for axis, size in zip(named, shape[front:], strict=True)} | {
-                ANY_ROWS: shape[:front]
-            }
+            sizes |= {axis: (size,) for axis, size in zip(named, shape[front:], strict=True)}
+            if ANY_ROWS in axes:
+                sizes[ANY_ROWS] = shape[:front]
     if "(H+2K)D" in sizes:
         H, K = keywords["num_heads"], keywords["num_kv_heads"]
         sizes |= {"H": (H,), "K": (K,), "D": (sizes["(H+2K)D"][0] // (H + 2 * K),)}

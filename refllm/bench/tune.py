@@ -5,9 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-import triton
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -129,7 +129,7 @@ def _result(each: Tunable, shape: str, gpu: Target, candidates: list[Candidate],
     note = _keep(now, candidates, chosen)
     new = None
     if not note or (now and now.tile == best.tile and now.chosen != BY_HAND and _says_more(now, best, chosen)):
-        words = chosen, _by(chosen), triton.__version__, best.figures
+        words = chosen, _by(chosen), version("triton"), best.figures
         new = Entry(each.kernel, shape, gpu.name, best.tile, *words)
     return Result(each.kernel, shape, gpu.name, now, new, candidates, note)
 
@@ -156,7 +156,7 @@ def _says_more(now: Entry, best: Candidate, chosen: str) -> bool:
     """Whether the line of the best tile would say something else of it, and nothing weaker."""
     if now.chosen != chosen:
         return chosen == MEASURED
-    return (now.triton, now.figures) != (triton.__version__, best.figures)
+    return (now.triton, now.figures) != (version("triton"), best.figures)
 
 
 def _by(chosen: str) -> str:

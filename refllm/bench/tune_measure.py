@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from refllm.kernels.calls import Source
 from refllm.kernels.launch import Launch
 from refllm.kernels.targets import Target
@@ -50,7 +48,7 @@ def seconds(tunable: Tunable, shape: str, tile: Any, target: Target, clock: Any,
     from refllm.bench.timer import sets_needed
 
     calls = [drawn(tunable, shape, clock.device, seed) for seed in range(2)]
-    size = sum(x.element_size() * x.numel() for x in calls[0].arguments if isinstance(x, torch.Tensor))
+    size = sum(x.element_size() * x.numel() for x in calls[0].arguments if hasattr(x, "element_size"))
     calls += [drawn(tunable, shape, clock.device, seed) for seed in range(2, sets_needed(size, clock.cache_bytes))]
     runs = [prepared(tunable, call, target, tile)[0] for call in calls]
     return float(clock.time(runs, budget).spread.median)

@@ -21,8 +21,6 @@ from itertools import groupby
 from math import prod
 from typing import Any
 
-import torch
-
 from refllm.kernels.aot import Report, gates
 from refllm.kernels.aot.compile_code import Result, compile_launches
 from refllm.kernels.launch import Launch
@@ -162,7 +160,7 @@ def judge(tunable: Tunable, call: Call, tile: Any, launch: Launch, result: Resul
 
 def call_width(call: Call) -> int:
     """Bytes of a number of the call's first tensor."""
-    return next(x for x in call.arguments if isinstance(x, torch.Tensor)).element_size()
+    return next(x for x in call.arguments if hasattr(x, "element_size")).element_size()
 
 
 def _step_bytes(tunable: Tunable, call: Call, tile: Any, launch: Launch) -> int:
@@ -170,7 +168,7 @@ def _step_bytes(tunable: Tunable, call: Call, tile: Any, launch: Launch) -> int:
     sizes = {**launch.constants, **tile._asdict()}
     if tunable.streamed:
         return prod(sizes[name] for name in tunable.streamed) * call_width(call)
-    tensors = [x for x in call.arguments if isinstance(x, torch.Tensor)]
+    tensors = [x for x in call.arguments if hasattr(x, "element_size")]
     return sum(x.element_size() * x.numel() for x in tensors) // launch.grid[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from refllm import extras
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import floats, misbehaves, raised
 from refllm.check.taps import HEAD_TAPS, Candidate, Sink
@@ -31,12 +32,15 @@ checkpoint: the folder. The others are int64 arrays [B, S]. tap(name, value) han
 """
 
 
-KNOWN = (*FAST, "transformers", "numpy")
-"""The candidates that have a name of their own."""
+KNOWN = {"torch": ("torch",), "triton": ("torch", "triton"), "transformers": ("torch", "transformers"), "numpy": ()}
+"""The candidates that have a name of their own, and the packages that they need."""
 
 
 def must_be_known(name: str, dtype: str, attention: str) -> None:
-    """Raises InputError for a candidate, dtype or attention that there is none of."""
+    """Raises InputError for a candidate, dtype or attention that there is none of.
+
+    Raises MissingExtraError for a candidate whose packages are not installed.
+    """
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
     if attention not in ATTENTION:
@@ -46,6 +50,7 @@ def must_be_known(name: str, dtype: str, attention: str) -> None:
             f"--candidate {name} is not known: use torch, triton, transformers, numpy, or a forward pass of yours as "
             "module:function or file.py:function"
         )
+    extras.require(f"--candidate {name}", *KNOWN.get(name, ()))
 
 
 def open_candidate(name: str, folder: Path, *, head: str, dtype: str, attention: str) -> Candidate:

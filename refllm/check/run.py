@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refllm import extras
-from refllm.check.candidates import DTYPES, FAST, open_candidate, record
+from refllm.check.candidates import DTYPES, FAST, KNOWN, open_candidate, record
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
@@ -99,8 +99,7 @@ def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tup
     then also a sentence for each that is not."""
     if given or checkpoint is not None:
         return given or ["transformers"], []
-    needs = {"torch": ("torch",), "triton": ("torch", "triton"), "transformers": ("torch", "transformers")}
-    missing = {name: extras.not_installed(packages) for name, packages in needs.items()}
+    missing = {name: extras.not_installed(packages) for name, packages in KNOWN.items() if packages}
     names = [name for name, packages in missing.items() if not packages]
     if not names:
         raise extras.missing_extra("check without a CHECKPOINT and a --candidate", "torch", "triton")

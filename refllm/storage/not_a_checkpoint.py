@@ -56,7 +56,7 @@ def explain(path: str | os.PathLike[str]) -> str:
 def no_config(path: Path) -> str | None:
     """The clause of `explain` for a path that is no configuration and no folder with one; None for one that may be."""
     if path.is_dir():
-        there = any(os.path.lexists(path / name) for name in ("config.json", "model.safetensors"))
+        there = os.path.lexists(path / "config.json") or any(path.glob("model*.safetensors"))
         return None if there else explain(path)
     if path.suffix == ".json" and path.is_file():
         with open(path, "rb") as file:

@@ -125,11 +125,13 @@ def _purity(case: Case) -> list[str]:
 
 
 def _reuse(case: Case) -> list[str]:
+    other = "(x * (i + 2)).astype(x.dtype)" if case.numpy else "x * (i + 2)"
+    floats = 'x.dtype.kind not in "biu"' if case.numpy else "x.is_floating_point()"
     return [
         *case.called(),
         f"held, before = got, [{case.read('x')}.copy() for x in got]",
         "arguments = [  # other numbers",
-        "    x * (i + 2) if isinstance(x, torch.Tensor) and x.is_floating_point() else x",
+        f"    {other} if isinstance(x, {'np.ndarray' if case.numpy else 'torch.Tensor'}) and {floats} else x",
         "    for i, x in enumerate(arguments)",
         "]",
         *case.called(),
