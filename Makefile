@@ -18,7 +18,7 @@ PYTEST := 'pytest>=8'
 FINDER := import os, sys; "PYTHONPATH" in os.environ or sys.meta_path.sort(key=lambda f: "editable___refllm" not in getattr(f, "__module__", ""))
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-cpus test-long test-wheel mutation lint types format bench gpu golden clean
+.PHONY: help check test test-cpus test-long test-wheel mutation lint types imports house format bench gpu golden clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ lint: .venv/ready-to-test  ## ruff: rules and layout
 
 types: .venv/ready-to-test  ## mypy over refllm, kernels and golden
 	$(BIN)/python tests/check_types.py
+
+imports: .venv/ready-to-test  ## who may import whom: the contracts of pyproject.toml, by import-linter
+	$(BIN)/python tests/check_imports.py
+
+house: .venv/ready-to-check  ## draw docs/house.svg, the rooms and their imports, again
+	$(BIN)/python tests/draw_house.py
 
 format: .venv/ready-to-test  ## let ruff lay out the code
 	$(BIN)/ruff check --fix .

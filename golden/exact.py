@@ -14,12 +14,12 @@ import numpy as np
 from refllm import ops
 from refllm.accuracy.operator import predict, predict_loss
 from refllm.accuracy.propagation import Propagation, Uncertain, certain, ulp
-from refllm.check.taps import HEAD_TAPS
 from refllm.config import ModelConfig
 from refllm.forward.cache import NoCache
 from refllm.forward.masks import masking
 from refllm.forward.model import Model
 from refllm.forward.rotary import RotaryEmbedding
+from refllm.forward.taps import HEAD_TAPS
 from refllm.golden import run
 from refllm.golden.cases import Case, OperatorCase
 from refllm.golden.model_cases import ModelCase, embedded, tensors_of

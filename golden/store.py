@@ -86,7 +86,7 @@ def _changed(name: str, entry: dict[str, Any]) -> Iterator[str]:
 
 def config_hash(case: ModelCase) -> str:
     """Of what the config of the case says about the mathematics, 16 hexadecimal digits."""
-    from refllm.check.trace import config_hash
+    from refllm.config.digest import config_hash
     from refllm.golden.model_cases import config_of
 
     return config_hash(config_of(case.model))

@@ -151,7 +151,7 @@ def _model(golden: "Golden", case: ModelCase) -> Arrays:
 
 
 def _keep(hf: Any, name: str, kept: dict[str, torch.Tensor]) -> None:
-    """Record the tap `name` (`refllm.check.taps`): the output of the module of that name; `mlp.act` is what down_proj
+    """Record the tap `name` (`refllm.forward.taps`): the output of the module of that name; `mlp.act` is what down_proj
     receives."""
     module = name.replace(".mlp.act", ".mlp.down_proj")
 

@@ -24,7 +24,6 @@ from legitimate import RIGHT, Legitimate  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from refllm import kernels  # noqa: E402
-from refllm.check.candidates import find_function  # noqa: E402
 from refllm.commands import cli  # noqa: E402
 from refllm.errors import InputError, RefllmError  # noqa: E402
 from refllm.kernels import plain  # noqa: E402
@@ -35,6 +34,7 @@ from refllm.opcheck.audit import AuditReport, Outcome, TestIsVoidError, audit  #
 from refllm.opcheck.mutants_page import CATALOGUE, catalogue_part  # noqa: E402
 from refllm.opcheck.typical_tests import typical_tests  # noqa: E402
 from refllm.strategies import corners  # noqa: E402
+from refllm.user_code import find_function  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = catalogue(form="torch")

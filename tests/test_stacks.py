@@ -12,8 +12,8 @@ import refllm
 from refllm import golden, ops
 from refllm.forward import operators
 from refllm.forward.operators import Operators
-from refllm.forward.stacks import Stack, rooms, stack_of
 from refllm.precision import arithmetic
+from refllm.storage.stacks import Stack, rooms, stack_of
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 ROWS = {"q_proj": 48, "k_proj": 16, "v_proj": 16}

@@ -77,23 +77,6 @@ def keep(file: Path, outcome: Outcome) -> None:
     record.write(file, outcome.checked)
 
 
-def check_layers(targets: str, jobs: int = 0, step: batch.Step | None = None) -> tuple[dict[str, Any], str]:
-    """The figures of every kernel on the layers of published models, and their page. InputError for unknown targets."""
-    from refllm.bench import layers
-
-    started, gpus = time.perf_counter(), read_targets(targets)
-    found = layers.rows(gpus, jobs or batch.cores(), step)
-    kept = layers.result(found, gpus, time.perf_counter() - started)
-    return kept, layers.page(kept)
-
-
-def layers_line(kept: dict[str, Any]) -> str:
-    """How many rows there are and how many have findings."""
-    bad = sum(bool(row["findings"]) for row in kept["rows"])
-    verdict = f"{bad} with findings" if bad else "all within the gates"
-    return f"{len(kept['rows'])} kernels of {len(kept['calls'])} calls, {kept['seconds']:.0f} s: {verdict}"
-
-
 def read_targets(names: str) -> list[Target]:
     """The targets of a list separated by commas; all of them for "". Raises InputError for an unknown one."""
     return [target(name.strip()) for name in names.split(",")] if names else list(TARGETS.values())

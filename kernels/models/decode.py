@@ -15,7 +15,6 @@ import torch
 
 from refllm.kernels.models import pages
 from refllm.kernels.models.cache import SlotLayer, TorchCache
-from refllm.models import heads
 
 _WARM_UP = 3
 """Runs before the recording, in which kernels are compiled and libraries allocate. Source: PyTorch, "CUDA Graphs"."""
@@ -71,7 +70,7 @@ class DecodeStep:
         op = model.plain_operators()
         x_BSE = model.weights["embed_tokens.weight"][self._ids_B1]
         x_BSE = pages.forward(op, model.config, model.weights, x_BSE, self._cos, self._sin, {}, self)
-        return heads.causal_lm(op, model.config, model.weights, x_BSE)
+        return model.heads.causal_lm(op, model.config, model.weights, x_BSE)
 
     def layer(self, index: int) -> SlotLayer:
         """The cache of one layer, as a page asks for it."""

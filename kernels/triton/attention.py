@@ -160,6 +160,15 @@ def walk(m, total, low, high, q, keys, start, stop, limit, scale, head, BLOCK_N:
 
     m is in units of log2, so that 2^(scale s - m) is a weight.
     """
+    # A softmax needs the largest score of its row before the first weight, and the row is never there as a whole. So
+    # the sums are kept relative to the largest score so far, and scaled down when a larger one comes. Scores in log2:
+    #
+    #   tile     scores    m    fade           weights       total                low = sum of weight v
+    #            (none)   -inf                               0                    0
+    #   first    1  3      3    2^(-inf-3)=0   2^-2  1       0 fade + 1.25        0 fade + 2^-2 v0 + 1 v1
+    #   second   5  2      5    2^(3-5)=1/4    1  2^-3       1.25 / 4 + 1.125     (that) / 4 + 1 v2 + 2^-3 v3
+    #
+    # In the end low / total is the softmax times v: the common factor 2^-m has cancelled. lse = m ln 2 + ln total.
     for first in range(start, stop, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         s = _scores(q, keys, n, n < stop, head, True) if ALL else _visible_scores(q, keys, n, stop, limit, head)

@@ -126,11 +126,27 @@ def rms_norm_qkv_rope_kernel(
     """A program: one tile of tokens by rotary pairs, from the norm to the stores."""
     width = (num_heads + 2 * num_kv_heads) * HEAD_DIM
     tiles_m, tiles_c = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_C)
+    # Programs start in about the order of their numbers, so those that run at one time should share what they read.
+    # Row by row, 16 of them would read one tile of x and 16 of W. Instead GROUP rows are walked column by column, and
+    # 16 read 4 of each if GROUP = 4. With GROUP = 2, 4 x 3 tiles:
+    #
+    #             columns of W                          0 1 2             0 2 4
+    #   tokens    as programs are numbered at first     3 4 5    become   1 3 5
+    #                                                   6 7 8             6 8 10
+    #                                                   9 10 11           7 9 11
     pid = tl.program_id(0)
     tile_m, tile_c = tl.swizzle2d(pid // tiles_c, pid % tiles_c, tiles_m, tiles_c, GROUP)
     token = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = token < tokens
     b, s = (token // S).to(tl.int64), (token % S).to(tl.int64)
+    # Column c of the product is not row c of W: the two dims of a pair stand side by side. With D = 8 and R = 4,
+    # half-split, where (0, 2) and (1, 3) are rotated and 4..7 pass through:
+    #
+    #   column         0  1 | 2  3 | 4  5 | 6  7      even columns: u, odd ones: v
+    #   row of W       0  2 | 1  3 | 4  6 | 5  7      + 8 for each head before
+    #   pair i           0  |   1  |   2  |   3       rotated while i < R/2 = HALF
+    #
+    # A row of W is read as it lies, only the order of rows changes: loads stay wide. The way back is `_store`'s.
     column = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     dim = _dim(column % HEAD_DIM // 2, column % 2, HALF, HEAD_DIM, INTERLEAVED)
     weight_row = (column // HEAD_DIM * HEAD_DIM + dim).to(tl.int64)
@@ -161,6 +177,7 @@ def rms_norm_qkv_rope_kernel(
     if b_ptr is not None:
         qkv += tl.load(b_ptr + weight_row, mask=column < width, other=0.0).to(tl.float32)[None, :]
 
+    # [BLOCK_M, BLOCK_C] -> [BLOCK_M, pairs, 2]: the last axis is the member of the pair, and `split` takes it apart.
     u, v = tl.split(tl.reshape(qkv, [BLOCK_M, BLOCK_C // 2, 2]))
     pair = tile_c * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
     head, i = pair // (HEAD_DIM // 2), pair % (HEAD_DIM // 2)

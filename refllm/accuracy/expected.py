@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,12 +14,25 @@ from refllm.errors import InputError
 from refllm.ops.contracts import contract_of
 from refllm.precision import EXACT, FUSED, HF_EAGER, NATIVE, Arithmetic, Policy
 from refllm.precision.dtype_names import dtype_name
-from refllm.strategies import Call
 
 POLICIES = {"fused": FUSED, "hf-eager": replace(HF_EAGER, torch_order=False)}
 """Where a candidate is expected to round. The order in which Torch adds is none of its business."""
 DTYPES = ("bfloat16", "float16", "float32")
 _FLOAT32_ROUNDING = 2.0**-24
+
+
+class Call(Protocol):
+    """One call of one operator, as `refllm.strategies.Call` is: hashable, and able to make its arguments."""
+
+    @property
+    def operator(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    def arrays(self) -> tuple[list[Any], dict[str, Any]]:
+        """(arguments, keywords) for `refllm.ops`."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import refllm
 from refllm.bench.launches import launches
 from refllm.bench.workloads import Job, operator_jobs, traffic_of
 from refllm.errors import InputError
-from refllm.kernels.aot.batch import Checked, Step, check, collect
+from refllm.kernels.aot.batch import Checked, Step, check, collect, cores
+from refllm.kernels.aot.commands import read_targets
 from refllm.kernels.aot.compile_code import Report
 from refllm.kernels.aot.sources import Named
 from refllm.kernels.calls import LAYERS
@@ -63,6 +64,24 @@ class LayerSource:
             if job.panel == self.layer and self.operator in ("", job.operator)
             for index, launch in enumerate(launches(job.operator, job.draw(0), target))
         ]
+
+
+def check_layers(targets: str, jobs: int = 0, step: Step | None = None) -> tuple[dict[str, Any], str]:
+    """The figures of every kernel on the layers of published models, and their page. InputError for unknown targets.
+
+    targets: names, separated by commas; "" means all. jobs: processes; 0 means one per core.
+    """
+    started, gpus = time.perf_counter(), read_targets(targets)
+    found = rows(gpus, jobs or cores(), step)
+    kept = result(found, gpus, time.perf_counter() - started)
+    return kept, page(kept)
+
+
+def closing_line(kept: dict[str, Any]) -> str:
+    """How many rows there are and how many have findings."""
+    bad = sum(bool(row["findings"]) for row in kept["rows"])
+    verdict = f"{bad} with findings" if bad else "all within the gates"
+    return f"{len(kept['rows'])} kernels of {len(kept['calls'])} calls, {kept['seconds']:.0f} s: {verdict}"
 
 
 def calls() -> list[dict[str, Any]]:

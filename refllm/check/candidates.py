@@ -1,8 +1,5 @@
 """The implementations that can be checked: Transformers, the reference itself, and a function of the user's own."""
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +10,15 @@ import numpy as np
 from refllm import extras
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import floats, misbehaves, raised
-from refllm.check.taps import HEAD_TAPS, Candidate, Sink
-from refllm.check.trace import Trace, config_hash
+from refllm.check.taps import Candidate, Sink
+from refllm.check.trace import Trace
+from refllm.config.digest import config_hash
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
+from refllm.forward.taps import HEAD_TAPS
 from refllm.inputs import to_numpy
 from refllm.precision.dtype_names import dtype_name
+from refllm.user_code import find_function
 
 ATTENTION = ("eager", "sdpa")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,7 +28,7 @@ Forward = Callable[..., Any]
 """A user's forward pass: f(checkpoint, input_ids, attention_mask, position_ids, tap) -> logits.
 
 checkpoint: the folder. The others are int64 arrays [B, S]. tap(name, value) hands over a named value
-(`refllm.check.taps`) and returns it; call it for whatever is at hand, or not at all. Arrays or tensors, both are fine.
+(`refllm.forward.taps`), an array or a tensor, and returns it; call it for whatever is at hand, or not at all.
 """
 
 
@@ -256,35 +256,3 @@ def must_not_have_changed(given: dict[str, np.ndarray], copies: dict[str, np.nda
     if changed:
         what = "inputs" if len(changed) > 1 else "input"
         raise misbehaves("purity", f"it changes its {what} {', '.join(changed)} in place; work on a copy")
-
-
-def find_function(reference: str) -> Forward:
-    """The function that "module:function" or "file.py:function" names. Raises InputError if there is none; its cause is
-    what the module raised, if it did."""
-    where, _, name = reference.rpartition(":")
-    try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except ModuleNotFoundError as error:
-        said = InputError(f"{where} cannot be imported: {type(error).__name__}: {error}")
-        if error.name is not None and where.startswith(error.name):
-            raise said from None  # there is no such module; else it lacks one itself
-        raise said from error
-    except SystemExit as error:  # a script that ends itself when it is imported
-        raise InputError(f"{where} cannot be imported: it ends the program, with {error.code!r}") from error
-    except Exception as error:  # whatever the user's module raises is the answer to the user
-        missing = where.endswith(".py") and not Path(where).is_file()
-        raise InputError(f"{where} cannot be imported: {type(error).__name__}: {error}") from None if missing else error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"{where} has no function {name!r}")
-    return function
-
-
-def _load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module

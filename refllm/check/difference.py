@@ -73,7 +73,7 @@ def diff(first: Trace, second: Trace) -> Difference:
     if not common:
         raise InputError(
             f"{first.source} and {second.source} have no name in common: {next(iter(first.taps), 'nothing')!r} against "
-            f"{next(iter(second.taps), 'nothing')!r}; refllm.check.taps lists the names"
+            f"{next(iter(second.taps), 'nothing')!r}; refllm.forward.taps lists the names"
         )
     dtype = min(first.dtype, second.dtype, key=lambda name: _WIDTH[name])
     dtype = "float32" if dtype == "float64" else dtype

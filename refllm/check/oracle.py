@@ -21,14 +21,15 @@ from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.second_opinion import honest_ratios
-from refllm.check.taps import HEAD_TAPS
-from refllm.check.trace import Trace, config_hash
+from refllm.check.trace import Trace
 from refllm.config import ModelConfig
+from refllm.config.digest import config_hash
 from refllm.errors import InputError
 from refllm.forward.cache import NoCache
 from refllm.forward.masks import masking
 from refllm.forward.model import Model
 from refllm.forward.rotary import RotaryEmbedding
+from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import FUSED, Policy, largest, rounding
 
 

@@ -17,7 +17,6 @@ from refllm.apart import Answer, Channel, EndedError, LateError, Process, place
 from refllm.check.candidates import (
     KNOWN,
     FunctionCandidate,
-    find_function,
     must_be_known,
     open_candidate,
     run_candidate,
@@ -26,6 +25,7 @@ from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour, raised
 from refllm.check.taps import Candidate, Sink
 from refllm.errors import InputError, RefllmError
+from refllm.user_code import find_function
 
 SECONDS, SECONDS_PER_GIB = 600.0, 3600.0
 """For one run of a candidate, and more for every GiB of weights: a plain port in NumPy on two cores takes less."""

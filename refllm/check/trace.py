@@ -1,6 +1,5 @@
 """A trace: the named values of one forward pass of any implementation, in memory or in a safetensors file."""
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from refllm.check.inputs import Inputs
-from refllm.config import ModelConfig
 from refllm.errors import CheckpointError, InputError
 from refllm.storage import input_file, output_file
 from refllm.storage.checkpoint_writer import header
@@ -24,7 +22,8 @@ _INPUTS = ("input_ids", "attention_mask", "position_ids")
 class Trace:
     """taps: name -> array, in order of computation; narrow formats are held in float32. source: who computed it.
 
-    config_hash: of what the config says about the mathematics (`config_hash`). details: anything else worth keeping.
+    config_hash: of what the config says about the mathematics (`refllm.config.digest`). details: anything else worth
+    keeping.
     """
 
     taps: dict[str, np.ndarray]
@@ -99,14 +98,6 @@ class Trace:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not readable as a trace ({error}); make it again with refllm trace") from None
-
-
-def config_hash(config: ModelConfig) -> str:
-    """A hash of the fields that decide what is computed: names, dtypes and versions left out."""
-    values: dict[str, Any] = config.to_dict()
-    for key in ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"):
-        values.pop(key, None)
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _narrow(value: np.ndarray, dtype: Any) -> np.ndarray:

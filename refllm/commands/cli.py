@@ -418,7 +418,7 @@ def _all_of_ours(record: Path, others: list[Any]) -> None:
 
 
 def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[Any]) -> None:
-    from refllm.kernels.aot import commands
+    from refllm.bench import layers
 
     if any(others):
         raise InputError(
@@ -428,11 +428,11 @@ def _check_layers(targets: str, jobs: int, json_file: Path | None, others: list[
     if page is not None:
         output_file.must_be_writable("the page beside --json:", page)
     with StatusLine(sys.stderr) as step:
-        found, text = commands.check_layers(targets, jobs, step)
+        found, text = layers.check_layers(targets, jobs, step)
     _write_json(found, json_file)
     if page is not None:
         output_file.write("the page beside --json:", page, text)
-    _console(quiet=_to_stdout(json_file)).print(commands.layers_line(found))
+    _console(quiet=_to_stdout(json_file)).print(layers.closing_line(found))
     if found["verdict"] != "holds":
         raise typer.Exit(FINDING)
 

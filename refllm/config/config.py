@@ -31,12 +31,12 @@ from refllm.config.values import (
     read_int,
     read_size,
     read_str,
-    show,
     warn,
 )
 from refllm.errors import ConfigError
 from refllm.precision.dtype_names import IN_TORCH
 from refllm.storage import input_file, output_file
+from refllm.storage.json_text import show
 from refllm.storage.not_a_checkpoint import no_config
 
 # The annotation of a field says how its value is read: see _READERS.

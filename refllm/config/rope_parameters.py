@@ -10,8 +10,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from refllm.config.values import read_bool, read_choice, read_float, read_size, show, warn
+from refllm.config.values import read_bool, read_choice, read_float, read_size, warn
 from refllm.errors import ConfigError
+from refllm.storage.json_text import show
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 LEGACY_KEYS = ("rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")

@@ -7,34 +7,19 @@ and 1 are flags. Anything else raises `ConfigError` with one sentence that names
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
-import reprlib
 import warnings
 from typing import Any
 
 from refllm.errors import ConfigError
+from refllm.storage.json_text import show
 
 MAX_SIZE = 2**31 - 1
 """Upper limit of every size and length: tensor dimensions and token ids of all known files lie far below it."""
 
 MAX_DEPTH = 50
 """Upper limit of nesting: real files nest two levels, and Python's own copying and printing fails at some hundreds."""
-
-_SHORT = reprlib.Repr()
-_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 4
-_SHORT.maxstring = _SHORT.maxother = 60
-
-
-def show(value: Any) -> str:
-    """The value as config.json spells it, shortened where it is long or nested."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python refuses to print integers of thousands of digits
-        return "an integer of thousands of digits"
 
 
 def warn(message: str) -> None:

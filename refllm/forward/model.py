@@ -21,14 +21,12 @@ import numpy as np
 
 from refllm.config import ModelConfig
 from refllm.errors import InputError
-from refllm.extras import require
 from refllm.forward.cache import DynamicCache, NoCache, StaticCache
 from refllm.forward.masks import masking
 from refllm.forward.operators import Operators, Recorder
 from refllm.forward.outputs import ModelOutput
 from refllm.forward.rotary import RotaryEmbedding
 from refllm.inputs import as_array, as_integers
-from refllm.models import heads
 from refllm.precision import Arithmetic, Policy, arithmetic, rounding
 from refllm.precision.dtype_names import dtype_name
 from refllm.storage.checkpoint import Checkpoint, one_model
@@ -45,9 +43,12 @@ class Model:
     the rotary tables, whose state (rope_type "dynamic" only) lives as long as the model.
     """
 
+    # Filled in by `refllm.models.families`: the mathematics, and the class that computes it on another backend.
     config_class: type[ModelConfig]
     page: ModuleType
+    heads: ModuleType
     head: str
+    fast_class: Callable[[str, str | Policy | None, bool], Any]
 
     def __init__(self, config: ModelConfig, weights: Weights, ar: Arithmetic, generation_config: Any = None) -> None:
         self.config = config
@@ -79,7 +80,7 @@ class Model:
         Raises ConfigError or CheckpointError with what is wrong, or InputError for an unknown dtype or policy.
         """
         if backend != "numpy":
-            fast = _fast_class(cls, backend, policy, low_memory)
+            fast = cls.fast_class(backend, policy, low_memory)
             return fast.load(folder, dtype=dtype, backend=backend, device=device, progress=progress, seed=seed)
         if device not in (None, "cpu"):
             raise InputError(f"device={device!r}: the NumPy backend runs on the CPU; leave device out")
@@ -117,7 +118,7 @@ class Model:
     @classmethod
     def tensors(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor, backbone and head, without the prefix that files put before the backbone."""
-        return {**cls.page.tensors(config), **heads.tensors(config, cls.head)}
+        return {**cls.page.tensors(config), **cls.heads.tensors(config, cls.head)}
 
     @classmethod
     def tied(cls, config: ModelConfig) -> dict[str, str]:
@@ -215,7 +216,7 @@ class Model:
             "end_positions": end_positions,
             "logits_to_keep": logits_to_keep if np.any(logits_to_keep) else None,
         }
-        heads.check_arguments(self.head, {name for name, value in options.items() if value is not None})
+        self.heads.check_arguments(self.head, {name for name, value in options.items() if value is not None})
         ids_BS = self._check_ids(input_ids, inputs_embeds)
         cache, cached = self._cache(past_key_values, use_cache)
         collector = _Collector(self.config.num_hidden_layers, output_hidden_states, output_attentions, recorder)
@@ -333,7 +334,7 @@ class Model:
         logits_to_keep: Any,
         options: Mapping[str, Any],
     ) -> ModelOutput:
-        c, w = self.config, self.weights
+        c, w, heads = self.config, self.weights, self.heads
         if self.head == "base":
             return ModelOutput(last_hidden_state=x_BSE)
         if self.head == "causal_lm":
@@ -385,20 +386,6 @@ class _Collector:
 
     def attentions(self) -> tuple[np.ndarray, ...] | None:
         return tuple(self._kept[name] for name in self._attention) or None
-
-
-def _fast_class(cls: type[Model], backend: str, policy: str | Policy | None, low_memory: bool) -> Any:
-    """The fast class of the same name, for a backend other than NumPy."""
-    if backend not in ("torch", "triton"):
-        raise InputError(f"backend={backend!r} is not known; use one of numpy, torch, triton")
-    if policy is not None and (policy if isinstance(policy, str) else policy.name) != "fused":
-        raise InputError(f"backend={backend!r} rounds as its kernels do (policy fused); leave policy out")
-    if low_memory:
-        raise InputError(f"low_memory is the NumPy backend's; backend={backend!r} holds its weights on the device")
-    from refllm import kernels
-
-    require(f"backend={backend!r}", *(("torch", "triton") if backend == "triton" else ("torch",)))
-    return kernels.fast_class(cls)
 
 
 def norm_biases(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:

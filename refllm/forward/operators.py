@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from refllm import ops
-from refllm.forward.stacks import stack_of
 from refllm.parallel import for_each, one_blas_thread, threads
 from refllm.precision import EXACT, Arithmetic
+from refllm.storage.stacks import stack_of
 
 _BOUND = [name for name in ops.__all__ if callable(getattr(ops, name))]
 _OWN = ("linear", "attention")

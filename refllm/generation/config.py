@@ -18,11 +18,11 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refllm.config.values import show
 from refllm.errors import ConfigError, InputError
 from refllm.generation.values import read_setting, refuse_out_of_range, refuse_unknown
 from refllm.generation.watermark import WatermarkingConfig
 from refllm.storage import input_file, output_file
+from refllm.storage.json_text import show
 
 FILE_NAME = "generation_config.json"
 

@@ -63,12 +63,11 @@ def pipeline(
 
 
 def _load(folder: str | os.PathLike[str], dtype: str, **options: Any) -> Any:
-    from refllm.config import AutoConfig
-    from refllm.models.auto import load
+    import refllm  # its front door: the models are built on this package
 
     if dtype == "auto":
-        dtype = AutoConfig.from_pretrained(folder).dtype or "float32"
-    return load(folder, head="causal_lm", dtype=dtype, **options)
+        dtype = refllm.AutoConfig.from_pretrained(folder).dtype or "float32"
+    return refllm.load(folder, head="causal_lm", dtype=dtype, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from refllm.config.values import read_bool, read_choice, read_float, read_int, read_size, show
+from refllm.config.values import read_bool, read_choice, read_float, read_int, read_size
 from refllm.errors import ConfigError, InputError
 from refllm.generation.watermark import WatermarkingConfig
+from refllm.storage.json_text import show
 from refllm.text.arguments import check_unicode
 
 Reader = Callable[[str, str, Any], Any]

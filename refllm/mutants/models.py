@@ -1,7 +1,7 @@
 """A catalogue of defects, each of which can be planted in one layer of a Transformers model.
 
 They are the mistakes that ports of decoder models make: every one is named after what is wrong, knows the models in
-which it changes anything, and the named values (`refllm.check.taps`) of which one must be reported. `source` is a
+which it changes anything, and the named values (`refllm.forward.taps`) of which one must be reported. `source` is a
 public report of such a defect, where there is one. The check is held to this list by `refllm.mutants.validation`.
 """
 

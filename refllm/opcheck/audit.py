@@ -333,8 +333,8 @@ class _UsersTest:
 
 
 def _find(reference: str) -> Test:
-    from refllm.check.candidates import find_function
     from refllm.opcheck.candidate import survive_import
+    from refllm.user_code import find_function
 
     if ":" not in reference:
         raise InputError(f"--test {reference}: name a function of it, as file.py:function or module:function")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from refllm import apart
-from refllm.check.candidates import find_function
 from refllm.errors import InputError
 from refllm.extras import require
+from refllm.user_code import find_function
 
 ARRAYS = ("torch", "numpy")
 DEVICES = ("cpu", "cuda")

@@ -9,9 +9,10 @@ import errno
 import json
 import os
 import stat
+import warnings
 from typing import Any
 
-from refllm.config.values import show, warn
+from refllm.storage.json_text import show
 from refllm.storage.output_file import kind_of_file
 
 TEXT_LIMIT = 64 << 20
@@ -95,4 +96,5 @@ def _warn_of_repeated_keys(path: str, pairs: list[tuple[str, Any]]) -> None:
     for key, given in values.items():
         if len(given) > 1:
             told = " and ".join(show(value) for value in given[:4])
-            warn(f"{path}: the key {show(key)} stands there {len(given)} times, with {told}; the last one counts")
+            text = f"{path}: the key {show(key)} stands there {len(given)} times, with {told}; the last one counts"
+            warnings.warn(text, UserWarning, stacklevel=2)

@@ -1,10 +1,15 @@
-"""JSON for every command that reports."""
+"""Values as JSON: for every command that reports, and for every message that shows what a file holds."""
 
 import json
 import math
+import reprlib
 from typing import Any
 
 import numpy as np
+
+_SHORT = reprlib.Repr()
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 4
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 def json_text(values: Any, *, ascii_only: bool = False) -> str:
@@ -22,3 +27,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def show(value: Any) -> str:
+    """The value as config.json spells it, shortened where it is long or nested."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return "an integer of thousands of digits"

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refllm.errors import InputError
-from refllm.forward.stacks import rooms
 from refllm.storage.checkpoint import Checkpoint
 from refllm.storage.fresh_tensors import default_threads, fresh_tensor
 from refllm.storage.load_report import LoadReport, Shape, compare, file_name, require_usable, warn_about
 from refllm.storage.safetensors_format import quote
+from refllm.storage.stacks import rooms
 from refllm.storage.upcast import blocks, upcast
 
 Round = Callable[[NDArray[Any]], NDArray[Any]]

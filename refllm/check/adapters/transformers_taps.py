@@ -1,6 +1,6 @@
 """Named values of a Transformers model, recorded by hooks: nothing of its computation is changed.
 
-The vocabulary is that of `refllm.check.taps`. What is not the output of a module is the input of one: the context is
+The vocabulary is that of `refllm.forward.taps`. What is not the output of a module is the input of one: the context is
 what o_proj receives, the activation what down_proj receives, the residual stream between attention and MLP what the
 second norm receives. Rotated queries and keys are seen where the model's module calls `apply_rotary_pos_emb`. Fused
 projections (qkv_proj, gate_up_proj) are split into the values that the others name.
