@@ -287,6 +287,32 @@ def test_a_size_shrinks_to_the_smallest_that_fails(size: int, step: int) -> None
 
 
 @pytest.mark.parametrize(
+    ("part", "plain"),
+    [
+        ({"layout": "shifted"}, {"layout": "dense"}),
+        ({"planted": (((1,), 7.0),)}, {"planted": ()}),
+        ({"scale": 3.0}, {"scale": 1.0}),
+        ({"mean": 4.0}, {"mean": 0.0}),
+        ({"values": "ones"}, {"values": "normal"}),
+    ],
+)
+def test_of_two_arrays_only_what_the_failure_needs_is_kept(part: dict[str, Any], plain: dict[str, Any]) -> None:
+    x, weight = Array((3, 4), "float32", **part | {"planted": ()}), Array((4,), "float32", **part)
+    if "planted" in part:
+        x = replace(x, planted=(((1, 1), 7.0),))
+
+    def retry(call: Call) -> Finding | None:
+        kept = call.arguments[1]
+        return Finding("value", "", call) if all(getattr(kept, name) == part[name] for name in part) else None
+
+    call = Call("rms_norm", "float32", (x, weight, 1e-5))
+    found, _ = shrink(Finding("value", "", call), retry, time.monotonic() + 60)
+    first, second = found.call.arguments[:2]
+    assert {name: getattr(first, name) for name in part} == plain
+    assert {name: getattr(second, name) for name in part} == part
+
+
+@pytest.mark.parametrize(
     ("bad", "size", "words"),
     [
         ([0], 1, "column 0"),
