@@ -421,6 +421,14 @@ def test_full_attention() -> None:
     assert_meets_contract("attention", run("refllm", q, k, v, None, is_causal=False), q, k, v, causal=False)
 
 
+def test_a_module_that_does_not_say_is_causal() -> None:
+    """As Transformers takes it."""
+    q, k, v = heads(9, 9)
+    function = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["refllm"]
+    out = function(torch.nn.Module(), q, k, v, None)[0].transpose(1, 2)
+    assert_meets_contract("attention", out, q, k, v, causal=True)
+
+
 class TestWeights:
     @pytest.mark.parametrize("name", ["llama-tiny", "stablelm-tiny-parallel"])
     @pytest.mark.parametrize("side", [None, "left"])

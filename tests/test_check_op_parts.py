@@ -23,6 +23,7 @@ from refllm.accuracy import expected as expected_module  # noqa: E402
 from refllm.accuracy import operator_limits as limits  # noqa: E402
 from refllm.accuracy.expected import expect  # noqa: E402
 from refllm.accuracy.judge import judge  # noqa: E402
+from refllm.accuracy.operator import predict  # noqa: E402
 from refllm.check import check_op  # noqa: E402
 from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
 from refllm.opcheck import poison  # noqa: E402
@@ -36,7 +37,7 @@ from refllm.opcheck.shrink import axis_lengths, resized, shrink  # noqa: E402
 from refllm.opcheck.tile import begin, tile  # noqa: E402
 from refllm.ops.contracts import CONTRACTS, contract_of  # noqa: E402
 from refllm.ops.programs import PROGRAMS  # noqa: E402
-from refllm.precision import rounding  # noqa: E402
+from refllm.precision import FUSED, rounding  # noqa: E402
 from refllm.strategies import Array, Call, corners  # noqa: E402
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -152,6 +153,16 @@ def test_the_predicted_sigma_is_the_unit_only_where_the_contract_s_own_error_may
     (text,) = [f.text for f in told.faults if f.rule == "rms"]
     assert f"is {told.ratio:.3g} times" in text
     assert f"(limit {told.limit:.3g})" in text
+
+
+@pytest.mark.parametrize(("dtype", "counts"), [("bfloat16", 1), ("float32", 0)])
+def test_of_what_is_rounded_once_the_error_of_float32_inside_is_expected_too(dtype: str, counts: int) -> None:
+    """In float32 it is the error itself; and under hf-eager the steps in between are rounded, which is far more."""
+    call = Call("swiglu", dtype, (Array((4, 8), dtype), Array((4, 8), dtype, seed=1)))
+    fused, eager = (expect(call, policy)[0].inner for policy in ("fused", "hf-eager"))
+    inside = predict(call.operator, *call.arrays(), dtype="float32", policy=FUSED)[0].sigma
+    assert (inside > 0).all()
+    np.testing.assert_allclose(np.square(fused), np.square(eager) + counts * np.square(limits.INNER * inside))
 
 
 def test_the_sigma_that_is_told_is_the_one_judged_by() -> None:
@@ -284,6 +295,32 @@ def test_a_size_shrinks_to_the_smallest_that_fails(size: int, step: int) -> None
     thresholds = range(step, size + 1, step)
     assert [smallest(t)[0] for t in thresholds] == list(thresholds)
     assert max(smallest(t)[1] for t in thresholds) < 100
+
+
+@pytest.mark.parametrize(
+    ("part", "plain"),
+    [
+        ({"layout": "shifted"}, {"layout": "dense"}),
+        ({"planted": (((1,), 7.0),)}, {"planted": ()}),
+        ({"scale": 3.0}, {"scale": 1.0}),
+        ({"mean": 4.0}, {"mean": 0.0}),
+        ({"values": "ones"}, {"values": "normal"}),
+    ],
+)
+def test_of_two_arrays_only_what_the_failure_needs_is_kept(part: dict[str, Any], plain: dict[str, Any]) -> None:
+    x, weight = Array((3, 4), "float32", **part | {"planted": ()}), Array((4,), "float32", **part)
+    if "planted" in part:
+        x = replace(x, planted=(((1, 1), 7.0),))
+
+    def retry(call: Call) -> Finding | None:
+        kept = call.arguments[1]
+        return Finding("value", "", call) if all(getattr(kept, name) == part[name] for name in part) else None
+
+    call = Call("rms_norm", "float32", (x, weight, 1e-5))
+    found, _ = shrink(Finding("value", "", call), retry, time.monotonic() + 60)
+    first, second = found.call.arguments[:2]
+    assert {name: getattr(first, name) for name in part} == plain
+    assert {name: getattr(second, name) for name in part} == part
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,13 @@ def test_written_checkpoint_holds_what_torch_rounds_to(tmp_path: Path, dtype: st
             assert bits(checkpoint.view(name)) == torch_bits(found[name])
 
 
+def test_a_tensor_is_written_in_the_bytes_of_safetensors(tmp_path: Path) -> None:
+    tensor = torch.arange(3, dtype=torch.float32)
+    save_file({"\u00fcml\u00e4ut": tensor}, tmp_path / "theirs", metadata={"format": "pt"})
+    (path,) = save_checkpoint(tmp_path / "ours", {"\u00fcml\u00e4ut": tensor.numpy()}, "float32")
+    assert path.read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1), st.sampled_from(WEIGHT_DTYPES))
 @settings(max_examples=300)
 def test_downcast_equals_torch(values: list[float], dtype: str) -> None:

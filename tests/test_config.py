@@ -164,6 +164,7 @@ ILLEGAL: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     # sizes
     *[(ANY, {"num_attention_heads": bad}, "num_attention_heads") for bad in (0, -4, 4.5, "4", True, [4], {}, 2**40)],
     *[(ANY, {"vocab_size": bad}, "vocab_size") for bad in (0, 1.5, True, float("nan"), float("inf"), 10**400)],
+    (ANY, {"vocab_size": 10**5000}, "vocab_size=an integer of thousands of digits"),
     (ANY, {"max_position_embeddings": 0}, "max_position_embeddings=0"),
     (ANY, {"num_hidden_layers": 0}, "num_hidden_layers=0"),
     # floats, flags, names
@@ -235,7 +236,7 @@ ILLEGAL: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     *[(ANY, {"rope_parameters": YARN | {"beta_fast": bad}}, "beta_fast") for bad in (-1, "32", True)],
     *[(ANY, {"rope_parameters": YARN | {"truncate": bad}}, "truncate") for bad in (None, 2, "no")],
     *[(ANY, {"rope_parameters": YARN | {"attention_factor": bad}}, "attention_factor") for bad in ("1", float("nan"))],
-    (ANY, {"rope_parameters": YARN | {"mscale_all_dim": -10.0}}, "mscale_all_dim=-10.0"),
+    *[(ANY, {"rope_parameters": YARN | {"mscale_all_dim": bad}}, f"mscale_all_dim={bad}") for bad in (-10.0, -0.5)],
     (FULL, {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4}}, "long_factor"),
     (FULL, {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0] * 4}}, "short_factor"),
     *[

@@ -19,6 +19,7 @@ from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 from refllm.kernels.interpreter import DeviceAssertionError, KernelError, interpreted  # noqa: E402
 from refllm.kernels.interpreter import operations as language  # noqa: E402
+from refllm.kernels.interpreter.builder import BUILDER  # noqa: E402
 
 BF16 = ml_dtypes.bfloat16
 
@@ -721,6 +722,12 @@ def block_pointers(x, y, M, N, BM: tl.constexpr, BN: tl.constexpr):
     for _ in range(0, N, BN):
         tl.store(target, tl.load(source, boundary_check=(0, 1), padding_option="zero"), boundary_check=(0, 1))
         source, target = tl.advance(source, (0, BN)), tl.advance(target, (0, BN))
+
+
+def test_an_operation_that_the_interpreter_does_not_have_is_named() -> None:
+    with pytest.raises(KernelError, match="the interpreter has no operation of_the_future"):
+        _ = BUILDER.create_of_the_future
+    assert not hasattr(BUILDER, "no_operation_at_all")
 
 
 @pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")

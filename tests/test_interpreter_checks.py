@@ -292,8 +292,9 @@ def test_lanes_masked_off_without_other_are_undefined() -> None:
 def test_launches_that_cannot_be() -> None:
     x, y = torch.zeros(4), torch.zeros(4)
     with interpreted():
-        with pytest.raises(KernelError, match="65536 programs along axis 1 of the grid; a GPU allows 0 to 65,535"):
-            copy[(1, 65536)](x, y, 4, 0, BLOCK=4)
+        for axis, grid in ((1, (1, 65536)), (2, (1, 1, 65536))):
+            with pytest.raises(KernelError, match=f"65536 programs along axis {axis} of the grid.* 0 to 65,535"):
+                copy[grid](x, y, 4, 0, BLOCK=4)
         with pytest.raises(KernelError, match=r"no argument `BLOK`.* its arguments are x, y, n, offset, BLOCK"):
             copy[(1,)](x, y, 4, 0, BLOK=4)
         with pytest.raises(KernelError, match="copy: missing a required argument: 'BLOCK'"):
