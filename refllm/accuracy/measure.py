@@ -1,16 +1,21 @@
 """How far a candidate's values are from the predicted ones, in sigma."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from refllm.accuracy.propagation import ulp
+from refllm.storage.upcast import blocks
 
 # A row whose predicted error is far below the tensor's (its values happen to be tiny) is judged by a part of the
 # tensor's: a hidden rounding elsewhere in the kernel is of the tensor's size.
 ROW_FLOOR = 0.05
+
+_AT_ONCE = 1 << 20
+"""Elements: 8 MiB of float64."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,18 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
     overflow: the largest finite number of the candidate's format; exact values beyond it are infinite there.
     """
     error, V, wrong, finite = errors(candidate, exact, variance, overflow)
-    mean_square, mean_V = float(np.mean(error**2)), float(np.mean(V, dtype=np.float64))
+    squares = np.square(error)
+    mean_square, mean_V = float(np.mean(squares)), float(np.mean(V, dtype=np.float64))
     row_V = np.maximum(V.mean(axis=-1, dtype=np.float64), ROW_FLOOR * mean_V)
-    rows = ratio(np.sqrt(np.mean(error**2, axis=-1)), np.sqrt(row_V))
-    z = ratio(np.abs(error), np.sqrt(np.maximum(V, ROW_FLOOR * mean_V)))
-    count = _independent(V)
+    rows = ratio(np.sqrt(np.mean(squares, axis=-1)), np.sqrt(row_V))
+    del squares
+    count = np.concatenate([_independent(V[block]) for block in row_blocks(V)])
     row = np.unravel_index(int(np.argmax(rows - sampling(count))), rows.shape)
-    at = np.unravel_index(int(np.argmax(z)), z.shape)
-    square = float(np.sum(np.where(finite, exact, 0.0) ** 2))
+    largest, at = _largest(error, V, ROW_FLOOR * mean_V)
+    values = np.where(finite, exact, 0.0)
+    along = float(np.sum(error * values))
+    square = float(np.sum(np.square(values, out=values)))
+    del values
     return Measure(
         elements=candidate.size,
         shape=(candidate.shape[0], math.prod(candidate.shape[1:-1]), candidate.shape[-1]),
@@ -80,10 +89,10 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
         row_ratio=float(rows[row]),
         row_errors=float(count[row]),
         row=tuple(int(i) for i in row),
-        largest=float(z[at]),
-        at=tuple(int(i) for i in at),
+        largest=largest,
+        at=at,
         bias=float(ratio(np.sum(error), np.sqrt(np.sum(V, dtype=np.float64)))),
-        gain=float(np.sum(error * np.where(finite, exact, 0.0)) / square) if square else 0.0,
+        gain=along / square if square else 0.0,
         nonfinite=int(np.count_nonzero(wrong)),
         nonfinite_at=tuple(int(i) for i in np.argwhere(wrong)[0]) if wrong.any() else (),
     )
@@ -97,7 +106,7 @@ def sampling(count: Any) -> Any:
 def _independent(variance: np.ndarray) -> np.ndarray:
     """[..., n] -> [...]: (sum V)^2 / sum V^2, n where all are 0."""
     variance = variance.astype(np.float64)
-    total, squares = variance.sum(axis=-1), np.square(variance).sum(axis=-1)
+    total, squares = variance.sum(axis=-1), np.square(variance, out=variance).sum(axis=-1)
     return np.where(squares > 0, np.square(total) / np.where(squares > 0, squares, 1), variance.shape[-1])
 
 
@@ -106,12 +115,44 @@ def errors(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Error and its predicted variance, both 0 where they are undefined; which elements are NaN or infinite in one and
     not in the other; and which are finite in both."""
+    error = np.empty(exact.shape, np.result_type(candidate, exact))
+    V = np.empty(exact.shape, variance.dtype)
+    wrong, finite = (np.empty(exact.shape, bool) for _ in range(2))
+    for block in row_blocks(exact):
+        error[block], V[block], wrong[block], finite[block] = _errors(
+            candidate[block], exact[block], variance[block], overflow
+        )
+    return error, V, wrong, finite
+
+
+def _errors(
+    candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     exact = np.where(np.abs(exact) > overflow, np.copysign(np.inf, exact), exact)
     same_nonfinite = (candidate == exact) | (np.isnan(candidate) & np.isnan(exact))
     finite = np.isfinite(candidate) & np.isfinite(exact)
     error = np.where(finite, candidate - np.where(finite, exact, 0), 0.0)
     V = np.where(finite & np.isfinite(variance), variance, 0.0)
     return error, V, ~finite & ~same_nonfinite, finite
+
+
+def row_blocks(values: np.ndarray) -> Iterator[slice]:
+    """Consecutive slices along the first axis of [N, ..., n], of about `_AT_ONCE` elements: what is computed element by
+    element, or row by row, needs no more memory at a time than that. The logits of a prompt are many."""
+    step = max(1, _AT_ONCE // max(1, values.size // max(1, len(values))))
+    return blocks(max(1, len(values)), step)
+
+
+def _largest(error: np.ndarray, V: np.ndarray, floor: float) -> tuple[float, tuple[int, ...]]:
+    """The largest |error| / sigma and its index, the first of equals; V counts as `floor` where it is less."""
+    found: tuple[float, tuple[int, ...]] | None = None
+    for block in row_blocks(error):
+        z = ratio(np.abs(error[block]), np.sqrt(np.maximum(V[block], floor)))
+        row, *rest = (int(i) for i in np.unravel_index(int(np.argmax(z)), z.shape))
+        if found is None or z[row, *rest] > found[0]:
+            found = float(z[row, *rest]), (block.start + row, *rest)
+    assert found is not None
+    return found
 
 
 def ratio(error: Any, sigma: Any) -> Any:
@@ -127,10 +168,12 @@ ULP_BINS = (0.0, 0.5, 1.0, 1.5, 2.5, 4.5, 8.5, 16.5, np.inf)
 
 def ulp_histogram(candidate: np.ndarray, exact: np.ndarray, dtype: str) -> list[int]:
     """How many elements are how many ulp of `dtype` from the exact value, by `ULP_BINS`; the first bin is exact 0."""
-    spacing = np.maximum(ulp(exact, dtype), np.finfo(np.float32).tiny)
-    with np.errstate(invalid="ignore"):
-        distance = np.abs(candidate - exact) / spacing
-    distance = distance[np.isfinite(distance)]
-    zero = int(np.count_nonzero(distance == 0))
-    counts, _ = np.histogram(distance[distance > 0], bins=ULP_BINS)
-    return [zero, *(int(n) for n in counts)]
+    counts = np.zeros(len(ULP_BINS), np.int64)
+    for block in row_blocks(exact):
+        spacing = np.maximum(ulp(exact[block], dtype), np.finfo(np.float32).tiny)
+        with np.errstate(invalid="ignore"):
+            distance = np.abs(candidate[block] - exact[block]) / spacing
+        distance = distance[np.isfinite(distance)]
+        counts[0] += np.count_nonzero(distance == 0)
+        counts[1:] += np.histogram(distance[distance > 0], bins=ULP_BINS)[0]
+    return counts.tolist()

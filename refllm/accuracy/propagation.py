@@ -12,7 +12,7 @@ The square root of the variance is the sigma in which errors are reported. Nothi
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,18 @@ def sum_noise(terms: int, total: Any, largest: Any, spread: Any = 0.0, left_over
     return squares * _MEAN_SQUARE_ULP * _FLOAT32_ULP**2 / 12
 
 
+class _SquareOf:
+    """W*W, made when it is asked for: not where no error comes in and none is made by adding."""
+
+    def __init__(self, weight: np.ndarray, width: type[np.floating]) -> None:
+        self._weight, self._width = weight, width
+
+    @cached_property
+    def transposed(self) -> np.ndarray:
+        """[O, I] -> [I, O]."""
+        return np.square(np.asarray(self._weight, self._width)).T
+
+
 Substitute = Callable[[str, Uncertain], Uncertain]
 
 
@@ -191,7 +203,9 @@ class Propagation:
     def _result(self, value: np.ndarray, inherited: list[tuple[Uncertain, Any]], added: Any) -> Uncertain:
         """value with the variance that its inputs hand on, (input, variance) each, and the variance added here."""
         parts = [np.asarray(variance, self.width) for _, variance in inherited]
-        variance = sum(parts, start=np.zeros(value.shape, self.width)) + np.asarray(added, self.width)
+        variance = np.zeros(value.shape, self.width)
+        for part in (*parts, np.asarray(added, self.width)):
+            variance += part
         total = float(variance.mean(dtype=np.float64)) if variance.size else 0.0
         shares: dict[str, float] = {}
         if total > 0:
@@ -223,15 +237,16 @@ class Propagation:
     def linear(self, x: Uncertain, weight: np.ndarray, bias: np.ndarray | None = None) -> Uncertain:
         """V(x W^T) = V_x (W*W)^T."""
         value = np.empty((*x.shape[:-1], len(weight)))
-        variance, added = (np.empty(value.shape, self.width) for _ in range(2))
-        squared = np.square(x.value, dtype=self.width)
+        variance, added = (np.zeros(value.shape, self.width) for _ in range(2))
+        squared, terms, inherits = np.square(x.value, dtype=self.width), _terms(x.value), bool(x.variance.any())
         # In blocks of rows of the weight, which is large in a head and would be copied as float64 whole.
         for block in (slice(i, i + _ROWS_AT_ONCE) for i in range(0, len(weight), _ROWS_AT_ONCE)):
-            square = np.square(np.asarray(weight[block], self.width)).T
+            square = _SquareOf(weight[block], self.width)
             value[..., block] = ops.linear(x.value, weight[block], None if bias is None else bias[block])
-            variance[..., block] = x.variance @ square
+            if inherits:
+                variance[..., block] = x.variance @ square.transposed
             product = value[..., block] if bias is None else value[..., block] - bias[block]
-            accumulated = self._sum_noise(_terms(x.value), product, partial(np.matmul, squared, square))
+            accumulated = self._sum_noise(terms, product, lambda square=square: squared @ square.transposed)
             before_bias = 0.0 if bias is None else self._inside(product)
             added[..., block] = accumulated + before_bias + self._noise(value[..., block], "linear")
         return self._result(value, [(x, variance)], added)

@@ -108,17 +108,23 @@ class Judge:
         self.places = np.argwhere(self.valid)
         self.overflow = largest(trace.dtype)
         self.reports: dict[str, TapReport] = {}
-        self.logits: Uncertain | None = None
-        self.output: Uncertain | None = None
+        self.next_tokens: TokenReport | None = None
+        self.shares: dict[str, float] = {}
 
     def run(self, step: Callable[[str], None] = lambda text: None) -> list[TapReport]:
         """Both runs; the reports are in order of computation, for the values that the candidate recorded."""
         known: set[str] = set()
         step("predicting, end to end")
-        self.output = predict(self.model, self.trace.inputs, self.trace.dtype, self.policy, self._end_to_end(known))
+        output = predict(self.model, self.trace.inputs, self.trace.dtype, self.policy, self._end_to_end(known))
         foreign = [name for name in self.trace.taps if name not in known]
         if foreign:
             raise InputError(f"trace: {foreign[0]!r} is no name of a value of this model ({len(foreign)} such names)")
+        self.shares = output.shares
+        name = HEAD_TAPS.get(self.model.head)
+        if name == "lm_head" and name in self.trace.taps:
+            logits = (self._rows(values) for values in (output.value, output.variance, self.trace.taps[name]))
+            self.next_tokens = compare_tokens(*logits, self.places)
+        del output  # the logits of a whole prompt, not held during the second run
         step("predicting, each operator alone")
         predict(self.model, self.trace.inputs, self.trace.dtype, self.policy, self._isolated)
         return list(self.reports.values())
@@ -129,8 +135,9 @@ class Judge:
             candidate = self._candidate(name, x)
             if candidate is not None:
                 exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
-                found = self._measure(candidate, exact, variance)
-                ulps = ulp_histogram(self._rows(candidate), exact, self.trace.dtype)
+                rows = self._rows(candidate)
+                found = self._measure(rows, exact, variance)
+                ulps = ulp_histogram(rows, exact, self.trace.dtype)
                 self.reports[name] = TapReport(name, found, ulps=ulps, dtype=self.trace.dtype)
             return x
 
@@ -142,19 +149,19 @@ class Judge:
             # A value that is not shown may exist only inside a kernel: whether it was rounded there is not known.
             return replace(x, rounded=None) if self.policy.name == FUSED.name else x
         exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
-        report = self.reports[name]
+        report, rows = self.reports[name], self._rows(candidate)
         report.isolated = replace(
-            self._measure(candidate, exact, variance), misrounded=self._misrounded(candidate, x.rounded)
+            self._measure(rows, exact, variance), misrounded=self._misrounded(candidate, x.rounded)
         )
-        report.zmap = error_map(self._rows(candidate), exact, variance, self.overflow)
+        report.zmap = error_map(rows, exact, variance, self.overflow)
         report.untested = limits.undetected(exact, variance, self.trace.dtype)
         taken = x.value.copy()
-        taken[..., : candidate.shape[-1]] = candidate
-        return Uncertain(np.where(np.isfinite(taken), taken, x.value), np.zeros(x.shape, np.float32))
+        np.copyto(taken[..., : candidate.shape[-1]], candidate, where=np.isfinite(candidate))
+        return Uncertain(taken, np.zeros(x.shape, np.float32))
 
-    def _measure(self, candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray) -> Measure:
+    def _measure(self, rows: np.ndarray, exact: np.ndarray, variance: np.ndarray) -> Measure:
         """With indices that name the batch row and the position, padding counted."""
-        found = measure(self._rows(candidate), exact, variance, self.overflow)
+        found = measure(rows, exact, variance, self.overflow)
         places = {name: self._place(getattr(found, name)) for name in ("row", "at", "nonfinite_at")}
         return replace(found, **places)  # type: ignore[arg-type]
 
@@ -183,6 +190,8 @@ class Judge:
         if like is not None:
             values = values[..., : like.shape[-1]]
         by_position = values if values.ndim == 3 else values.transpose(0, 2, 1, 3)
+        if self.valid.all():  # no copy of what lies so already
+            return np.ascontiguousarray(by_position).reshape(-1, *by_position.shape[2:])
         return by_position[self.valid]
 
 
@@ -308,13 +317,6 @@ def judge(
     collected = Judge(model, trace, policy)
     taps = collected.run(step)
     _ask_again(model, trace, policy, taps, step)
-    output, name = collected.output, HEAD_TAPS.get(model.head)
-    next_tokens = None
-    if output is not None and name == "lm_head" and name in trace.taps:
-        valid = trace.inputs.valid
-        logits = trace.taps[name][valid]
-        next_tokens = compare_tokens(output.value[valid], output.variance[valid], logits, np.argwhere(valid))
-    shares = {} if output is None else dict(sorted(output.shares.items(), key=lambda item: -item[1]))
     return Report(
         checkpoint=checkpoint,
         candidate=trace.source,
@@ -323,7 +325,7 @@ def judge(
         inputs=trace.inputs.label,
         tokens=int(trace.inputs.valid.sum()),
         taps=taps,
-        next_tokens=next_tokens,
-        attribution=shares,
+        next_tokens=collected.next_tokens,
+        attribution=dict(sorted(collected.shares.items(), key=lambda item: -item[1])),
         config=model.config,
     )

@@ -237,7 +237,8 @@ def prepare(folder: Path, dtype: str, tokens: dict[str, Any]) -> tuple[Model, li
     from refllm.models.auto import load
 
     ids, notes = tokens_for(folder, AutoConfig.from_pretrained(folder), tokens)
-    return load(folder, dtype=dtype), notes, ids
+    # Every weight is read once or twice in a check, layer by layer: none is kept.
+    return load(folder, dtype=dtype, low_memory=True), notes, ids
 
 
 def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: None) -> Trace:
