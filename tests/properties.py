@@ -95,8 +95,10 @@ def some_calls(
     def full(call: Call) -> bool:
         return all(0 not in getattr(x, "shape", ()) for x in call.arguments) and where(call)
 
-    drawn = [calls(operator, dtype=dtype, family=family) for family in families or ("plain",) for dtype in DTYPES]
-    return st.one_of(drawn).filter(full)
+    def drawn() -> list[st.SearchStrategy[Call]]:
+        return [calls(operator, dtype=dtype, family=family) for family in families or ("plain",) for dtype in DTYPES]
+
+    return st.deferred(lambda: st.one_of(drawn()).filter(full))  # hundreds of strategies: made where one is used
 
 
 def known_call(operator: str, family: str, dtype: str = "bfloat16") -> Call:

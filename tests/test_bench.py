@@ -1,9 +1,12 @@
 """The benchmark: it runs end to end, times only what agrees, and its figures follow from its measurements."""
 
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,40 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(checkpoint: Path) -> dict[str, Any]:
     return bench.bench_checkpoint_or_shape(checkpoint, "helium-220m", SMALL)
+
+
+class Forked(bench.Worker):
+    """The same worker in a fork, which has Torch and Transformers already. What a new process is, `result` shows."""
+
+    def __init__(self, side: str, folder: Path, first_number: int, settings: bench.Settings) -> None:
+        self.side = side
+        (commands, send), (receive, answers) = os.pipe(), os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(send)
+            sys.stdin = open(commands)  # noqa: SIM115 (as long as the process)
+            bench_worker._OUT = answers  # type: ignore[attr-defined]
+            numbers = (first_number, settings.new_tokens, settings.threads)
+            try:
+                bench_worker.serve(side, folder, *numbers, settings.dtype, settings.backend)
+            finally:
+                os._exit(0)
+        os.close(commands)
+        os.close(answers)
+        self.child: Any = child
+        self.process: Any = SimpleNamespace(stdin=open(send, "w"), stdout=open(receive))  # noqa: SIM115
+        self.ready = self._answer()
+
+    def __exit__(self, *exception: object) -> None:
+        os.kill(self.child, signal.SIGKILL)
+        os.waitpid(self.child, 0)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "Worker", Forked)
 
 
 def test_benchmark_runs_end_to_end(result: dict[str, Any], checkpoint: Path) -> None:
@@ -115,7 +152,7 @@ def test_named_shape_has_the_size_in_its_name(tmp_path: Path) -> None:
 
 
 def test_disagreement_is_a_finding_and_nothing_is_timed(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, forked: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "AGREEMENT", {"float32": 0.0})
     monkeypatch.setattr(bench, "take_turns", lambda *_: pytest.fail("timed"))
@@ -127,7 +164,7 @@ def test_disagreement_is_a_finding_and_nothing_is_timed(
     assert "not timed" in capsys.readouterr().err
 
 
-def test_torch_backend_is_timed_too(checkpoint: Path) -> None:
+def test_torch_backend_is_timed_too(checkpoint: Path, forked: None) -> None:
     """In bfloat16, where everything differs from the benchmark above: the backend, what agrees, and the bytes."""
     settings = replace(SMALL, backend="torch", dtype="bfloat16")
     result = bench.bench_checkpoint_or_shape(checkpoint, "helium-1m", settings)

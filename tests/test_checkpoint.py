@@ -134,7 +134,7 @@ def test_a_tensor_is_written_in_the_bytes_of_safetensors(tmp_path: Path) -> None
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1), st.sampled_from(WEIGHT_DTYPES))
-@settings(max_examples=300)
+@settings(max_examples=examples(150, 300))
 def test_downcast_equals_torch(values: list[float], dtype: str) -> None:
     array = np.array(values, np.float32)
     expected = torch.from_numpy(array).to(getattr(torch, dtype))
@@ -150,7 +150,7 @@ def test_downcast_of_float64_equals_torch_which_rounds_twice(dtype: str) -> None
 
 
 @given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=12), limit=st.integers(1, 60))
-@settings(max_examples=100)
+@settings(max_examples=examples(50, 100))
 def test_shards_are_filled_in_order_up_to_the_limit(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limit: int
 ) -> None:
@@ -789,7 +789,7 @@ def substituted(tree: Any, path: list[int], value: Any) -> Any:
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=300)
+@settings(max_examples=examples(150, 300))
 def test_arbitrary_bytes_read_or_are_refused(fuzz_file: Path, content: bytes) -> None:
     fuzz_file.write_bytes(content)
     read_or_refused(fuzz_file)
@@ -799,7 +799,7 @@ def test_arbitrary_bytes_read_or_are_refused(fuzz_file: Path, content: bytes) ->
     sizes=st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=3)), max_size=5),
     shuffle=st.randoms(use_true_random=False),
 )
-@settings(max_examples=300)
+@settings(max_examples=examples(150, 300))
 def test_every_legal_file_opens(fuzz_file: Path, sizes: list[tuple[str, list[int]]], shuffle: Any) -> None:
     header, offset = {}, 0
     for number, (code, shape) in enumerate([*sizes, ("F32", [2])]):

@@ -608,7 +608,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return values | {key: draw(strategy) for key, strategy in optional.items() if draw(st.booleans())}
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(100, 200))
 @given(values=configs())
 def test_config_is_read_alike_and_round_trips_through_both_libraries(values: dict[str, Any]) -> None:
     family = values["model_type"]
@@ -726,7 +726,7 @@ def test_any_json_gives_a_valid_config_or_a_config_error(
     assert json.dumps(AutoConfig.from_dict(json.loads(text)).to_dict(), sort_keys=True) == text
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(150, 300))
 @given(
     family=st.sampled_from(FAMILIES),
     changes=st.dictionaries(st.sampled_from(KNOWN_KEYS), PLAUSIBLE, max_size=3),
@@ -743,7 +743,7 @@ def test_what_is_written_after_any_input_is_read_by_transformers(
         assert_same_attributes(config, HF_CLASSES[family].from_dict(json.loads(json.dumps(config.to_dict()))))
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(150, 300))
 @given(text=st.text(max_size=40) | ANY_JSON.map(json.dumps), cut=st.integers(0, 200))
 def test_any_text_as_config_file_is_a_config_error_or_a_config(
     tmp_path_factory: pytest.TempPathFactory, text: str, cut: int

@@ -67,7 +67,7 @@ def test_error_is_that_of_the_fused_policy(checkpoint: str, dtype: str, backend:
     folder = golden.checkpoints()[checkpoint]
     emulated = refllm.load(folder, dtype=dtype, policy="fused")
     exact = type(emulated)(emulated.config, emulated.weights, refllm.precision.EXACT)
-    tokens = np.random.default_rng(1).integers(0, exact.config.vocab_size, (2, 16 if backend == "triton" else 32))
+    tokens = np.random.default_rng(1).integers(0, exact.config.vocab_size, (1, 17) if backend == "triton" else (2, 32))
     truth = exact(input_ids=tokens).logits
     fast = refllm.load(folder, dtype=dtype, backend=backend, device=DEVICE)
 
@@ -80,7 +80,7 @@ def test_error_is_that_of_the_fused_policy(checkpoint: str, dtype: str, backend:
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_check_holds_with_every_value_judged_in_isolation(checkpoint: str, backend: str) -> None:
-    tokens = np.arange(24 if backend == "triton" else 64)[None] * 7 % 500
+    tokens = np.arange(17 if backend == "triton" else 64)[None] * 7 % 500
     (report,) = compare(
         golden.checkpoints()[checkpoint], backend, dtype="bfloat16", policy="fused", input_ids=tokens, isolate=False
     )
@@ -155,12 +155,11 @@ def test_decode_and_chunks_equal_prefill(causal: tuple[Model, FastModel]) -> Non
     _, fast = causal
     tokens = ids(2, 9)
     whole = fast(input_ids=tokens).logits
-    for sizes in ((4, 1, 1, 3), (1, 8)):
-        store, parts, start = fast.new_cache(), [], 0
-        for size in sizes:
-            parts.append(fast(input_ids=tokens[:, start : start + size], past_key_values=store).logits)
-            start += size
-        close(torch.cat(parts, dim=1), whole)
+    store, parts, start = fast.new_cache(), [], 0
+    for size in (1, 4, 1, 1, 2):
+        parts.append(fast(input_ids=tokens[:, start : start + size], past_key_values=store).logits)
+        start += size
+    close(torch.cat(parts, dim=1), whole)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
@@ -170,7 +169,7 @@ def test_greedy_generation_is_the_reference_s(checkpoint: str, backend: str) -> 
     prompt = np.random.default_rng(3).integers(5, reference.config.vocab_size, (2, 6))
     mask = np.ones((2, 6), int)
     mask[0, :2] = 0
-    few = 3 if backend == "triton" else 10
+    few = 2 if backend == "triton" else 10
     # Interpreted once, with padding; what is read at once and in steps without a mask is compared above and below.
     ways: list[dict[str, Any]] = [{"attention_mask": mask}]
     if backend == "torch":

@@ -186,7 +186,7 @@ def both_sampling(prompt: tuple[np.ndarray, np.ndarray | None], seed: int, **val
     return generate(TorchAdapter(model), *prompt, seed=seed, do_sample=True, **values, **DICT), witness
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(40, 80))
 @given(prompts(), common(), chosen(WARPERS, 3), st.integers(1, 3), st.integers(0, 1000))
 def test_sampling_equals_transformers_given_the_same_random_numbers(
     prompt: tuple[np.ndarray, np.ndarray | None],
@@ -199,7 +199,7 @@ def test_sampling_equals_transformers_given_the_same_random_numbers(
     check_same(own, witness)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(30, 60))
 @given(
     prompts(), common(), beam_settings, st.sampled_from([{}, {"temperature": 0.7}, {"top_k": 30}]), st.integers(0, 99)
 )

@@ -1,6 +1,7 @@
 """The rules of the house: layout, types, imports, and that what the files say of each other is true."""
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -21,6 +22,11 @@ PROSE = [*sorted(ROOT.glob("*.md")), ROOT / "Makefile", ROOT / "pyproject.toml",
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def test_ruff_finds_nothing() -> None:
@@ -85,7 +91,7 @@ def test_no_module_imports_torch_or_transformers_at_its_top() -> None:
     found = set()
     for path in CODE:
         if path.is_relative_to(ROOT / "refllm"):
-            for node in ast.parse(path.read_text()).body:
+            for node in parsed(path).body:
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 found |= {(n.split(".")[0], path.name) for n in names}
@@ -170,7 +176,7 @@ def test_public_names_have_docstrings() -> None:
     missing = []
     for path in CODE:
         if not path.is_relative_to(ROOT / "tests"):
-            tree = ast.parse(path.read_text())
+            tree = parsed(path)
             named = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"]
             named = [n for n in named if isinstance(n, ast.FunctionDef) or not n.bases]  # the base class explains
             bare = [n.name for n in named if not ast.get_docstring(n)] + ([] if ast.get_docstring(tree) else ["module"])

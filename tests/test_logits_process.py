@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
@@ -22,7 +23,7 @@ from refllm.generation.config import GenerationConfig
 from refllm.generation.processor_order import ProcessorInputs, make_processors
 from refllm.generation.watermark import WatermarkingConfig, WatermarkLogitsProcessor, permutation_head
 
-EXAMPLES = settings(max_examples=60)
+EXAMPLES = settings(max_examples=examples(30, 60))
 
 
 @st.composite
@@ -308,7 +309,7 @@ def test_guidance_equals_transformers(case: tuple[np.ndarray, np.ndarray], scale
     assert calls[0::2] == calls[1::2]
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(13, 25))
 @given(
     cases(), st.floats(0.05, 0.9), st.floats(-3.0, 3.0), st.integers(1, 2**31 - 1), st.integers(1, 3),
     st.sampled_from(["lefthash", "selfhash"]),

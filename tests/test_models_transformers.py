@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from witness import numpy_of, to_torch
@@ -74,7 +75,7 @@ class Contexts:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data, seeds)
-@settings(max_examples=30)
+@settings(max_examples=examples(15, 30))
 def test_logits_hidden_states_and_attentions(family: str, data: st.DataObject, seed: int) -> None:
     config = data.draw(configs(family))
     ids = data.draw(inputs(config)).ids
@@ -106,7 +107,7 @@ def test_every_rope_type(family: str, rope_type: str, data: st.DataObject, seed:
 
 
 @given(data, seeds)
-@settings(max_examples=60)
+@settings(max_examples=examples(30, 60))
 def test_padding_masks(data: st.DataObject, seed: int) -> None:
     config = data.draw(configs())
     ids = data.draw(inputs(config)).ids
@@ -124,7 +125,7 @@ def test_padding_masks(data: st.DataObject, seed: int) -> None:
 
 
 @given(data, seeds)
-@settings(max_examples=20)
+@settings(max_examples=examples(10, 20))
 def test_masks_of_another_length(data: st.DataObject, seed: int) -> None:
     """A short mask is continued with 0, of a long one the end is ignored."""
     config = data.draw(configs())
@@ -141,7 +142,7 @@ def test_masks_of_another_length(data: st.DataObject, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", ["bool", "added", "added, -inf"])
 @given(data, seeds)
-@settings(max_examples=25)
+@settings(max_examples=examples(13, 25))
 def test_four_dim_masks(kind: str, data: st.DataObject, seed: int) -> None:
     """bool (True = attend) and float (added), shared by rows or heads or not; causality is not added to them."""
     config = data.draw(configs())
@@ -166,7 +167,7 @@ def test_four_dim_masks(kind: str, data: st.DataObject, seed: int) -> None:
 @pytest.mark.parametrize("kind", ["any", "packed", "shifted"])
 @pytest.mark.parametrize("alone", [True, False])
 @given(data, seeds)
-@settings(max_examples=20)
+@settings(max_examples=examples(10, 20))
 def test_position_ids(alone: bool, kind: str, data: st.DataObject, seed: int) -> None:
     """Any positions. Alone, without mask and cache, a jump in them begins another packed sequence."""
     config = data.draw(configs())
@@ -189,7 +190,7 @@ def test_position_ids(alone: bool, kind: str, data: st.DataObject, seed: int) ->
 
 
 @given(data, seeds)
-@settings(max_examples=20)
+@settings(max_examples=examples(10, 20))
 def test_inputs_embeds(data: st.DataObject, seed: int) -> None:
     config = data.draw(configs())
     drawn = data.draw(inputs(config, longest=10))
@@ -225,7 +226,7 @@ def test_logits_to_keep(kind: str, data: st.DataObject, seed: int) -> None:
 
 
 @given(data, seeds)
-@settings(max_examples=70)
+@settings(max_examples=examples(35, 70))
 def test_cached_calls(data: st.DataObject, seed: int) -> None:
     """Chunked prefill and decode, padded, with either cache, across the lengths at which RoPE types change."""
     config = data.draw(configs())
@@ -250,7 +251,7 @@ def test_cached_calls(data: st.DataObject, seed: int) -> None:
 
 
 @given(data, seeds)
-@settings(max_examples=40)
+@settings(max_examples=examples(20, 40))
 def test_decode_equals_prefill(data: st.DataObject, seed: int) -> None:
     """... for every RoPE type whose frequencies do not depend on the length of the call."""
     config = data.draw(configs())
@@ -267,7 +268,7 @@ def test_decode_equals_prefill(data: st.DataObject, seed: int) -> None:
 
 @pytest.mark.parametrize("rope_type", LENGTH_DEPENDENT)
 @given(data, seeds)
-@settings(max_examples=20)
+@settings(max_examples=examples(10, 20))
 def test_calls_of_changing_length(rope_type: str, data: st.DataObject, seed: int) -> None:
     """Types dynamic and longrope look at the length of each call, and dynamic remembers the longest."""
     config = data.draw(configs(rope_types=(rope_type,), smallest_head=4, num_hidden_layers=1))
@@ -288,7 +289,7 @@ def test_calls_of_changing_length(rope_type: str, data: st.DataObject, seed: int
 
 
 @given(data, seeds)
-@settings(max_examples=40)
+@settings(max_examples=examples(20, 40))
 def test_causal_lm_loss(data: st.DataObject, seed: int) -> None:
     config = data.draw(configs(num_hidden_layers=1))
     drawn = data.draw(inputs(config, longest=10))
@@ -316,7 +317,7 @@ def check_loss(ours: Any, theirs: torch.Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("problem", [None, "regression", "single_label_classification", "multi_label_classification"])
 @given(data, seeds)
-@settings(max_examples=20)
+@settings(max_examples=examples(10, 20))
 def test_sequence_classification(problem: str | None, data: st.DataObject, seed: int) -> None:
     fewest = 2 if problem == "single_label_classification" else 1
     config = data.draw(configs(num_labels=data.draw(st.integers(fewest, 4)), problem_type=problem))
@@ -343,7 +344,7 @@ def test_sequence_classification(problem: str | None, data: st.DataObject, seed:
 
 
 @given(data, seeds)
-@settings(max_examples=25)
+@settings(max_examples=examples(13, 25))
 def test_token_classification(data: st.DataObject, seed: int) -> None:
     config = data.draw(configs(num_labels=data.draw(st.integers(1, 4))))
     drawn = data.draw(inputs(config, longest=10))
@@ -359,7 +360,7 @@ def test_token_classification(data: st.DataObject, seed: int) -> None:
 
 
 @given(data, seeds)
-@settings(max_examples=30)
+@settings(max_examples=examples(15, 30))
 def test_question_answering(data: st.DataObject, seed: int) -> None:
     """Positions before, within and after the text; shapes [B] and [B, 1]."""
     config = data.draw(configs(data.draw(st.sampled_from(["arcee", "llama"]))))
@@ -394,7 +395,7 @@ def test_every_class_has_the_tensors_of_its_namesake(name: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data, seeds)
-@settings(max_examples=25)
+@settings(max_examples=examples(13, 25))
 def test_float32_against_unmodified_transformers(family: str, data: st.DataObject, seed: int) -> None:
     """... masked, in cached pieces, every RoPE type. (A per-head LayerNorm of two numbers is a step function, whose
     steps no two float32 computations put at the same place; so heads have four dims or more, and eps is not tiny.)"""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +60,10 @@ def drawn(
 
     collect()
     return tuple(found)
+
+
+MANY = examples(300, 800)
+"""Calls in which the rarest of sizes, one in about 60, occurs; Hypothesis draws some calls twice."""
 
 
 def of(operator: str, family: str, **options: Any) -> Iterator[tuple[Call, list[Any], dict[str, Any]]]:
@@ -448,8 +453,7 @@ def test_eager_code_gets_no_nan_behind_a_mask_and_a_key_for_every_row() -> None:
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_sizes_and_layouts_at_edges_occur(operator: str, of_call: Any, wanted: set[Any]) -> None:
-    # The rarest is one in about 60; Hypothesis draws some calls twice.
-    assert not wanted - {of_call(call) for call in drawn(operator, None, count=800)}
+    assert not wanted - {of_call(call) for call in drawn(operator, None, count=MANY)}
 
 
 # ------------------------------------------------------------------------------------------------------------ shrinking

@@ -112,7 +112,7 @@ class Semantic(TritonSemantic):
     def _spread(self, value: Any, shape: tuple[int, ...]) -> Tensor:
         handle = value.handle
         # The view costs nothing, however large the shape.
-        spread = Handle(np.broadcast_to(handle.data, shape), handle.dtype.scalar, handle.attr)
+        spread = Handle(_repeated(handle.data, shape), handle.dtype.scalar, handle.attr)
         return Tensor(spread, block(value.dtype, shape))
 
     def _bool_like(self, v: Any) -> Any:
@@ -145,6 +145,16 @@ class Semantic(TritonSemantic):
             raise IntegerOverflowError(
                 f"{_WORDS[name]} leaves the range of {lhs.dtype}; widen an operand with .to(tl.int64)"
             )
+
+
+def _repeated(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`np.broadcast_to`, for a shape that fits, without its general machinery: it takes longer than most operations."""
+    if data.size == 1:
+        return np.ndarray(shape, data.dtype, data, 0, (0,) * len(shape))
+    if data.ndim != len(shape) or not data.flags.c_contiguous:
+        return np.broadcast_to(data, shape)
+    steps = tuple(0 if n == 1 else step for n, step in zip(data.shape, data.strides, strict=True))
+    return np.ndarray(shape, data.dtype, data, 0, steps)
 
 
 _WORDS = {"add": "an addition", "sub": "a subtraction", "mul": "a multiplication"}
