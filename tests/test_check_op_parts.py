@@ -20,7 +20,7 @@ from opcheck_tools import run_alone, shown  # noqa: E402
 
 from refllm import ops  # noqa: E402
 from refllm.accuracy import expected as expected_module  # noqa: E402
-from refllm.accuracy import operator_limits as limits  # noqa: E402
+from refllm.accuracy import limits  # noqa: E402
 from refllm.accuracy.expected import expect  # noqa: E402
 from refllm.accuracy.judge import judge  # noqa: E402
 from refllm.check import check_op  # noqa: E402

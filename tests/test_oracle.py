@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from refllm import golden, ops
-from refllm.accuracy import limits
 from refllm.accuracy.measure import measure
 from refllm.accuracy.propagation import Propagation, Uncertain, certain
+from refllm.accuracy.wrong_answers import undetected, wrong_answers
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.losses import MUTANTS as LOSS_MUTANTS
 from refllm.check.losses import compare_loss, correct
@@ -288,15 +288,15 @@ def collected(name: str) -> tuple[tuple[str, np.ndarray, np.ndarray], ...]:
 def test_trivial_wrong_answers_are_rejected_everywhere(name: str) -> None:
     assert len(collected(name)) > 20
     for tap_name, exact, variance in collected(name):
-        assert limits.undetected(exact, variance, "bfloat16") == [], tap_name
-        kinds = {kind for kind, _ in limits.wrong_answers(exact)}
+        assert undetected(exact, variance, "bfloat16") == [], tap_name
+        kinds = {kind for kind, _ in wrong_answers(exact)}
         assert kinds == {"zeros", "rows in another order", "the mean", "times 1.01", "a missing tile"}
 
 
 def test_a_value_on_which_nothing_shows_is_untested_not_passed() -> None:
     """Equal rows, and a factor of 1.01 below the rounding: the report says so."""
     exact = np.ones((4, 8))
-    missed = limits.undetected(exact, np.full(exact.shape, 0.1, np.float32) ** 2, "bfloat16")
+    missed = undetected(exact, np.full(exact.shape, 0.1, np.float32) ** 2, "bfloat16")
     assert "times 1.01" in missed
     report = TapReport("x", measure(exact, exact, exact), measure(exact, exact, exact), untested=missed)
     assert report.verdict == "untested"
