@@ -25,8 +25,8 @@ class Measure:
     other, nonfinite_at: the first.
     misrounded: the share of elements that are not, to the bit, what the policy's rounding points make of the same
     inputs; 0 where that is not known.
-    honest: the ratio that the reference's own emulated run reaches (`refllm.check.second_opinion`; of a golden, what its
-    manifest says); 0 where it was not asked.
+    honest: the ratio that the reference's own emulated run reaches (`refllm.check.second_opinion`; of a golden, what
+    its manifest says); 0 where it was not asked.
     """
 
     elements: int
