@@ -118,6 +118,10 @@ def test_limits_grow_with_chance_alone(dtype: str) -> None:
     assert limits.end_to_end_limit(some) == pytest.approx(2 + 5 / np.sqrt(128))
     assert limits.end_to_end_limit(replace(some, honest=0.5)) == limits.end_to_end_limit(some)
     assert limits.end_to_end_limit(replace(some, honest=3)) == pytest.approx(6 + 5 / np.sqrt(128))
+    honest = replace(some, honest=3)  # what an honest run has multiplies the rest as well: a golden's inputs are fixed
+    assert limits.isolated_limit(honest, dtype) == pytest.approx(3 * limits.ISOLATED[dtype] + 5 / np.sqrt(128))
+    assert limits.row_limit(honest, dtype) == pytest.approx(3 * limits.ROW[dtype] + 5 / np.sqrt(32))
+    assert limits.golden_element_limit(honest) == 3 * limits.golden_element_limit(some)
     assert limits.misrounded_limit(some.elements) == pytest.approx(0.01 + 2 / 64)
     for field, rule in (("ratio", "error"), ("row_ratio", "one row"), ("misrounded", "rounding points")):
         assert broken_isolated(replace(some, **{field: 50.0}), dtype) == [rule]
