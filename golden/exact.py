@@ -1,8 +1,8 @@
 """The content of a golden: inputs, exact outputs, and beside each element the error that a right implementation makes.
 
 Operators are predicted by `refllm.accuracy.operator`. A model is run twice: exactly, and as a propagation of the
-error through its page (`refllm.accuracy.propagation`), from exact weights and token ids to the result. The exact rotary
-tables are float64; that every implementation makes them in float32 is part of the predicted error.
+error through its page (`refllm.accuracy.page`), from exact weights and token ids to the result. The exact rotary tables
+are float64; that every implementation makes them in float32 is part of the predicted error.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,9 @@ import numpy as np
 
 from refllm import ops
 from refllm.accuracy.operator import predict, predict_loss
-from refllm.accuracy.propagation import Propagation, Uncertain, certain, ulp
-from refllm.config import ModelConfig
-from refllm.forward.cache import NoCache
-from refllm.forward.masks import masking
+from refllm.accuracy.page import predict_page
+from refllm.accuracy.propagation import Uncertain
 from refllm.forward.model import Model
-from refllm.forward.rotary import RotaryEmbedding
-from refllm.forward.taps import HEAD_TAPS
 from refllm.golden import run
 from refllm.golden.cases import Case, OperatorCase
 from refllm.golden.model_cases import ModelCase, embedded, tensors_of
@@ -151,18 +147,10 @@ def predict_model(model: Model, case: ModelCase, inputs: Arrays, dtype: str, pol
         kept[name] = x
         return x
 
-    wanted = {*case.taps, HEAD_TAPS.get(model.head)}
-    op = Propagation(dtype, policy.without(model.page.NOT_ROUNDED), at_tap, wants=lambda name: name in wanted)
-    ids, c, w = inputs["input_ids"], model.config, model.weights
-    x = certain(w.rows("embed_tokens.weight", ids))
-    cos, sin = _tables(op, c, inputs["position_ids"])
-    who = masking(
-        inputs.get("attention_mask"), None, batch=ids.shape[0], queries=ids.shape[1], cached=0, has_cache=False,
-        heads=c.num_attention_heads,
-    )  # fmt: skip
-    x = model.page.forward(op, c, w, x, cos, sin, who, NoCache())
-    head = HEAD_TAPS[model.head]
-    logits = op.tap(head, op.linear(x, w[f"{head}.weight"], w.get(f"{head}.bias")))
+    ids, positions, mask = inputs["input_ids"], inputs["position_ids"], inputs.get("attention_mask")
+    logits = predict_page(
+        model, ids, positions, mask, dtype, policy, at_tap, wants=lambda name: name in case.taps, exact_tables=True
+    )
     rows = run.valid_rows(inputs)
     found = {name: run.by_position(kept[name].variance, rows) for name in case.taps}
     return _head_variance(model, case, inputs, logits, rows, Settings(dtype, policy)) | found
@@ -202,24 +190,6 @@ def _head_variance(
         logits, labels = logits[:, :-1], labels[:, 1:]
     flat = logits.map(lambda a: a.reshape(-1, a.shape[-1]))
     return found | {"loss": how.loss(flat, labels.reshape(-1))}
-
-
-def _tables(op: Propagation, config: ModelConfig, positions: np.ndarray) -> tuple[Uncertain, Uncertain]:
-    """cos and sin, exact, with the error of float32 tables: of the frequency (a power, which multiplies the rounding of
-    its exponent by the logarithm), of the angle, and of the result."""
-    rotary = RotaryEmbedding(config, exact=True)
-    cos, sin = rotary.tables(positions)
-    frequency = np.asarray(rotary.inv_freq, np.float64)
-    angle = positions[..., None] * frequency
-    log = np.log(np.where(frequency > 0, frequency, 1))
-    variance = (ulp(angle, "float32") ** 2 + np.square(angle * 2.0**-23) * (1 + np.square(log))) / 12
-
-    def table(value: np.ndarray, slope: np.ndarray) -> Uncertain:
-        rounded = op.table(value)  # with the rounding of the result to the format
-        held = ulp(value, "float32") ** 2 / 12
-        return Uncertain(value, np.asarray(rounded.variance + held + np.square(slope) * variance, np.float32))
-
-    return table(cos, sin), table(sin, cos)
 
 
 # -------------------------------------------------------------------------------------------------------------- honest

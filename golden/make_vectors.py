@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refllm.accuracy.limits import FLOAT64_LIMIT, FLOAT64_SIGMA
 from refllm.errors import InputError
 from refllm.golden import exact, run, store
 from refllm.golden import manifest as manifests
@@ -16,11 +17,6 @@ from refllm.golden.exact import Golden
 from refllm.golden.model_cases import ModelCase, embedded
 
 Step = Callable[[str], None]
-FLOAT64_SIGMA = 2.0**-29 * np.sqrt(2)
-"""Float64 arithmetic beside float32 arithmetic, of which it is the same with an ulp 2^-29 times as large; twice, since
-both sides round."""
-FLOAT64_LIMIT = 32.0
-"""How many such sigma two float64 evaluations may differ: sums in another order have a few elements far out."""
 
 
 @dataclass(frozen=True)

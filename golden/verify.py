@@ -1,32 +1,38 @@
 """Do the goldens hold? First their bytes, then what the reference and the backends compute for their inputs.
 
 The reference in float64 has to give the exact values again, up to what float64 arithmetic allows. A backend in its
-dtype has to lie within the predicted error: the rules of `refllm.accuracy.limits`, for a golden of one operator those
+dtype has to lie within the predicted error: the rules of `refllm.accuracy.judge`, for a golden of one operator those
 for an operator on its own inputs, for a model those for a value end to end. A golden's inputs are fixed, and so is the
 error of the reference's own emulation on them; where that is larger than predicted (errors that repeat), it counts.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refllm.accuracy.limits import END_TO_END, ISOLATED, ROW
-from refllm.accuracy.measure import Measure, measure, sampling
+from refllm.accuracy.judge import MEASURED, broken_rules
+from refllm.accuracy.limits import FLOAT64_LIMIT, FLOAT64_SIGMA
+from refllm.accuracy.measure import Measure, measure
 from refllm.golden import manifest as manifests
 from refllm.golden import run, store
 from refllm.golden.cases import OperatorCase, quiet, select
 from refllm.golden.exact import Golden
-from refllm.golden.make_vectors import FLOAT64_LIMIT, FLOAT64_SIGMA, distance_in_sigma, float64_bound
+from refllm.golden.make_vectors import distance_in_sigma, float64_bound
 from refllm.precision import largest
 from refllm.precision.dtype_names import dtype_name
 
 Step = Callable[[str], None]
-ELEMENT = 12.0
-"""Sigma that a single element may be off. Of 10 million elements of right implementations none was beyond 9; those are
-float32 products with partial sums far larger than their result."""
+
+_OPERATOR = {
+    "error": "rms error {:.3g} sigma, limit {:.3g}; {}",
+    "one row": "row {row}: rms error {:.3g} sigma, limit {:.3g}; {}",
+    "one element": "one element is off by {:.3g} sigma, limit {:.3g}; {}",
+}
+_MODEL = {"error end to end": _OPERATOR["error"], "one element": _OPERATOR["one element"]}
+"""The rules of the judge that count for a golden, and what is said of one that breaks."""
 
 _FEW = 16
 
@@ -160,18 +166,13 @@ def judged(one: Golden, name: str, y: np.ndarray, dtype: str) -> tuple[float, fl
 
 
 def _over_a_limit(one: Golden, found: Measure, reference: float, y: np.ndarray, exact: np.ndarray, dtype: str) -> str:
-    """The rule that breaks, with the place. reference: the ratio that the reference's own emulation has."""
-    own, alone = max(1.0, reference), isinstance(one.case, OperatorCase)
-    limit = (ISOLATED[dtype] if alone else END_TO_END) * own + float(sampling(found.errors))
-    row_limit = ROW[dtype] * own + float(sampling(found.row_errors))
+    """The first rule that breaks, with the place. reference: the ratio that the reference's own emulation has."""
+    found = replace(found, honest=reference)
+    said = _OPERATOR if isinstance(one.case, OperatorCase) else _MODEL
     at = _where(found.at, exact)
     there = f"largest at {list(at)}: {y[at]:.6g}, exact {exact[at]:.6g}"
-    if found.ratio > limit:
-        return f"rms error {found.ratio:.3g} sigma, limit {limit:.3g}; {there}"
-    if alone and found.row_ratio > row_limit:
-        return f"row {list(found.row)}: rms error {found.row_ratio:.3g} sigma, limit {row_limit:.3g}; {there}"
-    if found.largest > ELEMENT * own:
-        return f"one element is off by {found.largest:.3g} sigma, limit {ELEMENT * own:.3g}; {there}"
+    for rule in broken_rules(found, dtype, list(said)):
+        return said[rule].format(*MEASURED[rule](found, dtype), there, row=list(found.row))
     return ""
 
 

@@ -4,18 +4,18 @@ The contract is the operator of `refllm.ops` with the same name. It is evaluated
 got: exactly (float64), and in the kernel's own precision under the policy `fused`, which is what a good kernel does.
 The error of that second evaluation is the unit: a kernel's root-mean-square error may be `rms_limit` times as large.
 
-These are two rules of `refllm.accuracy.judge`, which `refllm check-op` asks more of: for single calls of any size.
+These are two rules of `refllm.accuracy.judge`, of which `refllm check-op` asks all: for single calls of any size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from refllm import ops
-from refllm.accuracy.judge import errors, kind, rms, rounding_error
-from refllm.accuracy.operator_limits import ELEMENTWISE_LIMIT, PRODUCT_LIMIT, chance, rms_limit
+from refllm.accuracy import judge as judging
+from refllm.accuracy.expected import Expected, evaluate
+from refllm.accuracy.limits import ELEMENTWISE_LIMIT, PRODUCT_LIMIT, rms_limit
 from refllm.errors import RefllmError
 from refllm.extras import missing_extra
 from refllm.inputs import to_numpy
@@ -47,7 +47,7 @@ class Verdict:
     """One output of one call.
 
     ratio: RMS error over that of the contract in the same precision. limit: what it may be; in float32 more where
-    there are few rows (`_chance`). problem: what is wrong, "" if nothing.
+    there are few rows (`_expected`). problem: what is wrong, "" if nothing.
     worst: the index of the largest error.
     """
 
@@ -74,8 +74,9 @@ class Contract:
     def __init__(self, operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> None:
         self.operator = operator
         dtype = str(next(a.dtype for a in arguments if isinstance(a, torch.Tensor))).removeprefix("torch.")
-        self.exact = _evaluate(operator, EXACT, arguments, keywords)
-        self.same_precision = _evaluate(operator, Arithmetic(dtype, FUSED), arguments, keywords)
+        given, named = [as_array(x) for x in arguments], {name: as_array(x) for name, x in keywords.items()}
+        self.exact = evaluate(operator, EXACT, given, named)
+        self.same_precision = evaluate(operator, Arithmetic(dtype, FUSED), given, named)
 
     def judge(self, results: Any, limit: float | None = None) -> list[Verdict]:
         """One verdict per output. results: a tensor or a tuple of tensors, as the kernel returned them.
@@ -113,55 +114,36 @@ def as_array(x: Any) -> Any:
     return to_numpy(x) if isinstance(x, torch.Tensor) else x
 
 
-def _evaluate(operator: str, ar: Arithmetic, arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[Any, ...]:
-    function: Callable[..., Any] = getattr(ops, operator)
-    with np.errstate(all="ignore"):
-        out = function(*map(as_array, arguments), **{k: as_array(v) for k, v in keywords.items()}, ar=ar)
-    return out if isinstance(out, tuple) else (out,)
-
-
 def _judge_output(operator: str, i: int, got: torch.Tensor, exact: Any, contract: Any, limit: float) -> Verdict:
     dtype = str(got.dtype).removeprefix("torch.")
     exact, contract = np.asarray(exact, np.float64), np.asarray(contract, np.float64)
     name = f"{operator}, output {i}, {dtype}"
-
-    def verdict(problem: str, ratio: float = np.nan, worst: tuple[int, ...] = ()) -> Verdict:
-        return Verdict(operator, i, dtype, ratio, limit, worst, f"{name}: {problem}" if problem else "")
-
     if tuple(got.shape) != exact.shape:
-        return verdict(f"shape {list(got.shape)}, expected {list(exact.shape)}")
+        problem = f"{name}: shape {list(got.shape)}, expected {list(exact.shape)}"
+        return Verdict(operator, i, dtype, np.nan, limit, (), problem)
     y = np.asarray(as_array(got), np.float64)
-    # Where the format overflows is part of the format: compared with the contract in the same precision.
-    strange = kind(y) != kind(contract)
-    if strange.any():
-        at = tuple(int(k) for k in np.argwhere(strange)[0])
-        return verdict(f"{y[at]} at {at}, expected {contract[at]} ({int(strange.sum())} such elements)", worst=at)
-    error, finite = errors(y, exact)
-    if not finite.any():
-        return verdict("", 0.0)
-    worst = tuple(int(k) for k in np.unravel_index(error.argmax(), error.shape)) if error.ndim else ()
-    unit = max(rms(contract[finite] - exact[finite]), rms(rounding_error(exact[finite], dtype)))
-    size = rms(error[finite])
-    ratio = size / unit if unit else (0.0 if size == 0 else np.inf)
-    limit = limit * _chance(finite, dtype)
-    if ratio <= limit:
-        return verdict("", ratio, worst)
-    return verdict(
-        f"RMS error {size:.3g} is {ratio:.3g} times that of the contract in the same precision (limit {limit:.3g}); "
-        f"largest at {worst}: {y[worst]:.6g}, exact {exact[worst]:.6g}",
-        ratio,
-        worst,
-    )
+    found = judging.judge(y, _expected(operator, dtype, y, exact, contract), ("not finite", "rms"), limit)
+    at, ratio, problem = found.worst, found.ratio, ""
+    if any(fault.rule == "not finite" for fault in found.faults):
+        ratio, count = np.nan, int(found.wrong.sum())
+        problem = f"{name}: {y[at]} at {at}, expected {contract[at]} ({count} such elements)"
+    elif not found.holds:
+        problem = (
+            f"{name}: RMS error {found.size:.3g} is {ratio:.3g} times that of the contract in the same precision "
+            f"(limit {found.limit:.3g}); largest at {at}: {y[at]:.6g}, exact {exact[at]:.6g}"
+        )
+    return Verdict(operator, i, dtype, ratio, found.limit, at, problem)
 
 
-def _chance(finite: np.ndarray, dtype: str) -> float:
-    """How much larger one of two equal RMS errors may come out by chance (`refllm.accuracy.operator_limits.chance`).
+def _expected(operator: str, dtype: str, y: np.ndarray, exact: np.ndarray, contract: np.ndarray) -> Expected:
+    """What `refllm.accuracy.judge` is given: no prediction (0), and how many independent errors there are.
 
-    In the narrow formats nearly all error is the last rounding, which both evaluations share: nothing is granted. In
-    float32 the order of additions counts as much, it differs, and its error is common to a row (the sum of a norm, of a
-    softmax): there are as many independent errors as rows.
+    In the narrow formats nearly all error is the last rounding, which both evaluations share: nothing is granted to
+    chance. In float32 the order of additions counts as much, it differs, and its error is common to a row (the sum of a
+    norm, of a softmax): there are as many independent errors as rows.
     """
-    if dtype != "float32":
-        return 1.0
+    nothing = np.broadcast_to(np.float64(0), exact.shape)
+    finite = np.isfinite(y) & np.isfinite(exact)
     rows = finite.reshape(-1, finite.shape[-1]).any(axis=-1) if finite.ndim > 1 else finite
-    return chance(int(rows.sum()))
+    once, independent = dtype != "float32", int(rows.sum())
+    return Expected(operator, "", (), dtype, exact, contract, nothing, nothing, once, independent)

@@ -20,7 +20,7 @@ from opcheck_tools import run_alone, shown  # noqa: E402
 
 from refllm import ops  # noqa: E402
 from refllm.accuracy import expected as expected_module  # noqa: E402
-from refllm.accuracy import operator_limits as limits  # noqa: E402
+from refllm.accuracy import limits  # noqa: E402
 from refllm.accuracy.expected import expect  # noqa: E402
 from refllm.accuracy.judge import judge  # noqa: E402
 from refllm.accuracy.operator import predict  # noqa: E402
@@ -113,8 +113,57 @@ def test_limits_are_those_of_the_kernel_tests() -> None:
     assert verify.rms_limit is limits.rms_limit
     assert limits.rms_limit("rms_norm") == verify.ELEMENTWISE_LIMIT == 1.1
     assert limits.rms_limit("attention") == verify.PRODUCT_LIMIT == 1.25
+    assert limits.PRODUCT_LIMIT == limits.ISOLATED["bfloat16"] == limits.ISOLATED["float16"]
     # The largest that a uniform last rounding and Gaussian errors before it reach, times 1.25.
     assert pytest.approx(1.25 * np.sqrt(3 + 6.1**2), rel=0.02) == limits.ELEMENT_LIMIT
+
+
+def test_chance_is_five_times_the_spread_of_a_size_and_of_a_ratio_of_two() -> None:
+    one, other = np.sqrt(np.square(np.random.default_rng(0).standard_normal((2, 4000, 100))).mean(axis=-1))
+    assert limits.chance(100) == pytest.approx(5 * one.std(), rel=0.05)
+    assert limits.chance(100, measured=2) == pytest.approx(5 * (one / other).std(), rel=0.05)
+    assert limits.chance(0) == limits.chance(1)
+
+
+def test_only_the_rules_that_are_asked_are_judged() -> None:
+    e = wanted("bfloat16", Array((100, 1000), "bfloat16"))
+    off = e.contract.copy()
+    at = tuple(int(i) for i in np.argwhere(off > 0.5)[17])
+    off[at] *= 1.05
+    assert {f.rule for f in judge(off, e).faults} == {"element", "one rounding"}
+    for rule in ("element", "one rounding"):
+        assert {f.rule for f in judge(off, e, [rule]).faults} == {rule}
+    calm = judge(off, e, ("not finite", "rms"))
+    assert calm.holds
+    assert calm.worst == at
+    far = judge(off, e, ["rms"], limit=0.01)
+    assert [f.rule for f in far.faults] == ["rms"]
+    assert far.limit == 0.01
+    assert far.size == pytest.approx(np.sqrt(np.mean((off - e.exact) ** 2)))
+
+
+def test_kernels_verify_is_as_lenient_at_the_border_of_a_format_as_check_op() -> None:
+    """65520 lies between the largest float16 and what is too large: one rounding decides."""
+    from refllm.kernels.verify import judge as verified
+
+    x, one = torch.full((1, 2), 65504.0, dtype=torch.float16), torch.full((1, 2), 16.0, dtype=torch.float16)
+    for value, holds in ((65504.0, True), (float("inf"), True), (-float("inf"), False), (float("nan"), False)):
+        result = torch.full((1, 2), value, dtype=torch.float16)
+        found = verified("add_rms_norm", (torch.ones_like(x), result), x, one, torch.ones(2, dtype=torch.float16), 1e-6)
+        assert found[1].holds == holds, value
+
+
+def test_no_number_of_a_verdict_stands_outside_the_table() -> None:
+    """Whoever judges values gives names to no limits of its own."""
+    package, kernels, golden = (importlib.import_module(f"refllm{part}") for part in ("", ".kernels", ".golden"))
+    root = Path(str(package.__file__)).parent
+    files = [*root.glob("check/**/*.py"), *root.glob("opcheck/**/*.py"), *root.glob("accuracy/*.py")]
+    files += [Path(str(kernels.__file__)).parent / "verify.py", *Path(str(golden.__file__)).parent.glob("*.py")]
+    names = "LIMIT|CHANCE|ISOLATED|ROW|ELEMENT|MISROUNDED|FLIP|FLOOR|SIGMA"
+    number = re.compile(rf"^(?!TIME)\w*(?:{names}) = [\d.]", re.MULTILINE)
+    found = {file.name: number.findall(file.read_text()) for file in files}
+    assert len(found.pop("limits.py")) > 5
+    assert {name: numbers for name, numbers in found.items() if numbers} == {}
 
 
 @pytest.mark.parametrize("values", ["ones", "normal"])

@@ -11,7 +11,10 @@ import pytest
 import refllm
 from refllm import golden
 from refllm.accuracy import limits
-from refllm.accuracy.measure import ROW_FLOOR, Measure, measure, ulp_histogram
+from refllm.accuracy.judge import broken, broken_isolated
+from refllm.accuracy.limits import ROW_FLOOR
+from refllm.accuracy.measure import Measure, measure, ulp_histogram
+from refllm.accuracy.wrong_answers import undetected
 from refllm.check import findings, html
 from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.inputs import Inputs
@@ -115,13 +118,17 @@ def test_limits_grow_with_chance_alone(dtype: str) -> None:
     assert limits.end_to_end_limit(some) == pytest.approx(2 + 5 / np.sqrt(128))
     assert limits.end_to_end_limit(replace(some, honest=0.5)) == limits.end_to_end_limit(some)
     assert limits.end_to_end_limit(replace(some, honest=3)) == pytest.approx(6 + 5 / np.sqrt(128))
-    assert limits.misrounded_limit(some) == pytest.approx(0.01 + 2 / 64)
+    honest = replace(some, honest=3)  # what an honest run has multiplies the rest as well: a golden's inputs are fixed
+    assert limits.isolated_limit(honest, dtype) == pytest.approx(3 * limits.ISOLATED[dtype] + 5 / np.sqrt(128))
+    assert limits.row_limit(honest, dtype) == pytest.approx(3 * limits.ROW[dtype] + 5 / np.sqrt(32))
+    assert limits.golden_element_limit(honest) == 3 * limits.golden_element_limit(some)
+    assert limits.misrounded_limit(some.elements) == pytest.approx(0.01 + 2 / 64)
     for field, rule in (("ratio", "error"), ("row_ratio", "one row"), ("misrounded", "rounding points")):
-        assert limits.broken_isolated(replace(some, **{field: 50.0}), dtype) == [rule]
-    assert limits.broken_isolated(some, dtype) == []
-    assert limits.broken(replace(some, nonfinite=1), None, dtype) == ["NaN or infinity"]
-    assert limits.broken(replace(some, nonfinite=1), replace(some, nonfinite=1), dtype) == ["NaN or infinity"]
-    assert limits.broken(replace(some, ratio=9.0), some, dtype) == ["error end to end"]
+        assert broken_isolated(replace(some, **{field: 50.0}), dtype) == [rule]
+    assert broken_isolated(some, dtype) == []
+    assert broken(replace(some, nonfinite=1), None, dtype) == ["NaN or infinity"]
+    assert broken(replace(some, nonfinite=1), replace(some, nonfinite=1), dtype) == ["NaN or infinity"]
+    assert broken(replace(some, ratio=9.0), some, dtype) == ["error end to end"]
 
 
 def test_distances_in_ulp_are_counted_where_they_are_finite() -> None:
@@ -162,12 +169,12 @@ def every_so_many(step: int, positions: int, width: int) -> tuple[np.ndarray, np
 
 def test_of_few_values_every_position_is_asked() -> None:
     exact, variance = every_so_many(2, 128, 8)
-    assert limits.undetected(exact, variance, "float32") == WRONG
+    assert undetected(exact, variance, "float32") == WRONG
 
 
 def test_of_many_values_64_positions_are_asked() -> None:
     exact, variance = every_so_many(3, 130, (1 << 20) // 130 + 1)
-    assert limits.undetected(exact, variance, "float32") == []
+    assert undetected(exact, variance, "float32") == []
 
 
 # -- an honest run -----------------------------------------------------------------------------------------------------
@@ -275,7 +282,7 @@ def test_severity_is_error_over_limit_of_the_worst_rule() -> None:
     for name, limit in (
         ("ratio", limits.isolated_limit(calm, "bfloat16")),
         ("row_ratio", limits.row_limit(calm, "bfloat16")),
-        ("misrounded", limits.misrounded_limit(calm)),
+        ("misrounded", limits.misrounded_limit(calm.elements)),
     ):
         assert findings.isolated_severity(tap_of(replace(calm, **{name: 3 * limit}))) == pytest.approx(3)
     assert findings.end_to_end_severity(tap_of(None, ratio=5.0)) == pytest.approx(5 / limits.end_to_end_limit(calm))

@@ -12,14 +12,16 @@ import torch
 import transformers
 
 from refllm import golden, ops
-from refllm.accuracy import limits
 from refllm.accuracy.measure import measure
-from refllm.accuracy.propagation import Propagation, Uncertain, certain
+from refllm.accuracy.page import rotary_tables
+from refllm.accuracy.propagation import Propagation, Uncertain, certain, ulp
+from refllm.accuracy.wrong_answers import undetected, wrong_answers
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.losses import MUTANTS as LOSS_MUTANTS
 from refllm.check.losses import compare_loss, correct
 from refllm.check.oracle import Report, TapReport, judge
 from refllm.check.trace import Trace
+from refllm.golden.model_cases import config_of
 from refllm.mutants.models import Mutant, catalogue
 from refllm.mutants.validation import DTYPES, TOKENS, Pair
 from refllm.precision import FUSED, HF_EAGER, HF_SDPA, Policy, arithmetic, round_bfloat16
@@ -144,6 +146,23 @@ def test_shares_of_the_variance_sum_to_one() -> None:
     report = pair.check(Inputs(pair.tokens(0)))
     assert sum(report.attribution.values()) == pytest.approx(1)
     assert min(report.attribution.values()) >= 0
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_what_rotary_tables_are_off_by_is_what_they_are_off_by_in_transformers(name: str) -> None:
+    """Beside exact tables the error of a float32 run; beside float32 tables less than one rounding. Near and far."""
+    model = opened(name, "float32", "eager").candidate.model
+    rotary, op, half = model.model.rotary_emb, propagation("float32", FUSED), config_of(name).rotary_dim // 2
+    for first in (0, 1000, 30_000):
+        positions = np.arange(first, first + 128)[None]
+        theirs = rotary(torch.zeros(1, 128, 1), torch.from_numpy(positions))
+        tables = [rotary_tables(op, config_of(name), positions, exact) for exact in (True, False)]
+        for table, true, float32 in zip(theirs, *tables, strict=True):
+            their = table.double().numpy()[..., :half]
+            assert np.sqrt(np.mean((their - true.value) ** 2) / true.variance.mean()) == pytest.approx(1, abs=0.1)
+            assert not float32.variance.any()
+            one_rounding = np.square(ulp(float32.value, "float32")).mean() / 12
+            assert np.mean((their - float32.value) ** 2) < one_rounding
 
 
 # ------------------------------------------------------------------------------------------------------ legitimate runs
@@ -288,15 +307,15 @@ def collected(name: str) -> tuple[tuple[str, np.ndarray, np.ndarray], ...]:
 def test_trivial_wrong_answers_are_rejected_everywhere(name: str) -> None:
     assert len(collected(name)) > 20
     for tap_name, exact, variance in collected(name):
-        assert limits.undetected(exact, variance, "bfloat16") == [], tap_name
-        kinds = {kind for kind, _ in limits.wrong_answers(exact)}
+        assert undetected(exact, variance, "bfloat16") == [], tap_name
+        kinds = {kind for kind, _ in wrong_answers(exact)}
         assert kinds == {"zeros", "rows in another order", "the mean", "times 1.01", "a missing tile"}
 
 
 def test_a_value_on_which_nothing_shows_is_untested_not_passed() -> None:
     """Equal rows, and a factor of 1.01 below the rounding: the report says so."""
     exact = np.ones((4, 8))
-    missed = limits.undetected(exact, np.full(exact.shape, 0.1, np.float32) ** 2, "bfloat16")
+    missed = undetected(exact, np.full(exact.shape, 0.1, np.float32) ** 2, "bfloat16")
     assert "times 1.01" in missed
     report = TapReport("x", measure(exact, exact, exact), measure(exact, exact, exact), untested=missed)
     assert report.verdict == "untested"

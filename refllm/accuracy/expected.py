@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from refllm import ops
+from refllm.accuracy.limits import CHAIN, INNER
 from refllm.accuracy.operator import predict
-from refllm.accuracy.operator_limits import CHAIN, INNER
 from refllm.errors import InputError
 from refllm.ops.contracts import contract_of
 from refllm.precision import EXACT, FUSED, HF_EAGER, NATIVE, Arithmetic, Policy
@@ -42,7 +42,8 @@ class Expected:
     name, axes: of `refllm.ops.contracts`. dtype: that it must have. exact: float64. contract: the definition
     evaluated in the same precision. variance: predicted, of a right implementation's rounding error. inner: the error
     that float32 arithmetic inside may cause, same shape. once: whether nothing but the result is rounded; never in
-    float32, where the arithmetic inside rounds as coarsely.
+    float32, where the arithmetic inside rounds as coarsely. independent: how many independent errors of one size there
+    are, where variance does not say it (`refllm.kernels.verify` predicts none).
     """
 
     operator: str
@@ -54,6 +55,7 @@ class Expected:
     variance: np.ndarray
     inner: np.ndarray
     once: bool
+    independent: int | None = None
 
 
 def expect(call: Call, policy: str = "fused") -> tuple[Expected, ...]:

@@ -1,6 +1,8 @@
-"""One judgement of one result: is this array what the contract says, up to rounding? Arrays in, a list of faults out.
+"""When a value is wrong: the rules, for everybody who judges. The numbers are in `limits.py`.
 
-The rules, from coarse to fine; the numbers are in `limits.py`:
+`judge` has those for one result of one operator: is this array what the contract says, up to rounding? Arrays in, a
+list of faults out. `refllm check-op` asks all of them, for single calls of any size; `refllm.kernels.verify` the first
+two, which need no prediction. From coarse to fine:
 
     not finite    NaN and infinities stand where the contract in the same precision has them, in both directions
     rms           the RMS error against that of the contract in the same precision
@@ -8,19 +10,25 @@ The rules, from coarse to fine; the numbers are in `limits.py`:
     element       the worst element against its predicted sigma
     one rounding  where the result alone is rounded: nothing is further off than half an ulp, and nearly all elements
                   have the contract's very bits
+
+`broken_rules` has those for a value that was measured against a predicted error (`refllm.accuracy.measure`): of a model
+(`refllm check`), end to end and operator by operator, and of a golden.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refllm.accuracy import operator_limits as limits
+from refllm.accuracy import limits
 from refllm.accuracy.expected import Expected
-from refllm.accuracy.limits import row_limit
-from refllm.accuracy.measure import ROW_FLOOR, measure
+from refllm.accuracy.measure import Measure, measure
 from refllm.accuracy.propagation import ulp
 from refllm.ops.contracts import contract_of
 from refllm.precision import largest
+
+RULES = ("not finite", "rms", "row", "element", "one rounding")
+"""Of `judge`, in the order in which their faults are told."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Judgement:
-    """One output. ratio: RMS error over that of the contract in the same precision. limit: what it may be.
+    """One output. ratio: RMS error over that of the contract in the same precision. limit: what it may be. size: the
+    RMS error itself.
 
-    score: the worst of all rules as measured / allowed; over 1 is a fault. worst: the index of the worst element;
+    score: the worst of all rules as measured / allowed; over 1 is a fault. worst: the index of the worst element,
+    by its sigma if the rule "element" is asked, else by its error;
     value, exact, contract: its numbers; sigma and ulp: its distance. wrong: which elements are over a limit of their
     own; all of them where none is, and only the whole.
     """
@@ -53,45 +63,53 @@ class Judgement:
     ulp: float
     faults: tuple[Fault, ...]
     wrong: np.ndarray
+    size: float = 0.0
 
     @property
     def holds(self) -> bool:
         return not self.faults
 
 
-def judge(value: np.ndarray, expected: Expected, whole: bool = True) -> Judgement:
-    """value: an array of the expected shape. whole=False leaves out the rule that needs many elements (`rms`)."""
+def judge(value: np.ndarray, expected: Expected, rules: Sequence[str] = RULES, limit: float | None = None) -> Judgement:
+    """value: an array of the expected shape. rules: those to ask. limit: of the rule "rms", another one than
+    `limits.rms_limit` says."""
+    limit = limit or limits.rms_limit(expected.operator)
     with np.errstate(invalid="ignore"):  # memory that nobody wrote may hold NaN that signal
         y, exact, contract = (np.asarray(x, np.float64) for x in (value, expected.exact, expected.contract))
     strange = strangers(y, contract, exact, expected.dtype)
-    if strange.any():
-        return _strange(expected, y, strange)
+    if "not finite" in rules and strange.any():
+        return _strange(expected, y, strange, limit)
     beyond = np.isinf(contract) & np.isfinite(y)  # at the border, or it would be strange
     if beyond.any():
         contract = np.where(beyond, np.copysign(largest(expected.dtype), contract), contract)
         expected = replace(expected, contract=contract)
     error, finite = errors(y, exact)
     if not finite.any():
-        return _nothing(expected, exact)
-    sigma = _sigma(expected, finite)
-    z = _over(error, sigma)
+        return _nothing(expected, exact, limit)
+    z = _over(error, _sigma(expected, finite)) if "element" in rules else error
     worst = _index(z)
     ratio, unit = rms_ratio(error, expected, finite)
-    chance = 1.0 if expected.once else limits.chance(_independent(expected, finite))
-    limit = limits.rms_limit(expected.operator) * chance
-    checks = [
-        _check("rms", ratio, limit, f"the RMS error is {ratio:.3g} times that of the contract in the same precision"),
-        _row(y, expected, finite),
-        _check("element", z[worst], limits.ELEMENT_LIMIT, _element(y[worst], exact[worst], z[worst])),
-        *(_one_rounding(y, error, expected, finite) if expected.once and unit else ()),
-    ]
-    checks = checks if whole else checks[1:]
+    if not expected.once:
+        limit *= 1 + float(limits.chance(_independent(expected, finite), measured=2))
+    checks = []
+    if "rms" in rules:
+        text = f"the RMS error is {ratio:.3g} times that of the contract in the same precision"
+        checks.append(_check("rms", ratio, limit, text))
+    if "row" in rules:
+        checks.append(_row(y, expected, finite))
+    if "element" in rules:
+        checks.append(_check("element", z[worst], limits.ELEMENT_LIMIT, _element(y[worst], exact[worst], z[worst])))
+    if "one rounding" in rules and expected.once and unit:
+        checks += _one_rounding(y, error, expected, finite)
     faults = tuple(Fault("value", rule, text) for rule, score, text in checks if score > 1)
+    wrong = np.zeros(y.shape, bool)
+    if faults:
+        wrong = _wrong(z, error, expected, finite) if "element" in rules else finite
     return Judgement(
         expected.name,
         ratio,
         limit,
-        max(score for _, score, _ in checks),
+        max((score for _, score, _ in checks), default=0.0),
         worst,
         float(y[worst]),
         float(exact[worst]),
@@ -99,7 +117,8 @@ def judge(value: np.ndarray, expected: Expected, whole: bool = True) -> Judgemen
         float(z[worst]),
         float(error[worst] / max(float(ulp(exact[worst], expected.dtype)), np.finfo(np.float32).smallest_subnormal)),
         faults,
-        _wrong(z, error, expected, finite) if faults else np.zeros(y.shape, bool),
+        wrong,
+        rms(error[finite]),
     )
 
 
@@ -173,7 +192,7 @@ def _row(y: np.ndarray, expected: Expected, finite: np.ndarray) -> tuple[str, fl
     found = measure(y0, exact, V)
     row = ", ".join(str(i) for i in np.unravel_index(found.row[0], y.shape[:-1])) if y.ndim > 1 else "0"
     text = f"the error of row {row} is {found.row_ratio:.3g} times the predicted one"
-    return _check("row", found.row_ratio, row_limit(found, expected.dtype), text)
+    return _check("row", found.row_ratio, limits.row_limit(found, expected.dtype), text)
 
 
 def _one_rounding(y: np.ndarray, error: np.ndarray, expected: Expected, finite: np.ndarray) -> list:
@@ -195,7 +214,7 @@ def _sigma(expected: Expected, finite: np.ndarray) -> np.ndarray:
     """Of every element, but not less than a part of its row's: a rounding inside is of the row's size."""
     V = np.where(finite, expected.variance, 0.0)
     row = V.mean(axis=-1, keepdims=True) if V.ndim else V
-    return np.sqrt(np.maximum(V, ROW_FLOOR * row) + np.square(expected.inner))
+    return np.sqrt(np.maximum(V, limits.ROW_FLOOR * row) + np.square(expected.inner))
 
 
 def _wrong(z: np.ndarray, error: np.ndarray, expected: Expected, finite: np.ndarray) -> np.ndarray:
@@ -206,7 +225,7 @@ def _wrong(z: np.ndarray, error: np.ndarray, expected: Expected, finite: np.ndar
     return wrong if wrong.any() else finite
 
 
-def _strange(expected: Expected, y: np.ndarray, strange: np.ndarray) -> Judgement:
+def _strange(expected: Expected, y: np.ndarray, strange: np.ndarray, limit: float) -> Judgement:
     at = tuple(int(i) for i in np.argwhere(strange)[0])
     where = f" at {at}" if at else ""
     text = f"{y[at]:.6g}{where}, expected {expected.contract[at]:.6g}"
@@ -214,13 +233,11 @@ def _strange(expected: Expected, y: np.ndarray, strange: np.ndarray) -> Judgemen
     text += f" ({count} such elements)" if count > 1 else ""
     values = float(y[at]), float(expected.exact[at]), float(expected.contract[at]), float("nan"), float("nan")
     fault = Fault("NaN pattern", "not finite", text)
-    limit = limits.rms_limit(expected.operator)
     return Judgement(expected.name, float("inf"), limit, float("inf"), at, *values, (fault,), strange)
 
 
-def _nothing(expected: Expected, exact: np.ndarray) -> Judgement:
+def _nothing(expected: Expected, exact: np.ndarray, limit: float) -> Judgement:
     """No element is finite, or there is none: nothing left to compare."""
-    limit = limits.rms_limit(expected.operator)
     values = float("nan"), float("nan"), float("nan"), 0.0, 0.0
     return Judgement(expected.name, 0.0, limit, 0.0, (), *values, (), np.zeros(exact.shape, bool))
 
@@ -242,6 +259,8 @@ def _independent(expected: Expected, finite: np.ndarray) -> int:
     has a rounding of its own, and an operator with products one of its terms besides, which `limits.SHARED` elements
     share.
     """
+    if expected.independent is not None:
+        return expected.independent
     V = np.where(finite, expected.variance + np.square(expected.inner), 0.0)
     by_row = expected.dtype == "float32" and contract_of(expected.operator).sums
     if by_row and V.ndim and expected.axes[-1] in limits.SUMMED:
@@ -253,3 +272,36 @@ def _independent(expected: Expected, finite: np.ndarray) -> int:
     count = float(V.sum() ** 2 / np.square(V).sum())
     shared = contract_of(expected.operator).product and not by_row
     return max(1, int(count / limits.SHARED if shared else count))
+
+
+# ----------------------------------------------------------------------------------------- values of a predicted error
+
+MEASURED: dict[str, Callable[[Measure, str], tuple[float, float]]] = {
+    "NaN or infinity": lambda found, dtype: (found.nonfinite, 0),
+    "error": lambda found, dtype: (found.ratio, limits.isolated_limit(found, dtype)),
+    "one row": lambda found, dtype: (found.row_ratio, limits.row_limit(found, dtype)),
+    "rounding points": lambda found, dtype: (found.misrounded, limits.misrounded_limit(found.elements)),
+    "error end to end": lambda found, dtype: (found.ratio, limits.end_to_end_limit(found)),
+    "one element": lambda found, dtype: (found.largest, limits.golden_element_limit(found)),
+}
+"""Rule -> (what was measured, up to which it holds), of a value in a dtype."""
+
+_ALONE = ("NaN or infinity", "error", "one row", "rounding points")
+_AFTER_ALL = ("NaN or infinity", "error end to end")
+
+
+def broken_rules(found: Measure, dtype: str, rules: Sequence[str]) -> list[str]:
+    """Those of the rules, names in `MEASURED`, that the measured value breaks."""
+    figures = ((rule, *MEASURED[rule](found, dtype)) for rule in rules)
+    return [rule for rule, measured, limit in figures if measured > limit]
+
+
+def broken_isolated(found: Measure, dtype: str) -> list[str]:
+    """Names of the rules that an operator's result breaks on its own inputs."""
+    return broken_rules(found, dtype, _ALONE)
+
+
+def broken(end_to_end: Measure, isolated: Measure | None, dtype: str) -> list[str]:
+    """Names of the rules that a value of a model breaks, isolated ones first."""
+    alone = [] if isolated is None else broken_isolated(isolated, dtype)
+    return list(dict.fromkeys([*alone, *broken_rules(end_to_end, dtype, _AFTER_ALL)]))

@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from refllm.accuracy.limits import ROW_FLOOR, chance
 from refllm.accuracy.propagation import ulp
 from refllm.storage.upcast import blocks
-
-# A row whose predicted error is far below the tensor's (its values happen to be tiny) is judged by a part of the
-# tensor's: a hidden rounding elsewhere in the kernel is of the tensor's size.
-ROW_FLOOR = 0.05
 
 _AT_ONCE = 1 << 20
 """Elements: 8 MiB of float64."""
@@ -26,15 +23,15 @@ class Measure:
     of one size the predicted error is made, (sum V)^2 / sum V^2 with V the variances.
     ratio: rms error / rms of the predicted sigma; 0 where both are 0, infinite where only the prediction is.
     row_ratio, row: the worst row (last axis) by the same ratio, and its index; worst beyond what chance allows
-    (`sampling`) for row_errors, its number of independent errors. A row of softmax weights may have hundreds of
+    (`limits.chance`) for row_errors, its number of independent errors. A row of softmax weights may have hundreds of
     elements and one error.
     largest, at: the largest |error| / sigma of a single element, and its index. bias: mean error in standard errors;
     gain: the common factor that fits best, minus 1. nonfinite: elements that are NaN or infinite in one and not in the
     other, nonfinite_at: the first.
     misrounded: the share of elements that are not, to the bit, what the policy's rounding points make of the same
     inputs; 0 where that is not known.
-    honest: the ratio that the reference's own emulated run reaches (`refllm.check.second_opinion`); 0 where it was not
-    asked.
+    honest: the ratio that the reference's own emulated run reaches (`refllm.check.second_opinion`; of a golden, what
+    its manifest says); 0 where it was not asked.
     """
 
     elements: int
@@ -72,7 +69,7 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
     rows = ratio(np.sqrt(np.mean(squares, axis=-1)), np.sqrt(row_V))
     del squares
     count = np.concatenate([_independent(V[block]) for block in row_blocks(V)])
-    row = np.unravel_index(int(np.argmax(rows - sampling(count))), rows.shape)
+    row = np.unravel_index(int(np.argmax(rows - chance(count))), rows.shape)
     largest, at = _largest(error, V, ROW_FLOOR * mean_V)
     values = np.where(finite, exact, 0.0)
     along = float(np.sum(error * values))
@@ -96,11 +93,6 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
         nonfinite=int(np.count_nonzero(wrong)),
         nonfinite_at=tuple(int(i) for i in np.argwhere(wrong)[0]) if wrong.any() else (),
     )
-
-
-def sampling(count: Any) -> Any:
-    """How far the rms ratio of `count` independent errors may be above 1 by chance: 5 standard deviations."""
-    return 5.0 / np.sqrt(2.0 * np.maximum(1, count))
 
 
 def _independent(variance: np.ndarray) -> np.ndarray:

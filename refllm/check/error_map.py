@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from refllm.accuracy.measure import ROW_FLOOR, errors, ratio
+from refllm.accuracy.limits import ROW_FLOOR
+from refllm.accuracy.measure import errors, ratio
 
 LARGEST = 64
 """Most rows and columns of a map."""

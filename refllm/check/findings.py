@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from refllm.accuracy import limits
+from refllm.accuracy.judge import broken_isolated
 from refllm.accuracy.measure import Measure
+from refllm.accuracy.wrong_answers import NOT_FINITE
 from refllm.check import formulas
 from refllm.check.error_map import column_edges, row_edges
 from refllm.check.oracle import Report, TapReport
@@ -66,7 +68,7 @@ def isolated_severity(tap: TapReport) -> float:
     return max(
         found.ratio / limits.isolated_limit(found, tap.dtype),
         found.row_ratio / limits.row_limit(found, tap.dtype),
-        found.misrounded / limits.misrounded_limit(found),
+        found.misrounded / limits.misrounded_limit(found.elements),
     )
 
 
@@ -140,7 +142,7 @@ def broken_in_words(tap: TapReport) -> list[str]:
                 f"(limit {figure(limit)})"
             )
         elif rule == "rounding points" and isolated is not None:
-            limit = limits.misrounded_limit(isolated)
+            limit = limits.misrounded_limit(isolated.elements)
             said.append(
                 f"{percent(isolated.misrounded)} of its elements are not what the policy's rounding points give (limit "
                 f"{100 * limit:.2g}%): a rounding too many, or one that is missing"
@@ -236,7 +238,7 @@ def other_defects(report: Report) -> list[TapReport]:
 
 def broken_alone(tap: TapReport) -> list[str]:
     """The rules that the tap breaks on its own inputs."""
-    return [] if tap.isolated is None else limits.broken_isolated(tap.isolated, tap.dtype)
+    return [] if tap.isolated is None else broken_isolated(tap.isolated, tap.dtype)
 
 
 def consequences(report: Report) -> int:
@@ -256,7 +258,7 @@ def untested(report: Report) -> list[str]:
     for (name, passing), layers in found.items():
         where = [str(layer) for layer in layers if layer is not None]
         of = "" if not where else f" of layer{'s' * (len(where) > 1)} {', '.join(where)}"
-        why = passing if passing == limits.NOT_FINITE else f"{passing} would pass"
+        why = passing if passing == NOT_FINITE else f"{passing} would pass"
         said.append(f"{name}{of} ({why})")
     return said
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from refllm.accuracy import limits
 from refllm.accuracy.propagation import ulp
 from refllm.forward.operators import Operators
 from refllm.models import heads
 from refllm.ops import IGNORE_INDEX
 
-LIMIT = 6.0
-"""Sigmas up to which a loss is that of its logits. One number is compared, so its own scatter is allowed for."""
 _ADDITIONS = 8.0  # roundings at full size when a mean is taken: see `_total_noise` in refllm.accuracy.propagation
 
 
@@ -30,7 +29,7 @@ class LossReport:
 
     @property
     def holds(self) -> bool:
-        return bool(self.sigmas <= LIMIT)
+        return bool(self.sigmas <= limits.LOSS)
 
 
 def compare_loss(logits_BSV: np.ndarray, labels_BS: np.ndarray, loss: float) -> LossReport:

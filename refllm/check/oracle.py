@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from refllm.accuracy import limits
+from refllm.accuracy.judge import broken, broken_isolated
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
-from refllm.accuracy.propagation import Propagation, Uncertain, certain
+from refllm.accuracy.page import predict_page
+from refllm.accuracy.propagation import Uncertain
+from refllm.accuracy.wrong_answers import undetected
 from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import Misbehaviour
@@ -25,12 +27,9 @@ from refllm.check.trace import Trace
 from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
 from refllm.errors import InputError
-from refllm.forward.cache import NoCache
-from refllm.forward.masks import masking
 from refllm.forward.model import Model
-from refllm.forward.rotary import RotaryEmbedding
 from refllm.forward.taps import HEAD_TAPS
-from refllm.precision import FUSED, Policy, largest, rounding
+from refllm.precision import FUSED, Policy, largest
 
 
 @dataclass
@@ -52,7 +51,7 @@ class TapReport:
     @property
     def broken(self) -> list[str]:
         """The rules that this value breaks; empty if it holds."""
-        return limits.broken(self.end_to_end, self.isolated, self.dtype)
+        return broken(self.end_to_end, self.isolated, self.dtype)
 
     @property
     def verdict(self) -> str:
@@ -63,7 +62,7 @@ class TapReport:
     @property
     def defect_here(self) -> bool:
         """Whether the operator that makes this value is wrong, whatever it was given."""
-        return self.isolated is not None and bool(limits.broken_isolated(self.isolated, self.dtype))
+        return self.isolated is not None and bool(broken_isolated(self.isolated, self.dtype))
 
 
 def predict(
@@ -73,29 +72,16 @@ def predict(
 
     model: its weights must lie on the grid of `dtype`; its own arithmetic is not used.
     """
-    op = Propagation(dtype, policy.without(model.page.NOT_ROUNDED), at_tap, wants=lambda name: True)
-    ids, c, w = inputs.input_ids, model.config, model.weights
-    # The convention of every implementation at hand: angles, cos and sin in float32. Errors of angles cancel between
-    # queries and keys, so they are no independent noise; the tables are taken as they are.
-    cos, sin = (op.table(table) for table in RotaryEmbedding(c, exact=False).tables(inputs.positions))
-    rows = w.rows("embed_tokens.weight", ids)
-    if inputs.embeds_scale is not None:
-        rows = rounding(dtype)(np.asarray(rows * inputs.embeds_scale, rows.dtype))
-    x = op.tap("model.embed_tokens", certain(rows))
-    who = masking(
+    return predict_page(
+        model,
+        inputs.input_ids,
+        inputs.positions,
         inputs.mask,
-        None,
-        batch=ids.shape[0],
-        queries=ids.shape[1],
-        cached=0,
-        has_cache=False,
-        heads=c.num_attention_heads,
+        dtype,
+        policy,
+        at_tap,
+        embeds_scale=inputs.embeds_scale,
     )
-    x = model.page.forward(op, c, w, x, cos, sin, who, NoCache())
-    name = HEAD_TAPS.get(model.head)
-    if name is None:
-        return x
-    return op.tap(name, op.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias")))
 
 
 class Judge:
@@ -154,7 +140,7 @@ class Judge:
             self._measure(rows, exact, variance), misrounded=self._misrounded(candidate, x.rounded)
         )
         report.zmap = error_map(rows, exact, variance, self.overflow)
-        report.untested = limits.undetected(exact, variance, self.trace.dtype)
+        report.untested = undetected(exact, variance, self.trace.dtype)
         taken = x.value.copy()
         np.copyto(taken[..., : candidate.shape[-1]], candidate, where=np.isfinite(candidate))
         return Uncertain(taken, np.zeros(x.shape, np.float32))

@@ -192,7 +192,7 @@ def _tap_cells(tap: TapReport) -> list[Text]:
     alone = tap.isolated or tap.end_to_end
     ratio, row = _isolated_cells(tap)
     largest, gain = Text(figure(alone.largest)), Text(f"{alone.gain:+.1e}")
-    over = alone.misrounded > limits.misrounded_limit(alone)
+    over = alone.misrounded > limits.misrounded_limit(alone.elements)
     share = findings.percent(alone.misrounded) if alone.misrounded else ""
     misrounded = Text(share, style=STYLE["fails"] if over else "")
     return [ratio, row, largest, misrounded, _end_to_end_cell(tap), gain]

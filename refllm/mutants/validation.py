@@ -275,7 +275,7 @@ def _shares_of_limits(end_to_end: Measure, isolated: Measure, dtype: str) -> Ite
     yield "error end to end", end_to_end.ratio / limits.end_to_end_limit(end_to_end)
     yield "error", isolated.ratio / limits.isolated_limit(isolated, dtype)
     yield "one row", isolated.row_ratio / limits.row_limit(isolated, dtype)
-    yield "rounding points", isolated.misrounded / limits.misrounded_limit(isolated)
+    yield "rounding points", isolated.misrounded / limits.misrounded_limit(isolated.elements)
 
 
 class _threads:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refllm.accuracy import limits
-from refllm.check.losses import LIMIT
 
 if TYPE_CHECKING:
     from refllm.mutants.validation import Case, Run, Validation
@@ -189,7 +188,7 @@ def _losses(found: "Validation") -> list[str]:
     return [
         "### Losses",
         "",
-        f"A loss is compared with the exact loss of the same logits; it holds up to {LIMIT:g} sigma of float32.",
+        f"A loss is compared with the exact loss of the same logits; it holds up to {limits.LOSS:g} sigma of float32.",
         "",
         *_table(
             ("loss", "checkpoints", "rejected", "sigmas, least", "most"),

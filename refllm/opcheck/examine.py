@@ -7,7 +7,7 @@ import numpy as np
 
 from refllm.accuracy.expected import Expected, expect_values, remembered
 from refllm.accuracy.judge import Judgement, judge
-from refllm.accuracy.limits import wrong_answers
+from refllm.accuracy.wrong_answers import wrong_answers
 from refllm.opcheck import inputs
 from refllm.opcheck.observe import Observation, Result, Task
 from refllm.opcheck.without import missing_result, raised

@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 
-from refllm.accuracy import operator_limits as limits
+from refllm.accuracy import limits
 from refllm.accuracy.expected import Expected, remembered
 from refllm.accuracy.judge import Judgement, rms
 from refllm.opcheck.repro.case import Case, number
@@ -72,7 +72,7 @@ def _whole(case: Case, judgement: Judgement, i: int) -> list[str]:
             'print(f"RMS error {rms:.3g}; that of right code is at most {allowed:.3g}")',
             "sys.exit(int(not rms <= allowed))",
         ]
-    share = limits.misrounded_limit(judgement.wrong.size, 0.0)
+    share = limits.misrounded_limit(judgement.wrong.size)
     return [
         *lines,
         f"rounded = {_rounded(case, e.dtype)}",

@@ -1,0 +1,74 @@
+"""One walk through a model's page on values that carry their predicted error, from token ids to the head's output.
+
+`refllm check` walks it twice over a candidate's values (`refllm.check.oracle`); the goldens walk it once, for the error
+that stands beside their exact results.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from refllm.accuracy.propagation import Propagation, Substitute, Uncertain, certain
+from refllm.config import ModelConfig
+from refllm.forward.cache import NoCache
+from refllm.forward.masks import masking
+from refllm.forward.model import Model
+from refllm.forward.rotary import RotaryEmbedding
+from refllm.forward.taps import HEAD_TAPS
+from refllm.precision import Policy, rounding
+
+
+def predict_page(
+    model: Model,
+    input_ids_BS: np.ndarray,
+    positions_BS: np.ndarray,
+    mask: np.ndarray | None,
+    dtype: str,
+    policy: Policy,
+    at_tap: Substitute,
+    *,
+    wants: Callable[[str], bool] = lambda name: True,
+    embeds_scale: float | None = None,
+    exact_tables: bool = False,
+) -> Uncertain:
+    """The page of `model`, run for an implementation in `dtype` under `policy`; at_tap sees every named value that is
+    wanted, and what it returns is passed on. Returns the head's output, or the last norm's of a model without a head.
+
+    model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. embeds_scale: what the embedded
+    rows are multiplied by, and then rounded. exact_tables: see `rotary_tables`.
+    """
+    op = Propagation(dtype, policy.without(model.page.NOT_ROUNDED), at_tap, wants)
+    c, w = model.config, model.weights
+    cos, sin = rotary_tables(op, c, positions_BS, exact_tables)
+    rows = w.rows("embed_tokens.weight", input_ids_BS)
+    if embeds_scale is not None:
+        rows = rounding(dtype)(np.asarray(rows * embeds_scale, rows.dtype))
+    x = op.tap("model.embed_tokens", certain(rows))
+    B, S = input_ids_BS.shape
+    who = masking(mask, None, batch=B, queries=S, cached=0, has_cache=False, heads=c.num_attention_heads)
+    x = model.page.forward(op, c, w, x, cos, sin, who, NoCache())
+    head = HEAD_TAPS.get(model.head)
+    if head is None:
+        return x
+    return op.tap(head, op.linear(x, w[f"{head}.weight"], w.get(f"{head}.bias")))
+
+
+def rotary_tables(
+    op: Propagation, config: ModelConfig, positions_BS: np.ndarray, exact: bool = False
+) -> tuple[Uncertain, Uncertain]:
+    """cos and sin, and what an implementation's may be off by.
+
+    Every implementation at hand makes frequencies, angles and tables in float32 by one convention, so their error is
+    known and no noise: it is 0 beside the same float32 tables, which are what is taken here. Beside exact tables
+    (exact=True), as those of a golden are, its variance is the square of that known error. Then comes the rounding to
+    the format.
+    """
+    float32 = [op.table(table) for table in RotaryEmbedding(config, exact=False).tables(positions_BS)]
+    if not exact:
+        return float32[0], float32[1]
+    true = RotaryEmbedding(config, exact=True).tables(positions_BS)
+    cos, sin = (
+        Uncertain(value, np.asarray(made.variance + np.square(made.value - value), op.width))
+        for value, made in zip(true, float32, strict=True)
+    )
+    return cos, sin

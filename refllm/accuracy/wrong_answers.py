@@ -1,0 +1,42 @@
+"""Trivial wrong answers, and whether the rules would see them: a verdict on values where they would not is none."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from refllm.accuracy.judge import broken_isolated
+from refllm.accuracy.measure import measure
+
+NOT_FINITE = "not finite: no verdict at these values"
+"""What is untested where the reference, which rounds nothing, gives an infinity or NaN."""
+
+_MANY, _POSITIONS = 1 << 20, 64  # see `undetected`
+
+
+def undetected(exact: np.ndarray, variance: np.ndarray, dtype: str) -> list[str]:
+    """Trivial wrong answers that the isolated rules would let pass on these values. Should be none.
+
+    exact, variance: [N, ..., n], positions first. Of many positions 64 are taken: what is rejected on a part is
+    rejected on the whole. Where the exact values themselves are infinite or NaN, nothing is right: `NOT_FINITE`.
+    """
+    if not np.isfinite(exact).all():
+        return [NOT_FINITE]
+    some = slice(None, None, -(-len(exact) // _POSITIONS) if exact.size > _MANY else 1)
+    exact, variance = exact[some], variance[some]
+    return [
+        name
+        for name, wrong in wrong_answers(exact)
+        if not np.array_equal(wrong, exact) and not broken_isolated(measure(wrong, exact, variance), dtype)
+    ]
+
+
+def wrong_answers(exact: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Zeros, rows in another order, the mean everywhere, a factor of 1.01, and a missing tile at the end."""
+    yield "zeros", np.zeros_like(exact)
+    if len(exact) > 1:
+        yield "rows in another order", np.roll(exact, 1, axis=0)
+    yield "the mean", np.full_like(exact, exact.mean())
+    yield "times 1.01", exact * 1.01
+    tile = exact.copy()
+    tile[..., -max(1, exact.shape[-1] // 8) :] = 0
+    yield "a missing tile", tile
