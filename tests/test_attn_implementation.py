@@ -464,7 +464,9 @@ def test_the_mask_function_knows_the_causal_pattern() -> None:
 def test_without_the_right_transformers_it_says_what_to_install(missing: str) -> None:
     """Without the package, and with one too old to have what is needed."""
     read, write = os.pipe()
-    child = os.fork()  # and not a new process: Torch is imported here
+    with warnings.catch_warnings():  # that this process has threads
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()  # and not a new process: Torch is imported here
     if not child:
         try:
             for name in [name for name in sys.modules if name.startswith("refllm.kernels")]:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,9 @@ class Forked(bench.Worker):
     def __init__(self, side: str, folder: Path, first_number: int, settings: bench.Settings) -> None:
         self.side = side
         (commands, send), (receive, answers) = os.pipe(), os.pipe()
-        child = os.fork()
+        with warnings.catch_warnings():  # that this process has threads
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
         if not child:
             os.close(send)
             sys.stdin = open(commands)  # noqa: SIM115 (as long as the process)
