@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from refllm.accuracy.propagation import ulp
+from refllm.parallel import for_each
 from refllm.storage.upcast import blocks
 
 # A row whose predicted error is far below the tensor's (its values happen to be tiny) is judged by a part of the
@@ -118,10 +119,13 @@ def errors(
     error = np.empty(exact.shape, np.result_type(candidate, exact))
     V = np.empty(exact.shape, variance.dtype)
     wrong, finite = (np.empty(exact.shape, bool) for _ in range(2))
-    for block in row_blocks(exact):
+
+    def fill(block: slice) -> None:
         error[block], V[block], wrong[block], finite[block] = _errors(
             candidate[block], exact[block], variance[block], overflow
         )
+
+    for_each(fill, row_blocks(exact))
     return error, V, wrong, finite
 
 
