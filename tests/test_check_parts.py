@@ -1,6 +1,7 @@
 """What `check` is made of: distances in ulp, next tokens, answers that would pass, and the taps before a finding."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import pytest
 import refllm
 from refllm import golden
 from refllm.accuracy import limits
+from refllm.accuracy import measure as measuring
 from refllm.accuracy.judge import broken, broken_isolated
 from refllm.accuracy.limits import ROW_FLOOR
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.wrong_answers import undetected
 from refllm.check import findings, html
 from refllm.check.candidates import ReferenceCandidate, record
+from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
 from refllm.check.next_tokens import compare_tokens
 from refllm.check.oracle import Report, TapReport, judge
+from refllm.check.run import prepare
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.taps import as_array
 from refllm.precision import HF_EAGER
@@ -366,3 +370,56 @@ def test_distances_in_ulp_are_shown_with_their_edges() -> None:
     ]  # fmt: skip
     assert [(n, share) for _, n, share in shown if n] == [(4, 0.5), (8, 1.0), (2, 0.25)]
     assert {share for _, _, share in html._ulps([0] * 9)} == {0}
+
+
+# ----------------------------------------------------------------------------------------------------- what it may cost
+
+
+def many_numbers(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidate, exact values and variances, with some that are no numbers."""
+    rng = np.random.default_rng(7)
+    exact = rng.standard_normal((rows, columns))
+    candidate = (exact + 0.01 * rng.standard_normal(exact.shape)).astype(np.float32)
+    candidate[rows // 2, 3], candidate[1, columns // 2], exact[rows - 1, 1] = np.nan, np.inf, 1e6
+    return candidate, exact, rng.uniform(0, 2e-4, exact.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("at_once", [1, 64, 1000])
+def test_how_much_is_computed_at_once_changes_no_digit(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    def everything() -> list[str]:
+        candidate, exact, variance = many_numbers(23, 40)
+        places = np.argwhere(np.ones((1, 23), bool))
+        found = (
+            measure(candidate, exact, variance, overflow=65504.0),
+            ulp_histogram(candidate, exact, "bfloat16"),
+            compare_tokens(exact, variance, candidate, places),
+            error_map(candidate, exact, variance, overflow=65504.0),
+        )
+        return [repr(each) for each in found]
+
+    whole = everything()
+    monkeypatch.setattr(measuring, "_AT_ONCE", at_once)
+    assert everything() == whole
+
+
+def test_measuring_takes_little_more_memory_than_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_AT_ONCE", 1 << 12)
+    candidate, exact, variance = many_numbers(128, 2048)
+    tracemalloc.start()
+    measure(candidate, exact, variance)
+    measured = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    ulp_histogram(candidate, exact, "bfloat16")
+    compare_tokens(exact, variance, candidate, np.argwhere(np.ones((1, 128), bool)))
+    row_by_row = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert measured < 5 * exact.nbytes  # the errors, their variances, and two arrays to sum up
+    assert row_by_row < exact.nbytes / 2
+
+
+def test_a_check_keeps_no_weights() -> None:
+    folder = Path(golden.checkpoints()["helium-tiny"])
+    model, _, _ = prepare(folder, "bfloat16", {"prompt": None, "ids": "1,2,3", "ids_file": None})
+    kept = refllm.load(folder, dtype="bfloat16").weights
+    assert model.weights.low_memory
+    assert all(np.array_equal(model.weights[name], kept[name]) for name in kept)

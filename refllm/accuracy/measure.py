@@ -9,6 +9,7 @@ import numpy as np
 
 from refllm.accuracy.limits import ROW_FLOOR, chance
 from refllm.accuracy.propagation import ulp
+from refllm.parallel import for_each
 from refllm.storage.upcast import blocks
 
 _AT_ONCE = 1 << 20
@@ -110,10 +111,13 @@ def errors(
     error = np.empty(exact.shape, np.result_type(candidate, exact))
     V = np.empty(exact.shape, variance.dtype)
     wrong, finite = (np.empty(exact.shape, bool) for _ in range(2))
-    for block in row_blocks(exact):
+
+    def fill(block: slice) -> None:
         error[block], V[block], wrong[block], finite[block] = _errors(
             candidate[block], exact[block], variance[block], overflow
         )
+
+    for_each(fill, row_blocks(exact))
     return error, V, wrong, finite
 
 

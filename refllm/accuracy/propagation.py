@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from refllm import ops
+from refllm.parallel import for_each
 from refllm.precision import EXACT, Arithmetic, Dtype, Policy
 
 _FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
@@ -388,16 +389,17 @@ class Propagation:
         from_v, from_scores, added = (np.empty(value.shape, self.width) for _ in range(3))
         V_s, V_p = (np.empty((B, H, S, k.shape[2]), self.width) for _ in range(2))
         V_lse = np.empty((B, H, S), self.width)
-        parts = np.zeros(3)  # of the scores' variance: handed on by q, by k, added here
-        for b, h in np.ndindex(B, H):
-            g = h * K // H
+        parts_BH3 = np.zeros((B, H, 3))  # of the scores' variance: handed on by q, by k, added here
+
+        def head(at: tuple[int, int]) -> None:
+            (b, h), g = at, at[1] * K // H
             probs = kept["probs"][b, h]
             squared = np.square(probs)
             by_q, by_k, here = self._score_variance(q[b, h], k[b, g], kept["scores"][b, h], probs, scale)
             weights, of_total = self._weight_noise(probs), self._total_noise(probs)
             V_s[b, h] = by_q + by_k + here
             V_p[b, h] = self._probs_variance(probs, V_s[b, h]) + weights + squared * of_total
-            parts += [float((squared * part).sum()) for part in (by_q, by_k, here)]
+            parts_BH3[b, h] = [float((squared * part).sum()) for part in (by_q, by_k, here)]
             value_v, o = v.value[b, g], value[b, h]
             V_lse[b, h] = (squared * V_s[b, h]).sum(axis=-1) + self._log_noise(probs, lse[b, h])
             A, square_v = squared * V_s[b, h], np.square(value_v)
@@ -406,8 +408,11 @@ class Propagation:
             from_scores[b, h] = np.maximum(spread, 0)
             added[b, h] = weights @ square_v + o**2 * of_total
             added[b, h] += self._sum_noise(_terms(probs), o, partial(np.matmul, squared, square_v))
+
+        for_each(head, np.ndindex(B, H))
         self.tap("self_attn.scores", self._result(kept["scores"], [], V_s))
         self.tap("self_attn.probs", self._result(kept["probs"], [], V_p))
+        parts = sum(parts_BH3.reshape(-1, 3), start=np.zeros(3))
         by_q, by_k, here = parts / max(parts.sum(), np.finfo(float).tiny)
         inherited = [(v, from_v), (q, from_scores * by_q), (k, from_scores * by_k)]
         out = self._result(value, inherited, added + from_scores * here + self._noise(value, "attention"))
