@@ -263,6 +263,16 @@ def test_generate_prints_what_json_holds_and_beams_print_at_the_end(
         assert 1 <= len(values["new_ids"]) <= 6
 
 
+def test_generate_prints_text_piece_by_piece_on_one_line(refllm: Run, tmp_path: Path) -> None:
+    from refllm import golden
+
+    command = ["generate", golden.path("llama-tiny"), "--ids", "3,1", "--max-new-tokens", "6", "--greedy"]
+    _, out, _ = refllm(*command, "--json", tmp_path / "out.json")
+    text = json.loads((tmp_path / "out.json").read_text())["text"]
+    assert len(text) > 2
+    assert out == f"{text}\n"
+
+
 def test_seed_repeats_the_sample(refllm: Run, checkpoint: Path) -> None:
     command = ["generate", checkpoint, "--ids", "3,1", "--max-new-tokens", "12", "--seed"]
     assert refllm(*command, "7")[1] == refllm(*command, "7")[1]

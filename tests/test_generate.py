@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from refllm.errors import InputError
+from refllm.generation import stopping
 from refllm.generation.beam_search import draw_without_replacement
 from refllm.generation.config import GenerationConfig
 from refllm.generation.decoding import GenerateOutput, draw
@@ -528,6 +529,13 @@ def test_max_time_ends_generation_after_a_step() -> None:
     model = TorchAdapter(tiny_model(VOCAB))
     assert generate(model, [[5, 6]], max_new_tokens=30, max_time=0.0).shape == (1, 3)
     assert generate(model, [[5, 6]], max_new_tokens=3, max_time=100.0).shape == (1, 5)
+
+
+def test_max_time_counts_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1000.0, 1000.5, 1002.0, 1002.1])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: next(clock))
+    rule = stopping.MaxTimeCriteria(2.0)
+    assert [rule(np.zeros((1, 1)), None) for _ in range(3)] == [False, False, True]
 
 
 def test_own_processor_acts_after_the_standard_ones() -> None:
