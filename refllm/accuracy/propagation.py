@@ -247,7 +247,7 @@ class Propagation:
             if inherits:
                 variance[..., block] = x.variance @ square.transposed
             product = value[..., block] if bias is None else value[..., block] - bias[block]
-            accumulated = self._sum_noise(terms, product, lambda square=square: squared @ square.transposed)
+            accumulated = self._sum_noise(terms, product, partial(np.matmul, squared, square.transposed))
             before_bias = 0.0 if bias is None else self._inside(product)
             added[..., block] = accumulated + before_bias + self._noise(value[..., block], "linear")
         return self._result(value, [(x, variance)], added)

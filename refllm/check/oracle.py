@@ -108,8 +108,9 @@ class Judge:
         self.shares = output.shares
         name = HEAD_TAPS.get(self.model.head)
         if name == "lm_head" and name in self.trace.taps:
-            logits = (self._rows(values) for values in (output.value, output.variance, self.trace.taps[name]))
-            self.next_tokens = compare_tokens(*logits, self.places)
+            exact, variance, candidate = map(self._rows, (output.value, output.variance, self.trace.taps[name]))
+            self.next_tokens = compare_tokens(exact, variance, candidate, self.places)
+            del exact, variance, candidate
         del output  # the logits of a whole prompt, not held during the second run
         step("predicting, each operator alone")
         predict(self.model, self.trace.inputs, self.trace.dtype, self.policy, self._isolated)
