@@ -131,6 +131,10 @@ class _SquareOf:
         """[O, I] -> [I, O]."""
         return np.square(np.asarray(self._weight, self._width)).T
 
+    def times(self, x: np.ndarray) -> np.ndarray:
+        """x (W*W)^T: [..., I] -> [..., O]."""
+        return x @ self.transposed
+
 
 Substitute = Callable[[str, Uncertain], Uncertain]
 
@@ -245,9 +249,9 @@ class Propagation:
             square = _SquareOf(weight[block], self.width)
             value[..., block] = ops.linear(x.value, weight[block], None if bias is None else bias[block])
             if inherits:
-                variance[..., block] = x.variance @ square.transposed
+                variance[..., block] = square.times(x.variance)
             product = value[..., block] if bias is None else value[..., block] - bias[block]
-            accumulated = self._sum_noise(terms, product, partial(np.matmul, squared, square.transposed))
+            accumulated = self._sum_noise(terms, product, partial(square.times, squared))
             before_bias = 0.0 if bias is None else self._inside(product)
             added[..., block] = accumulated + before_bias + self._noise(value[..., block], "linear")
         return self._result(value, [(x, variance)], added)
