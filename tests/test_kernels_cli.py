@@ -292,7 +292,7 @@ def test_interpreting_by_environment_is_one_sentence(refllm: Run, mine: Path, mo
 
 def test_help_loads_neither_torch_nor_triton() -> None:
     script = (
-        "import sys; from refllm import cli; sys.argv = ['refllm', 'kernels', 'check-aot', '--help']\n"
+        "import sys; from refllm.commands import cli; sys.argv = ['refllm', 'kernels', 'check-aot', '--help']\n"
         "try: cli.main()\nexcept SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'triton'} & set(sys.modules)"
     )

@@ -8,6 +8,7 @@ config = AutoConfig.from_pretrained("folder")          # HeliumConfig, LlamaConf
 from refllm.config.config import (
     ACTIVATIONS,
     CONFIG_CLASSES,
+    GENERATION_KEYS,
     ArceeConfig,
     AutoConfig,
     HeliumConfig,
@@ -19,6 +20,7 @@ from refllm.config.config import (
 __all__ = [
     "ACTIVATIONS",
     "CONFIG_CLASSES",
+    "GENERATION_KEYS",
     "ArceeConfig",
     "AutoConfig",
     "HeliumConfig",
