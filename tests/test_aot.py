@@ -75,14 +75,22 @@ def test_the_record_has_exactly_the_configurations_that_ship(kept: dict[str, Rep
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_record_is_what_the_compiler_makes_today_of_every_kernel(target: str, kept: dict[str, Report]) -> None:
-    """Of every kernel on every target the configuration that is compiled in the shortest time."""
+    """Of every kernel the configuration that is compiled in the shortest time; the kernels take turns on the targets.
+
+    What a kernel is made of is in its digest, which the test before compares on every target. Here it is what compiles
+    and what reads the code that could have changed: they depend on the target and not on the kernel, except that every
+    target has to show a product of tensor cores as well.
+    """
     if not kept:
         pytest.skip(f"the record is not of triton {triton.__version__}")
     configurations = [row for row in collect(our_sources(), [TARGETS[target]]) if record.digest(row) in kept]
     slowest_first = sorted(configurations, key=lambda row: -kept[record.digest(row)].seconds)
-    chosen = list({row.kernel: row for row in slowest_first}.values())
-    assert {row.source for row in chosen} == set(our_sources()), RENEW
-    for row in check(chosen):
+    fastest = {row.kernel: row for row in slowest_first}
+    assert {row.source for row in fastest.values()} == set(our_sources()), RENEW
+    in_turn = sorted(fastest)[list(TARGETS).index(target) :: len(TARGETS)]
+    product = [row for row in slowest_first if row.launch.tensor_cores][-1]
+    chosen = {**{name: fastest[name] for name in in_turn}, product.kernel: product}
+    for row in check(list(chosen.values())):
         assert row.report is not None
         assert replace(row.report, seconds=0.0) == replace(kept[record.digest(row.configuration)], seconds=0.0), RENEW
 
