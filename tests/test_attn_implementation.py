@@ -464,6 +464,9 @@ def test_without_the_right_transformers_it_says_what_to_install(missing: str) ->
             for name in [name for name in sys.modules if name.startswith("refllm.kernels")]:
                 del sys.modules[name]
             sys.modules[missing] = None  # type: ignore[assignment]
+            package, _, module = missing.rpartition(".")
+            if package:
+                delattr(sys.modules[package], module)
             importlib.import_module("refllm.kernels").patch  # noqa: B018
         except Exception as error:
             os.write(write, f"{type(error).__name__}: {error}".encode())
