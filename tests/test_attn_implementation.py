@@ -1,8 +1,7 @@
 """`attn_implementation="refllm"`: our attention under Transformers models, and what it refuses or leaves to SDPA."""
 
 import copy
-import importlib
-import os
+import subprocess
 import sys
 import warnings
 from typing import Any
@@ -463,23 +462,7 @@ def test_the_mask_function_knows_the_causal_pattern() -> None:
 @pytest.mark.parametrize("missing", ["transformers", "transformers.utils.output_capturing"])
 def test_without_the_right_transformers_it_says_what_to_install(missing: str) -> None:
     """Without the package, and with one too old to have what is needed."""
-    read, write = os.pipe()
-    with warnings.catch_warnings():  # that this process has threads
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()  # and not a new process: Torch is imported here
-    if not child:
-        try:
-            for name in [name for name in sys.modules if name.startswith("refllm.kernels")]:
-                del sys.modules[name]
-            sys.modules[missing] = None  # type: ignore[assignment]
-            importlib.import_module("refllm.kernels").patch  # noqa: B018
-        except Exception as error:
-            os.write(write, f"{type(error).__name__}: {error}".encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read) as said:
-        found = said.read()
-    os.waitpid(child, 0)
-    assert found.startswith("MissingExtraError: refllm.kernels.transformers")
-    assert found.endswith(install_command("transformers"))
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom refllm import kernels\nkernels.patch"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "MissingExtraError: refllm.kernels.transformers" in found.stderr
+    assert found.stderr.rstrip().endswith(install_command("transformers"))
