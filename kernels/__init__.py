@@ -8,21 +8,22 @@ Neither stands in for the other on its own: the caller chooses. Triton kernels n
     with refllm.kernels.interpreted():               # the repaired interpreter: any Triton kernel, on the CPU
         refllm.kernels.rms_norm(x, weight, eps)
 
-Nothing here is imported before it is used, so that this package can be imported without Torch and Triton.
+Nothing here is imported before it is used, so that this package can be imported without Torch and Triton: the pytest
+plugin is, in every run of pytest where refllm is installed.
 """
 
 import importlib
 from typing import Any
 
 from refllm import extras
-from refllm.ops.contracts import OPERATORS
 
-__all__ = [*OPERATORS, "OPERATORS", "fast_class", "interpreted", "patch", "plain", "register", "unpatch"]
+_BESIDE = ("OPERATORS", "fast_class", "interpreted", "patch", "plain", "register", "unpatch")
 
 
 def __getattr__(name: str) -> Any:
-    if name in OPERATORS:
-        return getattr(_import("refllm.kernels.triton"), name)
+    if name in ("OPERATORS", "__all__"):
+        operators = importlib.import_module("refllm.ops.contracts").OPERATORS
+        return operators if name == "OPERATORS" else [*operators, *_BESIDE]
     if name == "interpreted":
         extras.require("refllm.kernels.interpreted", "torch", "triton")
         return _import("refllm.kernels.interpreter").interpreted
@@ -32,11 +33,13 @@ def __getattr__(name: str) -> Any:
         return getattr(_import("refllm.kernels.transformers"), name)
     if name == "plain":
         return _import("refllm.kernels.plain")
+    if name in __getattr__("OPERATORS"):
+        return getattr(_import("refllm.kernels.triton"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(__getattr__("__all__"))
 
 
 def _import(module: str) -> Any:

@@ -135,7 +135,7 @@ def test_works_under_xdist(tmp_path: Path) -> None:
 def test_plain(i):
     assert run().tolist() == [0, 2, 4, 6, 8]
 """
-    code, output = session(tmp_path, test, "--triton-interpret", "-n", "1")
+    code, output = session(tmp_path, test, "--triton-interpret", "-n", "2")
     assert code == 0, output
     assert "4 passed" in output
 

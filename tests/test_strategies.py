@@ -213,8 +213,8 @@ def test_code_makes_the_same_tensors(operator: str) -> None:
 
 @pytest.mark.parametrize("operator", ["rms_norm", "rope", "attention", "cross_entropy"])
 def test_nearly_every_family_comes_without_being_asked_for(operator: str) -> None:
-    """Hypothesis likes some choices better than others, so that hundreds of calls may lack one."""
-    found = {call.family for call in drawn(operator, None, count=MANY)}
+    """Hypothesis likes some choices better than others, so that a few of 200 calls may lack one."""
+    found = {call.family for call in drawn(operator, None, count=200)}
     assert len(found) >= len(families(operator)) - 2, set(families(operator)) - found
 
 
