@@ -36,6 +36,12 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads() - 1, thread_name_prefix="refllm")
 
 
+def blocks(size: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step` elements that cover range(size)."""
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
 def for_each(work: Callable[[Any], object], items: Iterable[Any]) -> None:
     """work(item) for every item, in any order and several at a time. All are run, whatever one of them raises; the
     exception of the earliest item is raised at the end.

@@ -91,7 +91,7 @@ def test_the_quickest_of_every_test_comes_before_the_second_of_one() -> None:
 
 def test_who_imports_a_file_is_found() -> None:
     importers = run_mutation._importers()
-    assert "refllm/check/oracle.py" in importers["refllm/accuracy/limits.py"]
+    assert "refllm/accuracy/judge.py" in importers["refllm/accuracy/limits.py"]
     assert "golden/exact.py" in importers["golden/run.py"]
     assert "kernels/triton/attention.py" not in importers["refllm/accuracy/limits.py"]
 

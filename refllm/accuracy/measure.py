@@ -9,8 +9,7 @@ import numpy as np
 
 from refllm.accuracy.limits import ROW_FLOOR, chance
 from refllm.accuracy.propagation import ulp
-from refllm.parallel import for_each
-from refllm.storage.upcast import blocks
+from refllm.parallel import blocks, for_each
 
 _AT_ONCE = 1 << 20
 """Elements: 8 MiB of float64."""
@@ -108,6 +107,8 @@ def errors(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Error and its predicted variance, both 0 where they are undefined; which elements are NaN or infinite in one and
     not in the other; and which are finite in both."""
+    if not exact.ndim:  # a loss
+        return _errors(candidate, exact, variance, overflow)
     error = np.empty(exact.shape, np.result_type(candidate, exact))
     V = np.empty(exact.shape, variance.dtype)
     wrong, finite = (np.empty(exact.shape, bool) for _ in range(2))
@@ -135,8 +136,8 @@ def _errors(
 def row_blocks(values: np.ndarray) -> Iterator[slice]:
     """Consecutive slices along the first axis of [N, ..., n], of about `_AT_ONCE` elements: what is computed element by
     element, or row by row, needs no more memory at a time than that. The logits of a prompt are many."""
-    step = max(1, _AT_ONCE // max(1, values.size // max(1, len(values))))
-    return blocks(max(1, len(values)), step)
+    rows = max(1, len(values))
+    return blocks(rows, max(1, _AT_ONCE // max(1, values.size // rows)))
 
 
 def _largest(error: np.ndarray, V: np.ndarray, floor: float) -> tuple[float, tuple[int, ...]]:

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refllm.errors import CheckpointError
+from refllm.parallel import blocks
 from refllm.precision.dtype_names import dtype_name
 from refllm.storage.output_file import NewFile, publish_together
 from refllm.storage.safetensors_format import DTYPES, FORMAT_NAMES, MAX_HEADER_BYTES, WEIGHT_DTYPES, is_text, quote
-from refllm.storage.upcast import blocks
 
 WRITE_BLOCK = 1 << 20
 Shapes = Mapping[str, Sequence[int]]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from refllm.storage.upcast import blocks
+from refllm.parallel import blocks
 
 # Elements that one thread draws at a time.
 TASK = 1 << 20

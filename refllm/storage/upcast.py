@@ -4,22 +4,16 @@ A block is small enough to stay in the cache between the passes over it. Every c
 exact.
 """
 
-from collections.abc import Iterator
-
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from refllm.parallel import blocks
 
 # Elements per pass: 512 KiB of float32, inside the second-level cache.
 BLOCK = 1 << 17
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def blocks(size: int, step: int = BLOCK) -> Iterator[slice]:
-    """Consecutive slices of at most `step` elements that cover range(size)."""
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
 
 
 def upcast(stored: NDArray, out: NDArray) -> None:
@@ -28,7 +22,7 @@ def upcast(stored: NDArray, out: NDArray) -> None:
     A bfloat16 number is the upper half of a float32, so the bits are shifted; that is twice as fast as a cast.
     float64 to float32 rounds to nearest even and overflows to infinity without a warning.
     """
-    for part in blocks(stored.size):
+    for part in blocks(stored.size, BLOCK):
         _upcast_block(stored[part], out[part])
 
 

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refllm.errors import InputError
+from refllm.parallel import blocks
 from refllm.storage.checkpoint import Checkpoint
 from refllm.storage.fresh_tensors import default_threads, fresh_tensor
 from refllm.storage.load_report import LoadReport, Shape, compare, file_name, require_usable, warn_about
 from refllm.storage.safetensors_format import quote
 from refllm.storage.stacks import rooms
-from refllm.storage.upcast import blocks, upcast
+from refllm.storage.upcast import BLOCK, upcast
 
 Round = Callable[[NDArray[Any]], NDArray[Any]]
 Progress = Callable[[int, int], None]
@@ -335,7 +336,7 @@ class _CheckpointSource:
         stored_name = self._found[block.name]
         round = self._round[self._checkpoint.dtype(stored_name)]
         count = 0
-        for part in blocks(block.stored.size):
+        for part in blocks(block.stored.size, BLOCK):
             values = block.out[part]
             upcast(block.stored[part], values)
             if round is not None:
