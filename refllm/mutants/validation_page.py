@@ -87,8 +87,8 @@ def _head(found: "Validation") -> list[str]:
         "",
         "The check predicts the rounding error of every named value (`refllm/accuracy/propagation.py`) and compares a",
         "run with it twice: end to end from the token ids, and isolated, each operator on the run's own inputs. The",
-        "rules and the reason for each number are in `refllm/accuracy/limits.py`; none of them was fitted to these",
-        "models.",
+        "rules are in `refllm/accuracy/judge.py`, the reason for each number in `refllm/accuracy/limits.py`; none of",
+        "them was fitted to these models.",
         "",
     ]
 

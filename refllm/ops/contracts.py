@@ -34,7 +34,6 @@ class Contract:
 
     arguments: their axes by name, for those that are arrays; optional ones included. outputs: the same, in order.
     inputs: its strategy, a function of a module in `refllm.strategies`, "norms:norm".
-    kernel: the file in kernels/triton that holds its kernel, where that is not named like the operator.
     traffic: bytes and flops of one call, from its arguments (`refllm.ops.traffic`).
     float32: the outputs whose dtype is float32 whatever that of the arguments is.
     once: under the policy `fused`, the outputs that are rounded once, at the end, and nowhere before.
@@ -50,7 +49,6 @@ class Contract:
     outputs: dict[str, tuple[str, ...]]
     inputs: str
     traffic: Callable[..., traffic.Traffic]
-    kernel: str = ""
     float32: tuple[str, ...] = ()
     once: tuple[str, ...] = ()
     product: bool = False
@@ -77,11 +75,6 @@ class Contract:
     def program(self) -> str:
         """Source of `definition(...)` in float64 NumPy, which runs without refllm."""
         return PROGRAMS[self.operator]
-
-    @property
-    def kernel_file(self) -> str:
-        """Name of the module in `refllm.kernels.triton` that holds its kernel."""
-        return self.kernel or self.operator
 
     @property
     def text(self) -> str:
@@ -125,7 +118,6 @@ _ALL = (
         _Y_AND_SUM,
         inputs="norms:norm",
         traffic=traffic.norm(flops=6, copies=4),
-        kernel="rms_norm",
         once=("residual + x",),
     ),
     Contract(
@@ -143,7 +135,6 @@ _ALL = (
         _Y_AND_SUM,
         inputs="norms:norm",
         traffic=traffic.norm(flops=10, copies=4),
-        kernel="layer_norm",
         once=("residual + x",),
         kinds=_BIAS_KIND,
     ),

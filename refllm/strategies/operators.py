@@ -48,9 +48,12 @@ def families(operator: str, policy: str = "fused") -> tuple[str, ...]:
     if policy not in POLICIES:
         raise InputError(f"policy={policy!r} is not known; use one of {', '.join(POLICIES)}")
     module, _ = _strategy(operator)
+    if hasattr(module, "families"):  # some of them depend on the policy
+        found: tuple[str, ...] = module.families(operator, policy)
+        return found
     known = module.FAMILIES
     drawn: tuple[str, ...] = known[operator] if isinstance(known, dict) else known
-    return tuple(f for f in drawn if policy != "hf-eager" or f not in getattr(module, "NEEDS_FUSED", ()))
+    return drawn
 
 
 def _strategy(operator: str) -> tuple[ModuleType, str]:
