@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from refllm import golden, ops
+from refllm.accuracy import propagation as propagating
 from refllm.accuracy.measure import measure
 from refllm.accuracy.page import rotary_tables
 from refllm.accuracy.propagation import Propagation, Uncertain, certain, ulp
@@ -139,6 +140,21 @@ def test_variance_added_is_that_of_the_rounding_points(policy: Policy, dtype: st
         assert ratio == pytest.approx(1, abs=0.2 if name == "attention" else 0.05), (name, ratio)
         if out.rounded is not None:
             np.testing.assert_array_equal(found, out.rounded, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_large_weight_is_multiplied_in_blocks_and_none_is_left_out(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(3)  # of small integers, whose sums are exact in any order
+    x = Uncertain(rng.integers(-3, 4, (1, 5, 8)).astype(float), rng.integers(0, 3, (1, 5, 8)).astype(np.float32))
+    weight, bias = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((200, 8), (200,)))
+    whole = propagation(dtype).linear(x, weight, bias)
+    monkeypatch.setattr(propagating, "_AT_ONCE", 1)
+    cut = propagation(dtype).linear(x, weight, bias)
+    assert np.array_equal(cut.value, x.value @ weight.T + bias)
+    assert np.array_equal(cut.value, whole.value)
+    assert np.array_equal(cut.variance, whole.variance)
 
 
 def test_shares_of_the_variance_sum_to_one() -> None:

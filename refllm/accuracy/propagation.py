@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from refllm import ops
-from refllm.parallel import for_each
+from refllm.parallel import blocks, for_each
 from refllm.precision import EXACT, Arithmetic, Dtype, Policy
 
 _FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
@@ -28,7 +28,7 @@ _LEAST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126}
 _MEAN_SQUARE_ULP = 0.541
 _CHAIN = 256
 _FLOAT32_ULP = 2.0**-23
-_ROWS_AT_ONCE = 4096
+_AT_ONCE = 1 << 19  # numbers of a weight: 4 MiB as float64, which stay in cache from one product to the next
 _LANES = 16  # partial sums that every vectorised reduction keeps
 _ONE_PLUS_NOTHING = 17.4  # -log of half a float32 ulp of 1
 _VANISHED = 2.0**-121  # about the largest |silu(x)| for which e^-x is beyond float32, so that the result is 0
@@ -244,8 +244,8 @@ class Propagation:
         value = np.empty((*x.shape[:-1], len(weight)))
         variance, added = (np.zeros(value.shape, self.width) for _ in range(2))
         squared, terms, inherits = np.square(x.value, dtype=self.width), _terms(x.value), bool(x.variance.any())
-        # In blocks of rows of the weight, which is large in a head and would be copied as float64 whole.
-        for block in (slice(i, i + _ROWS_AT_ONCE) for i in range(0, len(weight), _ROWS_AT_ONCE)):
+
+        def rows(block: slice) -> None:
             square = _SquareOf(weight[block], self.width)
             value[..., block] = ops.linear(x.value, weight[block], None if bias is None else bias[block])
             if inherits:
@@ -254,6 +254,13 @@ class Propagation:
             accumulated = self._sum_noise(terms, product, partial(square.times, squared))
             before_bias = 0.0 if bias is None else self._inside(product)
             added[..., block] = accumulated + before_bias + self._noise(value[..., block], "linear")
+
+        # In blocks of rows of the weight, which would else be copied as float64 whole.
+        step = max(64, _AT_ONCE // max(1, weight.shape[1]) // 64 * 64)
+        if len(weight) <= step:
+            rows(slice(None))
+        else:
+            for_each(rows, blocks(len(weight), step))
         return self._result(value, [(x, variance)], added)
 
     def add(self, x: Uncertain, y: Uncertain) -> Uncertain:

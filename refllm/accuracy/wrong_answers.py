@@ -6,6 +6,7 @@ import numpy as np
 
 from refllm.accuracy.judge import broken_isolated
 from refllm.accuracy.measure import measure
+from refllm.parallel import for_each
 
 NOT_FINITE = "not finite: no verdict at these values"
 """What is untested where the reference, which rounds nothing, gives an infinity or NaN."""
@@ -23,11 +24,15 @@ def undetected(exact: np.ndarray, variance: np.ndarray, dtype: str) -> list[str]
         return [NOT_FINITE]
     some = slice(None, None, -(-len(exact) // _POSITIONS) if exact.size > _MANY else 1)
     exact, variance = exact[some], variance[some]
-    return [
-        name
-        for name, wrong in wrong_answers(exact)
-        if not np.array_equal(wrong, exact) and not broken_isolated(measure(wrong, exact, variance), dtype)
-    ]
+    answers = dict(wrong_answers(exact))
+    passes: dict[str, bool] = {}
+
+    def try_one(name: str) -> None:
+        wrong = answers[name]
+        passes[name] = not np.array_equal(wrong, exact) and not broken_isolated(measure(wrong, exact, variance), dtype)
+
+    for_each(try_one, answers)
+    return [name for name in answers if passes[name]]
 
 
 def wrong_answers(exact: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
