@@ -23,7 +23,7 @@ from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
 from refllm.check.next_tokens import compare_tokens
 from refllm.check.oracle import Report, TapReport, judge
-from refllm.check.run import prepare
+from refllm.check.run import load
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.taps import as_array
 from refllm.precision import HF_EAGER
@@ -419,7 +419,7 @@ def test_measuring_takes_little_more_memory_than_what_is_measured(monkeypatch: p
 
 def test_a_check_keeps_no_weights() -> None:
     folder = Path(golden.checkpoints()["helium-tiny"])
-    model, _, _ = prepare(folder, "bfloat16", {"prompt": None, "ids": "1,2,3", "ids_file": None})
+    model = load(folder, "bfloat16")
     kept = refllm.load(folder, dtype="bfloat16").weights
     assert model.weights.low_memory
     assert all(np.array_equal(model.weights[name], kept[name]) for name in kept)

@@ -144,7 +144,7 @@ def test_a_file_whose_import_does_not_end_hangs(
     monkeypatch.setattr(process, "SECONDS_TO_START", 0.5)
     (tmp_path / "mine.py").write_text("while True:\n    pass")
     found = list(check_all([checkpoint], Settings(f"{tmp_path / 'mine.py'}:f", seconds=0.5)))
-    assert [report.verdict for report in found] == ["fails", "fails"]
+    assert [report.verdict for report in found] == ["fails"]  # and not once more for a precision that it is not told
     assert found[0].misbehaviour is not None
     assert re.fullmatch(
         r"it was not ready to run within 1 s \(mine.py:[12]\); --time gives it more", found[0].misbehaviour.text
@@ -276,7 +276,7 @@ def test_where_the_reference_is_not_finite_there_is_no_verdict(tmp_path: Path) -
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for dtype in ("float32", "bfloat16"):
         (report,) = compare(tmp_path, "numpy", dtype=dtype, input_ids=range(30), isolate=False)
-        assert report.verdict == "untested"
+        assert report.verdict == "incomplete"
         why = {tap.name: tap.untested for tap in report.taps if tap.verdict != "holds"}
         assert set(why) >= {"model.norm", "lm_head"}
         assert {reason for reasons in why.values() for reason in reasons} == {"not finite: no verdict at these values"}

@@ -54,8 +54,8 @@ def groups(report: Report) -> list[Group]:
 
 
 def worst_verdict(verdicts: Sequence[str]) -> str:
-    """fails if one fails, else untested if one is, else holds."""
-    return next((verdict for verdict in ("fails", "untested") if verdict in verdicts), "holds")
+    """fails if one fails, else incomplete or untested if one is, else holds."""
+    return next((verdict for verdict in ("fails", "incomplete", "untested") if verdict in verdicts), "holds")
 
 
 def isolated_severity(tap: TapReport) -> float:

@@ -56,7 +56,9 @@ def render(reports: list[Report], details: Mapping[str, Any] | None = None, toke
     return environment.get_template(_TEMPLATE).render(
         sections=[_section(i, report, len(reports), token_text) for i, report in enumerate(reports)],
         verdict=findings.worst_verdict(verdicts),
-        counts={verdict: verdicts.count(verdict) for verdict in ("fails", "untested", "holds") if verdict in verdicts},
+        counts={
+            verdict: verdicts.count(verdict) for verdict in ("fails", "incomplete", "holds") if verdict in verdicts
+        },
         details=details or {},
         limits=limits,
         count=findings.count,
