@@ -94,7 +94,9 @@ def _inputs(folder: Path, given: dict[str, Any], prompt: str | None) -> "tuple[I
     from refllm.check.run import tokens_for
     from refllm.inputs import as_integers
 
-    arrays = {name: np.atleast_2d(as_integers(name, value)) for name, value in given.items() if value is not None}
+    arrays: dict[str, Any] = {
+        name: np.atleast_2d(as_integers(name, value)) for name, value in given.items() if value is not None
+    }
     notes: list[str] = []
     if "input_ids" not in arrays:
         arrays["input_ids"], notes = tokens_for(folder, {"prompt": prompt, "ids": None, "ids_file": None})
