@@ -14,7 +14,7 @@ import certain_assertions
 import check_types
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "triton", "hypothesis", "tokenizers", "typer", "rich", "jinja2")
 CODE = sorted(path for folder in ("refllm", "kernels", "golden", "tests") for path in (ROOT / folder).rglob("*.py"))
 PROSE = [*sorted(ROOT.glob("*.md")), ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]

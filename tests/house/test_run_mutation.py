@@ -14,7 +14,7 @@ import pytest
 import run_mutation
 from mutation_sites import Mutant, draw
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = '''
 """Half of it."""
 
