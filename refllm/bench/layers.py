@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import refllm
+from refllm.accuracy.verdicts import verdict
 from refllm.bench.launches import launches
 from refllm.bench.workloads import Job, operator_jobs, traffic_of
 from refllm.errors import InputError
@@ -165,7 +166,7 @@ def result(found: list[dict[str, Any]], targets: Sequence[Target], seconds: floa
     return {
         "format": FORMAT,
         "benchmark": "ahead_of_time",
-        "verdict": "finding" if any(row["findings"] for row in found) else "holds",
+        "verdict": verdict(any(row["findings"] for row in found)),
         "versions": {"refllm": refllm.__version__, "triton": version("triton")},
         "command": " ".join(["refllm", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
+from refllm.accuracy.verdicts import verdict
 from refllm.bench import numpy_blas, processor_name
 from refllm.bench.timer import Spread
 
@@ -140,7 +141,7 @@ def assemble(
     """The whole result of one run as plain values. left_out: what the time did not suffice for."""
     return {
         **stamp(bench),
-        "verdict": "fails" if any(row.finding for row in rows) else "holds",
+        "verdict": verdict(any(row.finding for row in rows)),
         "machine": describe_machine(device),
         "versions": installed_versions(),
         "settings": settings,

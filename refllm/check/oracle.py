@@ -17,6 +17,7 @@ from refllm.accuracy.judge import broken, broken_isolated
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.page import predict_page
 from refllm.accuracy.propagation import Uncertain
+from refllm.accuracy.verdicts import ValueVerdict, Verdict, verdict
 from refllm.accuracy.wrong_answers import undetected
 from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
@@ -54,7 +55,7 @@ class TapReport:
         return broken(self.end_to_end, self.isolated, self.dtype)
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> ValueVerdict:
         if self.broken:
             return "fails"
         return "untested" if self.untested else "holds"
@@ -217,14 +218,12 @@ class Report:
     misbehaviour: Misbehaviour | None = None
 
     @property
-    def verdict(self) -> str:
-        """fails if the candidate misbehaves, or any value or a next token fails; else untested if any value is; else
-        holds."""
-        if self.misbehaviour is not None:
-            return "fails"
-        if any(tap.verdict == "fails" for tap in self.taps) or (self.next_tokens and self.next_tokens.defects):
-            return "fails"
-        return "untested" if any(tap.verdict == "untested" for tap in self.taps) else "holds"
+    def verdict(self) -> Verdict:
+        """The run fails if the candidate misbehaves, or any value or a next token fails; one with an untested value is
+        incomplete."""
+        values = {tap.verdict for tap in self.taps}
+        wrong = self.misbehaviour or "fails" in values or (self.next_tokens and self.next_tokens.defects)
+        return verdict(wrong, missing="untested" in values)
 
     @property
     def first_failure(self) -> TapReport | None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from refllm.accuracy import limits
 from refllm.accuracy.measure import Measure
+from refllm.accuracy.verdicts import verdict
 from refllm.check.adapters.transformers import TransformersCandidate
 from refllm.check.candidates import record
 from refllm.check.inputs import Inputs, stressed
@@ -387,7 +388,7 @@ def main() -> int:
     for path, text in _files(arguments, found):
         path.parent.mkdir(parents=True, exist_ok=True)
         output_file.replace(path, text)
-    print("holds" if found.holds else "does not hold")
+    print(verdict(not found.holds))
     return 0 if found.holds else 1
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refllm import apart
+from refllm.accuracy.verdicts import SCHEMA, verdict
 from refllm.errors import InputError, RefllmError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class AuditReport:
 
     @property
     def survivors(self) -> tuple[Outcome, ...]:
-        """Real bugs that the checker let pass."""
+        """The real bugs that the checker did not find."""
         return tuple(o for o in self.bugs if not o.killed)
 
     @property
@@ -125,8 +126,9 @@ class AuditReport:
     def to_dict(self) -> dict[str, Any]:
         """As it is written to JSON."""
         return {
+            "schema": SCHEMA,
             "checker": self.checker,
-            "verdict": "holds" if self.holds else "fails",
+            "verdict": verdict(not self.holds),
             "mutants": len(self.bugs),
             "killed": len(self.bugs) - len(self.survivors),
             "kill_rate": self.kill_rate,
