@@ -16,6 +16,7 @@ from refllm.accuracy import measure as measuring
 from refllm.accuracy.judge import broken, broken_isolated
 from refllm.accuracy.limits import ROW_FLOOR
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
+from refllm.accuracy.verdicts import verdict, worst
 from refllm.accuracy.wrong_answers import undetected
 from refllm.check import findings, html
 from refllm.check.candidates import ReferenceCandidate, record
@@ -338,9 +339,19 @@ def test_small_words() -> None:
     assert findings.place("lm_head", (0, 4, 5)) == "position 4, token id 5"
     assert findings.place("model.layers.0.self_attn.probs", (2, 4, 1, 5)) == "sequence 2, position 4, head 1, key 5"
     assert findings.place("lm_head", ()) == "nowhere"
-    assert findings.worst_verdict(["holds", "untested", "fails"]) == "fails"
-    assert findings.worst_verdict(["holds", "untested"]) == "untested"
-    assert findings.worst_verdict([]) == findings.worst_verdict(["holds"]) == "holds"
+
+
+def test_what_is_wrong_outweighs_what_was_not_looked_at() -> None:
+    assert [verdict(*given) for given in ((True, True), (True,), (0, [3]), ("", []))] == [
+        "fails",
+        "fails",
+        "incomplete",
+        "holds",
+    ]
+    assert worst(["holds", "untested", "fails"]) == "fails"
+    assert worst(["holds", "untested", "holds"]) == "untested"
+    assert worst(["incomplete", "holds"]) == "incomplete"
+    assert worst([]) == worst(["holds"]) == "holds"
 
 
 def test_the_page_says_what_was_measured_and_leaves_out_what_was_not() -> None:

@@ -289,7 +289,7 @@ def test_check_holds_and_says_so_in_json(refllm: Run, checkpoint: Path, tmp_path
     code, out, err = refllm("check", checkpoint, "--ids", ids, "--json", tmp_path / "check.json")
     assert (code, err) == (0, ""), out
     values = json.loads((tmp_path / "check.json").read_text())
-    assert values["verdict"] == "holds"
+    assert (values["schema"], values["verdict"]) == (2, "holds")
     assert [report["dtype"] for report in values["reports"]] == ["float32", "bfloat16"]
     assert "2 checked: 2 holds" in out
 

@@ -125,7 +125,7 @@ def test_a_reproduction_is_a_program_of_its_own(name: str, tmp_path: Path) -> No
     mutant = next(m for m in TORCH if m.slug == name)
     file = tmp_path / "repro.py"
     report = check_op(mutant.operator, mutant.function(), shrink=False, isolate=False, repro=file)
-    assert report.verdict == "fail"
+    assert report.verdict == "fails"
     done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert done.stdout.strip()
@@ -365,7 +365,7 @@ def test_the_command_lists_survivors_and_exits_with_1(tmp_path: Path) -> None:
     assert "survived:" in done.output
     assert "eps is left out, so that a row of zeros is 0 / 0 (one-line: norm)" in done.output
     written = json.loads((tmp_path / "a.json").read_text())
-    assert written["verdict"] == "fails"
+    assert (written["schema"], written["verdict"]) == (2, "fails")
     assert written["killed"] + len(written["survivors"]) == written["mutants"] == len(written["outcomes"])
 
 
