@@ -250,4 +250,4 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     "attention": _attend,
     "decode_attention": _decode,
 }
-"""Of operators that Torch or Transformers has as one call. Every other operator is confirmed by its eager form."""
+"""The operators that Torch or Transformers has as one call. Every other operator is confirmed by its eager form."""

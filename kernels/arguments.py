@@ -62,7 +62,7 @@ _ASKED = {
     )
     for known in CONTRACTS.values()
 }
-"""By operator: of each argument that is an array its name, axes and kind, and whether it may be float32."""
+"""Every argument that is an array, by operator: its name, axes and kind, and whether it may be float32."""
 
 
 _HEADS = {"H": "heads", "K": "heads"}
@@ -128,7 +128,7 @@ def _table(operator: str, name: str, x: Any, known: dict[str, Any], first: torch
 
 
 def attention(operator: str, q: Any, k: Any, v: Any, *rest: Any) -> None:
-    """As `check`, with D in 8..256 and H a multiple of K."""
+    """What `check` asks, with D in 8..256 and H a multiple of K."""
     if not 8 <= floating(operator, "q", q, 4).shape[3] <= 256:
         fail(operator, "q", q, "a head_dim (last axis) of 8 to 256")
     check(operator, q, k, v, *rest)
@@ -138,7 +138,7 @@ def attention(operator: str, q: Any, k: Any, v: Any, *rest: Any) -> None:
 
 
 def decode_attention(operator: str, q: Any, k_cache: Any, v_cache: Any, lengths: Any) -> None:
-    """As `attention`, with S in 1..8."""
+    """What `attention` asks, with S in 1..8."""
     attention(operator, q, k_cache, v_cache, lengths)
     if not 1 <= q.shape[2] <= 8:
         fail(operator, "q", q, "1 to 8 queries (axis 2)")
@@ -156,7 +156,7 @@ def rms_norm_qkv_rope(
     num_kv_heads: int,
     cache: Any = None,
 ) -> None:
-    """As `check`, with an even D >= R; cache: None or (k_cache [B, K, N, D], v_cache, as it, lengths [B])."""
+    """What `check` asks, with an even D >= R; cache: None or (k_cache [B, K, N, D], v_cache, as it, lengths [B])."""
     floating(operator, "w_qkv", w_qkv, 2)
     heads = num_heads + 2 * num_kv_heads
     if num_heads < 1 or num_kv_heads < 1 or w_qkv.shape[0] % heads:

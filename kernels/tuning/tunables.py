@@ -136,7 +136,7 @@ def tunables() -> dict[str, Tunable]:
 
 
 def tunable(kernel: str) -> Tunable:
-    """Of that name; InputError for another."""
+    """The kernel of that name. Raises InputError for another."""
     if kernel not in tunables():
         raise InputError(f"--kernel {kernel!r} is no kernel; use one of {', '.join(tunables())}")
     return tunables()[kernel]

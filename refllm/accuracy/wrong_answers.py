@@ -15,7 +15,7 @@ _MANY, _POSITIONS = 1 << 20, 64  # see `undetected`
 
 
 def undetected(exact: np.ndarray, variance: np.ndarray, dtype: str) -> list[str]:
-    """Trivial wrong answers that the isolated rules would let pass on these values. Should be none.
+    """Trivial wrong answers that the isolated rules would accept on these values. Should be none.
 
     exact, variance: [N, ..., n], positions first. Of many positions 64 are taken: what is rejected on a part is
     rejected on the whole. Where the exact values themselves are infinite or NaN, nothing is right: `NOT_FINITE`.
@@ -25,14 +25,14 @@ def undetected(exact: np.ndarray, variance: np.ndarray, dtype: str) -> list[str]
     some = slice(None, None, -(-len(exact) // _POSITIONS) if exact.size > _MANY else 1)
     exact, variance = exact[some], variance[some]
     answers = dict(wrong_answers(exact))
-    passes: dict[str, bool] = {}
+    holds: dict[str, bool] = {}
 
     def try_one(name: str) -> None:
         wrong = answers[name]
-        passes[name] = not np.array_equal(wrong, exact) and not broken_isolated(measure(wrong, exact, variance), dtype)
+        holds[name] = not np.array_equal(wrong, exact) and not broken_isolated(measure(wrong, exact, variance), dtype)
 
     for_each(try_one, answers)
-    return [name for name in answers if passes[name]]
+    return [name for name in answers if holds[name]]
 
 
 def wrong_answers(exact: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

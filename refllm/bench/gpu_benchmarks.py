@@ -3,7 +3,7 @@
 Files are named as docs/benchmarks keeps them: kernels-nvidia-h200.json, and pictures beside them. A benchmark that is
 ended early leaves the file as far as it got.
 
-What they hold on a GPU, counted by tests/test_gpu.py:
+What they hold on a GPU, counted by tests/bench/test_gpu.py:
 
     kernels     152 calls in 516 forms, 20 of these through torch.compile; targets name 50 calls, which come first
     attention    72 calls in 360 forms; targets name 23 calls, which come first
@@ -38,7 +38,7 @@ PASSES: dict[str, list[dict[str, Any]]] = {
         {"lengths": [1024, 16384], "models": ["helium-1-preview-2b", "stablelm-2-12b"]},
     ],
 }
-"""On a GPU: settings of the passes of a benchmark, one after the other."""
+"""The settings of the passes of a benchmark on a GPU, one after the other."""
 COMPILERS = {"kernels": 3, "attention": 2}
 
 Row = dict[str, Any]

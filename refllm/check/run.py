@@ -293,9 +293,3 @@ def token_texts(folders: list[Path]) -> Callable[[Report, int], str]:
         return "" if tokenizer is None else str(tokenizer.decode([token]))
 
     return text
-
-
-def overall(reports: list[Report]) -> str:
-    """fails if one fails, else untested if one is, else holds."""
-    verdicts = {report.verdict for report in reports}
-    return "fails" if "fails" in verdicts else "untested" if "untested" in verdicts else "holds"

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm.accuracy.verdicts import SCHEMA, worst
 from refllm.commands import audit, bench, golden, operators, tune
 from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, can_be_written
 from refllm.commands.shared_options import console as _console
@@ -130,13 +131,15 @@ def check(
     for sentence in left_out:
         console.print(sentence)
     console.print(show.closing_line(reports))
-    _write_json({"verdict": run.overall(reports), "reports": [report.to_dict() for report in reports]}, json_file)
+    verdict = worst(report.verdict for report in reports)
+    found = {"schema": SCHEMA, "verdict": verdict, "reports": [report.to_dict() for report in reports]}
+    _write_json(found, json_file)
     if html_file is not None:
         from refllm.check.html import write_html
 
         command = " ".join(["refllm", *sys.argv[1:]])
         write_html(html_file, reports, {"command": command}, run.token_texts(folders))
-    if run.overall(reports) != "holds":
+    if verdict != "holds":
         raise typer.Exit(FINDING)
 
 

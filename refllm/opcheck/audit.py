@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refllm import apart
+from refllm.accuracy.verdicts import SCHEMA, verdict
 from refllm.errors import InputError, RefllmError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Outcome:
     dtypes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written to JSON: all but the program."""
+        """Plain values for JSON: all but the program."""
         return {name: value for name, value in vars(self).items() if name != "repro"}
 
 
@@ -95,7 +96,7 @@ class AuditReport:
 
     @property
     def survivors(self) -> tuple[Outcome, ...]:
-        """Real bugs that the checker let pass."""
+        """The real bugs that the checker did not find."""
         return tuple(o for o in self.bugs if not o.killed)
 
     @property
@@ -119,14 +120,15 @@ class AuditReport:
 
     @property
     def operators(self) -> tuple[str, ...]:
-        """In the order of the outcomes."""
+        """The operators, in the order of the outcomes."""
         return tuple(dict.fromkeys(o.operator for o in self.outcomes))
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written to JSON."""
+        """Plain values for JSON: schema, checker, verdict, figures, and one entry per mutant."""
         return {
+            "schema": SCHEMA,
             "checker": self.checker,
-            "verdict": "holds" if self.holds else "fails",
+            "verdict": verdict(not self.holds),
             "mutants": len(self.bugs),
             "killed": len(self.bugs) - len(self.survivors),
             "kill_rate": self.kill_rate,

@@ -8,6 +8,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from refllm.accuracy.judge import Judgement
+from refllm.accuracy.verdicts import SCHEMA
 from refllm.opcheck.api import OpReport
 from refllm.opcheck.tile import begin, tile
 from refllm.ops.contracts import CONTRACTS
@@ -15,7 +16,7 @@ from refllm.strategies.call import Call
 from refllm.terminal.fitted_table import Table
 
 WIDTH = 110
-_STYLE = {"pass": "green", "incomplete": "yellow", "fail": "bold red"}
+_STYLE = {"holds": "green", "incomplete": "yellow", "fails": "bold red"}
 
 
 def show_report(report: OpReport, with_repro: bool = False) -> RenderableType:
@@ -117,6 +118,7 @@ def report_dict(report: OpReport) -> dict[str, Any]:
     """See `OpReport.to_dict`."""
     finding = report.finding
     return {
+        "schema": SCHEMA,
         "op": report.op,
         "verdict": report.verdict,
         "dtype": report.dtype,

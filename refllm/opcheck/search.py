@@ -19,7 +19,7 @@ Progress = Callable[[str, float, float], None]
 class Searched:
     """finding: the first, or None. ended: why it stopped before the last example, "" if it did not.
 
-    complete: whether no finding means that it passes: every fixed call was examined, and no run was cut off.
+    complete: whether no finding means that it holds: every fixed call was examined, and no run was cut off.
     """
 
     finding: Finding | None
