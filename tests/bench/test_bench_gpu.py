@@ -661,7 +661,7 @@ def test_calls_that_a_target_names_come_first_and_compiling_is_rare(monkeypatch:
 # -- make gpu ----------------------------------------------------------------------------------------------------------
 
 
-def test_make_gpu_runs_benchmarks_in_processes_and_keeps_their_files(tmp_path: Path) -> None:
+def test_make_gpu_runs_benchmarks_in_processes_and_keeps_their_files(warm_python: None, tmp_path: Path) -> None:
     small = {"seconds": 0.001, "scale": 0.001, "cache_bytes": 4096, "peers": ["plain"], "layers": ["reduced"]}
     passes = [{**small, "sizes": [[1, 4]], "operators": [name]} for name in ("relu2", "swiglu")]
     (row,) = gpu_benchmarks.run_benchmarks(

@@ -34,7 +34,9 @@ def _counted(jobs: list[Any]) -> tuple[int, int, int, int]:
     return len(plan), len(forms), forms.count("compile"), sum(map(kernel_bench.named_by_a_target, jobs))
 
 
-def test_everything_runs_and_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_runs_and_is_written_down(
+    warm_python: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "new" / "gpu.json"
     assert gpu.main(["--device", "cpu", "--no-tests", "-o", str(file), "--only", "reduced partial,llama-tiny"]) == 0
     result = json.loads(file.read_text())
@@ -79,7 +81,7 @@ def test_a_model_that_decodes_other_tokens_is_a_finding(monkeypatch: pytest.Monk
     assert problems["torch"] == "other tokens than without the recorded step"
 
 
-def test_tests_are_counted_and_failures_named(tmp_path: Path) -> None:
+def test_tests_are_counted_and_failures_named(warm_python: None, tmp_path: Path) -> None:
     (tmp_path / "test_kernel_mine.py").write_text(TESTS)
     (tmp_path / "test_kernel_broken.py").write_text("import no_such_module\n")
     rows = tmp_path / "rows.jsonl"

@@ -284,7 +284,7 @@ def test_low_memory_generates_the_same(refllm: Run, checkpoint: Path) -> None:
     assert refllm(*command)[1] == refllm(*command, "--low-memory")[1]
 
 
-def test_check_holds_and_says_so_in_json(refllm: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_check_holds_and_says_so_in_json(warm_python: None, refllm: Run, checkpoint: Path, tmp_path: Path) -> None:
     ids = ",".join(str((7 * i) % 40) for i in range(60))
     code, out, err = refllm("check", checkpoint, "--ids", ids, "--json", tmp_path / "check.json")
     assert (code, err) == (0, ""), out
@@ -301,7 +301,7 @@ README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 
 # Not the benchmark, and not the lines in which CHECKPOINT or FILE.PY stands for the reader's own.
 @pytest.mark.parametrize("line", re.findall(r"^    refllm ((?!bench|.*CHECKPOINT|.*FILE).*)$", README, re.MULTILINE))
-def test_command_of_the_readme_runs(line: str, refllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_of_the_readme_runs(line: str, warm_python: None, refllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     code, out, _ = refllm(*shlex.split(line))
     assert code == 0

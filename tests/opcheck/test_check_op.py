@@ -327,7 +327,9 @@ def test_a_hang_that_is_found_late_is_made_small_in_the_time_that_is_left() -> N
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_json_exit_codes_and_the_reproduction_as_a_program(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+def test_json_exit_codes_and_the_reproduction_as_a_program(
+    warm_python: None, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
     program, written = tmp_path / "repro.py", tmp_path / "result.json"
     candidate = f"{HERE / 'opcheck_candidates.py'}:tail"
     words = ["rms_norm", "--candidate", candidate, "--dtype", "float32", "--dtype", "bfloat16"]
