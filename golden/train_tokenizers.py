@@ -140,7 +140,7 @@ def bytes_with_bos(vocab_size: int) -> Tokenizer:
 
 
 def bytes_with_named_templates(vocab_size: int) -> Tokenizer:
-    """As `bytes_with_bos`, with the special tokens of AFM and two chat templates, one of them for tools."""
+    """The tokenizer of `bytes_with_bos`, with AFM's special tokens and two chat templates, one of them for tools."""
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|finetune_right_pad_id|>"]
     backend = _byte_level(vocab_size - len(special))
     backend.add_special_tokens(special)

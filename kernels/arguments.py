@@ -192,7 +192,7 @@ def _table(operator: str, name: str, cos: Any, q: torch.Tensor) -> None:
 
 
 def norm_rope(operator: str, q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, norm: Any) -> None:
-    """As `rope`, with q_weight [H, D], k_weight [K, D], norm "rms" or "layer"."""
+    """The arguments of `rope`, with q_weight [H, D], k_weight [K, D], norm "rms" or "layer"."""
     rope(operator, q, k, cos, sin)
     like(operator, "q_weight", q_weight, (q.shape[1], q.shape[3]), q, or_float32=True)
     like(operator, "k_weight", k_weight, (k.shape[1], k.shape[3]), k, or_float32=True)

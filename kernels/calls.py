@@ -21,7 +21,7 @@ from refllm.ops.contracts import OPERATORS, ROWS, Contract, contract_of
 Arguments = tuple[list[Any], dict[str, Any]]
 
 FIRST_POSITION = 1000
-"""Of rotary tables: position 0 hides what is wrong."""
+"""The first position of rotary tables: position 0 hides what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Case:
 
 
 MOST_WORDS = 10_001
-"""Of linear_cross_entropy in `cases`: the definition holds its matrix in float64."""
+"""The largest vocabulary of linear_cross_entropy in `cases`: the definition holds its matrix in float64."""
 
 
 def cases(layer: Layer, dtype: str, device: str, *, tokens: int, seed: int = 0) -> Iterator[Case]:

@@ -239,7 +239,7 @@ class Process:
             view = view[count:]
 
     def _wait(self, deadline: float) -> None:
-        """Until there is something to read from the channel; what is printed meanwhile is taken."""
+        """Waits until there is something to read from the channel; what is printed meanwhile is taken."""
         while True:
             left = deadline - time.monotonic()
             ready = {key.fileobj for key, _ in self._selector.select(max(0.0, min(left, _LOOK)))}
@@ -351,7 +351,7 @@ def _be_the_process(
 
 
 def _speak_into(printed: int | None) -> None:
-    """In a fork: what it reads is empty, and what it writes, by whichever way, goes to the one who asked."""
+    """A fork is made to read nothing, and what it writes, by whichever way, goes to the one who asked."""
     assert printed is not None
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(printed, 1)

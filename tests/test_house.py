@@ -217,6 +217,20 @@ def test_verdicts_have_one_vocabulary() -> None:
     assert {report["verdict"] for report in reports if "verdict" in report} <= {*get_args(verdicts.Verdict)}
 
 
+BARE = "Of|As|By|In|With|Without|For|To|At|On|From|Per|After|Before|Like|While|Under|Beside|Between|Among|Until"
+
+
+def test_docstrings_begin_with_what_they_are_about() -> None:
+    """Not with "Of the rows" or "As typed", of which a reader has to guess the subject."""
+    found = []
+    for path in PRODUCT:
+        for node in ast.walk(parsed(path)):
+            text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
+            if isinstance(text, str) and re.match(rf"\s*(?:{BARE})\b", text):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text.splitlines()[0]}")
+    assert not found, "\n".join(found)
+
+
 def test_licence_is_the_full_text_of_apache_2() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text

@@ -48,7 +48,7 @@ class Outcome:
         return not any(row.findings for row in self.checked)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: schema, verdict, triton (version), compiled, seconds, and one entry per configuration."""
+        """Plain values for JSON: schema, verdict, triton (version), compiled, seconds, and all configurations."""
         return {
             "schema": SCHEMA,
             "verdict": verdict(not self.holds),

@@ -345,8 +345,8 @@ def shape_class(D: int, dtype: torch.dtype) -> str:
 
 
 def choose_tile(D: int, dtype: torch.dtype, target: Target) -> Tile:
-    """Of tuning/tiles.json: as large as registers allow without spills, because what is read per query halves with
-    twice the queries. D = 128 on an H100: 128 queries, 64 keys per step, 8 warps, 3 stages."""
+    """The tile of tuning/tiles.json: as large as registers allow without spills, because what is read per query halves
+    with twice the queries. D = 128 on an H100: 128 queries, 64 keys per step, 8 warps, 3 stages."""
     return Tile(**tuning.tile("attention", shape_class(D, dtype), target))
 
 

@@ -48,7 +48,7 @@ def shape_class(V: int, dtype: torch.dtype) -> str:
 
 
 def choose_tile(V: int, dtype: torch.dtype, target: Target) -> Tile:
-    """Of tuning/tiles.json."""
+    """The tile of tuning/tiles.json."""
     return Tile(**tuning.tile("cross_entropy", shape_class(V, dtype), target))
 
 

@@ -166,7 +166,7 @@ def shape_class(rows: int, dtype: torch.dtype) -> str:
 
 
 def choose_tile(rows: int, dtype: torch.dtype, target: Target) -> Tile:
-    """Of tuning/tiles.json: small tiles, so that several programs per multiprocessor keep the memory busy. Up to 16
+    """The tile of tuning/tiles.json: small, so that several programs per multiprocessor keep the memory busy. Up to 16
     rows on an H100: 16 rows, 32 slots per step, 4 warps, 3 stages."""
     return Tile(**tuning.tile("decode_attention", shape_class(rows, dtype), target))
 

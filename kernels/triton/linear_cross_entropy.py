@@ -51,8 +51,8 @@ def shape_class(E: int, V: int, dtype: torch.dtype) -> str:
 
 
 def choose_tile(E: int, V: int, dtype: torch.dtype, target: Target) -> Tile:
-    """Of tuning/tiles.json: the largest that the accumulators leave room for, 128 registers per thread. On an H100: 128
-    rows x 256 words x 64 numbers."""
+    """The tile of tuning/tiles.json: the largest that the accumulators leave room for, 128 registers per thread. On an
+    H100: 128 rows x 256 words x 64 numbers."""
     return Tile(**tuning.tile("linear_cross_entropy", shape_class(E, V, dtype), target))
 
 

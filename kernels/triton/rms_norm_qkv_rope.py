@@ -224,9 +224,9 @@ def shape_class(S: int, E: int, half: int, dtype: torch.dtype) -> str:
 
 
 def choose_tile(x: torch.Tensor, half: int, target: Target) -> Tile:
-    """Of tuning/tiles.json. Prefill on an H100: 128 tokens x 128 columns x 64, the largest that fits. Decode: 16 x 32 x
-    128, few columns and many stages: 96 programs for Llama's 3072 columns, each with 32 KiB of W on its way. (Twice the
-    columns would get wgmma, and leave two thirds of an H100 without a program.)"""
+    """The tile of tuning/tiles.json. Prefill on an H100: 128 tokens x 128 columns x 64, the largest that fits. Decode:
+    16 x 32 x 128, few columns and many stages: 96 programs for Llama's 3072 columns, each with 32 KiB of W on its way.
+    (Twice the columns would get wgmma, and leave two thirds of an H100 without a program.)"""
     S, E = x.shape[1:]
     return Tile(**tuning.tile("rms_norm_qkv_rope", shape_class(S, E, half, x.dtype), target))
 

@@ -267,7 +267,7 @@ TUNABLES = {
 
 
 def tunable(kernel: str) -> Tunable:
-    """Of that name; InputError for another."""
+    """The kernel of that name. Raises InputError for another."""
     if kernel not in TUNABLES:
         raise InputError(f"--kernel {kernel!r} is no kernel; use one of {', '.join(TUNABLES)}")
     return TUNABLES[kernel]

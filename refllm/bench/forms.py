@@ -159,7 +159,7 @@ def _liger_rope(f: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> T
 
 
 def _liger_swiglu(f: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Thunk:
-    """On dense tensors: two halves of one it would copy first."""
+    """Liger's SwiGLU gets dense tensors: two halves of one it would copy first."""
     gate, up = (x.contiguous() for x in arguments)
     return lambda: f.liger_swiglu(gate, up)
 

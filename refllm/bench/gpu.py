@@ -57,9 +57,9 @@ from refllm.terminal.status_line import StatusLine
 PROCESSES = 8
 CHECK_SECONDS = 170.0
 TOTAL_SECONDS = 540.0
-"""From the start: when all checks have ended, and when everything has."""
+"""Seconds from the start after which all checks have ended, and after which everything has."""
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
-"""Of each check: they share the cores."""
+"""The threads of each check: they share the cores."""
 PARTS = ("operators", "models", "tests")
 
 
@@ -138,7 +138,7 @@ def end_tests(process: LimitedProcess, file: Path) -> dict[str, Any]:
 
 
 def _counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows of tests: how many of each outcome, seconds in all, and what failed."""
+    """What the rows of tests come to: how many of each outcome, seconds in all, and what failed."""
     outcomes = [row["outcome"] for row in rows]
     counts = {"tests": len({row["test"] for row in rows}), "failures": outcomes.count("failed")}
     counts |= {"errors": outcomes.count("error"), "skipped": outcomes.count("skipped")}
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _benchmarks(given: str | None, device: str) -> tuple[str, ...]:
-    """As asked for; else all on a GPU and none on a CPU. InputError for an unknown one."""
+    """The benchmarks asked for; else all on a GPU and none on a CPU. Raises InputError for an unknown one."""
     if given is None:
         return tuple(BENCHMARKS) if device == "cuda" else ()
     names = tuple(given.split(",")) if given != "none" else ()

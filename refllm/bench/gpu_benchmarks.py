@@ -38,7 +38,7 @@ PASSES: dict[str, list[dict[str, Any]]] = {
         {"lengths": [1024, 16384], "models": ["helium-1-preview-2b", "stablelm-2-12b"]},
     ],
 }
-"""On a GPU: settings of the passes of a benchmark, one after the other."""
+"""The settings of the passes of a benchmark on a GPU, one after the other."""
 COMPILERS = {"kernels": 3, "attention": 2}
 
 Row = dict[str, Any]

@@ -86,7 +86,7 @@ def closing_line(kept: dict[str, Any]) -> str:
 
 
 def calls() -> list[dict[str, Any]]:
-    """Of every layer, operator and size: bytes, flops, and the bound that follows from them on an H200."""
+    """One entry per layer, operator and size: bytes, flops, and the bound that follows from them on an H200."""
     return [_call(job) for job in _jobs()]
 
 
@@ -244,7 +244,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _scaled(number: float) -> str:
-    """With three digits and k, M, G or T."""
+    """A number with three digits and k, M, G or T."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

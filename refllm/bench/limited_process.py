@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 SECONDS_TO_TIDY_UP = 10.0
-"""Between asking a process to end and killing it: pytest writes its report, Python its last lines."""
+"""The time between asking a process to end and killing it: pytest writes its report, Python its last lines."""
 
 
 class LimitedProcess:
@@ -68,7 +68,7 @@ class LimitedProcess:
 
     @property
     def last_line(self) -> str:
-        """Of its errors: what most programs end with when they fail."""
+        """The last line of its errors: what most programs end with when they fail."""
         return (self.errors.strip().splitlines() or ["no message"])[-1]
 
 

@@ -17,14 +17,14 @@ from refllm.ops.contracts import ROWS as ANY_ROWS
 from refllm.ops.contracts import contract_of
 
 ROWS = 2
-"""At the start, in the middle and at the end."""
+"""Rows that are judged at each place: at the start, in the middle and at the end."""
 QUERIES = 8
-"""Of attention, at each of the three places."""
+"""Queries of attention that are judged at each of the three places."""
 HEADS = 4
 """Neighbouring heads, at each place: an error is judged by its size over all elements of a part, so there should be
 many of them (512 of 128 dims: known to 3 %)."""
 SEQUENCES = 4
-"""From the first one on; for the same reason."""
+"""Sequences that are judged, from the first one on; for the same reason."""
 WORDS = 1 << 14
 """Rows of a matrix of words that are held in float64 at a time."""
 
@@ -262,7 +262,7 @@ def _part(operator: str) -> Callable[..., Part]:
 
 
 def result_shapes(operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Of the results of a call, by the axes in its record; losses have reduction "none"."""
+    """The shapes of the results of a call, by the axes in its record; losses have reduction "none"."""
     known = contract_of(operator)
     given = dict(zip(known.parameters, arguments, strict=False)) | keywords
     sizes: dict[str, tuple[int, ...]] = {}

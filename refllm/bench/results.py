@@ -13,7 +13,7 @@ from refllm.bench import numpy_blas, processor_name
 from refllm.bench.timer import Spread
 
 FORMAT = 1
-"""Of the JSON files. Another number means other keys."""
+"""The number of the form of the JSON files. Another number means other keys."""
 
 WHOLE_CALL, STEP_ALONE = "whole call", "step alone"
 """What rows of decoding add to the name of a form: all of `generate`, and a recorded step without its host."""
@@ -106,7 +106,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 @cache
 def installed_versions() -> dict[str, str | None]:
-    """Of the packages whose speed this is; None for one that is not installed."""
+    """The versions of the packages whose speed this is; None for one that is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str | None] = {}

@@ -11,7 +11,7 @@ from refllm.ops.traffic import Traffic
 
 
 def traffic(operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> Traffic:
-    """Of one call, from the shapes and dtypes of its tensors. Raises KeyError for another operator."""
+    """The traffic of one call, from the shapes and dtypes of its tensors. Raises KeyError for another operator."""
     return CONTRACTS[operator].traffic(*arguments, **keywords)
 
 

@@ -29,7 +29,7 @@ Step = Callable[[str, float | None, float | None], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """As typed. kernel, shape: "" for all. target: a name; "" for sm_90 or, with a device, that of the GPU.
+    """The options as typed. kernel, shape: "" for all. target: a name; "" for sm_90 or, with a device, that of the GPU.
 
     device: "" (nothing runs: candidates are compiled) or cuda.
     """

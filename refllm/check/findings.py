@@ -73,7 +73,7 @@ def end_to_end_severity(tap: TapReport) -> float:
 
 
 def severity(tap: TapReport) -> tuple[bool, float, float]:
-    """For sorting, worst last: what fails on its own inputs is worse than what fails end to end only."""
+    """The key that sorts taps, worst last: what fails on its own inputs is worse than what fails end to end only."""
     return tap.defect_here, isolated_severity(tap), end_to_end_severity(tap)
 
 

@@ -65,7 +65,7 @@ def render(reports: list[Report], details: Mapping[str, Any] | None = None, toke
 
 
 def signs(text: str) -> str:
-    """With the signs that a terminal may lack."""
+    """The text with the signs that a terminal may lack."""
     return text.replace(" sigma", " \N{GREEK SMALL LETTER SIGMA}").replace("+-", "\N{PLUS-MINUS SIGN}")
 
 
@@ -132,7 +132,7 @@ def _flips(report: Report, token_text: TokenText | None) -> list[dict[str, Any]]
 
 
 def _maps(report: Report) -> list[charts.HeatMap]:
-    """Of the worst taps, the first failure before all others."""
+    """The error maps of the worst taps, the first failure before all others."""
     first = report.first_failure
     taps = sorted(report.taps, key=lambda tap: (tap is first, findings.severity(tap)), reverse=True)
     drawn = [picture for tap in taps[: 4 * _MAPS] if (picture := charts.heat_map(tap)) is not None]

@@ -148,7 +148,7 @@ class Judge:
         return Uncertain(taken, np.zeros(x.shape, np.float32))
 
     def _measure(self, rows: np.ndarray, exact: np.ndarray, variance: np.ndarray) -> Measure:
-        """With indices that name the batch row and the position, padding counted."""
+        """The measure, with indices that name the batch row and the position, padding counted."""
         found = measure(rows, exact, variance, self.overflow)
         places = {name: self._place(getattr(found, name)) for name in ("row", "at", "nonfinite_at")}
         return replace(found, **places)  # type: ignore[arg-type]
@@ -266,7 +266,7 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """With "inf", "-inf" and "nan" for the numbers that JSON does not have, and lists for tuples."""
+    """The value with "inf", "-inf" and "nan" for the numbers that JSON does not have, and lists for tuples."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

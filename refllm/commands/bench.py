@@ -293,7 +293,7 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _device(device: str) -> str:
-    """As asked for; else "cuda" if Torch sees a GPU, else "cpu"."""
+    """The device asked for; else "cuda" if Torch sees a GPU, else "cpu"."""
     if device:
         return device
     from refllm.bench.kernels import has_gpu

@@ -70,7 +70,7 @@ class Case:
     plain: Outcome
     stressed: Outcome | None = None
     result_holds: bool | None = None
-    """For equivalent mutants: whether the logits are within the predicted error."""
+    """Whether the logits are within the predicted error, for equivalent mutants."""
 
     @property
     def found(self) -> bool:
@@ -321,7 +321,7 @@ class Validation:
         return [case for case in self.cases if not case.equivalent]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Of the runs only the extremes of each operator are kept, and what failed."""
+        """Plain values for JSON. Of the runs only the extremes of each operator are kept, and what failed."""
         from refllm.mutants.validation_page import calibration_rows, closest_rows
 
         return {

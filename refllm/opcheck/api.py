@@ -25,12 +25,12 @@ from refllm.storage import output_file
 from refllm.strategies.call import Call
 
 SECONDS, SECONDS_TRITON = 25.0, 100.0
-"""For the whole of a search: of plain functions; of Triton kernels, which are interpreted or have to be compiled."""
+"""The time for a whole search: of plain functions; of Triton kernels, which are interpreted or have to be compiled."""
 _FOR_SHRINKING = 0.4
-"""Of the time, what is kept for making a finding small."""
+"""The share of the time that is kept for making a finding small."""
 _HANG_SECONDS, _HANG_RUNS = 0.5, 5.0
-"""While a call that hangs is made smaller, another one counts as hanging after so many seconds, or after so many times
-the longest run that returned, if that is more. The smallest is given more time in the end."""
+"""A smaller call counts as hanging too, while one that hangs is made small, after so many seconds, or after so many
+times the longest run that returned, if that is more. The smallest is given more time in the end."""
 _MARGIN = 0.1
 """Seconds that ending a process takes."""
 _REPEATS = 200
@@ -73,7 +73,7 @@ class OpReport:
     without: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: schema, op, verdict, dtype, policy, examples, worst, counterexample, repro and more."""
+        """Plain values for JSON: schema, op, verdict, dtype, policy, examples, worst, counterexample, repro, ..."""
         from refllm.opcheck.report import report_dict
 
         return report_dict(self)

@@ -78,7 +78,7 @@ class Outcome:
     dtypes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written to JSON: all but the program."""
+        """Plain values for JSON: all but the program."""
         return {name: value for name, value in vars(self).items() if name != "repro"}
 
 
@@ -120,11 +120,11 @@ class AuditReport:
 
     @property
     def operators(self) -> tuple[str, ...]:
-        """In the order of the outcomes."""
+        """The operators, in the order of the outcomes."""
         return tuple(dict.fromkeys(o.operator for o in self.outcomes))
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written to JSON."""
+        """Plain values for JSON: schema, checker, verdict, figures, and one entry per mutant."""
         return {
             "schema": SCHEMA,
             "checker": self.checker,

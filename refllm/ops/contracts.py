@@ -230,7 +230,7 @@ _ALL = (
     ),
 )
 CONTRACTS = {known.operator: known for known in _ALL}
-"""By operator, in the order in which they are listed."""
+"""The record of every operator, in the order in which they are listed."""
 
 OPERATORS = tuple(CONTRACTS)
 """The names: operators that exist as NumPy definition, as plain Torch and as Triton kernel."""

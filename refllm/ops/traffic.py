@@ -48,7 +48,7 @@ def rope(q: Any, k: Any, cos: Any, sin: Any, **_: Any) -> Traffic:
 
 
 def norm_rope(q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float, **_: Any) -> Traffic:
-    """As `rope`, and the weights (H + K) D. 10 D flops per head."""
+    """The traffic of `rope`, and the weights (H + K) D. 10 D flops per head."""
     heads, D = prod(q.shape[:3]) + prod(k.shape[:3]), q.shape[-1]
     weights = prod(q_weight.shape) + prod(k_weight.shape)
     return Traffic(rope(q, k, cos, sin).bytes + _width(q) * weights, 10 * D * heads)

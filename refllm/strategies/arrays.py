@@ -24,7 +24,7 @@ Index = tuple[Any, ...]
 """Where a value is planted: per axis an integer, or (start, stop) or (start, stop, step) with None as in a slice; axes
 that are not named are taken whole."""
 FIRST_DIM: Index = ((None, None), (None, None), (None, None), 0)
-"""Of an array [B, heads, positions, D]: dim 0 of all heads and positions."""
+"""The index in an array [B, heads, positions, D] of dim 0 of all heads and positions."""
 
 _PADDING = {"int64": -(2**40), "bool": True}
 _FAR = 2**30

@@ -202,7 +202,7 @@ def _mask(B: int, T: int, holes: tuple[tuple[object, ...], ...]) -> np.ndarray:
 
 
 def _visible_keys(B: int, T: int, holes: tuple[tuple[object, ...], ...]) -> list[tuple[int, range]]:
-    """Per batch row one key that the last query sees: the first that is not masked."""
+    """One key for each batch row that the last query sees: the first that is not masked."""
     first = [(b, np.flatnonzero(row)) for b, row in enumerate(_mask(B, T, holes))] if T else []
     return [(b, range(int(keys[0]), int(keys[0]) + 1)) for b, keys in first if len(keys)]
 

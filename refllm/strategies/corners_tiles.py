@@ -8,7 +8,7 @@ from refllm.strategies.call import Call
 
 NAN, INF, ALL = float("nan"), float("inf"), (None, None)
 OFF_GRID = {"bfloat16": 1.0038, "float16": 1.00048}
-"""In float32, a little less than half a unit of the narrow format above 1: rounding shifts all of it the same way."""
+"""Float32 numbers a little less than half a unit of the narrow format above 1: rounding shifts all of them one way."""
 FAR: dict[str, Any] = {"layout": "far"}
 """4 GB of addresses (8 in float32), of which only the pages that hold a number take memory."""
 

@@ -19,7 +19,7 @@ ROW_LENGTHS = (*range(1, 15), *(block + d for block in BLOCKS for d in (-1, 0, 1
 """n = k * BLOCK + {-1, 0, 1} beside small ones; 769 and 2560 are real and no power of two."""
 SHORT_ROWS = tuple(n for n in ROW_LENGTHS if n <= 257)
 LENGTHS = (*range(1, 9), 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 0)
-"""Of queries and of keys. Nothing at all comes last: one of everything is plainer."""
+"""How many queries, and how many keys. Nothing at all comes last: one of everything is plainer."""
 HEAD_DIMS = (8, 16, 32, 64, 24, 40, 72, 80, 96, 128, 160, 256)
 """The real ones, and those around them that are no powers of two."""
 

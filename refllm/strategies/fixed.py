@@ -12,7 +12,7 @@ from refllm.strategies.call import Call
 
 _Listed = Callable[[str, str, str], Iterator[Call]]
 CORNERS: dict[str, _Listed] = {**corners_rows.CORNERS, **corners_heads.CORNERS}
-"""Per operator the function (operator, dtype, policy) -> its calls."""
+"""The function (operator, dtype, policy) -> calls of every operator."""
 
 
 def corners(operator: str, dtype: str = "bfloat16", policy: str = "fused") -> list[Call]:

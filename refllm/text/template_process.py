@@ -120,7 +120,7 @@ class AnsweringProcess:
             return self._process.wait()
 
     def forget(self) -> None:
-        """In a fork of the process that started it: it is not ours to end."""
+        """A fork of the process that started it lets go of it: it is not the fork's to end."""
         self._socket.close()
         self._process.returncode = 0
 
