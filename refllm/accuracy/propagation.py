@@ -445,7 +445,7 @@ class Propagation:
         return scale**2 * (q.variance @ square_k.T), scale**2 * (square_q @ k.variance.T), added
 
     def _weight_noise(self, probs: np.ndarray) -> np.ndarray:
-        """The noise of rounding the softmax weights. What is 1 is exact, and what is close to it goes up to 1 at most.
+        """Noise of rounding the softmax weights. What is 1 is exact, and what is close to it goes no further than 1.
 
         The weights that are rounded are normalised, or relative to the largest of the row and divided by their sum
         afterwards (`Policy.normalize_first`).

@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     output: Path = options.output
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        tests = None if options.no_tests else Path("tests")
+        tests = None if options.no_tests else Path("tests/kernels")
         benchmarks = _benchmarks(options.benchmarks, options.device)
         result = run(options.device, tests, output.absolute(), benchmarks, options.only)
     except (RefllmError, OSError) as error:

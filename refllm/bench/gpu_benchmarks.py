@@ -3,7 +3,7 @@
 Files are named as docs/benchmarks keeps them: kernels-nvidia-h200.json, and pictures beside them. A benchmark that is
 ended early leaves the file as far as it got.
 
-What they hold on a GPU, counted by tests/test_gpu.py:
+What they hold on a GPU, counted by tests/bench/test_gpu.py:
 
     kernels     152 calls in 516 forms, 20 of these through torch.compile; targets name 50 calls, which come first
     attention    72 calls in 360 forms; targets name 23 calls, which come first

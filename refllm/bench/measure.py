@@ -39,7 +39,7 @@ class Truth:
         self._witness = Witness(operator, calls, self._checker)
 
     def judge(self, results: Any, index: int, ours: bool) -> Judgement:
-        """The judgement of set `index`'s results. The rows that the definition gets to are all in the first."""
+        """Judgement of set `index`'s results. The rows that the definition gets through are all in the first set."""
         found = self._checker.judge(results, ours) if index == 0 else Judgement(None, "", self._checker.what)
         problem = found.problem or self._witness.differs(results, index)
         return Judgement(found.error, problem, f"{found.checked}; {self._witness.said}")

@@ -1,6 +1,6 @@
 """How strong the suite is: changes of the product, drawn with a seed, each against the tests that reach it.
 
-    python tests/run_mutation.py --mutants 60 --seed 7   # what `make mutation MUTANTS=60 SEED=7` does
+    python tests/house/run_mutation.py --mutants 60 --seed 7   # what `make mutation MUTANTS=60 SEED=7` does
 
 Works on copies of the tree in build/mutation. The tests that run the changed line come first, then those that run
 anything of its file, then those that run a file that imports it, then those of files that are named alike, which may
@@ -187,7 +187,7 @@ class Run:
 
 
 def _words(file: str) -> set[str]:
-    """What a file is about, by its name: {"rope", "tables"} of tests/test_rope_tables.py."""
+    """What a file is about, by its name: {"forward", "rope", "table"} of tests/forward/test_rope_tables.py."""
     parts = re.split(r"[/_]", file.removesuffix(".py"))
     return {part.rstrip("s") for part in parts} - {"refllm", "kernel", "golden", "test", "op", "model", "init", ""}
 

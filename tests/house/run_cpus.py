@@ -1,9 +1,9 @@
 """The tests whose outcome may depend on the processor, and `refllm check`, under every CPU that can be simulated here.
 
-    python tests/run_cpus.py                  # what `make test-cpus` does
-    python tests/run_cpus.py --only "AVX2"    # the CPUs whose name contains that
-    python tests/run_cpus.py --no-check       # without `refllm check`
-    python tests/run_cpus.py tests/test_x.py  # all tests of these files, to find out which depend on the processor
+    python tests/house/run_cpus.py                # what `make test-cpus` does
+    python tests/house/run_cpus.py --only "AVX2"  # the CPUs whose name contains that
+    python tests/house/run_cpus.py --no-check     # without `refllm check`
+    python tests/house/run_cpus.py FILE ...       # all tests of these files, to find out which depend on the processor
 
 A CPU is simulated by the settings with which torch, oneDNN, MKL, OpenBLAS and NumPy are told to leave out newer
 instructions: only a smaller one than the CPU at hand can be. Prints what was skipped and why.
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 NUMPY_WITHOUT_AVX512 = "X86_V4 AVX512_ICL AVX512_SPR"
 SIMULATED: dict[str, dict[str, str]] = {
     "as it is": {},
@@ -91,7 +91,7 @@ def _try(name: str, options: argparse.Namespace) -> tuple[bool, str]:
 
 def _marked_files() -> list[str]:
     """Collecting every test file takes longer than running these tests."""
-    return [str(file) for file in sorted(TESTS.glob("test_*.py")) if "pytest.mark.cpu" in file.read_text()]
+    return [str(file) for file in sorted(TESTS.rglob("test_*.py")) if "pytest.mark.cpu" in file.read_text()]
 
 
 def _run(what: str, command: list[str], environment: dict[str, str], lines: list[str]) -> tuple[bool, str]:

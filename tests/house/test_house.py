@@ -17,7 +17,7 @@ import pytest
 
 from refllm.accuracy import verdicts
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "triton", "hypothesis", "tokenizers", "typer", "rich", "jinja2")
 CODE = sorted(path for folder in ("refllm", "kernels", "golden", "tests") for path in (ROOT / folder).rglob("*.py"))
 PRODUCT = [path for path in CODE if not path.is_relative_to(ROOT / "tests")]

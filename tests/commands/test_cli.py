@@ -296,13 +296,13 @@ def test_check_holds_and_says_so_in_json(refllm: Run, checkpoint: Path, tmp_path
 
 # ------------------------------------------------------------------ what the README shows
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 
 
 # Not the benchmark, and not the lines in which CHECKPOINT or FILE.PY stands for the reader's own.
 @pytest.mark.parametrize("line", re.findall(r"^    refllm ((?!bench|.*CHECKPOINT|.*FILE).*)$", README, re.MULTILINE))
 def test_command_of_the_readme_runs(line: str, refllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
     code, out, _ = refllm(*shlex.split(line))
     assert code == 0
     assert out.strip()
@@ -415,6 +415,6 @@ def test_block_shown_in_the_readme_is_the_page() -> None:
         return [line.strip() for line in text.splitlines() if line.strip() and "op.tap" not in line]
 
     shown = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "# Attention" in code)
-    page = (Path(__file__).resolve().parent.parent / "refllm" / "models" / "helium.py").read_text()
+    page = (Path(__file__).resolve().parents[2] / "refllm" / "models" / "helium.py").read_text()
     start = bare(page).index("# Attention")
     assert bare(page)[start : start + len(bare(shown))] == bare(shown)

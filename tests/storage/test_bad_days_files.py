@@ -871,7 +871,7 @@ def test_no_other_module_writes_a_file_of_the_users() -> None:
     allowed = {"refllm/storage/output_file.py", "refllm/bench/gpu_checks.py", "refllm/bench/pytest_rows.py"}
     allowed |= {"refllm/apart.py", "refllm/text/template_worker.py"}  # ends of pipes
     writing = re.compile(r"""\.write_text\(|\.write_bytes\(|\bsave_file\(|\bopen\([^)]*["'][wxa]\+?b?["']""")
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     found = {
         str(path.relative_to(root))
         for folder in ("refllm", "kernels", "golden")

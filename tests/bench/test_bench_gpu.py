@@ -42,7 +42,7 @@ from refllm.extras import install_command
 from refllm.kernels.calls import REDUCED
 from refllm.kernels.verify import Contract
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"device": "cpu", "seconds": 0.001, "scale": 0.002, "cache_bytes": 4096}
 CEILINGS = {"copy_bytes_per_second": 1e10, "flops_per_second": {"float32": 1e11}, "launch_seconds": 1e-9}
 

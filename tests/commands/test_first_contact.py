@@ -33,7 +33,7 @@ from refllm.storage import not_a_checkpoint
 from refllm.strategies.arrays import LAYOUTS, Array, memory_of
 from refllm.text.tokenizer import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -190,7 +190,7 @@ def test_no_message_has_a_command_of_its_own() -> None:
 
 ABSENT = ("torch", "triton", "transformers", "hypothesis", "matplotlib")
 HELIUM = str(CHECKPOINTS["helium-tiny"])
-OPERATOR_FILE = str(ROOT / "tests" / "numpy_operators.py")
+OPERATOR_FILE = str(Path(__file__).with_name("numpy_operators.py"))
 NUMPY_OPERATOR = ["--arrays", "numpy", "--max-examples", "0"]
 WITH_NUMPY = {
     "info": ["info", HELIUM],

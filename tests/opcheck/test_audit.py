@@ -36,7 +36,7 @@ from refllm.opcheck.typical_tests import typical_tests  # noqa: E402
 from refllm.strategies import corners  # noqa: E402
 from refllm.user_code import find_function  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TORCH = catalogue(form="torch")
 
 # -- what must be found ------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_the_right_operators_pass_where_their_mutants_fail() -> None:
 
 
 def in_one_dtype() -> Iterator[tuple[Legitimate, str]]:
-    """Every implementation in one of its dtypes, which take turns; `python tests/legitimate.py` runs all.
+    """Every implementation in one of its dtypes, which take turns; `python tests/opcheck/legitimate.py` runs all.
 
     Those with the same dtypes take turns among themselves: else every second one would always have the same.
     """

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"refllm": Path("refllm"), "kernels": Path("refllm/kernels"), "golden": Path("refllm/golden")}
 """Folder of the repository -> where it is installed."""
 

@@ -24,7 +24,7 @@ from typing import Any
 import coverage
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("refllm", "kernels", "golden")
 # What these reach is text, the machine's speed, or code for GPUs as a compiler reads it.
 LEFT_OUT = {"test_aot.py", "test_bench.py", "test_bench_gpu.py", "test_bench_growth.py", "test_bench_models.py",
@@ -101,8 +101,8 @@ def _settled(work: Callable[..., int], tree: Path, cpu: float, *arguments: Any) 
     os.dup2(output, 2)
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(tree)
-    here = Path(__file__).parent
-    sys.path[:] = [str(tree)] + [entry for entry in sys.path if entry and Path(entry).resolve() not in (here, ROOT)]
+    here = [ROOT, *(ROOT / "tests").rglob("*")]
+    sys.path[:] = [str(tree)] + [entry for entry in sys.path if entry and Path(entry).resolve() not in here]
     code = work(tree, *arguments)
     sys.stdout.flush()
     os._exit(code)  # without waiting for threads that a test left

@@ -39,7 +39,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 RECORD = Path(__file__).parent / "shipped_configurations.json"
-RENEW = "run `refllm kernels check-aot --record tests/shipped_configurations.json`"
+RENEW = "run `refllm kernels check-aot --record tests/kernels/shipped_configurations.json`"
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_every_kernel_file_is_in_the_gate() -> None:
     assert {source.module.rpartition(".")[2] for source in our_sources()} == starters
 
 
-KEPT = Path(__file__).parent.parent / "docs/benchmarks/ahead_of_time.json"
+KEPT = Path(__file__).parents[2] / "docs/benchmarks/ahead_of_time.json"
 
 
 def test_the_kept_figures_of_real_layers_are_what_the_compiler_says_today() -> None:

@@ -34,7 +34,7 @@ def test_it_stops_at_a_failure_and_names_the_seed(tmp_path: Path, fails: bool) -
     assert ("round 2: seed" in result.stdout) == (not fails)
     assert ("no failure" in result.stdout) == (not fails)
     if fails:
-        assert "failed in round 1. Again: python tests/run_long.py --seed 5 --rounds 1" in result.stdout
+        assert "failed in round 1. Again: python tests/house/run_long.py --seed 5 --rounds 1" in result.stdout
         assert "@reproduce_failure" in result.stdout
         assert "x=100" in result.stdout
         assert "never run" not in result.stdout

@@ -20,7 +20,7 @@ from refllm.bench import kernels as kernel_bench
 from refllm.kernels.calls import LAYERS, REDUCED, Source, call, cases
 from refllm.terminal.status_line import StatusLine
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GPU_SIZES: dict[str, Any] = {
     "kernels": {"sizes": kernel_bench.SIZES["cuda"], "layers": tuple(layer.name for layer in LAYERS)},
     "attention": {name: getattr(kernel_bench, name.upper())["cuda"] for name in ("head_dims", "lengths", "batches")},

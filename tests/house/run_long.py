@@ -1,7 +1,7 @@
 """The drawn tests again and again, with another seed in every round, until the time is up or one fails.
 
-    python tests/run_long.py --minutes 60           # what `make test-long` does
-    python tests/run_long.py --seed 4711 --rounds 1 # one round again
+    python tests/house/run_long.py --minutes 60            # what `make test-long` does
+    python tests/house/run_long.py --seed 4711 --rounds 1 # one round again
 
 Exit codes: 0 nothing failed, 1 a test failed (its seed, and Hypothesis's blob in the output above), 2 wrong use.
 """
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 NOTHING_FAILED, FAILED, INTERRUPTED, NOTHING_COLLECTED = 0, 1, 2, 5  # exit codes of pytest
 
 
@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"round {number}: seed {seed}, {left / 60:.1f} minutes left", flush=True)
         code = _round(options.tests, seed, left)
         if code == FAILED:
-            print(f"failed in round {number}. Again: python tests/run_long.py --seed {seed} --rounds 1", flush=True)
+            again = f"python tests/house/run_long.py --seed {seed} --rounds 1"
+            print(f"failed in round {number}. Again: {again}", flush=True)
             return 1
         if code not in (NOTHING_FAILED, INTERRUPTED):
             print(f"pytest itself failed, with exit code {code}", file=sys.stderr)
@@ -60,7 +61,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _round(tests: Path, seed: int, seconds: float) -> int:
     """One run of pytest over the drawn tests, its files in an order of their own; its exit code."""
     files = sorted(
-        p for p in tests.glob("test_*.py") if re.search(r"^(from|import) (hypothesis|prop)", p.read_text(), re.M)
+        p for p in tests.rglob("test_*.py") if re.search(r"^(from|import) (hypothesis|prop)", p.read_text(), re.M)
     )
     random.Random(seed).shuffle(files)
     if not files:

@@ -1,8 +1,8 @@
 """Installs the wheel into clean environments of several Pythons and runs what it must do there; `make test-wheel`.
 
-    python tests/check_wheel.py                                     # python3.11, python3.12, python3.13 as found
-    python tests/check_wheel.py --python /opt/py312/bin/python      # these; repeat for more
-    python tests/check_wheel.py --extras fast,witness               # with Torch, Triton and Transformers: refllm check
+    python tests/house/check_wheel.py                                 # python3.11, python3.12, python3.13 as found
+    python tests/house/check_wheel.py --python /opt/py312/bin/python  # these; repeat for more
+    python tests/house/check_wheel.py --extras fast,witness           # with Torch and Transformers: refllm check too
 
 Without extras that is the core: NumPy alone, nothing of Torch. Needs a network. Nothing outside build/wheel is changed.
 Exit codes: 0 it holds, 1 a Python in which it does not, 2 no Python to try.
@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("python3.11", "python3.12", "python3.13")
 TORCH = "torch==2.13.0"
 """In a call of its own, as in the Makefile: on a machine without a GPU this takes the small build."""
