@@ -169,9 +169,9 @@ def bench_cpu(folder: Path, settings: Settings, step: Callable[[str], None] = la
 
 def compare_outputs(ours: Worker, theirs: Worker) -> tuple[float, dict[str, int]]:
     """Relative rms difference of the logits (this also warms both sides up), and each side's peak memory meanwhile."""
-    found = {worker.side: worker.ask("outputs") for worker in (ours, theirs)}
-    a, b = (one["logits"].astype(np.float64) for one in found.values())
-    peaks = {side: int(one["peak_bytes"]) for side, one in found.items()}
+    answers = [worker.ask("outputs") for worker in (ours, theirs)]
+    a, b = (answer["logits"].astype(np.float64) for answer in answers)
+    peaks = {side.side: int(answer["peak_bytes"]) for side, answer in zip((ours, theirs), answers, strict=True)}
     return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))), peaks
 
 
