@@ -67,7 +67,7 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator `refllm.ops.rope`: float32 inside, one rounding. Pairs beside each other are complex numbers, turned
     by one product."""
-    arguments.rope("rope", q_BHSD, k_BKSD, cos, sin)
+    arguments.check("rope", q_BHSD, k_BKSD, cos, sin)
     turn = _turned_pairs if interleaved else _turned_halves
     cos, sin = (table.float().unsqueeze(-3) for table in (cos, sin))  # one table for all heads
     return turn(q_BHSD, cos, sin), turn(k_BKSD, cos, sin)

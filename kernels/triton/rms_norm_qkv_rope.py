@@ -32,6 +32,7 @@ from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import dense
 from refllm.kernels.targets import DEFAULT, Target, target_of
+from refllm.kernels.tuning.tunables import STEPS, Tunable
 
 Cache = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """k_cache [B, K, N, D], v_cache [B, K, N, D], lengths [B]."""
@@ -51,6 +52,18 @@ class Tile(NamedTuple):
     E: int
     warps: int
     stages: int
+
+
+_LAYER = {"E": 2560, "H": 20, "K": 4, "D": 128, "R": 128}
+TUNABLE = Tunable(
+    "rms_norm_qkv_rope", "rms_norm_qkv_rope",
+    {"16-bit, prefill": {**_LAYER, "S": 2048}, "16-bit, decode": {**_LAYER, "S": 1},
+     "16-bit, ragged": {"E": 1000, "H": 8, "K": 2, "D": 72, "R": 72, "S": 512}, "float32": {**_LAYER, "S": 512}},
+    {"M": (32, 64, 128), "C": (32, 64, 128), "E": (32, 64), "warps": (4, 8), "stages": STEPS},
+    {"16-bit, decode": {"M": (16,), "C": (32, 64), "E": (128,), "stages": (3, 4, 5)},
+     "float32": {"M": (32, 64), "C": (32, 64), "E": (16,), "stages": (2,)}},
+    outer=("M", "C"), streamed=("C", "E"), sums=(("M", "C"),),
+)  # fmt: skip
 
 
 @triton.jit

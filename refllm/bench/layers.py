@@ -19,14 +19,14 @@ from typing import Any
 
 import refllm
 from refllm.accuracy.verdicts import verdict
-from refllm.bench.launches import launches
-from refllm.bench.workloads import Job, operator_jobs, traffic_of
+from refllm.bench.workloads import Arguments, Job, operator_jobs, traffic_of
 from refllm.errors import InputError
 from refllm.kernels.aot.batch import Checked, Step, check, collect, cores
 from refllm.kernels.aot.commands import read_targets
 from refllm.kernels.aot.compile_code import Report
 from refllm.kernels.aot.sources import Named
 from refllm.kernels.calls import LAYERS
+from refllm.kernels.launch import Launch
 from refllm.kernels.targets import Target
 
 FORMAT = 2
@@ -42,6 +42,14 @@ H200 = {"bytes_per_second": 4.8e12, "flops_per_second": 989e12}
 def _jobs() -> tuple[Job, ...]:
     """A call for every size, layer and operator that its model runs."""
     return tuple(operator_jobs(LAYERS, SIZES, None, DTYPE, "meta", CONTEXT))
+
+
+def launches(operator: str, call: Arguments, target: Target) -> list[Launch]:
+    """The starts of kernels that a call on `target` consists of; its tensors may be without memory ("meta")."""
+    from refllm.kernels.triton import plan
+
+    planned = plan(operator, *call, target=target)[0]
+    return [planned] if isinstance(planned, Launch) else list(planned)
 
 
 @dataclass(frozen=True)

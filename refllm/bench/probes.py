@@ -63,7 +63,7 @@ class Checker:
     def __init__(self, operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> None:
         from refllm.kernels.verify import Contract
 
-        self._shapes = result_shapes(operator, arguments, keywords)
+        self._shapes = contract_of(operator).result_shapes(arguments, keywords)
         self._peer_limit = PEER_LIMITS[str(arguments[0].dtype).removeprefix("torch.")]
         contract = loss_contract if operator == "linear_cross_entropy" else partial(Contract, operator)
         self._parts = [(part, contract(part.arguments, part.keywords)) for part in parts(operator, arguments, keywords)]
@@ -259,23 +259,3 @@ def _part(operator: str) -> Callable[..., Part]:
     arguments = contract_of(operator).arguments
     rows = sum(ANY_ROWS in axes for axes in arguments.values())
     return _rows_of(rows) if rows else _losses if "labels" in arguments else _positions
-
-
-def result_shapes(operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> list[tuple[int, ...]]:
-    """The shapes of the results of a call, by the axes in its record; losses have reduction "none"."""
-    known = contract_of(operator)
-    given = dict(zip(known.parameters, arguments, strict=False)) | keywords
-    sizes: dict[str, tuple[int, ...]] = {}
-    for name, axes in known.arguments.items():
-        if given.get(name) is not None:
-            shape = tuple(given[name].shape)
-            named = axes[1:] if ANY_ROWS in axes else axes[len(axes) - len(shape) :]
-            front = len(shape) - len(named)
-            sizes |= {axis: (size,) for axis, size in zip(named, shape[front:], strict=True)}
-            if ANY_ROWS in axes:
-                sizes[ANY_ROWS] = shape[:front]
-    if "(H+2K)D" in sizes:
-        H, K = keywords["num_heads"], keywords["num_kv_heads"]
-        sizes |= {"H": (H,), "K": (K,), "D": (sizes["(H+2K)D"][0] // (H + 2 * K),)}
-    outputs = [axes for name, axes in known.outputs.items() if name != "lse" or keywords.get("return_lse")]
-    return [sum((sizes[axis] for axis in axes), ()) for axes in outputs]

@@ -11,20 +11,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from refllm.bench.results import WHOLE_CALL
+from refllm.ops.contracts import CONTRACTS
 
 Result = dict[str, Any]
 
-STREAMING = (
-    "rms_norm",
-    "add_rms_norm",
-    "layer_norm",
-    "add_layer_norm",
-    "rope",
-    "norm_rope",
-    "swiglu",
-    "relu2",
-    "cross_entropy",
-)
+STREAMING = tuple(known.operator for known in CONTRACTS.values() if not known.product)
+"""Operators that read and write long arrays and multiply no matrices."""
 MANY_TOKENS = 4096
 GPU = "H200"
 """The figures are for this one: another GPU's results are kept beside it, and do not count."""

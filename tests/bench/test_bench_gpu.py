@@ -17,7 +17,6 @@ import torch
 from refllm import kernels
 from refllm.bench import (
     ceilings,
-    eager,
     gpu,
     gpu_benchmarks,
     growth,
@@ -115,7 +114,7 @@ def test_flops_of_products_are_those_that_run(operator: str) -> None:
     (job,) = jobs(operator)
     arguments, keywords = job.draw(0)
     with counted_products() as flops:
-        eager.FUNCTIONS[operator](*arguments, **keywords)
+        kernels.plain.EAGER[operator](*arguments, **keywords)
     beside = {"rms_norm_qkv_rope": 5 * arguments[0].numel(), "linear_cross_entropy": 8 * 12 * REDUCED[1].V}
     assert traffic(operator, arguments, keywords).flops == sum(flops) + beside[operator]
 
@@ -370,7 +369,7 @@ def test_a_witness_without_memory_is_said_and_not_a_finding(monkeypatch: pytest.
     def full(x: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setitem(eager.FUNCTIONS, "relu2", full)
+    monkeypatch.setitem(kernels.plain.EAGER, "relu2", full)
     (job,) = jobs("relu2")
     (row,) = measure(job, [_plain("relu2")], Bench(CpuClock(4096), CEILINGS, 0.001))
     assert row.time is not None
@@ -565,7 +564,7 @@ def test_commands_run_end_to_end(
 
 @pytest.mark.parametrize("operator", kernels.OPERATORS)
 def test_every_call_can_be_planned_without_memory(operator: str) -> None:
-    from refllm.bench.launches import launches
+    from refllm.bench.layers import launches
     from refllm.kernels.targets import TARGETS
 
     size = (3, 1) if operator == "decode_attention" else (2, 6)

@@ -367,10 +367,10 @@ def test_opcheck_and_torch_compile(device: str) -> None:
         ({"q": (2, 4, 9, 16)}, ["q is [2, 4, 9, 16]", "1 to 8 queries"]),
         ({"q": (2, 4, 0, 16)}, ["q is", "1 to 8 queries"]),
         ({"q": (2, 3, 1, 16)}, ["k is", "divides the 3 query heads"]),
-        ({"k": (2, 2, 8, 16)}, ["v is [2, 2, 9, 16]", "[2, 2, 8, 16]"]),
+        ({"k": (2, 2, 8, 16)}, ["v_cache is [2, 2, 9, 16]", "[2, 2, 8, 16]"]),
         ({"lengths": (3,)}, ["lengths is [3]", "[2]"]),
         ({"lengths": F32}, ["lengths is", "int32 or torch.int64"]),
-        ({"v": F16}, ["v is", "float16", "bfloat16"]),
+        ({"v": F16}, ["v_cache is", "float16", "bfloat16"]),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(form: Form, change: dict[str, Any], words: list[str]) -> None:

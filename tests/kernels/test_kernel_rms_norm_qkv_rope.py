@@ -318,7 +318,7 @@ def _broken() -> dict[str, tuple[dict[int, Any], dict[str, Any], str]]:
         "rows": ({2: torch.zeros(127, 40)}, {}, "num_heads=4 and num_kv_heads=2"),
         "odd": ({2: torch.zeros(8 * 3, 40), 3: None}, {}, "an even head_dim, found 24 / 8 = 3"),
         "bias": ({3: torch.zeros(127)}, {}, "b_qkv is [127]"),
-        "long table": ({4: torch.zeros(3, 9), 5: torch.zeros(3, 9)}, {}, "at most head_dim / 2 = 8 angles"),
+        "long table": ({4: torch.zeros(3, 9), 5: torch.zeros(3, 9)}, {}, "R <= D = 16: each angle once"),
         "table": ({4: torch.zeros(2, 8)}, {}, "cos is [2, 8]"),
         "tables differ": ({5: torch.zeros(3, 7)}, {}, "sin is [3, 7]"),
         "no heads": ({}, {"num_heads": 0}, "each at least 1"),
