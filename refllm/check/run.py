@@ -102,7 +102,7 @@ def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tup
     missing = {name: extras.not_installed(packages) for name, packages in KNOWN.items() if packages}
     names = [name for name, packages in missing.items() if not packages]
     if not names:
-        raise extras.missing_extra("check without a CHECKPOINT and a --candidate", "torch", "triton")
+        extras.require("check without a CHECKPOINT and a --candidate", "torch", "triton")
     return names, [f"not checked: {extras.needs(name, *packages)}" for name, packages in missing.items() if packages]
 
 

@@ -247,20 +247,10 @@ def generate(
         "stop_strings": stop,
     }
     continuation.check_settings(max_new_tokens, choices)
+    tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     with StatusLine(sys.stderr) as step:
-        task = continuation.prepare(
-            checkpoint,
-            dtype=dtype,
-            policy=policy,
-            low_memory=low_memory,
-            backend=backend,
-            device=device,
-            prompt=prompt,
-            ids=ids,
-            ids_file=ids_file,
-            chat=chat,
-            step=step,
-        )
+        how = {"dtype": dtype, "policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
+        task = continuation.prepare(checkpoint, tokens, how, chat=chat, step=step)
     shown = None if _to_stdout(json_file) else sys.stdout
     result = task.generate(max_new_tokens, {name: value for name, value in choices.items() if value is not None}, shown)
     _write_json(result, json_file)
@@ -290,21 +280,9 @@ def score(
     from refllm.commands import score as work
 
     with StatusLine(sys.stderr) as step:
-        result = work.score_source(
-            checkpoint,
-            prompt=prompt,
-            ids=ids,
-            ids_file=ids_file,
-            file=file,
-            context=context,
-            stride=stride,
-            dtype=dtype,
-            policy=policy,
-            low_memory=low_memory,
-            backend=backend,
-            device=device,
-            step=step,
-        )
+        tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+        how = {"dtype": dtype, "policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
+        result = work.score_source(checkpoint, tokens, how, file=file, context=context, stride=stride, step=step)
     _console(quiet=_to_stdout(json_file)).print(work.show_score(result))
     _write_json(result.to_dict(), json_file)
 

@@ -690,7 +690,7 @@ def test_make_gpu_says_what_did_not_run(tmp_path: Path, monkeypatch: pytest.Monk
         def wait(self) -> Any:
             return self
 
-    monkeypatch.setattr(gpu_benchmarks, "LimitedProcess", Ended)
+    monkeypatch.setattr(gpu_benchmarks, "Batch", Ended)
     (row,) = gpu_benchmarks.run_benchmarks(("decode",), "cpu", "x", tmp_path, 100, lambda text: None)
     assert row["problem"] == "ended with 139: Segmentation fault"
 
@@ -740,7 +740,7 @@ def test_the_process_that_compiles_ahead_times_nothing(tmp_path: Path, capsys: p
     assert capsys.readouterr().out == "attention: 1 calls compiled\n"
     started: list[list[str]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_benchmarks, "LimitedProcess", lambda arguments, seconds: started.append(arguments))
+        patch.setattr(gpu_benchmarks, "Batch", lambda arguments, seconds: started.append(arguments))
         gpu_benchmarks.start_compilers(("kernels", "decode"), "cuda", 1.0)
         gpu_benchmarks.start_compilers(("kernels",), "cpu", 1.0)
     parts = [arguments[-1] for arguments in started]

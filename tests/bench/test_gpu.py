@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from refllm import kernels
-from refllm.bench import end_to_end, gpu, gpu_benchmarks, gpu_checks, limited_process
+from refllm import apart, kernels
+from refllm.apart import Batch
+from refllm.bench import end_to_end, gpu, gpu_benchmarks, gpu_checks
 from refllm.bench import kernels as kernel_bench
-from refllm.bench.limited_process import LimitedProcess
 from refllm.kernels.calls import LAYERS, REDUCED, Source, call, cases
 from refllm.terminal.status_line import StatusLine
 
@@ -109,7 +109,7 @@ def test_tests_that_are_ended_early_keep_what_was_found(tmp_path: Path, monkeypa
     (tmp_path / "test_kernel_mine.py").write_text(
         "import time\ndef test_wrong(): assert 0\ndef test_hangs(): time.sleep(100)\n"
     )
-    monkeypatch.setattr(limited_process, "SECONDS_TO_TIDY_UP", 0.0)
+    monkeypatch.setattr(apart, "SECONDS_TO_TIDY_UP", 0.0)
     file = tmp_path / "rows.jsonl"
     process = gpu.start_tests("cpu", tmp_path, file, 100)
     while not (file.exists() and file.read_text().endswith("\n")):  # the result of test_wrong, whole
@@ -122,7 +122,7 @@ def test_tests_that_are_ended_early_keep_what_was_found(tmp_path: Path, monkeypa
     assert (result["problem"], result["exit"]) == ("tests failed", None)
 
 
-def _so_far(process: LimitedProcess) -> str:
+def _so_far(process: Batch) -> str:
     return os.pread(process._streams[0].fileno(), 10_000, 0).decode()
 
 
@@ -137,8 +137,8 @@ print("said", flush=True)
 time.sleep(100)
 """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limited_process, "SECONDS_TO_TIDY_UP", 0.2)
-        process = LimitedProcess(["-c", program], 100)
+        patch.setattr(apart, "SECONDS_TO_TIDY_UP", 0.2)
+        process = Batch(["-c", program], 100)
         while not _so_far(process):
             time.sleep(0.05)
         process._limit = 0.0
@@ -160,8 +160,8 @@ def test_a_check_that_breaks_off_leaves_its_rows_and_says_what_is_missing(tmp_pa
     file = tmp_path / "rows.jsonl"
     row = {"layer": "a", "problem": ""}
     file.write_text(json.dumps(row) + '\n{"layer": "b", "pro')
-    broke = LimitedProcess(["-c", "import os; print('last words', file=__import__('sys').stderr); os._exit(3)"], 100)
-    late = LimitedProcess(["-c", "import time; time.sleep(100)"], 0.0)
+    broke = Batch(["-c", "import os; print('last words', file=__import__('sys').stderr); os._exit(3)"], 100)
+    late = Batch(["-c", "import time; time.sleep(100)"], 0.0)
     result: dict[str, Any] = {"checks": [], "operators": [], "models": [], "tests": None, "benchmarks": []}
     gpu.end_checks({"operators, a": (broke, file), "models": (late, tmp_path / "none")}, result)
     assert result["operators"] == [row]

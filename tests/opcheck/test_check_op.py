@@ -306,7 +306,7 @@ def test_calls_that_were_not_looked_at_do_not_pass() -> None:
     )
 
 
-LATE = Call("rms_norm", "bfloat16", (Array((2, 1025), "bfloat16"), Array((1025,), "bfloat16"), 1e-5), family="late")
+LATE = Call("rms_norm", "bfloat16", (Array((2, 1025), "bfloat16"), Array((1025,), "bfloat16"), 1e-5), kind="late")
 
 
 def test_a_run_in_flight_is_cut_off_when_all_time_is_up_and_that_is_no_pass() -> None:

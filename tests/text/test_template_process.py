@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from refllm.apart import Process
 from refllm.errors import InputError, TokenizerError
 from refllm.text import chat_template, template_process
 from refllm.text.template_process import Limits, NoProcessError, TemplateProcess
@@ -277,14 +278,14 @@ def test_a_process_that_is_ended_again_and_again_is_said(
     make: Callable[..., TemplateProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = make()
-    ask = template_process.AnsweringProcess.ask
+    ask = Process.ask
 
-    def killed(worker: Any, request: bytes | None, seconds: float, most: int) -> bytes:
+    def killed(worker: Process, request: bytes | None, limit: float, most: int) -> bytes:
         if request is not None:
             os.kill(worker.pid, signal.SIGKILL)
-        return ask(worker, request, seconds, most)
+        return ask(worker, request, limit, most)
 
-    monkeypatch.setattr(template_process.AnsweringProcess, "ask", killed)
+    monkeypatch.setattr(Process, "ask", killed)
     with pytest.raises(TokenizerError, match=r"^chat template: its process was ended \(SIGKILL\)$"):
         process.render("x", {})
 
@@ -356,7 +357,7 @@ def test_without_a_process_work_is_counted_and_that_is_said_once(monkeypatch: py
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(chat_template, "_PROCESS", TemplateProcess())
-    monkeypatch.setattr(template_process.subprocess, "Popen", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     template_process.warn_of_weaker_limits.cache_clear()
     with pytest.warns(UserWarning, match=r"it does not start \(Operation not permitted\)\. Their work is counted"):
         assert chat_template.render(HELLO, chat("Hi")["messages"]) == "Hi"
@@ -370,7 +371,7 @@ def test_a_program_that_is_no_python_is_tried_once(monkeypatch: pytest.MonkeyPat
     process = TemplateProcess()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     for _ in range(2):
-        with pytest.raises(NoProcessError, match=r"Python does not start there \(exit code 1\)"):
+        with pytest.raises(NoProcessError, match=r"Python does not start there \(its process ended: exit code 1"):
             process.render("x", {})
         monkeypatch.setattr(sys, "executable", "/bin/this-is-not-asked-for")
 
@@ -378,13 +379,16 @@ def test_a_program_that_is_no_python_is_tried_once(monkeypatch: pytest.MonkeyPat
 def test_where_memory_cannot_be_limited_work_is_counted_in_the_process(
     make: Callable[..., TemplateProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = template_process.AnsweringProcess.__init__
+    start = Process.program
 
-    def without_limits(worker: Any, arguments: list[str]) -> None:
-        *options, program = arguments
-        start(worker, [*options, f"import resource; resource.setrlimit = lambda *_: None; {program}"])
+    def without_limits(arguments: Callable[..., list[str]]) -> Process:
+        def changed(*fds: int) -> list[str]:
+            *options, program = arguments(*fds)
+            return [*options, f"import resource; resource.setrlimit = lambda *_: None; {program}"]
 
-    monkeypatch.setattr(template_process.AnsweringProcess, "__init__", without_limits)
+        return start(changed)
+
+    monkeypatch.setattr(Process, "program", without_limits)
     template_process.warn_of_weaker_limits.cache_clear()
     process = make()
     with pytest.warns(UserWarning, match="this system does not limit the memory of one"):
