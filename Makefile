@@ -30,33 +30,33 @@ test: .venv/ready-to-test  ## all tests
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-cpus: .venv/ready-to-test  ## what depends on the processor, and `refllm check`, under every CPU that can be simulated
-	$(BIN)/python tests/run_cpus.py $(ARGS)
+	$(BIN)/python tests/house/run_cpus.py $(ARGS)
 
 MINUTES ?= 60
 test-long: .venv/ready-to-test  ## the drawn tests with random seeds for an hour, or MINUTES=...
-	$(BIN)/python tests/run_long.py --minutes $(MINUTES)
+	$(BIN)/python tests/house/run_long.py --minutes $(MINUTES)
 
 PYTHONS ?=
 test-wheel: .venv/ready-to-check  ## the wheel in clean environments of Python 3.11 to 3.13, or PYTHONS="..."; needs a network
-	$(BIN)/python tests/check_wheel.py $(addprefix --python ,$(PYTHONS)) $(ARGS)
+	$(BIN)/python tests/house/check_wheel.py $(addprefix --python ,$(PYTHONS)) $(ARGS)
 
 MUTANTS ?= 60
 SEED    ?=
 mutation: .venv/ready-to-test  ## how many changes of the product the tests notice: MUTANTS=60, drawn with SEED=...
-	$(BIN)/python tests/run_mutation.py --mutants $(MUTANTS) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tests/house/run_mutation.py --mutants $(MUTANTS) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/ready-to-test  ## ruff: rules and layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: .venv/ready-to-test  ## mypy over refllm, kernels and golden
-	$(BIN)/python tests/check_types.py
+	$(BIN)/python tests/house/check_types.py
 
 imports: .venv/ready-to-test  ## who may import whom: the contracts of pyproject.toml, by import-linter
-	$(BIN)/python tests/check_imports.py
+	$(BIN)/python tests/house/check_imports.py
 
 house: .venv/ready-to-check  ## draw docs/house.svg, the rooms and their imports, again
-	$(BIN)/python tests/draw_house.py
+	$(BIN)/python tests/house/draw_house.py
 
 format: .venv/ready-to-test  ## let ruff lay out the code
 	$(BIN)/ruff check --fix .

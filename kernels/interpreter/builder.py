@@ -397,7 +397,7 @@ _SPLITS = {
     ir.INPUT_PRECISION.BF16x3: (_to_bfloat16, 2, 1),
     ir.INPUT_PRECISION.BF16x6: (_to_bfloat16, 3, 2),
 }
-"""Per precision: the rounding, into how many parts an operand is split, and which parts meet: i + j up to the last."""
+"""Each precision's rounding, into how many parts an operand is split, and which parts meet: i + j up to the last."""
 
 
 def _split(values: np.ndarray, rounding: Any, parts: int) -> list[np.ndarray]:

@@ -23,7 +23,7 @@ REMEMBERED = 1 << 22
 """Scattered reads of one storage that are remembered one by one; beyond that they are folded into a shadow array."""
 
 MANY = -1
-"""In a shadow array: read by more than one program. 0 is nobody, and program p is p + 1."""
+"""The mark in a shadow array of what more than one program read. 0 is nobody, and program p is p + 1."""
 
 
 @dataclass
@@ -287,7 +287,7 @@ class Memory:
         earlier.add(self.program)
 
     def finish(self) -> None:
-        """After the last program: raises RaceError if one program read what another stored."""
+        """Raises RaceError, after the last program, if one program read what another stored."""
         for storage in self.storages.values():
             if storage.writer is None:
                 continue

@@ -23,9 +23,9 @@ from refllm.errors import InputError, RefllmError
 from refllm.user_code import find_function
 
 SECONDS, SECONDS_PER_GIB = 600.0, 3600.0
-"""For one run of a candidate, and more for every GiB of weights: a plain port in NumPy on two cores takes less."""
+"""The time for one run, and more for every GiB of weights: a plain port in NumPy on two cores takes less."""
 SECONDS_TO_START = 120.0
-"""Beside those of a run: for a new interpreter to import a library or two, and to open the candidate."""
+"""What a new interpreter has beside that, to import a library or two and to open the candidate."""
 _SHOWN = 1 << 14
 """Bytes that are shown of what a process prints."""
 

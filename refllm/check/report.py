@@ -7,6 +7,7 @@ from rich.text import Text
 
 from refllm.accuracy import limits
 from refllm.accuracy.measure import Measure
+from refllm.accuracy.verdicts import worst
 from refllm.check import findings, formulas
 from refllm.check.findings import count, figure, percent
 from refllm.check.next_tokens import Flip
@@ -55,12 +56,11 @@ def show_summary(reports: list[Report]) -> Table:
 def closing_line(reports: list[Report]) -> RenderableType:
     """What the columns mean, and the verdict over all reports in one line."""
     verdicts = [report.verdict for report in reports]
-    worst = findings.worst_verdict(verdicts)
     words = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in STYLE if verdict in verdicts)
     columns = Table.grid(padding=(0, 2, 0, 0))
     for label, said in legend():
         columns.add_row(Text(label, style="dim"), Text(said, style="dim"))
-    return Group("", columns, "", Text(f"{len(reports)} checked: {words}", style=STYLE[worst]))
+    return Group("", columns, "", Text(f"{len(reports)} checked: {words}", style=STYLE[worst(verdicts)]))
 
 
 def legend() -> list[tuple[str, str]]:
@@ -81,7 +81,7 @@ def legend() -> list[tuple[str, str]]:
         ("own inputs", own),
         ("worst row", same),
         ("end to end", end),
-        ("untested", "a wrong answer such as zeros, or everything times 1.01, would hold here: no verdict"),
+        ("untested", "a wrong answer such as zeros, or everything times 1.01, would hold here"),
         ("incomplete", "nothing is wrong, but values are untested, or something was not seen: exit code 1"),
     ]
 

@@ -106,7 +106,7 @@ def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tup
     missing = {name: extras.not_installed(packages) for name, packages in KNOWN.items() if packages}
     names = [name for name, packages in missing.items() if not packages]
     if not names:
-        raise extras.missing_extra("check without a CHECKPOINT and a --candidate", "torch", "triton")
+        extras.require("check without a CHECKPOINT and a --candidate", "torch", "triton")
     return names, [f"not checked: {extras.needs(name, *packages)}" for name, packages in missing.items() if packages]
 
 
@@ -269,9 +269,3 @@ def token_texts(folders: list[Path]) -> Callable[[Report, int], str]:
         return "" if tokenizer is None else str(tokenizer.decode([token]))
 
     return text
-
-
-def overall(reports: list[Report]) -> str:
-    """fails if one fails, else incomplete if one is, else holds."""
-    verdicts = {report.verdict for report in reports}
-    return "fails" if "fails" in verdicts else "incomplete" if "incomplete" in verdicts else "holds"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from refllm.mutants.validation import Case, Run, Validation
 
 LOW, HIGH = 0.6, 1.8
-"""Between which measured over predicted error should lie."""
+"""The bounds between which measured over predicted error should lie."""
 _PERCENTILES = (0, 1, 50, 99, 100)
 
 REASONS = {

@@ -94,7 +94,7 @@ def _rounded(case: Case, dtype: str) -> str:
 
 
 def _bits(case: Case, i: int) -> list[str]:
-    """Of a row alone against those that it has in its batch."""
+    """The lines that compare the bits of a row alone with those that it has in its batch."""
     assert case.finding.row_alone is not None
     part = f"{case.finding.row_alone}:{case.finding.row_alone + 1}"
     masked = any(name == "key_mask" for name, _ in case.call.keywords)
