@@ -497,7 +497,7 @@ def test_a_batch_that_is_needed_shrinks_to_two_rows_of_one_key() -> None:
 @pytest.mark.filterwarnings("ignore:.*factor=.* is used")
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_configs_are_of_the_family_and_whole_inputs_fit(family: str) -> None:
-    given = set()
+    seen = set()
 
     @settings(few(60), derandomize=True)
     @given(configs(family).flatmap(whole_inputs))
@@ -510,10 +510,10 @@ def test_configs_are_of_the_family_and_whole_inputs_fit(family: str) -> None:
         for name in ("attention_mask", "position_ids"):
             value = getattr(given_input, name)
             assert value is None or value.shape == (B, S)
-            given.add(name if value is not None else "plain")
+            seen.add(name if value is not None else "plain")
 
     collect()
-    assert given == {"attention_mask", "position_ids", "plain"}
+    assert seen == {"attention_mask", "position_ids", "plain"}
 
 
 @settings(few(30), derandomize=True)
