@@ -22,6 +22,7 @@ from refllm.extras import install_command
 from refllm.inputs import to_numpy
 from refllm.kernels import OPERATORS, plain
 from refllm.opcheck.without import is_mixed
+from refllm.ops.contracts import CONTRACTS
 from refllm.strategies import Array, Call, calls, corners, kinds
 from refllm.strategies.arrays import FLOATS, LAYOUTS, VALUES
 from refllm.strategies.models import FAMILIES as MODEL_FAMILIES
@@ -252,7 +253,8 @@ ON_ROWS = [operator for operator in OPERATORS if "mean 1000" in kinds(operator)]
 @pytest.mark.parametrize("operator", ON_ROWS)
 def test_families_of_values(operator: str) -> None:
     of_heads = operator in ("attention", "decode_attention")
-    count = 3 if of_heads else 2 if operator in ("swiglu", "rope", "norm_rope") else 1  # one of so many is special
+    several = sum(kind in ("halves", "heads") for kind in CONTRACTS[operator].kinds.values())
+    count = 3 if of_heads else max(1, several)  # one of so many is special
     tests: dict[str, Callable[[np.ndarray], bool]] = {
         "mean 1000": lambda a: abs(a.mean() - 1000) < 20,
         "outlier 10000": lambda a: 9000 < np.abs(a).max() < 11000 and (np.abs(a) > 100).sum() >= 1,
