@@ -24,7 +24,8 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
-import importlib
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -601,10 +602,19 @@ def in_one_line(error: BaseException) -> tuple[str, str, int]:
 
 
 def theirs(frames: list[tuple[str, int]]) -> tuple[str, int]:
-    """The first of (file, line) that is of nobody's library, else the first that is not of this package, else none."""
-    foreign = [(file, line) for file, line in frames if not file.startswith((_OURS, "<frozen")) and file != "<string>"]
+    """The first of (file, line) that is of nobody's library, else the first that is not of this package, else the first
+    in a part of it that computes on tensors, else none."""
+    outside = [(file, line) for file, line in frames if not file.startswith((_OURS, "<frozen")) and file != "<string>"]
+    foreign = [(file, line) for file, line in outside if not file.startswith(_elsewhere())]
     own = [(file, line) for file, line in foreign if not file.startswith(_LIBRARIES)]
-    return next(iter(own or foreign), ("", 0))
+    return next(iter(own or foreign or outside), ("", 0))
+
+
+@functools.cache
+def _elsewhere() -> tuple[str, ...]:
+    """The folders of this package that may lie beside it."""
+    found = [importlib.util.find_spec(name) for name in ("refllm.kernels", "refllm.golden")]
+    return tuple(str(Path(spec.origin).resolve().parent) + os.sep for spec in found if spec and spec.origin)
 
 
 def place(file: str, line: int) -> str:

@@ -89,12 +89,20 @@ def check(
         ),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option("--dtype", help="Precision; repeat for more. Default: float32, bfloat16.")
+        list[str] | None,
+        typer.Option(
+            "--dtype",
+            help="Precision; repeat for more. Default: float32, bfloat16; a function's own, if it takes no dtype.",
+        ),
     ] = None,
     policy: Rounding = None,
     attention: Attention = "eager",
     stress: Annotated[
-        bool, typer.Option("--stress", help="Also far positions, small and large values, padding, cached decode.")
+        bool,
+        typer.Option(
+            "--stress",
+            help="Also far positions, small and large values, rows padded differently, cached pieces, every token id.",
+        ),
     ] = False,
     taps: Annotated[
         bool, typer.Option("--taps", help="A line for every named value, not only for every layer.")
@@ -111,14 +119,16 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Run the same tokens through an implementation and the reference; say where and by how much they differ."""
+    """Run the same tokens through an implementation and the reference; say where and by how much they differ.
+
+    Exit code 1 if anything is wrong, or was not seen.
+    """
     from refllm.check import report as show
     from refllm.check import run
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
-    dtypes = tuple(dtype or ("float32", "bfloat16"))
     names, left_out = run.candidates_to_check(candidate, checkpoint)
-    settings = [run.Settings(name, dtypes, attention, policy, stress, tokens, time) for name in names]
+    settings = [run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time) for name in names]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
     with StatusLine(sys.stderr) as step:

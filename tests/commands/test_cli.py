@@ -365,7 +365,6 @@ def test_the_help_says_what_it_is_and_lists_every_command() -> None:
     assert [c for c in ("check", "trace", "diff", "generate", "score", "info", "audit") if c not in shown] == []
 
 
-@pytest.mark.filterwarnings("ignore:.*untested")
 def test_port_shown_in_the_readme_is_checked(tmp_path: Path) -> None:
     """The forward pass and the test of the README, around a model of somebody else's that is right."""
     from refllm import golden
@@ -397,11 +396,11 @@ def _port(checkpoint: str, ids: Any) -> Any:
     import transformers
 
     whole = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.bfloat16, attn_implementation="eager"
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
     ).requires_grad_(requires_grad=False)
     backbone, length = whole.model, ids.shape[1]
-    rotary = backbone.rotary_emb(torch.zeros(1, dtype=torch.bfloat16), torch.arange(length)[None])
-    mask = torch.full((length, length), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16).triu(1)[None, None]
+    rotary = backbone.rotary_emb(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
+    mask = torch.full((length, length), torch.finfo(torch.float32).min, dtype=torch.float32).triu(1)[None, None]
     layers = [partial(layer, attention_mask=mask, position_embeddings=rotary) for layer in backbone.layers]
     embed = lambda given: backbone.embed_tokens(torch.from_numpy(given))  # noqa: E731
     return SimpleNamespace(embed=embed, layers=layers, norm=backbone.norm, lm_head=whole.lm_head)

@@ -8,8 +8,8 @@ import numpy as np
 
 from refllm import extras
 from refllm.check.adapters.transformers_taps import hooks
-from refllm.check.candidates import must_not_have_changed
 from refllm.check.inputs import Inputs
+from refllm.check.misbehaviour import must_not_have_changed
 from refllm.check.taps import Sink
 
 _AUTO_CLASS = {
