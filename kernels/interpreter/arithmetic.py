@@ -30,7 +30,7 @@ _OPERATIONS: dict[str, tuple[Any, dict[tuple[str, str], Any]]] = {
     "floordiv": (lambda left, right: (left - np.fmod(left, right)) // right, _INTEGERS),
     "mod": (np.fmod, _INTEGERS),
 }  # fmt: skip
-"""Per operator: NumPy's form of it, and the type of the result by the names of the types of the operands."""
+"""The operators: NumPy's form of it, and the type of the result by the names of the types of the operands."""
 
 
 def quick(name: str) -> Callable[[Any, Any], Tensor | None]:
