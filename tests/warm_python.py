@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import traceback
@@ -47,6 +48,8 @@ class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
                     os.environ.update(env)
                 if preexec_fn is not None:
                     preexec_fn()
+                if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
                 code = _run(words[1:])
             except BaseException:
                 traceback.print_exc()

@@ -208,7 +208,7 @@ def summary(result: dict[str, Any]) -> str:
             )
     for row in result["operators"]:
         if row["problem"]:
-            lines.append(f"{row['layer']}, {row['form']} {row['operator']} {row['case']}: {row['problem']}")
+            lines.append(f"{row['layer']}, {row['form']} {row['operator']} {row['call']}: {row['problem']}")
     for row in result["models"]:
         name = f"{row['checkpoint']}, {row['backend']}, {row['dtype']}, {row['what']}"
         lines.append(f"{name}: {row['problem'] or 'holds'}")

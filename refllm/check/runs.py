@@ -60,7 +60,7 @@ class Runs:
     def _first(
         self, model: Model, found: Trace | Misbehaviour, rows: Rows, skipped: list[str], last: bool
     ) -> Iterator[Report]:
-        """On the plain run, and on rows of the embedding."""
+        """Reports on the plain run, and on rows of the embedding."""
         if last or (isinstance(found, Misbehaviour) and found.kind == "hangs"):
             self.recorded()
         report = self._judged(model, self.plain, found, skipped)

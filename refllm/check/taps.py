@@ -86,7 +86,7 @@ def _from_array(value: Any) -> np.ndarray:
 
 
 def _from_buffer(value: Any) -> np.ndarray:
-    """Of bfloat16, which no buffer has a letter for: its bytes, two to a number."""
+    """The array of a bfloat16 one, which no buffer has a letter for: its bytes, two to a number."""
     if isinstance(value, np.ndarray) or "bfloat16" not in str(value.dtype):
         raise TypeError
     import ml_dtypes

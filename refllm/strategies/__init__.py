@@ -21,9 +21,10 @@ _WHERE = {
     "corners": "refllm.strategies.fixed",
     "calls": "refllm.strategies.operators",
     "kinds": "refllm.strategies.operators",
+    "families": "refllm.strategies.operators",
 }
 
-__all__ = ["Array", "Call", "calls", "corners", "kinds"]
+__all__ = ["Array", "Call", "calls", "corners", "families", "kinds"]
 
 
 def __getattr__(name: str) -> Any:

@@ -56,6 +56,10 @@ def kinds(operator: str, policy: str = "fused") -> tuple[str, ...]:
     return drawn
 
 
+families = kinds
+"""Its name before families were models' alone; it stays, since it was public."""
+
+
 def _strategy(operator: str) -> tuple[ModuleType, str]:
     """The module that draws the calls of an operator, and the name of its function."""
     module, _, name = CONTRACTS[operator].inputs.partition(":")

@@ -17,7 +17,7 @@ from refllm import apart, kernels
 from refllm.apart import Batch
 from refllm.bench import end_to_end, gpu, gpu_benchmarks, gpu_checks
 from refllm.bench import kernels as kernel_bench
-from refllm.kernels.calls import LAYERS, REDUCED, Source, call, cases
+from refllm.kernels.calls import LAYERS, REDUCED, Source, call, calls
 from refllm.terminal.status_line import StatusLine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def test_everything_runs_and_is_written_down(
     file = tmp_path / "new" / "gpu.json"
     assert gpu.main(["--device", "cpu", "--no-tests", "-o", str(file), "--only", "reduced partial,llama-tiny"]) == 0
     result = json.loads(file.read_text())
-    assert result["verdict"] == "holds"
+    assert (result["schema"], result["verdict"]) == (2, "holds")
     assert result["missing"] == []
     assert result["machine"]["torch"] == torch.__version__
     assert {row["operator"] for row in result["operators"]} == set(kernels.OPERATORS)
@@ -54,8 +54,8 @@ def test_everything_runs_and_is_written_down(
 
 
 def test_a_wrong_kernel_and_one_that_raises_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
-    (case,) = (c for c in cases(REDUCED[0], "bfloat16", "cpu", tokens=4) if c.operator == "relu2")
-    contract = gpu_checks.Contract(case.operator, case.arguments, case.keywords)
+    (one,) = (c for c in calls(REDUCED[0], "bfloat16", "cpu", tokens=4) if c.operator == "relu2")
+    contract = gpu_checks.Contract(one.operator, one.arguments, one.keywords)
 
     class Broken:
         relu2 = staticmethod(lambda x: kernels.plain.relu2(x) * 1.02)
@@ -65,9 +65,9 @@ def test_a_wrong_kernel_and_one_that_raises_are_findings(monkeypatch: pytest.Mon
         def relu2(x: Any) -> Any:
             raise RuntimeError("misaligned address")
 
-    (row,) = gpu_checks.check_call(case, contract, "plain", Broken, ("reduced", "bfloat16"))
+    (row,) = gpu_checks.check_call(one, contract, "plain", Broken, ("reduced", "bfloat16"))
     assert "times that of the contract" in row["problem"]
-    (row,) = gpu_checks.check_call(case, contract, "plain", Raising, ("reduced", "bfloat16"))
+    (row,) = gpu_checks.check_call(one, contract, "plain", Raising, ("reduced", "bfloat16"))
     assert row["problem"] == "RuntimeError: misaligned address"
 
 
@@ -217,7 +217,7 @@ def test_cases_cover_every_operator_on_every_real_layer() -> None:
     for layer in (*LAYERS, *REDUCED):
         assert layer.H % layer.K == 0
         assert layer.R <= layer.D
-    assert {case.operator for case in cases(REDUCED[0], "float16", "cpu", tokens=2)} == set(kernels.OPERATORS)
+    assert {one.operator for one in calls(REDUCED[0], "float16", "cpu", tokens=2)} == set(kernels.OPERATORS)
 
 
 def test_a_loss_has_a_row_for_every_token_of_every_sequence() -> None:

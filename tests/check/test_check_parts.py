@@ -17,7 +17,7 @@ from refllm.accuracy.judge import broken, broken_isolated
 from refllm.accuracy.limits import ROW_FLOOR
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.verdicts import verdict, worst
-from refllm.accuracy.wrong_answers import undetected
+from refllm.accuracy.wrong_answers import undetected, wrong_answers
 from refllm.check import findings, html
 from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.error_map import error_map
@@ -182,6 +182,24 @@ def test_of_few_values_every_position_is_asked() -> None:
 def test_of_many_values_64_positions_are_asked() -> None:
     exact, variance = every_so_many(3, 130, (1 << 20) // 130 + 1)
     assert undetected(exact, variance, "float32") == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_answer_is_rejected_by_its_size_only_if_the_rules_reject_it(dtype: str) -> None:
+    """Of values with few independent errors, where chance allows the most, and errors of every size."""
+    draw, told = np.random.default_rng(0), list[str]()
+    for _ in range(200):
+        exact = draw.normal(size=draw.integers(1, [4, 9]))
+        variance = np.exp(draw.normal(draw.uniform(-9, 3), draw.choice([0, 3]), exact.shape))
+        variance[draw.random(exact.shape) < 0.1] = draw.choice([0.0, np.inf])
+        passed = [
+            name
+            for name, wrong in wrong_answers(exact)
+            if not np.array_equal(wrong, exact) and not broken_isolated(measure(wrong, exact, variance), dtype)
+        ]
+        assert undetected(exact, variance, dtype) == passed
+        told += passed
+    assert {told.count(name) > 10 for name in WRONG} == {True}
 
 
 # -- an honest run -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A fork that stands for a new interpreter behaves as one."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 from warm_python import WarmPopen
 
 PROGRAM = """
-import os, sys
+import os, signal, sys
+print(signal.getsignal(signal.SIGINT) == signal.default_int_handler)
 print(sys.argv, os.environ["COLOUR"], os.environ.get("HOME"), os.getcwd(), __name__, os.getsid(0) == os.getpid())
 print(sys.stdin.read(), file=sys.stderr)
 GIVEN
@@ -25,6 +27,7 @@ def test_it_behaves_as_a_new_interpreter(end: str, tmp_path: Path) -> None:
         for start in (subprocess.Popen, WarmPopen):
             process = start(
                 [sys.executable, *words], cwd=tmp_path, env={"COLOUR": "red"}, text=True, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
             out, errors = process.communicate("asked", timeout=20)

@@ -9,6 +9,7 @@ pytest.importorskip("hypothesis")
 
 from refllm import kernels  # noqa: E402
 from refllm.errors import InputError  # noqa: E402
+from refllm.ops.contracts import contract_of  # noqa: E402
 from refllm.strategies import corners  # noqa: E402
 
 
@@ -45,3 +46,19 @@ def test_every_tensor_is_asked_for_its_device_its_dtype_and_its_shape(operator: 
             with pytest.raises(InputError, match=rf"^{operator}: "):
                 function(*arguments, **keywords)
             where[at] = right
+
+
+@pytest.mark.parametrize("operator", kernels.OPERATORS)
+def test_float32_beside_narrower_arguments_is_taken_where_the_record_says_so(operator: str) -> None:
+    arguments, keywords = full_call(operator)
+    function, known = getattr(kernels.plain, operator), contract_of(operator)
+    first, *others = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16]
+    names = list(known.parameters)
+    for i in [first, *others]:
+        together = [j for j in others if names[i] in ("cos", "sin") and names[j] in ("cos", "sin")] or [i]
+        wide = [x.float() if j in together else x for j, x in enumerate(arguments)]
+        if names[i] in known.or_float32 or not others:
+            function(*wide, **keywords)
+        else:
+            with pytest.raises(InputError, match=rf"^{operator}: "):
+                function(*wide, **keywords)

@@ -22,6 +22,7 @@ from refllm.extras import install_command
 from refllm.inputs import to_numpy
 from refllm.kernels import OPERATORS, plain
 from refllm.opcheck.without import is_mixed
+from refllm.ops.contracts import CONTRACTS
 from refllm.strategies import Array, Call, calls, corners, kinds
 from refllm.strategies.arrays import FLOATS, LAYOUTS, VALUES
 from refllm.strategies.models import FAMILIES as MODEL_FAMILIES
@@ -252,7 +253,8 @@ ON_ROWS = [operator for operator in OPERATORS if "mean 1000" in kinds(operator)]
 @pytest.mark.parametrize("operator", ON_ROWS)
 def test_families_of_values(operator: str) -> None:
     of_heads = operator in ("attention", "decode_attention")
-    count = 3 if of_heads else 2 if operator in ("swiglu", "rope", "norm_rope") else 1  # one of so many is special
+    several = sum(kind in ("halves", "heads") for kind in CONTRACTS[operator].kinds.values())
+    count = 3 if of_heads else max(1, several)  # one of so many is special
     tests: dict[str, Callable[[np.ndarray], bool]] = {
         "mean 1000": lambda a: abs(a.mean() - 1000) < 20,
         "outlier 10000": lambda a: 9000 < np.abs(a).max() < 11000 and (np.abs(a) > 100).sum() >= 1,
@@ -497,7 +499,7 @@ def test_a_batch_that_is_needed_shrinks_to_two_rows_of_one_key() -> None:
 @pytest.mark.filterwarnings("ignore:.*factor=.* is used")
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_configs_are_of_the_family_and_whole_inputs_fit(family: str) -> None:
-    given = set()
+    seen = set()
 
     @settings(few(60), derandomize=True)
     @given(configs(family).flatmap(whole_inputs))
@@ -510,10 +512,10 @@ def test_configs_are_of_the_family_and_whole_inputs_fit(family: str) -> None:
         for name in ("attention_mask", "position_ids"):
             value = getattr(given_input, name)
             assert value is None or value.shape == (B, S)
-            given.add(name if value is not None else "plain")
+            seen.add(name if value is not None else "plain")
 
     collect()
-    assert given == {"attention_mask", "position_ids", "plain"}
+    assert seen == {"attention_mask", "position_ids", "plain"}
 
 
 @settings(few(30), derandomize=True)
