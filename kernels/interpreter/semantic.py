@@ -138,7 +138,7 @@ class Semantic(TritonSemantic):
 
     def binary_op_sanitize_overflow_impl(self, lhs: Any, rhs: Any, binary_op: Any) -> None:
         """Raises IntegerOverflowError if an operation on integers leaves their type. Triton's own takes nine more."""
-        if not BUILDER.check_overflow or lhs.dtype.int_bitwidth >= 64 or lhs.handle.data.dtype == np.bool_:
+        if not BUILDER.settings.overflow or lhs.dtype.int_bitwidth >= 64 or lhs.handle.data.dtype == np.bool_:
             return
         name = binary_op.__name__
         if BUILDER.overflows(lhs.handle.data, rhs.handle.data, name):

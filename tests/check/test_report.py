@@ -280,6 +280,21 @@ def test_flips_that_rounding_does_not_explain_are_listed() -> None:
     assert "position 9: token 4 became 7, margin inf sigma" in text
 
 
+def test_of_many_flips_those_are_listed_that_are_farthest_from_being_explained() -> None:
+    report, margins = run(), (7.0, 9.0, 8.0, 10.0, 6.0)
+    assert report.next_tokens is not None
+    flips = [Flip(row=0, position=i, exact=4, candidate=7, margin=2.0, sigmas=m) for i, m in enumerate(margins, 10)]
+    report.next_tokens = replace(report.next_tokens, flips=flips)
+    assert [flip.explained for flip in flips] == [False] * 5
+    assert re.findall(r"position (\d+): token 4 became 7", printed(show_report(report))) == ["13", "11", "12"]
+
+
+def test_summary_names_the_first_failure_of_what_fails_alone() -> None:
+    said = [printed(show_summary([report])) for report in (holding(), untested(), wrong_tokens(), failing())]
+    for text, first in zip(said, ("holds", "incomplete", "fails: next tokens", "fails: layer 1 k_proj"), strict=True):
+        assert text.splitlines()[-1].rstrip().endswith(first), text
+
+
 def test_closing_line_counts_the_verdicts() -> None:
     assert "6 checked: 2 holds, 3 fails, 1 incomplete" in printed(closing_line(all_reports()))
 

@@ -164,6 +164,14 @@ def test_the_reference_gives_every_golden_again(refllm: Run) -> None:
     assert not err
 
 
+def test_figures_of_float64_count_what_float64_allows() -> None:
+    one = of("rms_norm/plain")
+    one.exact["y"][2, 5] += 3 * verify.FLOAT64_SIGMA * one.sigma["float32.fused"]["y"][2, 5]
+    done = verify.verify(iter([one]), "numpy", "float64")
+    assert done.ratio == done.largest == pytest.approx(3, rel=0.1)
+    assert done.worst == "rms_norm/plain y"
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_torch_holds(dtype: str) -> None:
     done = verify.verify(verify.goldens_of(FOLDER, MANIFEST), "torch", dtype)
@@ -557,6 +565,7 @@ def test_make_prints_the_change_in_sigma_and_replaces_only_if_told(copy: Path, r
     code, out, _ = refllm("make", "rms_norm", "--folder", copy, "--json", copy / "made.json")
     assert code == 1
     assert re.search(r"^rms_norm/plain +changed +3 +0\.0%", out, re.MULTILINE), out
+    assert "6 goldens made, 5 of them as they were" in out
     assert "nothing was replaced; --yes does it" in out
     assert "rms_norm/ragged" not in out
     changes = {c["name"]: c for c in json.loads((copy / "made.json").read_text())["changes"]}
