@@ -280,6 +280,14 @@ def test_every_broken_rule_has_its_sentence_with_figure_and_limit() -> None:
     assert findings.broken_in_words(tap_of(calm)) == []
 
 
+def test_only_what_is_wrong_on_its_own_inputs_has_a_peculiarity_told() -> None:
+    wrong = measured(np.ones((4, 16)), ratio=9.0, largest=5.0, at=(0, 2, 3))
+    assert findings.hints(tap_of(wrong))[0] == "largest single error: position 2, channel 3, 5.00 sigma"
+    for tap in (tap_of(None, ratio=9.0), tap_of(measured(np.zeros((4, 16)), misrounded=0.2))):
+        assert tap.verdict == "fails"
+        assert findings.hints(tap) == []
+
+
 def test_severity_is_error_over_limit_of_the_worst_rule() -> None:
     calm = measured(np.zeros((4, 16)))
     assert findings.isolated_severity(tap_of(None)) == 0
