@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -367,6 +368,11 @@ def test_the_command_lists_survivors_and_exits_with_1(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "a.json").read_text())
     assert (written["schema"], written["verdict"]) == (2, "fails")
     assert written["killed"] + len(written["survivors"]) == written["mutants"] == len(written["outcomes"])
+    row = re.search(r"^ *rms_norm +(\d+) +(\d+) +(\d+) %", done.output, re.MULTILINE)
+    assert row, done.output
+    assert (int(row[1]), int(row[2])) == (written["mutants"], written["killed"])
+    assert int(row[3]) == round(100 * written["killed"] / written["mutants"])
+    assert f"{row[2]} of {row[1]} bugs found" in done.output
 
 
 def test_the_command_exits_with_0_where_all_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
