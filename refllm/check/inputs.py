@@ -64,7 +64,10 @@ FAR = 2000
 
 
 _ROWS_AT_MOST = 64  # tokens of a row of a batch of stressed inputs
-_ALL_AT_MOST = 4096  # tokens, beyond which not every id of a vocabulary goes through a whole model
+
+
+ALL_AT_MOST = 4096
+"""Tokens up to which every id of a vocabulary may go through a whole model."""
 
 
 def stressed(input_ids: np.ndarray) -> list[Inputs]:
@@ -113,7 +116,7 @@ def _pieces(length: int) -> tuple[int, ...]:
 
 def every_token(vocab_size: int, length: int) -> Inputs | None:
     """All ids of a vocabulary in rows of `length`; None where they are too many for a whole forward pass each."""
-    if vocab_size > _ALL_AT_MOST:
+    if vocab_size > ALL_AT_MOST:
         return None
     return Inputs(in_rows(np.arange(vocab_size), length), label="every token id")
 

@@ -1,5 +1,6 @@
 """All runs of one candidate on one checkpoint: the plain one, the stressed ones, and every row of the embedding."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -37,42 +38,44 @@ class Runs:
     step: Callable[..., None] = lambda *_: None
     recorded: Callable[[], None] = lambda: None
 
+    def __post_init__(self) -> None:
+        self._model = self.load(self.candidate.dtype)
+
     def reports(self) -> Iterator[Report]:
         """A report per input, as they are done; one more if rows of the embedding are wrong that no input reads."""
-        model, rows = self.load(self.candidate.dtype), Rows(0, 0)
-        found = self._run(model, self.plain)
-        more, skipped = self._possible()
-        if isinstance(found, Trace):
-            model = self._settle(model, found)
-            rows = self._rows(model, found, more)
-        yield from self._first(model, found, rows, skipped, last=not more)
-        if isinstance(found, Misbehaviour) and found.kind == "hangs":
-            return  # it would take as long again
+        more: list[Inputs] = []
+        yield from self._first(more)
         for inputs in more:
-            found = self._run(model, inputs)
-            hangs = isinstance(found, Misbehaviour) and found.kind == "hangs"
-            if hangs or inputs is more[-1]:
+            found = self._run(inputs)
+            ends = _hangs(found)  # it would take as long again
+            if ends or inputs is more[-1]:
                 self.recorded()
-            yield self._judged(model, inputs, found)
-            if hangs:
+            report = self._judged(inputs, found)
+            del found  # a trace is large
+            yield report
+            if ends:
                 return
 
-    def _first(
-        self, model: Model, found: Trace | Misbehaviour, rows: Rows, skipped: list[str], last: bool
-    ) -> Iterator[Report]:
-        """Reports on the plain run, and on rows of the embedding."""
-        if last or (isinstance(found, Misbehaviour) and found.kind == "hangs"):
+    def _first(self, more: list[Inputs]) -> list[Report]:
+        """Reports on the plain run, and on rows of the embedding. What else there is to run is added to `more`."""
+        begin = time.monotonic()
+        found, rows = self._run(self.plain), Rows(0, 0)
+        seconds = time.monotonic() - begin
+        possible, skipped = self._possible()  # as is known now that it ran
+        if isinstance(found, Trace):
+            self._settle(found)
+            rows = self._rows(found, possible, seconds)
+        more += [] if _hangs(found) else possible
+        if not more:
             self.recorded()
-        report = self._judged(model, self.plain, found, skipped)
+        report = self._judged(self.plain, found, skipped)
         report.unseen += rows.sentences
-        yield report
-        if rows.wrong is not None:
-            yield self._judged(model, rows.wrong.inputs, rows.wrong, [rows.said])
+        return [report, *([] if rows.wrong is None else [self._judged(rows.wrong.inputs, rows.wrong, [rows.said])])]
 
-    def _run(self, model: Model, inputs: Inputs) -> Trace | Misbehaviour:
+    def _run(self, inputs: Inputs) -> Trace | Misbehaviour:
         self.step(f"{self._where(inputs)}: {self.candidate.name}")
         try:
-            return record(self.candidate, model, inputs)
+            return record(self.candidate, self._model, inputs)
         except MisbehavesError as error:
             return error.found
 
@@ -87,44 +90,42 @@ class Runs:
         said = [f"not run: {', '.join(skipped)}"] if skipped else []
         return [inputs for inputs in wanted if not why[inputs.label]], said
 
-    def _settle(self, model: Model, trace: Trace) -> Model:
-        """The model in the precision in which the candidate computed, where it was not told one."""
+    def _settle(self, trace: Trace) -> None:
+        """Takes the precision in which the candidate computed, where it was not told one."""
         if "dtype" in getattr(self.candidate, "takes", EVERYTHING):
-            return model
+            return
         shown = format_of(trace)
-        if self.said:
-            if shown != trace.dtype:
-                note = f"it takes no dtype, and what it shows is {shown}: judged as {trace.dtype}, as --dtype says"
-                self.notes = [*self.notes, note]
-            return model
-        self.notes = [*self.notes, f"judged as {shown}, since what it shows is that; --dtype says another"]
-        self.candidate.dtype = trace.dtype = shown
-        return model if shown == model.dtype else self.load(shown)
+        if not self.said:
+            self.notes = [*self.notes, f"judged as {shown}, since what it shows is that; --dtype says another"]
+            self.candidate.dtype = trace.dtype = shown
+            self._model = self.load(shown)
+        elif shown != trace.dtype:
+            note = f"it takes no dtype, and what it shows is {shown}: judged as {trace.dtype}, as --dtype says"
+            self.notes = [*self.notes, note]
 
-    def _rows(self, model: Model, trace: Trace, more: list[Inputs]) -> Rows:
+    def _rows(self, trace: Trace, more: list[Inputs], seconds: float) -> Rows:
         """See `read_rows`. Where the candidate does not show its embedding and inputs are stressed, every token goes
         through the whole model, if they are not too many: such inputs are added to `more`."""
-        every = every_token(model.config.vocab_size, self.plain.input_ids.shape[1])
+        vocab = self._model.config.vocab_size
+        every = every_token(vocab, self.plain.input_ids.shape[1])
         if EMBEDDING not in trace.taps and self.stress and every is not None:
             more.append(every)
-            return Rows(0, model.config.vocab_size)
+            return Rows(0, vocab)
         stress = ", or stress its inputs" if every is not None else ""
-        return read_rows(self.candidate, model, trace, f"it does not show {EMBEDDING}; show it{stress}")
+        otherwise = f"it does not show {EMBEDDING}; show it{stress}"
+        return read_rows(self.candidate, self._model, trace, seconds, otherwise)
 
-    def _judged(
-        self, model: Model, inputs: Inputs, found: Trace | Misbehaviour, notes: list[str] | None = None
-    ) -> Report:
+    def _judged(self, inputs: Inputs, found: Trace | Misbehaviour, notes: list[str] | None = None) -> Report:
         if isinstance(found, Misbehaviour):
-            report = self._misbehaving(model, inputs, found)
+            report = self._misbehaving(inputs, found)
         else:
-            step = self._where(inputs)
-            report = judge(
-                model, found, self.policy, checkpoint=self.checkpoint, step=lambda text: self.step(f"{step}: {text}")
-            )
+            where = self._where(inputs)
+            step = lambda text: self.step(f"{where}: {text}")  # noqa: E731
+            report = judge(self._model, found, self.policy, checkpoint=self.checkpoint, step=step)
         report.notes += [*(notes or []), *self.notes]
         return report
 
-    def _misbehaving(self, model: Model, inputs: Inputs, found: Misbehaviour) -> Report:
+    def _misbehaving(self, inputs: Inputs, found: Misbehaviour) -> Report:
         return Report(
             checkpoint=self.checkpoint,
             candidate=self.candidate.name,
@@ -135,9 +136,13 @@ class Runs:
             taps=[],
             next_tokens=None,
             attribution={},
-            config=model.config,
+            config=self._model.config,
             misbehaviour=found,
         )
+
+
+def _hangs(found: Trace | Misbehaviour) -> bool:
+    return isinstance(found, Misbehaviour) and found.kind == "hangs"
 
 
 def format_of(trace: Trace) -> str:

@@ -1,11 +1,12 @@
 """What a check has not seen, in sentences: a verdict counts it, since nothing is known of it."""
 
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from refllm.check.candidates import record
-from refllm.check.inputs import Inputs, in_rows
+from refllm.check.inputs import ALL_AT_MOST, Inputs, in_rows
 from refllm.check.misbehaviour import MisbehavesError
 from refllm.check.taps import Candidate
 from refllm.check.trace import Trace
@@ -50,37 +51,52 @@ class Rows:
         return [f"{self.unread:,} of {self.of:,} rows of the embedding were never read: {self.why}"]
 
 
-def read_rows(candidate: Candidate, model: Model, trace: Trace, otherwise: str) -> Rows:
+def read_rows(candidate: Candidate, model: Model, trace: Trace, seconds: float, otherwise: str) -> Rows:
     """Every row of the embedding that the run of `trace` did not read, read now, if the candidate shows its embedding:
-    its runs end there, and cost no forward pass. otherwise: what helps where it does not show it."""
+    its runs end there, and cost no forward pass. One that computes everything before it shows anything pays for it, and
+    is spared if the rows are many.
+
+    seconds: that the run of `trace` took. otherwise: what helps where the embedding is not shown.
+    """
     vocab, width = model.config.vocab_size, model.config.hidden_size
-    read = trace.inputs.input_ids
+    valid = trace.inputs.valid
+    read = trace.inputs.input_ids[valid]
     unread = np.setdiff1d(np.arange(vocab), read)
     if not unread.size or EMBEDDING not in trace.taps:
         return Rows(len(unread), vocab, otherwise)
-    if _wrong(model, read.ravel(), trace.taps[EMBEDDING].reshape(read.size, -1)).any():
+    if _wrong(model, read, trace.taps[EMBEDDING][valid]).any():
         return Rows(len(unread), vocab, "those that were read are wrong")
-    length = read.shape[1]
-    step = max(1, _AT_ONCE // (length * width)) * length
+    length, rows = valid.shape[1], 1
+    most = max(1, _AT_ONCE // (length * width))
     ids, values = [np.empty(0, int)], [np.empty((0, width), np.float32)]
-    for some in (unread[start : start + step] for start in range(0, len(unread), step)):
+    while unread.size:
+        some, unread = np.split(unread, [rows * length])
         inputs = Inputs(in_rows(some, length), label="every token id", until=EMBEDDING)
+        begin = time.monotonic()
         try:
-            rows = record(candidate, model, inputs).taps[EMBEDDING].reshape(-1, width)[: len(some)]
+            shown = record(candidate, model, inputs).taps[EMBEDDING].reshape(-1, width)[: len(some)]
         except (MisbehavesError, InputError, KeyError, ValueError) as error:
             said = str(error).removeprefix(f"{candidate.name}: ")
             shape = " x ".join(str(n) for n in inputs.input_ids.shape)
-            return Rows(len(unread), vocab, f"given {shape} ids, {said}")
-        wrong = _wrong(model, some, rows)
+            return Rows(len(some) + len(unread), vocab, f"given {shape} ids, {said}")
+        wrong = _wrong(model, some, shown)
         ids.append(some[wrong])
-        values.append(rows[wrong][:_SHOWN])
-    found = np.concatenate(ids)
-    if not found.size:
+        values.append(shown[wrong][:_SHOWN])
+        if time.monotonic() - begin < seconds / 2:
+            rows = min(8 * rows, most)
+        elif len(unread) > ALL_AT_MOST:
+            return Rows(len(unread), vocab, f"it computes everything before it shows {EMBEDDING}")
+    return _found(trace, np.concatenate(ids), np.concatenate(values), vocab)
+
+
+def _found(trace: Trace, wrong: np.ndarray, values: np.ndarray, vocab: int) -> Rows:
+    """All rows were read. wrong: the ids of those that are; values: of some of them, in this order."""
+    if not wrong.size:
         return Rows(0, vocab)
-    few = np.concatenate(values)[None, :_SHOWN]
-    inputs = Inputs(found[None, : few.shape[1]], label="every token id", until=EMBEDDING)
-    of = f"{len(found):,} of {vocab:,} rows of the embedding are not those of the checkpoint"
-    return Rows(0, vocab, wrong=replace(trace, taps={EMBEDDING: few}, inputs=inputs), said=f"{of}: ids {_spans(found)}")
+    few = values[None, :_SHOWN]
+    inputs = Inputs(wrong[None, : few.shape[1]], label="every token id", until=EMBEDDING)
+    said = f"{len(wrong):,} of {vocab:,} rows of the embedding are not those of the checkpoint: ids {_spans(wrong)}"
+    return Rows(0, vocab, wrong=replace(trace, taps={EMBEDDING: few}, inputs=inputs), said=said)
 
 
 def _wrong(model: Model, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:

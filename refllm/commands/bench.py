@@ -83,16 +83,23 @@ def bench_memory(
         str, typer.Option("--shape", help="Of the random weights: helium-1-preview-2b or helium-1m.")
     ] = "helium-1-preview-2b",
     tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 32,
+    check_shape: Annotated[str, typer.Option("--check-shape", help="Of what is checked.")] = "helium-220m",
+    check_tokens: Annotated[int, typer.Option("--check-tokens", min=1)] = 512,
     json_file: Json = None,
 ) -> None:
-    """Peak memory of loading and running a full-size model, with and without low_memory."""
-    from refllm.bench import memory
+    """Peak memory of loading and running a full-size model, with and without low_memory; and of `refllm check`, all its
+    processes together, over that of a forward pass."""
+    from rich.console import Group
+
+    from refllm.bench import check_memory, memory
     from refllm.bench.results import describe_machine, installed_versions, stamp
 
     with StatusLine(sys.stderr) as step:
         result = memory.bench_memory(shape, tokens, step=step)
+        result["check"] = check_memory.bench_check(check_shape, check_tokens, step=step)
     about = {"machine": describe_machine("cpu"), "versions": installed_versions()}
-    _show(memory.show_memory(result), stamp("memory") | about | result, json_file)
+    shown = Group(memory.show_memory(result), "", check_memory.show_check(result["check"]))
+    _show(shown, stamp("memory") | about | result, json_file)
 
 
 @app.command("growth")

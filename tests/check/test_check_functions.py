@@ -3,6 +3,7 @@ and that what a run does not show is no pass."""
 
 import re
 import sys
+import time
 from array import array
 from collections.abc import Callable
 from functools import cache, partial
@@ -434,9 +435,42 @@ def test_a_batch_that_it_cannot_run_leaves_rows_unread_and_says_why(folder: Path
             raise ValueError("one sequence only")
         return plain(*given)
 
-    (report,) = compare(folder, forward, input_ids=IDS)
+    (report,) = compare(folder, forward, input_ids=IDS[:, :8])
     assert report.verdict == "incomplete"
-    assert "given 2 x 40 ids, it raises ValueError: one sequence only (test_check_functions.py:" in report.unseen[0]
+    said = (
+        "of 97 rows of the embedding were never read: given 8 x 8 ids, it raises ValueError: one sequence only (test_"
+    )
+    assert said in report.unseen[0]
+
+
+def test_who_computes_everything_before_showing_anything_is_not_asked_for_many_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unseen, "ALL_AT_MOST", 40)
+    calls = []
+
+    def forward(*given: Any) -> Any:
+        calls.append(given[1].shape)
+        values: dict[str, Any] = {}
+        logits = plain(*given[:-1], values.__setitem__)
+        time.sleep(0.1)
+        for name, value in values.items():
+            given[-1](name, value)
+        return logits
+
+    (report,) = compare(folder, forward, input_ids=IDS[:, :8])
+    assert calls == [(1, 8), (1, 8)]
+    assert report.unseen[0].endswith("were never read: it computes everything before it shows model.embed_tokens")
+
+
+def test_what_an_embedding_holds_at_padding_is_not_compared(folder: Path) -> None:
+    def forward(*given: Any) -> Any:
+        def tap(name: str, value: Any) -> Any:
+            return given[-1](name, value * given[2][..., None] if name == "model.embed_tokens" else value)
+
+        return plain(*given[:-1], tap)
+
+    assert_matches(folder, forward, input_ids=IDS.reshape(2, 20), attention_mask=MASK)
 
 
 # -- what was not seen is no pass --------------------------------------------------------------------------------------

@@ -447,14 +447,11 @@ def test_measuring_takes_little_more_memory_than_what_is_measured(monkeypatch: p
     candidate, exact, variance = many_numbers(128, 2048)
     tracemalloc.start()
     measure(candidate, exact, variance)
-    measured = tracemalloc.get_traced_memory()[1]
-    tracemalloc.reset_peak()
     ulp_histogram(candidate, exact, "bfloat16")
     compare_tokens(exact, variance, candidate, np.argwhere(np.ones((1, 128), bool)))
-    row_by_row = tracemalloc.get_traced_memory()[1]
+    taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert measured < 5 * exact.nbytes  # the errors, their variances, and two arrays to sum up
-    assert row_by_row < exact.nbytes / 2
+    assert taken < exact.nbytes / 2
 
 
 def test_a_function_is_called_by_its_own_name_unless_it_is_given_one() -> None:
