@@ -111,7 +111,7 @@ def all_cases() -> dict[str, Case]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings about odd configs and far positions: goldens are odd on purpose."""
+    """A context without the warnings about odd configs and far positions: goldens are odd on purpose."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -63,7 +63,7 @@ def settings(case: Case) -> Iterator[tuple[str, str]]:
 
 
 def _kept(sigma: dict[str, Arrays]) -> dict[str, Arrays]:
-    """Without the hf-eager predictions that are those of fused, nearly."""
+    """The predictions without those of hf-eager that are nearly those of fused."""
 
     def differs(key: str) -> bool:
         fused = sigma[key.replace("hf-eager", "fused")]
@@ -172,7 +172,7 @@ class Settings:
 def _head_variance(
     model: Model, case: ModelCase, inputs: Arrays, logits: Uncertain, rows: np.ndarray, how: Settings
 ) -> Arrays:
-    """Of logits and loss, by the head."""
+    """The variance of logits and loss, by the head."""
     if case.head == "question_answering":
         found = {n: logits.variance[..., i][rows] for i, n in enumerate(("start_logits", "end_logits"))}
         S = logits.shape[1]
@@ -196,7 +196,7 @@ def _head_variance(
 
 
 def honest(golden: Golden) -> dict[str, dict[str, list[float]]]:
-    """Per dtype and output what the reference's own emulation (policy fused) reaches: rms error over rms sigma, and the
+    """What the reference's own emulation (policy fused) reaches, by dtype and output: rms error over rms sigma, and the
     largest |error| / sigma."""
     found: dict[str, dict[str, list[float]]] = {}
     for dtype in golden.case.dtypes:

@@ -107,7 +107,7 @@ def changed(folder: Path, manifest: dict[str, Any]) -> str:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """Of format, files and cases, however they are laid out."""
+    """The digest of format, files and cases, however they are laid out."""
     body = json.dumps({name: manifest[name] for name in _TOP}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(f"{FORMAT}\n{body}".encode()).hexdigest()
 
@@ -116,7 +116,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes goldens and their witnesses."""
+    """The versions of what computes goldens and their witnesses."""
     found = {"refllm": __version__}
     for package in _PACKAGES:
         try:

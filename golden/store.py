@@ -24,12 +24,12 @@ VECTORS = "vectors"
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """The digest of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def checkpoint_hash(name: str) -> str:
-    """Of what a checkpoint computes with: config.json and all weight files."""
+    """The digest of what a checkpoint computes with: config.json and all weight files."""
     folder = golden.path(name)
     files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
     return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
@@ -85,7 +85,7 @@ def _changed(name: str, entry: dict[str, Any]) -> Iterator[str]:
 
 
 def config_hash(case: ModelCase) -> str:
-    """Of what the config of the case says about the mathematics, 16 hexadecimal digits."""
+    """The digest of what the config of the case says about the mathematics, 16 hexadecimal digits."""
     from refllm.config.digest import config_hash
     from refllm.golden.model_cases import config_of
 
@@ -93,7 +93,7 @@ def config_hash(case: ModelCase) -> str:
 
 
 def weights_hash(one: Golden) -> str:
-    """Of the weights of a small model: names, shapes and values."""
+    """The digest of the weights of a small model: names, shapes and values."""
     digest = hashlib.sha256()
     for name, x in sorted(one.weights.items()):
         digest.update(f"{name} {x.shape}".encode() + np.ascontiguousarray(x, np.float32).tobytes())

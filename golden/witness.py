@@ -22,6 +22,8 @@ from refllm.forward.model import Model
 from refllm.golden import run
 from refllm.golden.cases import OperatorCase
 from refllm.golden.model_cases import ModelCase
+from refllm.kernels import plain
+from refllm.ops.contracts import contract_of
 
 if TYPE_CHECKING:
     from refllm.golden.exact import Golden
@@ -39,11 +41,12 @@ def witness(golden: "Golden") -> tuple[str, Arrays]:
     """(who it is, what it computes for the golden's inputs); outputs that it does not know are left out."""
     if isinstance(golden.case, OperatorCase):
         operator = golden.case.group
-        who, function = _OPERATORS[operator]
-        out = function(*_tensors(golden))
+        arguments, keywords = _tensors(golden)
+        out = (_OTHERS.get(operator) or plain.EAGER[operator])(*arguments, **keywords)
         results = out if isinstance(out, tuple) else (out,)
         names = run.output_names(operator, golden.about["keywords"])
-        return who, {name: y.numpy() for name, y in zip(names, results, strict=False)}  # lse is not always asked for
+        values = {name: y.numpy() for name, y in zip(names, results, strict=False)}  # lse is not always asked for
+        return f"{contract_of(operator).witness}, float64", values
     assert isinstance(golden.case, ModelCase)
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # about odd configs, which are odd on purpose
@@ -178,24 +181,6 @@ def _tensors(golden: "Golden") -> tuple[list[Any], dict[str, Any]]:
     return [given(x) for x in about["arguments"]], {name: given(x) for name, x in about["keywords"].items()}
 
 
-def _norm(layer: bool) -> Callable[..., Any]:
-    def norm(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if layer:
-            bias, eps = rest
-            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-        return F.rms_norm(x, x.shape[-1:], weight, rest[0])
-
-    return norm
-
-
-def _summed(layer: bool) -> Callable[..., Any]:
-    def both(arguments: list[Any], keywords: dict[str, Any]) -> Any:
-        x, residual, *rest = arguments
-        return _norm(layer)(residual + x, *rest), residual + x
-
-    return both
-
-
 def _rope(q: Any, k: Any, cos: Any, sin: Any, *, interleaved: bool) -> tuple[Any, Any]:
     """Transformers' own functions of Helium (interleaved) and Llama on the rotated part of every head."""
     family = "helium" if interleaved else "llama"
@@ -206,23 +191,35 @@ def _rope(q: Any, k: Any, cos: Any, sin: Any, *, interleaved: bool) -> tuple[Any
     return tuple(torch.cat([y, x[..., R:]], -1) for y, x in zip(turned, (q, k), strict=True))
 
 
-def _norm_rope(arguments: list[Any], keywords: dict[str, Any]) -> Any:
-    q, k, q_weight, k_weight, cos, sin, eps = arguments
-    layer = keywords["norm"] == "layer"
+def _norm_rope(
+    q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float, *, norm: str, interleaved: bool
+) -> Any:
+    no_bias = (None,) if norm == "layer" else ()
 
     def heads(x: Any, weight: Any) -> Any:
-        one = [_norm(layer)(x[:, h], weight[h], *([None] if layer else []), eps) for h in range(x.shape[1])]
-        return torch.stack(one, 1)
+        one = (plain.EAGER[f"{norm}_norm"](x[:, h], weight[h], *no_bias, eps) for h in range(x.shape[1]))
+        return torch.stack([*one], 1)
 
-    return _rope(heads(q, q_weight), heads(k, k_weight), cos, sin, interleaved=keywords["interleaved"])
+    return _rope(heads(q, q_weight), heads(k, k_weight), cos, sin, interleaved=interleaved)
 
 
-def _projected(arguments: list[Any], keywords: dict[str, Any]) -> Any:
-    x, weight, w, b, cos, sin, eps = arguments
-    H, K = keywords["num_heads"], keywords["num_kv_heads"]
+def _projected(
+    x: Any,
+    weight: Any,
+    w: Any,
+    b: Any,
+    cos: Any,
+    sin: Any,
+    eps: float,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    **how: Any,
+) -> Any:
+    H, K = num_heads, num_kv_heads
     y = F.linear(F.rms_norm(x, x.shape[-1:], weight, eps), w, b)
     heads = y.unflatten(-1, (H + 2 * K, -1)).transpose(1, 2)
-    q, k = _rope(heads[:, :H], heads[:, H : H + K], cos, sin, interleaved=keywords["interleaved"])
+    q, k = _rope(heads[:, :H], heads[:, H : H + K], cos, sin, **how)
     return q, k, heads[:, H + K :]
 
 
@@ -238,8 +235,7 @@ def _attend(q: Any, k: Any, v: Any, *, scale: Any = None, causal: bool = True, k
     return torch.where(seen.any(-1, keepdim=True), out, 0.0), scores.logsumexp(-1)
 
 
-def _decode(arguments: list[Any], keywords: dict[str, Any]) -> Any:
-    q, k, v, lengths = arguments
+def _decode(q: Any, k: Any, v: Any, lengths: Any, **keywords: Any) -> Any:
     rows = [
         _attend(q[b, None], k[b, None, :, :n], v[b, None, :, :n], **keywords)[0] if n else torch.zeros_like(q[b, None])
         for b, n in enumerate(lengths.tolist())
@@ -247,25 +243,11 @@ def _decode(arguments: list[Any], keywords: dict[str, Any]) -> Any:
     return torch.cat(rows)
 
 
-def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda arguments, keywords: function(*arguments, **keywords)
-
-
-_OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "rms_norm": ("torch rms_norm, float64", _plainly(_norm(layer=False))),
-    "add_rms_norm": ("torch rms_norm, float64", _summed(layer=False)),
-    "layer_norm": ("torch layer_norm, float64", _plainly(_norm(layer=True))),
-    "add_layer_norm": ("torch layer_norm, float64", _summed(layer=True)),
-    "rope": ("Transformers apply_rotary_pos_emb, float64", _plainly(_rope)),
-    "norm_rope": ("torch norms and Transformers apply_rotary_pos_emb, float64", _norm_rope),
-    "rms_norm_qkv_rope": ("torch rms_norm, linear and Transformers apply_rotary_pos_emb, float64", _projected),
-    "attention": ("torch scaled_dot_product_attention, float64", _plainly(_attend)),
-    "decode_attention": ("torch scaled_dot_product_attention, float64", _decode),
-    "swiglu": ("torch silu, float64", _plainly(lambda gate, up: F.silu(gate) * up)),
-    "relu2": ("torch relu, float64", _plainly(lambda x: F.relu(x).square())),
-    "cross_entropy": ("torch cross_entropy, float64", _plainly(F.cross_entropy)),
-    "linear_cross_entropy": (
-        "torch linear and cross_entropy, float64",
-        _plainly(lambda x, weight, labels, **how: F.cross_entropy(x @ weight.mT, labels, **how)),
-    ),
+_OTHERS: dict[str, Callable[..., Any]] = {
+    "rope": _rope,
+    "norm_rope": _norm_rope,
+    "rms_norm_qkv_rope": _projected,
+    "attention": _attend,
+    "decode_attention": _decode,
 }
+"""The operators that Torch or Transformers has as one call. Every other operator is confirmed by its eager form."""

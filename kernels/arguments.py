@@ -1,7 +1,10 @@
 """What every operator checks about its arguments, in one place for the plain and the Triton form.
 
-Each function raises InputError: the operator, the argument, what it is, what was expected. Shape checks only look at
-shapes, dtypes and devices, never at values, and so never wait for a GPU.
+    arguments.check("add_rms_norm", x, residual, weight)   # by the record: axes, kinds, what may be float32
+
+Each function raises InputError: the operator, the argument, what it is, what was expected. They look at shapes, dtypes
+and devices; those that end in `_exist` look at values, and are only called for what lies on the CPU, because on a GPU
+that would mean to wait for it.
 """
 
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 
 from refllm.errors import InputError
+from refllm.ops.contracts import CONTRACTS, ROWS, Contract
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """What kernels compute with."""
@@ -52,10 +56,99 @@ def like(
         fail(operator, name, x, f"{list(shape)} {kinds} on {model.device}")
 
 
-def rms_norm(operator: str, x: Any, weight: Any) -> None:
-    """x [..., E], weight [E]."""
-    floating(operator, "x", x)
-    like(operator, "weight", weight, (x.shape[-1],), x, or_float32=True)
+def _asked(known: Contract) -> tuple[tuple[str, tuple[str, ...], str, bool], ...]:
+    first = next(iter(known.arguments.values()))
+    return tuple(
+        (
+            name,
+            axes,
+            "same" if axes == first and known.kind(name) != "mask" else known.kind(name),
+            name in known.or_float32,
+        )
+        for name, axes in known.arguments.items()
+    )
+
+
+_ASKED = {known.operator: _asked(known) for known in CONTRACTS.values()}
+"""Every argument that is an array, by operator: its name, axes and kind ("same": the shape of the first), and whether
+it may be float32. Made once: a check takes microseconds of every call."""
+_HEADS = {"H": "heads", "K": "heads"}
+
+
+def check(operator: str, first: Any, *others: Any, sizes: dict[str, int] | None = None, **chosen: str) -> None:
+    """The arrays of a call, in the order of the record, fit together: axes of one name have one length.
+
+    The first is a tensor of float32, float16 or bfloat16 and says the dtype and the device of the others. None stands
+    for a bias or a mask that is not given. sizes: of axes that no array has as such. chosen: arguments that are words.
+    """
+    asked = _ASKED[operator]
+    name, axes = asked[0][:2]
+    rows = axes[0] == ROWS
+    floating(operator, name, first, None if rows else len(axes))
+    known: dict[str, Any] = {axes[-1]: first.shape[-1]} if rows else dict(zip(axes, first.shape, strict=True))
+    if sizes is not None:
+        known.update(sizes)
+    for (name, axes, kind, wide), x in zip(asked[1:], others, strict=True):
+        if kind == "same":
+            like(operator, name, x, tuple(first.shape), first)
+            continue
+        if x is None and kind in ("bias", "mask"):
+            continue
+        if kind == "table":
+            _table(operator, name, x, known, first)
+            continue
+        shape = _shape(operator, name, axes, x, known)
+        if kind in ("labels", "lengths"):
+            integers(operator, name, x, shape, first)
+        elif kind == "mask":
+            booleans(operator, name, x, shape, first)
+        else:
+            like(operator, name, x, shape, first, or_float32=wide)
+    for name, word in chosen.items():
+        if word not in CONTRACTS[operator].choices[name]:
+            *words, last = (f'"{choice}"' for choice in CONTRACTS[operator].choices[name])
+            raise InputError(f"{operator}: {name}={word!r} is not known; use {', '.join(words)} or {last}")
+
+
+def _shape(operator: str, name: str, axes: tuple[str, ...], x: Any, known: dict[str, Any]) -> tuple[int, ...]:
+    """The shape that x has to have; an axis of a name that is new gets its length from x."""
+    for place, axis in enumerate(axes):
+        if axis not in known:
+            if not isinstance(x, torch.Tensor) or x.ndim != len(axes):
+                said = [str(known.get(axis, _HEADS.get(axis, axis))) for axis in axes]
+                fail(operator, name, x, f"[{', '.join(said)}]")
+            known[axis] = x.shape[place]
+    return tuple([known[axis] for axis in axes])
+
+
+def _table(operator: str, name: str, x: Any, known: dict[str, Any], first: torch.Tensor) -> None:
+    """cos, then sin as it: [S, R/2] or [B, S, R/2] with R <= D."""
+    B, S, D = known["B"], known["S"], known["D"]
+    if "cos" in known:
+        like(operator, name, x, tuple(known["cos"].shape), known["cos"])
+        return
+    if not isinstance(x, torch.Tensor) or x.ndim not in (2, 3) or 2 * x.shape[-1] > D:
+        fail(operator, name, x, f"[{S}, R/2] or [{B}, {S}, R/2] with R <= D = {D}: each angle once")
+    half = x.shape[-1]
+    like(operator, name, x, (S, half) if x.ndim == 2 else (B, S, half), first, or_float32=True)
+    known["cos"] = x
+
+
+def attention(operator: str, q: Any, k: Any, v: Any, *rest: Any) -> None:
+    """What `check` asks, with D in 8..256 and H a multiple of K."""
+    if not 8 <= floating(operator, "q", q, 4).shape[3] <= 256:
+        fail(operator, "q", q, "a head_dim (last axis) of 8 to 256")
+    check(operator, q, k, v, *rest)
+    H, K = q.shape[1], k.shape[1]
+    if K < 1 or H % K:
+        fail(operator, "k", k, f"a number of heads (axis 1) that divides the {H} query heads")
+
+
+def decode_attention(operator: str, q: Any, k_cache: Any, v_cache: Any, lengths: Any) -> None:
+    """What `attention` asks, with S in 1..8."""
+    attention(operator, q, k_cache, v_cache, lengths)
+    if not 1 <= q.shape[2] <= 8:
+        fail(operator, "q", q, "1 to 8 queries (axis 2)")
 
 
 def rms_norm_qkv_rope(
@@ -70,11 +163,7 @@ def rms_norm_qkv_rope(
     num_kv_heads: int,
     cache: Any = None,
 ) -> None:
-    """x [B, S, E], norm_weight [E], w_qkv [(H + 2K) D, E], b_qkv [(H + 2K) D] or None, cos and sin [S, R/2] or
-    [B, S, R/2] with an even D >= R; cache: None or (k_cache [B, K, N, D], v_cache, as it, lengths [B])."""
-    floating(operator, "x", x, 3)
-    B, S, E = x.shape
-    like(operator, "norm_weight", norm_weight, (E,), x, or_float32=True)
+    """What `check` asks, with an even D >= R; cache: None or (k_cache [B, K, N, D], v_cache, as it, lengths [B])."""
     floating(operator, "w_qkv", w_qkv, 2)
     heads = num_heads + 2 * num_kv_heads
     if num_heads < 1 or num_kv_heads < 1 or w_qkv.shape[0] % heads:
@@ -83,18 +172,9 @@ def rms_norm_qkv_rope(
     rows, D = w_qkv.shape[0], w_qkv.shape[0] // heads
     if D % 2:
         fail(operator, "w_qkv", w_qkv, f"an even head_dim, found {rows} / {heads} = {D}: dims are rotated in pairs")
-    like(operator, "w_qkv", w_qkv, (rows, E), x)
-    if b_qkv is not None:
-        like(operator, "b_qkv", b_qkv, (rows,), x)
-    floating(operator, "cos", cos)
-    half = cos.shape[-1]
-    if 2 * half > D:
-        fail(operator, "cos", cos, f"at most head_dim / 2 = {D // 2} angles per position")
-    shape = (B, S, half) if cos.ndim == 3 else (S, half)
-    like(operator, "cos", cos, shape, x, or_float32=True)
-    like(operator, "sin", sin, shape, cos)
+    check(operator, x, norm_weight, w_qkv, b_qkv, cos, sin, sizes={"D": D})
     if cache is not None:
-        _cache(operator, cache, (B, num_kv_heads, D), x)
+        _cache(operator, cache, (x.shape[0], num_kv_heads, D), x)
 
 
 def _cache(operator: str, cache: Any, sizes: tuple[int, int, int], x: torch.Tensor) -> None:
@@ -122,24 +202,11 @@ def integers(operator: str, name: str, x: Any, shape: tuple[int, ...], model: to
         fail(operator, name, x, f"{list(shape)} torch.int32 or torch.int64 on {model.device}")
 
 
-def cross_entropy(operator: str, logits: Any, labels: Any, reduction: str) -> None:
-    """logits [N, V], labels [N], reduction "mean", "sum" or "none"."""
-    floating(operator, "logits", logits, 2)
-    _loss(operator, labels, logits, reduction)
-
-
-def linear_cross_entropy(operator: str, x: Any, weight: Any, labels: Any, reduction: str) -> None:
-    """x [N, E], weight [V, E], labels [N], reduction "mean", "sum" or "none"."""
-    floating(operator, "x", x, 2)
-    floating(operator, "weight", weight, 2)
-    like(operator, "weight", weight, (weight.shape[0], x.shape[1]), x)
-    _loss(operator, labels, x, reduction)
-
-
-def _loss(operator: str, labels: Any, rows_of: torch.Tensor, reduction: str) -> None:
-    integers(operator, "labels", labels, (rows_of.shape[0],), rows_of)
-    if reduction not in ("mean", "sum", "none"):
-        raise InputError(f'{operator}: reduction={reduction!r} is not known; use "mean", "sum" or "none"')
+def booleans(operator: str, name: str, x: Any, shape: tuple[int, ...], model: torch.Tensor) -> None:
+    """x has that shape, bool, on the device of `model`."""
+    ok = isinstance(x, torch.Tensor) and x.dtype == torch.bool and x.device == model.device
+    if not ok or tuple(x.shape) != shape:
+        fail(operator, name, x, f"{list(shape)} torch.bool on {model.device}")
 
 
 def labels_exist(operator: str, labels_N: torch.Tensor, V: int, ignore_index: int) -> None:
@@ -150,91 +217,6 @@ def labels_exist(operator: str, labels_N: torch.Tensor, V: int, ignore_index: in
             f"{operator}: labels holds {int(bad[0])}, outside 0..{V - 1}; use {ignore_index} for a position that does "
             "not count"
         )
-
-
-def add_rms_norm(operator: str, x: Any, residual: Any, weight: Any) -> None:
-    """x, residual [..., E], weight [E]."""
-    rms_norm(operator, x, weight)
-    like(operator, "residual", residual, tuple(x.shape), x)
-
-
-def layer_norm(operator: str, x: Any, weight: Any, bias: Any) -> None:
-    """x [..., E], weight [E], bias [E] or None."""
-    rms_norm(operator, x, weight)
-    if bias is not None:
-        like(operator, "bias", bias, (x.shape[-1],), x, or_float32=True)
-
-
-def add_layer_norm(operator: str, x: Any, residual: Any, weight: Any, bias: Any) -> None:
-    """x, residual [..., E], weight [E], bias [E] or None."""
-    layer_norm(operator, x, weight, bias)
-    like(operator, "residual", residual, tuple(x.shape), x)
-
-
-def rope(operator: str, q: Any, k: Any, cos: Any, sin: Any) -> None:
-    """q [B, H, S, D], k [B, K, S, D], cos and sin [S, R/2] or [B, S, R/2] with R <= D."""
-    B, _, S, D = floating(operator, "q", q, 4).shape
-    if not isinstance(k, torch.Tensor) or k.ndim != 4:
-        fail(operator, "k", k, f"[{B}, heads, {S}, {D}]")
-    like(operator, "k", k, (B, k.shape[1], S, D), q)
-    _table(operator, "cos", cos, q)
-    like(operator, "sin", sin, tuple(cos.shape), cos)
-
-
-def _table(operator: str, name: str, cos: Any, q: torch.Tensor) -> None:
-    """cos [S, R/2] or [B, S, R/2] with R <= D, of the dtype of q [B, H, S, D] or float32."""
-    B, _, S, D = q.shape
-    if not isinstance(cos, torch.Tensor) or cos.ndim not in (2, 3) or 2 * cos.shape[-1] > D:
-        fail(operator, name, cos, f"[{S}, R/2] or [{B}, {S}, R/2] with R <= D = {D}: each angle once")
-    half = cos.shape[-1]
-    shape = (S, half) if cos.ndim == 2 else (B, S, half)
-    like(operator, name, cos, shape, q, or_float32=True)
-
-
-def norm_rope(operator: str, q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, norm: Any) -> None:
-    """As `rope`, with q_weight [H, D], k_weight [K, D], norm "rms" or "layer"."""
-    rope(operator, q, k, cos, sin)
-    like(operator, "q_weight", q_weight, (q.shape[1], q.shape[3]), q, or_float32=True)
-    like(operator, "k_weight", k_weight, (k.shape[1], k.shape[3]), k, or_float32=True)
-    if norm not in ("rms", "layer"):
-        raise InputError(f'{operator}: norm={norm!r} is not known; use "rms" or "layer"')
-
-
-def swiglu(operator: str, gate: Any, up: Any) -> None:
-    """gate, up: one shape, one dtype."""
-    floating(operator, "gate", gate)
-    like(operator, "up", up, tuple(gate.shape), gate)
-
-
-def relu2(operator: str, x: Any) -> None:
-    """x: any shape."""
-    floating(operator, "x", x)
-
-
-def attention(operator: str, q: Any, k: Any, v: Any, key_mask: Any = None) -> None:
-    """q [B, H, S, D], k and v [B, K, T, D] with H a multiple of K and D in 8..256, key_mask bool [B, T] or None."""
-    floating(operator, "q", q, 4)
-    floating(operator, "k", k, 4)
-    (B, H, _, D), (K, T) = q.shape, k.shape[1:3]
-    if not 8 <= D <= 256:
-        fail(operator, "q", q, "a head_dim (last axis) of 8 to 256")
-    like(operator, "k", k, (B, K, T, D), q)
-    like(operator, "v", v, (B, K, T, D), q)
-    if K < 1 or H % K:
-        fail(operator, "k", k, f"a number of heads (axis 1) that divides the {H} query heads")
-    if key_mask is None:
-        return
-    ok = isinstance(key_mask, torch.Tensor) and key_mask.dtype == torch.bool and key_mask.device == q.device
-    if not ok or tuple(key_mask.shape) != (B, T):
-        fail(operator, "key_mask", key_mask, f"[{B}, {T}] torch.bool on {q.device}")
-
-
-def decode_attention(operator: str, q: Any, k_cache: Any, v_cache: Any, lengths: Any) -> None:
-    """q [B, H, S, D] with S in 1..8, caches [B, K, N, D] as keys and values of `attention`, lengths [B]."""
-    attention(operator, q, k_cache, v_cache)
-    if not 1 <= q.shape[2] <= 8:
-        fail(operator, "q", q, "1 to 8 queries (axis 2)")
-    integers(operator, "lengths", lengths, (q.shape[0],), q)
 
 
 def lengths_exist(operator: str, lengths_B: torch.Tensor, N: int) -> None:

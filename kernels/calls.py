@@ -16,12 +16,12 @@ import torch
 from refllm.config import published
 from refllm.config.traits import TRAITS
 from refllm.errors import InputError
-from refllm.ops.contracts import OPERATORS, ROWS, Contract, contract_of
+from refllm.ops.contracts import CONTRACTS, ROWS, Contract, contract_of
 
 Arguments = tuple[list[Any], dict[str, Any]]
 
 FIRST_POSITION = 1000
-"""Of rotary tables: position 0 hides what is wrong."""
+"""The first position of rotary tables: position 0 hides what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _shape(axes: tuple[str, ...], n: dict[str, int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Case:
+class Call:
     """One call: operator(*arguments, **keywords). name says what is special about it."""
 
     operator: str
@@ -172,50 +172,53 @@ class Case:
 
 
 MOST_WORDS = 10_001
-"""Of linear_cross_entropy in `cases`: the definition holds its matrix in float64."""
+"""The largest vocabulary of linear_cross_entropy in `calls`: the definition holds its matrix in float64."""
 
 
-def cases(layer: Layer, dtype: str, device: str, *, tokens: int, seed: int = 0) -> Iterator[Case]:
+def calls(layer: Layer, dtype: str, device: str, *, tokens: int, seed: int = 0) -> Iterator[Call]:
     """Every operator on the sizes of `layer`, with `tokens` positions; InputError for a dtype that kernels lack."""
     if dtype not in ("float32", "float16", "bfloat16"):
         raise InputError(f"dtype={dtype!r} is not a kernel's; use float32, float16 or bfloat16")
     source, T = Source(dtype, device, seed), tokens + 13
     sizes = layer.sizes(B=2, S=tokens, T=T, N=T)
-    for operator in OPERATORS:
-        n = sizes | ({"V": min(layer.V, MOST_WORDS)} if operator == "linear_cross_entropy" else {})
-        for name, more, given in _variants(operator, n, source):
-            arguments, keywords = call(operator, n | more, source, **{"interleaved": layer.interleaved} | given)
-            yield Case(operator, name, tuple(arguments), keywords)
+    for known in CONTRACTS.values():
+        words = known.product and any("V" in axes for axes in known.arguments.values())
+        n = sizes | ({"V": min(layer.V, MOST_WORDS)} if words else {})
+        for name, more, given in _variants(known, n, source):
+            arguments, keywords = call(known.operator, n | more, source, **{"interleaved": layer.interleaved} | given)
+            yield Call(known.operator, name, tuple(arguments), keywords)
 
 
-def _variants(operator: str, n: dict[str, int], source: Source) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
-    """What is asked of an operator beside its plain call: (name, other sizes, arguments given)."""
-    if operator == "layer_norm":
-        yield "mean 1000", {}, {"x": source.normal(n["B"], n["S"], n["E"], mean=1000.0), "bias": None}
-    if operator in ("rope", "norm_rope"):
-        for interleaved in (True, False):
-            for norm in ("rms", "layer") if operator == "norm_rope" else ("",):
-                name = "interleaved" if interleaved else "half-split"
-                yield (
-                    f"{norm}, {name}" if norm else name,
-                    {},
-                    {"interleaved": interleaved, **({"norm": norm} if norm else {})},
-                )
-        return
-    if operator == "rms_norm_qkv_rope":
-        yield "1 token", {"S": 1}, {"b_qkv": None}
-    if operator == "attention":
-        yield "all keys", {}, {"causal": False, "scale": 0.2}
-        yield "key mask", {}, {"key_mask": source.below(4, n["B"], n["T"]) > 0}
-    if operator == "decode_attention":
-        lengths = torch.tensor([n["N"], n["N"] // 3], device=source.device)
-        yield "1 token", {"S": 1}, {"lengths": lengths}
-        yield "3 tokens", {"S": 3}, {"lengths": lengths}
-        return
-    if contract_of(operator).arguments.get("labels"):
+def _variants(
+    known: Contract, n: dict[str, int], source: Source
+) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
+    """What is asked of an operator, by the kinds of its arguments: (name, other sizes, arguments given)."""
+    kinds = {kind: name for name, kind in known.kinds.items()}
+    if "labels" in kinds:
         labels = source.below(n["V"], n["B"] * n["S"])
         labels[::5] = -100
         for reduction in ("mean", "none"):
             yield reduction, {}, {"labels": labels, "reduction": reduction}
         return
-    yield "", {}, {"return_lse": True} if operator == "attention" else {}
+    if "lengths" in kinds:
+        lengths = torch.tensor([n["N"], n["N"] // 3], device=source.device)
+        yield "1 token", {"S": 1}, {"lengths": lengths}
+        yield "3 tokens", {"S": 3}, {"lengths": lengths}
+        return
+    if "heads" in kinds and "table" in kinds:
+        for interleaved in (True, False):
+            pairs = "interleaved" if interleaved else "half-split"
+            for norm in known.choices.get("norm", ("",)):
+                named = {"norm": norm} if norm else {}
+                yield ", ".join([*named.values(), pairs]), {}, {"interleaved": interleaved, **named}
+        return
+    if "bias" in kinds:
+        rows = next(iter(known.arguments))
+        if "table" in kinds:
+            yield "1 token", {"S": 1}, {kinds["bias"]: None}
+        else:
+            yield "mean 1000", {}, {rows: source.normal(n["B"], n["S"], n["E"], mean=1000.0), kinds["bias"]: None}
+    if "mask" in kinds:
+        yield "all keys", {}, {"causal": False, "scale": 0.2}
+        yield "key mask", {}, {kinds["mask"]: source.below(4, n["B"], n["T"]) > 0}
+    yield "", {}, {"return_lse": True} if "lse" in known.outputs else {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import triton
 
+from refllm.accuracy.verdicts import SCHEMA, verdict
 from refllm.kernels import OPERATORS
 from refllm.kernels.aot import batch
 from refllm.kernels.aot.batch import Checked, check, collect
@@ -47,9 +48,10 @@ class Outcome:
         return not any(row.findings for row in self.checked)
 
     def to_dict(self) -> dict[str, Any]:
-        """verdict ("holds" or "finding"), triton (version), compiled, seconds, and one entry per configuration."""
+        """Plain values for JSON: schema, verdict, triton (version), compiled, seconds, and all configurations."""
         return {
-            "verdict": "holds" if self.holds else "finding",
+            "schema": SCHEMA,
+            "verdict": verdict(not self.holds),
             "triton": triton.__version__,
             "compiled": self.compiled,
             "seconds": self.seconds,

@@ -67,7 +67,7 @@ class Report:
 
 
 Result = Report | DoesNotCompile | InputError
-"""Of one among many compilations: the errors are about that launch alone."""
+"""What one among many compilations gives: the errors are about that launch alone."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def compile_launch(launch: Launch, target: Target) -> Report:
 
 
 def compile_launches(launches: Sequence[Launch], target: Target) -> list[Result]:
-    """As `compile_launch` for each, in much less time than one by one; errors about a launch take its place."""
+    """`compile_launch` of each, in much less time than one by one; errors about a launch take its place."""
     if not target.is_amd:
         tool("ptxas_blackwell" if target.arch == 100 else "ptxas")
     with _no_garbage_collection():

@@ -24,7 +24,7 @@ def gates(launch: Launch, report: Report, target: Target) -> list[Finding]:
 
 
 THREADS = 1024
-"""Of one program at most (CUDA C++ Programming Guide, technical specifications; HIP hardware features: the same)."""
+"""The most that a program may have (CUDA C++ Programming Guide, technical specifications; HIP hardware features)."""
 
 
 def _threads(launch: Launch, report: Report, target: Target) -> Iterator[Finding]:
@@ -162,7 +162,7 @@ def _fp64(launch: Launch, report: Report, target: Target) -> Iterator[Finding]:
 
 
 WIDE_SHARE = 0.5
-"""Of the bytes that a memory-bound kernel loads, at least this share comes in loads of 16 bytes. Not all: the last
+"""The least share of the bytes of a memory-bound kernel that has to come in loads of 16 bytes. Not all: the last
 load of a tile and small tables beside the tensor may be narrower."""
 
 

@@ -51,7 +51,7 @@ def narrow(values: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def narrow_towards_zero(values: np.ndarray, dtype: Any) -> np.ndarray:
-    """As `narrow`, but rounded towards zero (fp_downcast_rounding="rtz")."""
+    """What `narrow` gives, but rounded towards zero (fp_downcast_rounding="rtz")."""
     values = np.asarray(values)
     emulated = EMULATED.get(dtype.scalar.name) or numpy_type(dtype)
     rounded = values.astype(emulated)

@@ -75,7 +75,7 @@ FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
 }  # fmt: skip
 
 _TO_INT32 = ("isnan", "isinf", "signbit", "finitef", "isfinited")
-"""In libdevice these return an int, and not a bool."""
+"""The functions that return an int in libdevice, and not a bool."""
 
 
 def function(name: str) -> Callable[..., Any]:

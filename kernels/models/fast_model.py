@@ -144,7 +144,7 @@ class FastModel(Model):
         return TorchCache(self.config, max_cache_len)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """As `Model.__call__`; arrays or tensors in, tensors on the model's device out. Nothing is differentiated."""
+        """`Model.__call__` with arrays or tensors in, tensors on the model's device out. Nothing is differentiated."""
         arguments = tuple(map(_from_tensor, arguments))
         keywords = {name: _from_tensor(value) for name, value in keywords.items()}
         interpreted = self.backend == "triton" and self.device.type == "cpu"
@@ -213,7 +213,7 @@ class FastModel(Model):
         return cos, sin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For copies and pickles: the class is made at run time, and what was recorded of decoding is made again."""
+        """Copies and pickles make the class again, as it is made at run time, and what was recorded of decoding."""
         state = {name: value for name, value in vars(self).items() if name != "_steps"}
         return _of_state, (type(self).__bases__[1], state)
 

@@ -35,7 +35,7 @@ def _onednn(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | 
 
 
 def _parts(x_1I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-    """For one row, [1, O]: a part of the weight for each thread, as a batch of products that Torch shares out."""
+    """The product [1, O] for one row: a part of the weight for each thread, as a batch that Torch shares out."""
     threads = torch.get_num_threads()
     if len(weight_OI) % threads:
         return F.linear(x_1I, weight_OI, bias_O)

@@ -30,33 +30,33 @@ def __getattr__(name: str) -> Any:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As `refllm.ops.rms_norm`."""
+    """The operator `refllm.ops.rms_norm`."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `refllm.ops.add_rms_norm`."""
+    """The operator `refllm.ops.add_rms_norm`."""
     r = residual + x
     return rms_norm(r, weight, eps), r
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """As `refllm.ops.layer_norm`."""
+    """The operator `refllm.ops.layer_norm`."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `refllm.ops.add_layer_norm`."""
+    """The operator `refllm.ops.add_layer_norm`."""
     r = residual + x
     return layer_norm(r, weight, bias, eps), r
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """As `refllm.ops.swiglu`: float32 inside, one rounding."""
+    """The operator `refllm.ops.swiglu`: float32 inside, one rounding."""
     if gate.dtype == torch.float32:
         return F.silu(gate).mul_(up)
     return F.silu(gate.float(), inplace=True).mul_(up).to(up.dtype)
@@ -65,9 +65,9 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def rope(
     q_BHSD: torch.Tensor, k_BKSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `refllm.ops.rope`: float32 inside, one rounding. Pairs beside each other are complex numbers, turned by one
-    product."""
-    arguments.rope("rope", q_BHSD, k_BKSD, cos, sin)
+    """The operator `refllm.ops.rope`: float32 inside, one rounding. Pairs beside each other are complex numbers, turned
+    by one product."""
+    arguments.check("rope", q_BHSD, k_BKSD, cos, sin)
     turn = _turned_pairs if interleaved else _turned_halves
     cos, sin = (table.float().unsqueeze(-3) for table in (cos, sin))  # one table for all heads
     return turn(q_BHSD, cos, sin), turn(k_BKSD, cos, sin)
@@ -104,7 +104,7 @@ def rms_norm_qkv_rope(
     interleaved: bool,
     cache: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `refllm.ops.rms_norm_qkv_rope`. cache: where a kernel would write keys and values; here the caller does."""
+    """The operator `refllm.ops.rms_norm_qkv_rope`. cache: where a kernel would write k and v; here the caller does."""
     sizes = (num_heads, num_kv_heads, num_kv_heads)
     n_NE = rms_norm(x_BSE, norm_weight, eps).view(-1, x_BSE.shape[-1])
     qkv_BSE = products.linear(n_NE, w_qkv, b_qkv).view(*x_BSE.shape[:-1], -1)
@@ -122,7 +122,8 @@ def attention(
     causal: bool = True,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `refllm.ops.attention`, for finite values. Without a key mask on a CPU in the fastest of several ways."""
+    """The operator `refllm.ops.attention`, for finite values; without a key mask on a CPU in the fastest of several
+    ways."""
     scale = q_BHSD.shape[-1] ** -0.5 if scale is None else scale
     (S, T), causal = (q_BHSD.shape[2], k_BKTD.shape[2]), causal and q_BHSD.shape[2] > 1  # the last query sees all keys
     if key_mask is not None or q_BHSD.device.type != "cpu" or S * k_BKTD.numel() < _TOO_SMALL:
@@ -187,7 +188,7 @@ def decode_attention(
     *,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """As `refllm.ops.decode_attention`, for finite values in every slot."""
+    """The operator `refllm.ops.decode_attention`, for finite values in every slot."""
     S, N = q_BHSD.shape[2], k_cache_BKND.shape[2]
     steps_S, slots_N = (torch.arange(n, device=q_BHSD.device) for n in (S, N))
     seen_BSN = slots_N < (lengths_B[:, None] - (S - 1) + steps_S)[..., None]

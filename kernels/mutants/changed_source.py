@@ -128,7 +128,7 @@ def _execute(file: str, source: str) -> ModuleType:
 
 
 def _unregistered(*_: Any, **__: Any) -> Callable[[Any], Any]:
-    """In the place of torch.library.custom_op: leaves the function as it is, and drops what Torch would be told."""
+    """Stands in for torch.library.custom_op: leaves the function as it is, and drops what Torch would be told."""
 
     def keep(function: Any) -> Any:
         function.register_fake = lambda fake: fake

@@ -25,7 +25,7 @@ from refllm.kernels.mutants import Mutant
 Function = Callable[..., Any]
 Way = Callable[[str], Function]
 _FILES = ("norm", "activation", "rope", "attention", "loss")
-"""Of kernels/plain, in an order in which each needs only those before it."""
+"""The files of kernels/plain, in an order in which each needs only those before it."""
 _OWN_IMPORT = "from refllm.kernels.plain."
 _counter = itertools.count(1)
 
@@ -142,7 +142,7 @@ def after(change: Callable[..., torch.Tensor], output: int = 0) -> Way:
 
 
 def as_if_dense(number: int) -> Callable[..., tuple[Any, ...]]:
-    """For `before`: argument `number` is read from its first address on, as if its elements lay one after another."""
+    """A `before`: argument `number` is read from its first address on, as if its elements lay one after another."""
 
     def change(*arguments: Any) -> tuple[Any, ...]:
         x = arguments[number]
@@ -156,14 +156,14 @@ def as_if_dense(number: int) -> Callable[..., tuple[Any, ...]]:
 
 
 def refuse_empty(*arguments: Any) -> tuple[Any, ...]:
-    """For `before`: a grid of no programs cannot be launched."""
+    """A `before`: a grid of no programs cannot be launched."""
     if not arguments[0].numel():
         raise RuntimeError("CUDA error: invalid configuration argument")
     return arguments
 
 
 def unwritten_tail(block: int, axis: int = -1) -> Callable[..., torch.Tensor]:
-    """For `after`: the last, partial tile along `axis` is never stored."""
+    """An `after`: the last, partial tile along `axis` is never stored."""
 
     def change(y: torch.Tensor, *_: Any) -> torch.Tensor:
         out, done = scratch(y), whole_tiles(y, block, axis)
@@ -174,7 +174,7 @@ def unwritten_tail(block: int, axis: int = -1) -> Callable[..., torch.Tensor]:
 
 
 def zero_tail(block: int, axis: int = -1) -> Callable[..., torch.Tensor]:
-    """For `after`: the last, partial tile along `axis` stays at the zeros that the result was made with."""
+    """An `after`: the last, partial tile along `axis` stays at the zeros that the result was made with."""
 
     def change(y: torch.Tensor, *_: Any) -> torch.Tensor:
         out, done = torch.zeros_like(y), whole_tiles(y, block, axis)
@@ -185,7 +185,7 @@ def zero_tail(block: int, axis: int = -1) -> Callable[..., torch.Tensor]:
 
 
 def kept_first(axis: int) -> Callable[..., torch.Tensor]:
-    """For `after`: what comes after the first entry along `axis` is a copy of it, as with a stride of 0."""
+    """An `after`: what comes after the first entry along `axis` is a copy of it, as with a stride of 0."""
 
     def change(y: torch.Tensor, *_: Any) -> torch.Tensor:
         return y if y.ndim <= -axis or not y.numel() else y.narrow(axis, 0, 1).expand_as(y).contiguous()
@@ -194,7 +194,7 @@ def kept_first(axis: int) -> Callable[..., torch.Tensor]:
 
 
 def over_input(number: int) -> Callable[..., torch.Tensor]:
-    """For `after`: the result is also written over argument `number`, whose memory was used for it."""
+    """An `after`: the result is also written over argument `number`, whose memory was used for it."""
 
     def change(y: torch.Tensor, *arguments: Any) -> torch.Tensor:
         arguments[number].copy_(y.to(arguments[number].dtype))
@@ -204,17 +204,17 @@ def over_input(number: int) -> Callable[..., torch.Tensor]:
 
 
 def without_nan(y: torch.Tensor, *_: Any) -> torch.Tensor:
-    """For `after`: a NaN becomes 0."""
+    """An `after`: a NaN becomes 0."""
     return torch.where(y.isnan(), torch.zeros_like(y), y)
 
 
 def in_float32(y: torch.Tensor, *_: Any) -> torch.Tensor:
-    """For `after`: the result is not in the dtype of the input."""
+    """An `after`: the result is not in the dtype of the input."""
     return y.float()
 
 
 def flattened(y: torch.Tensor, *_: Any) -> torch.Tensor:
-    """For `after`: the leading axes are merged into one and not parted again."""
+    """An `after`: the leading axes are merged into one and not parted again."""
     return y.reshape(-1, y.shape[-1]) if y.shape[-1] else y.reshape(0, 0)
 
 
@@ -222,7 +222,7 @@ _calls = itertools.count()
 
 
 def unsteady(y: torch.Tensor, *_: Any) -> torch.Tensor:
-    """For `after`: every second time the last bit of the first element is another, as sums through atomics are.
+    """An `after`: every second time the last bit of the first element is another, as sums through atomics are.
 
     In float32 either is right; in a narrow format, where one rounding is all that is allowed, one of them is wrong.
     """

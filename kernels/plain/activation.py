@@ -11,8 +11,13 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
     Raises InputError for arguments that do not fit together.
     """
-    arguments.swiglu("swiglu", gate, up)
+    arguments.check("swiglu", gate, up)
     return (F.silu(gate.float()) * up.float()).to(gate.dtype).contiguous()
+
+
+def eager_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The product is taken of a rounded silu(gate)."""
+    return F.silu(gate) * up
 
 
 def relu2(x: torch.Tensor) -> torch.Tensor:
@@ -20,5 +25,10 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
 
     Raises InputError if x is not a tensor of float32, float16 or bfloat16.
     """
-    arguments.relu2("relu2", x)
+    arguments.check("relu2", x)
     return F.relu(x.float()).square().to(x.dtype).contiguous()
+
+
+def eager_relu2(x: torch.Tensor) -> torch.Tensor:
+    """The square is taken of max(x, 0)."""
+    return F.relu(x).square()

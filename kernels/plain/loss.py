@@ -1,5 +1,7 @@
 """The losses in plain Torch, in float32: of logits, and of logits that are made a few rows at a time."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +20,7 @@ def cross_entropy(
     where ignored). Raises InputError for arguments that do not fit together, and for a label outside 0..V-1 if labels
     are on the CPU; on a GPU the loss of such a row is NaN.
     """
-    arguments.cross_entropy("cross_entropy", logits_NV, labels_N, reduction)
+    arguments.check("cross_entropy", logits_NV, labels_N, reduction=reduction)
     _check("cross_entropy", labels_N, logits_NV.shape[1], ignore_index)
     return _reduce(_losses(logits_NV, labels_N, ignore_index), labels_N, ignore_index, reduction)
 
@@ -36,7 +38,7 @@ def linear_cross_entropy(
     As `refllm.ops.linear_cross_entropy`; reduction and errors as `cross_entropy`. At most `LOGITS` logits exist at a
     time.
     """
-    arguments.linear_cross_entropy("linear_cross_entropy", x_NE, weight_VE, labels_N, reduction)
+    arguments.check("linear_cross_entropy", x_NE, weight_VE, labels_N, reduction=reduction)
     V = weight_VE.shape[0]
     _check("linear_cross_entropy", labels_N, V, ignore_index)
     rows = max(1, LOGITS // max(1, V))
@@ -65,3 +67,14 @@ def _reduce(loss_N: torch.Tensor, labels_N: torch.Tensor, ignore_index: int, red
     if reduction == "none":
         return loss_N
     return loss_N.sum() if reduction == "sum" else loss_N.sum() / (labels_N != ignore_index).sum()
+
+
+def eager_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, **how: Any) -> torch.Tensor:
+    """torch.nn.functional.cross_entropy in float32 or wider, as Transformers calls it."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), labels, **how)
+
+
+def eager_linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **how: Any) -> torch.Tensor:
+    """The logits as a whole, then their cross-entropy."""
+    return eager_cross_entropy(F.linear(x, weight), labels, **how)

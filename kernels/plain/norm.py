@@ -1,6 +1,7 @@
 """RMSNorm and LayerNorm in plain Torch, alone and after a residual sum: float32 inside, one rounding at the end."""
 
 import torch
+import torch.nn.functional as F
 
 from refllm.kernels import arguments
 
@@ -10,7 +11,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     weight may be float32 beside a narrower x. Raises InputError for arguments that do not fit together.
     """
-    arguments.rms_norm("rms_norm", x, weight)
+    arguments.check("rms_norm", x, weight)
     return (weight.float() * rms_normed(x, eps)).to(x.dtype)
 
 
@@ -20,7 +21,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     As `refllm.ops.layer_norm`. weight and bias may be float32 beside a narrower x. Raises InputError for arguments that
     do not fit together.
     """
-    arguments.layer_norm("layer_norm", x, weight, bias)
+    arguments.check("layer_norm", x, weight, bias)
     y = weight.float() * layer_normed(x, eps)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
@@ -32,7 +33,7 @@ def add_rms_norm(
 
     residual has the shape and dtype of x. Raises InputError for arguments that do not fit together.
     """
-    arguments.add_rms_norm("add_rms_norm", x, residual, weight)
+    arguments.check("add_rms_norm", x, residual, weight)
     r = (residual + x).contiguous()
     return rms_norm(r, weight, eps), r
 
@@ -45,7 +46,7 @@ def add_layer_norm(
     As `refllm.ops.add_layer_norm`. residual has the shape and dtype of x. Raises InputError for arguments that do not
     fit together.
     """
-    arguments.add_layer_norm("add_layer_norm", x, residual, weight, bias)
+    arguments.check("add_layer_norm", x, residual, weight, bias)
     r = (residual + x).contiguous()
     return layer_norm(r, weight, bias, eps), r
 
@@ -65,3 +66,29 @@ def layer_normed(x: torch.Tensor, eps: float) -> torch.Tensor:
     for _ in range(2):
         x = x - x.mean(-1, keepdim=True)
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def eager_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """torch.nn.functional.rms_norm."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def eager_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, then the norm."""
+    r = residual + x
+    return eager_rms_norm(r, weight, eps), r
+
+
+def eager_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """torch.nn.functional.layer_norm."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def eager_add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, then the norm."""
+    r = residual + x
+    return eager_layer_norm(r, weight, bias, eps), r

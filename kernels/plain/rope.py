@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from refllm.kernels import arguments
-from refllm.kernels.plain.norm import layer_normed, rms_norm, rms_normed
+from refllm.kernels.plain.norm import eager_rms_norm, layer_normed, rms_norm, rms_normed
 
 
 def rope(
@@ -15,7 +15,7 @@ def rope(
     cos, sin: [S, R/2] or [B, S, R/2], in float32 or the dtype of q. Float32 inside, one rounding. Both results are
     contiguous. Raises InputError for arguments that do not fit together.
     """
-    arguments.rope("rope", q_BHSD, k_BKSD, cos, sin)
+    arguments.check("rope", q_BHSD, k_BKSD, cos, sin)
     return _rotate(q_BHSD, cos, sin, interleaved, q_BHSD.dtype), _rotate(k_BKSD, cos, sin, interleaved, k_BKSD.dtype)
 
 
@@ -36,7 +36,7 @@ def norm_rope(
     As `refllm.ops.norm_rope`, rounded once and not after the norm. norm: "rms" or "layer" (without bias). Raises
     InputError for arguments that do not fit together.
     """
-    arguments.norm_rope("norm_rope", q_BHSD, k_BKSD, q_weight, k_weight, cos, sin, norm)
+    arguments.check("norm_rope", q_BHSD, k_BKSD, q_weight, k_weight, cos, sin, norm=norm)
     normed = rms_normed if norm == "rms" else layer_normed
     heads = ((q_BHSD, q_weight), (k_BKSD, k_weight))
     q, k = (weight.float()[:, None, :] * normed(x, eps) for x, weight in heads)
@@ -107,3 +107,61 @@ def _rotate(
     out[..., first] = (a * cos - b * sin).to(dtype)
     out[..., second] = (b * cos + a * sin).to(dtype)
     return out
+
+
+def eager_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x cos + rotated(x) sin on the first R dims, with tables as wide as they are: the form of Transformers."""
+    R = 2 * cos.shape[-1]
+    wide = [t.repeat_interleave(2, -1) if interleaved else torch.cat([t, t], -1) for t in (cos, sin)]
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        turned, rest = x[..., :R], x[..., R:]
+        if interleaved:
+            other = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
+        else:
+            other = torch.cat([-turned[..., R // 2 :], turned[..., : R // 2]], -1)
+        return torch.cat([turned * wide[0] + other * wide[1], rest], -1)
+
+    return rotate(q), rotate(k)
+
+
+def eager_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    *,
+    norm: str,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A norm without weight, times the weight of each head, then the rotation."""
+    function = F.rms_norm if norm == "rms" else F.layer_norm
+    q, k = (
+        function(x, (x.shape[-1],), eps=eps) * weight[:, None, :].to(x.dtype)
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    return eager_rope(q, k, cos, sin, interleaved=interleaved)
+
+
+def eager_rms_norm_qkv_rope(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    w_qkv: torch.Tensor,
+    b_qkv: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norm, one product for all three projections, then the rotation."""
+    qkv = F.linear(eager_rms_norm(x, norm_weight, eps), w_qkv, b_qkv).unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
+    q, k, v = qkv.transpose(1, 2).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    return *eager_rope(q, k, cos, sin, interleaved=interleaved), v

@@ -54,7 +54,7 @@ class LayerNorm(Swapped):
     operator = "layer_norm"
 
     def forward(self, input: torch.Tensor, given: Any = None) -> torch.Tensor:
-        """As `RmsNorm.forward`."""
+        """What `RmsNorm.forward` computes, or what was computed for this very input already."""
         if given is not None and given[0] is input:
             return given[1]
         return self.call("layer_norm", input, self.module.weight, self.module.bias, self.module.eps)

@@ -27,6 +27,7 @@ from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import CHUNK, chunk_length
 from refllm.kernels.targets import DEFAULT, Target, target_of
+from refllm.kernels.tuning.tunables import Tunable
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2(x log2 e) = exp(x); exp2 is one instruction on a GPU
 
@@ -41,6 +42,15 @@ class Tile(NamedTuple):
     warps: int
 
 
+TUNABLE = Tunable(
+    "cross_entropy",
+    "cross_entropy",
+    {"rows of 16 bytes": {"S": 2048, "V": 48_000}, "odd V": {"S": 2048, "V": 128_005}},
+    {"logits": (4096, 8192), "warps": (4, 8, 16)},
+    streamed=("LANES", "PER_LANE"),
+)
+
+
 def shape_class(V: int, dtype: torch.dtype) -> str:
     """Which line of the table of tiles serves: whether V numbers are a multiple of 16 bytes. The stride has no say,
     because that of a lone row is arbitrary and its bits must not depend on it."""
@@ -48,7 +58,7 @@ def shape_class(V: int, dtype: torch.dtype) -> str:
 
 
 def choose_tile(V: int, dtype: torch.dtype, target: Target) -> Tile:
-    """Of tuning/tiles.json."""
+    """The tile of tuning/tiles.json."""
     return Tile(**tuning.tile("cross_entropy", shape_class(V, dtype), target))
 
 
@@ -226,5 +236,5 @@ def cross_entropy(
     Raises InputError for arguments that do not fit together, and for a label outside 0..V-1 if labels are on the CPU.
     On a GPU, where a look at them would mean waiting, the loss of such a row is NaN; nothing is read out of bounds.
     """
-    arguments.cross_entropy("cross_entropy", logits_NV, labels_N, reduction)
+    arguments.check("cross_entropy", logits_NV, labels_N, reduction=reduction)
     return _cross_entropy(logits_NV, labels_N, ignore_index, reduction)

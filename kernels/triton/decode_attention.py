@@ -38,6 +38,7 @@ from refllm.kernels.triton.attention import (
     store_rows,
     walk,
 )
+from refllm.kernels.tuning.tunables import STEPS, Tunable
 
 CHUNK = 256
 """Slots per program: 8 heads and 4096 slots fill the 132 multiprocessors of an H100 with a single sequence, and the
@@ -158,6 +159,16 @@ class Tile(NamedTuple):
     stages: int
 
 
+_CACHE = {"B": 4, "N": 8192, "H": 32, "K": 4, "D": 128}
+TUNABLE = Tunable(
+    "decode_attention", "decode_attention",
+    {**{f"16-bit, rows <= {8 * S}": {**_CACHE, "S": S, "M": 8 * S} for S in (2, 4, 8)},
+     "float32": {**_CACHE, "K": 8, "N": 4096, "S": 1, "M": 16}},
+    {"N": (32, 64), "warps": (4, 8), "stages": STEPS},
+    {"float32": {"N": (16, 32), "stages": (2,)}}, streamed=("N", "D"),
+)  # fmt: skip
+
+
 def shape_class(rows: int, dtype: torch.dtype) -> str:
     """Which line of the table of tiles serves `rows` = g S query rows: the next power of two that a product takes."""
     if dtype == torch.float32:
@@ -166,17 +177,18 @@ def shape_class(rows: int, dtype: torch.dtype) -> str:
 
 
 def choose_tile(rows: int, dtype: torch.dtype, target: Target) -> Tile:
-    """Of tuning/tiles.json: small tiles, so that several programs per multiprocessor keep the memory busy. Up to 16
+    """The tile of tuning/tiles.json: small, so that several programs per multiprocessor keep the memory busy. Up to 16
     rows on an H100: 16 rows, 32 slots per step, 4 warps, 3 stages."""
     return Tile(**tuning.tile("decode_attention", shape_class(rows, dtype), target))
 
 
 def plan(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, scale: float,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, scale: float | None,
     target: Target = DEFAULT, tile: Tile | None = None,
 ) -> tuple[tuple[Launch, Launch], torch.Tensor]:  # fmt: skip
     """Both launches in order, and o, which lies as [B, S, H, D] in memory."""
     (B, H, S, D), (K, N) = q.shape, k_cache.shape[1:3]
+    scale = D**-0.5 if scale is None else scale
     o = q.new_empty((B, S, H, D)).transpose(1, 2)
     q, k_cache, v_cache = dense(q), dense(k_cache), dense(v_cache)
     rows, splits = H // K * S, triton.cdiv(N, CHUNK)

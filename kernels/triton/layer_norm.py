@@ -23,7 +23,11 @@ from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import CHUNK, chunk_length, rows
 from refllm.kernels.targets import DEFAULT, Target, target_of
+from refllm.kernels.triton.rms_norm import TUNABLE as rms_norm_rows
 from refllm.kernels.triton.rms_norm import Tile, inverse_root, load_sum, row_tile, shape_class
+from refllm.kernels.tuning.tunables import Tunable
+
+TUNABLE = Tunable("layer_norm", "add_layer_norm", rms_norm_rows.shapes, rms_norm_rows.fields)
 
 
 @triton.jit
@@ -156,7 +160,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     As `refllm.ops.layer_norm`. weight and bias may be float32 beside a narrower x. Raises InputError for arguments that
     do not fit together.
     """
-    arguments.layer_norm("layer_norm", x, weight, bias)
+    arguments.check("layer_norm", x, weight, bias)
     return _layer_norm(x, weight, bias, eps)
 
 
@@ -168,5 +172,5 @@ def add_layer_norm(
     As `refllm.ops.add_layer_norm`. residual has the shape and dtype of x. Raises InputError for arguments that do not
     fit together.
     """
-    arguments.add_layer_norm("add_layer_norm", x, residual, weight, bias)
+    arguments.check("add_layer_norm", x, residual, weight, bias)
     return _add_layer_norm(x, residual, weight, bias, eps)

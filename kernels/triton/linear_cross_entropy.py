@@ -24,6 +24,7 @@ from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import dense
 from refllm.kernels.targets import DEFAULT, Target, target_of
 from refllm.kernels.triton.cross_entropy import LOG2E, finite_shift, merge, plan_reduction, row_loss
+from refllm.kernels.tuning.tunables import STEPS, Tunable
 
 CHUNK = 1024
 """Words per program: 125 programs for Llama 3's vocabulary, about one per multiprocessor when rows are few."""
@@ -39,6 +40,15 @@ class Tile(NamedTuple):
     stages: int
 
 
+TUNABLE = Tunable(
+    "linear_cross_entropy", "linear_cross_entropy",
+    {"16-bit": {"S": 2048, "V": 48_000, "E": 2560}, "16-bit, odd V": {"S": 2048, "V": 128_005, "E": 2560},
+     "16-bit, ragged": {"S": 512, "V": 8000, "E": 1000}, "float32": {"S": 512, "V": 48_000, "E": 2560}},
+    {"N": (64, 128), "V": (64, 128, 256), "E": (32, 64), "warps": (4, 8), "stages": STEPS},
+    {"float32": {"N": (32, 64), "V": (64, 128), "E": (16,), "stages": (2, 3)}}, ("N", "V"), sums=(("N", "V"),),
+)  # fmt: skip
+
+
 def shape_class(E: int, V: int, dtype: torch.dtype) -> str:
     """Which line of the table of tiles serves. float32: products are plain multiplications, because tensor cores would
     round the operands to TF32. ragged: rows that do not start at multiples of 16 numbers; every load takes registers of
@@ -51,8 +61,8 @@ def shape_class(E: int, V: int, dtype: torch.dtype) -> str:
 
 
 def choose_tile(E: int, V: int, dtype: torch.dtype, target: Target) -> Tile:
-    """Of tuning/tiles.json: the largest that the accumulators leave room for, 128 registers per thread. On an H100: 128
-    rows x 256 words x 64 numbers."""
+    """The tile of tuning/tiles.json: the largest that the accumulators leave room for, 128 registers per thread. On an
+    H100: 128 rows x 256 words x 64 numbers."""
     return Tile(**tuning.tile("linear_cross_entropy", shape_class(E, V, dtype), target))
 
 
@@ -215,5 +225,5 @@ def linear_cross_entropy(
     Raises InputError for arguments that do not fit together, and for a label outside 0..V-1 if labels are on the CPU.
     On a GPU, where a look at them would mean waiting, the loss of such a row is NaN; nothing is read out of bounds.
     """
-    arguments.linear_cross_entropy("linear_cross_entropy", x_NE, weight_VE, labels_N, reduction)
+    arguments.check("linear_cross_entropy", x_NE, weight_VE, labels_N, reduction=reduction)
     return _linear_cross_entropy(x_NE, weight_VE, labels_N, ignore_index, reduction)

@@ -27,6 +27,7 @@ from refllm.kernels.targets import DEFAULT, Target, target_of
 from refllm.kernels.triton.rms_norm import inverse_root
 from refllm.kernels.triton.rope import (
     HEADS,
+    NUMBERS,
     SIZES,
     Tile,
     head_rows,
@@ -38,6 +39,10 @@ from refllm.kernels.triton.rope import (
     store_rest,
     why_narrow,
 )
+from refllm.kernels.tuning.tunables import Tunable
+
+_HEADS = {"H": 32, "K": 8, "D": 160, "R": 40, "S": 2048, "interleaved": 0}
+TUNABLE = Tunable("norm_rope", "norm_rope", {tuning.ANY: _HEADS}, {"numbers": NUMBERS})
 
 
 @triton.jit
@@ -199,5 +204,5 @@ def norm_rope(
     tables may be float32 beside a narrower q; strides are as for `rope`. Raises InputError for arguments that do not
     fit together.
     """
-    arguments.norm_rope("norm_rope", q_BHSD, k_BKSD, q_weight, k_weight, cos, sin, norm)
+    arguments.check("norm_rope", q_BHSD, k_BKSD, q_weight, k_weight, cos, sin, norm=norm)
     return _norm_rope(q_BHSD, k_BKSD, q_weight, k_weight, cos, sin, eps, norm, interleaved)

@@ -17,6 +17,9 @@ from refllm.kernels.launch import Launch, on_device
 from refllm.kernels.layout import CHUNK, chunk_length, flat_rows
 from refllm.kernels.targets import DEFAULT, Target, target_of
 from refllm.kernels.triton.swiglu import Tile, piece
+from refllm.kernels.tuning.tunables import Tunable
+
+TUNABLE = Tunable("relu2", "relu2", {tuning.ANY: {"S": 2048, "F": 18_432}}, {"bytes": (16, 32, 64), "warps": (4, 8)})
 
 
 @triton.jit
@@ -71,5 +74,5 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
 
     Raises InputError if x is not a tensor of float32, float16 or bfloat16.
     """
-    arguments.relu2("relu2", x)
+    arguments.check("relu2", x)
     return _relu2(x)

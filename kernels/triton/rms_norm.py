@@ -19,6 +19,7 @@ from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import CHUNK, chunk_length, rows
 from refllm.kernels.targets import DEFAULT, Target, target_of
+from refllm.kernels.tuning.tunables import Tunable
 
 ROW = 16_384
 """Columns up to which a row is one tile: at 16 warps 32 numbers per thread. Longer rows take tiles of a quarter."""
@@ -28,6 +29,15 @@ class Tile(NamedTuple):
     """Numbers of the tile per thread, as long as that makes no more than 16 warps: the tile itself is the row."""
 
     per_thread: int
+
+
+ROWS_BY_CLASS = {"E <= 4096": 2560, "E <= 16384": 5120, "longer": 20_480}
+TUNABLE = Tunable(
+    "rms_norm",
+    "add_rms_norm",
+    {shape: {"S": 2048, "row": E} for shape, E in ROWS_BY_CLASS.items()},
+    {"per_thread": (8, 16, 32)},
+)
 
 
 def shape_class(E: int) -> str:
@@ -167,7 +177,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     weight may be float32 beside a narrower x. Raises InputError for arguments that do not fit together.
     """
-    arguments.rms_norm("rms_norm", x, weight)
+    arguments.check("rms_norm", x, weight)
     return _rms_norm(x, weight, eps)
 
 
@@ -178,5 +188,5 @@ def add_rms_norm(
 
     residual has the shape and dtype of x. Raises InputError for arguments that do not fit together.
     """
-    arguments.add_rms_norm("add_rms_norm", x, residual, weight)
+    arguments.check("add_rms_norm", x, residual, weight)
     return _add_rms_norm(x, residual, weight, eps)

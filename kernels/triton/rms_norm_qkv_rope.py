@@ -32,6 +32,7 @@ from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import dense
 from refllm.kernels.targets import DEFAULT, Target, target_of
+from refllm.kernels.tuning.tunables import STEPS, Tunable
 
 Cache = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """k_cache [B, K, N, D], v_cache [B, K, N, D], lengths [B]."""
@@ -51,6 +52,18 @@ class Tile(NamedTuple):
     E: int
     warps: int
     stages: int
+
+
+_LAYER = {"E": 2560, "H": 20, "K": 4, "D": 128, "R": 128}
+TUNABLE = Tunable(
+    "rms_norm_qkv_rope", "rms_norm_qkv_rope",
+    {"16-bit, prefill": {**_LAYER, "S": 2048}, "16-bit, decode": {**_LAYER, "S": 1},
+     "16-bit, ragged": {"E": 1000, "H": 8, "K": 2, "D": 72, "R": 72, "S": 512}, "float32": {**_LAYER, "S": 512}},
+    {"M": (32, 64, 128), "C": (32, 64, 128), "E": (32, 64), "warps": (4, 8), "stages": STEPS},
+    {"16-bit, decode": {"M": (16,), "C": (32, 64), "E": (128,), "stages": (3, 4, 5)},
+     "float32": {"M": (32, 64), "C": (32, 64), "E": (16,), "stages": (2,)}},
+    outer=("M", "C"), streamed=("C", "E"), sums=(("M", "C"),),
+)  # fmt: skip
 
 
 @triton.jit
@@ -224,9 +237,9 @@ def shape_class(S: int, E: int, half: int, dtype: torch.dtype) -> str:
 
 
 def choose_tile(x: torch.Tensor, half: int, target: Target) -> Tile:
-    """Of tuning/tiles.json. Prefill on an H100: 128 tokens x 128 columns x 64, the largest that fits. Decode: 16 x 32 x
-    128, few columns and many stages: 96 programs for Llama's 3072 columns, each with 32 KiB of W on its way. (Twice the
-    columns would get wgmma, and leave two thirds of an H100 without a program.)"""
+    """The tile of tuning/tiles.json. Prefill on an H100: 128 tokens x 128 columns x 64, the largest that fits. Decode:
+    16 x 32 x 128, few columns and many stages: 96 programs for Llama's 3072 columns, each with 32 KiB of W on its way.
+    (Twice the columns would get wgmma, and leave two thirds of an H100 without a program.)"""
     S, E = x.shape[1:]
     return Tile(**tuning.tile("rms_norm_qkv_rope", shape_class(S, E, half, x.dtype), target))
 

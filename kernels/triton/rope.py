@@ -21,12 +21,22 @@ from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import CHUNK, chunk_length, dense
 from refllm.kernels.targets import DEFAULT, Target, target_of
+from refllm.kernels.tuning.tunables import Tunable
 
 
 class Tile(NamedTuple):
     """Numbers of q (and at most as many of k) per program; a thread holds 32 of them, up to 4 warps."""
 
     numbers: int
+
+
+NUMBERS = (512, 1024, 2048, 4096)
+TUNABLE = Tunable(
+    "rope", "rope",
+    {"R = D": {"H": 20, "K": 20, "D": 128, "R": 128, "S": 2048, "interleaved": 1},
+     "R < D": {"H": 32, "K": 32, "D": 80, "R": 20, "S": 2048, "interleaved": 0}},
+    {"numbers": NUMBERS},
+)  # fmt: skip
 
 
 def shape_class(D: int, R: int) -> str:
@@ -250,5 +260,5 @@ def rope(
     cos, sin: [S, R/2] or [B, S, R/2], in float32 or the dtype of q. q and k may have any strides, such as transposed
     views of [B, S, H, D]; both results are contiguous. Raises InputError for arguments that do not fit together.
     """
-    arguments.rope("rope", q_BHSD, k_BKSD, cos, sin)
+    arguments.check("rope", q_BHSD, k_BKSD, cos, sin)
     return _rope(q_BHSD, k_BKSD, cos, sin, interleaved)

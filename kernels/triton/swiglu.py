@@ -21,6 +21,7 @@ from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device
 from refllm.kernels.layout import CHUNK, chunk_length, flat_rows
 from refllm.kernels.targets import DEFAULT, Target, target_of
+from refllm.kernels.tuning.tunables import Tunable
 
 
 class Tile(NamedTuple):
@@ -28,6 +29,9 @@ class Tile(NamedTuple):
 
     bytes: int
     warps: int
+
+
+TUNABLE = Tunable("swiglu", "swiglu", {tuning.ANY: {"S": 2048, "F": 7040}}, {"bytes": (16, 32, 64), "warps": (4, 8)})
 
 
 def piece(F: int, element_size: int, tile: Tile, target: Target) -> tuple[int, bool]:
@@ -111,5 +115,5 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
     Raises InputError for arguments that do not fit together.
     """
-    arguments.swiglu("swiglu", gate, up)
+    arguments.check("swiglu", gate, up)
     return _swiglu(gate, up)

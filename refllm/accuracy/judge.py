@@ -28,7 +28,7 @@ from refllm.ops.contracts import contract_of
 from refllm.precision import largest
 
 RULES = ("not finite", "rms", "row", "element", "one rounding")
-"""Of `judge`, in the order in which their faults are told."""
+"""The rules of `judge`, in the order in which their faults are told."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _one_rounding(y: np.ndarray, error: np.ndarray, expected: Expected, finite: 
 
 
 def _sigma(expected: Expected, finite: np.ndarray) -> np.ndarray:
-    """Of every element, but not less than a part of its row's: a rounding inside is of the row's size."""
+    """The sigma of every element, but not less than a part of its row's: a rounding inside is of the row's size."""
     V = np.where(finite, expected.variance, 0.0)
     row = V.mean(axis=-1, keepdims=True) if V.ndim else V
     return np.sqrt(np.maximum(V, limits.ROW_FLOOR * row) + np.square(expected.inner))

@@ -20,8 +20,8 @@ ONE_ROUNDING_MORE = 1.25
 rounding of the same size makes it sqrt(2) = 1.41."""
 
 ISOLATED = {"bfloat16": ONE_ROUNDING_MORE, "float16": ONE_ROUNDING_MORE, "float32": 1.8}
-"""Of rms(error) / rms(sigma) over one operator's result, on its own inputs. With narrow formats the only error is the
-rounding of the result, which is known exactly. With float32 the order of additions counts, which is not."""
+"""The limit of rms(error) / rms(sigma) over one operator's result, on its own inputs. With narrow formats the only
+error is the rounding of the result, which is known exactly. In float32 the order of additions counts, which is not."""
 
 END_TO_END = 2.0
 """The same after all that came before: independence of errors is an approximation there."""
@@ -32,9 +32,9 @@ but the result, both errors are nearly the same numbers. A product rounds inside
 place of its choosing."""
 
 ROW = {"bfloat16": 3.0, "float16": 3.0, "float32": 6.0}
-"""Of the worst row (isolated), plus what chance allows for the number of independent errors that it is made of: among a
-million rows of softmax weights some have their weight on two keys, and one error. The errors of a row share the sums of
-its norm or softmax, which in float32 count as much as the rest."""
+"""The limit of the worst row (isolated), to which is added what chance allows for the number of independent errors that
+the row is made of: among a million rows of softmax weights some have their weight on two keys, and one error. The
+errors of a row share the sums of its norm or softmax, which in float32 count as much as the rest."""
 
 ROW_FLOOR = 0.05
 """A row whose predicted variance is far below the tensor's (its values happen to be tiny) is judged by this part of the
@@ -57,11 +57,11 @@ GOLDEN_ELEMENT = 12.0
 implementations none was beyond 9; those are float32 products with partial sums far larger than their result."""
 
 MISROUNDED = 0.01
-"""Of the elements that differ from what the policy's rounding points give, where that is known to the bit (norms, RoPE,
-activations, sums of two in a narrow format). Float32 arithmetic inside an operator, exact to a few times 6e-8, moves
-an element across a rounding boundary of bfloat16 or float16 in at most 1 of 500 cases; one rounding point too many or
-too few moves every fifth. This sees what the error's size cannot: a rounding that is missing. Two elements more are
-granted, so that no single one decides about a small value."""
+"""The share of the elements that may differ from what the policy's rounding points give, where that is known to the bit
+(norms, RoPE, activations, sums of two in a narrow format). Float32 arithmetic inside an operator, exact to a few times
+6e-8, moves an element across a rounding boundary of bfloat16 or float16 in at most 1 of 500 cases; one rounding point
+too many or too few moves every fifth. This sees what the error's size cannot: a rounding that is missing. Two elements
+more are granted, so that no single one decides about a small value."""
 
 BORDER = 4.0
 """Within so many ulp of the largest finite number an infinity and a finite value are the same result."""

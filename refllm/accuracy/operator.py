@@ -91,7 +91,7 @@ def _tame(x: Any) -> Any:
 
 
 def _tame_logits(x: Any) -> Any:
-    """As `_tame`, but a logit of -inf stays: its probability is 0, and the loss of another label is finite."""
+    """What `_tame` gives, but a logit of -inf stays: its probability is 0, and the loss of another label is finite."""
     return np.where(np.isneginf(x), -np.inf, _tame(x)) if isinstance(x, np.ndarray) and x.ndim == 2 else x
 
 
@@ -249,7 +249,7 @@ class _Steps(Propagation):
         return losses.sum(axis=-1), V
 
     def _reduced(self, losses: np.ndarray, variances: np.ndarray, n: int, reduction: str) -> Uncertain:
-        """Of n losses, equal ones added up already."""
+        """The result of a reduction over n losses, equal ones added up already."""
         total = losses.sum()
         V = variances.sum() + sum_noise(n, total, losses.max(initial=0.0), left_over=min(n, _VECTOR) / 2)
         if reduction == "mean" and n > 1:

@@ -36,7 +36,7 @@ _ROOT_STEPS = 4  # float32 roundings of a norm's mean, of eps added, of the root
 
 
 HERE = ""
-"""In `Uncertain.shares`: what was added since the last named value."""
+"""The key in `Uncertain.shares` of what was added since the last named value."""
 
 
 @dataclass(frozen=True)
@@ -309,8 +309,8 @@ class Propagation:
         return replace(out, rounded=self._to_the_bit(partial(ops.layer_norm, weight=weight, bias=bias, eps=eps), x))
 
     def _mean_noise(self, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """Of the mean of a row of x in float32, whatever the format. All of the row shift by it; beside a mean of 1000
-        standard deviations it is what limits a LayerNorm."""
+        """The noise of the mean of a row of x in float32, whatever the format. All of the row shift by it; beside a
+        mean of 1000 standard deviations it is what limits a LayerNorm."""
         n = x.shape[-1]
         far = np.take_along_axis(x, np.abs(x).argmax(axis=-1, keepdims=True), axis=-1)
         spread = np.square(x - mean).sum(axis=-1, keepdims=True) - np.square(far - mean)
@@ -445,7 +445,7 @@ class Propagation:
         return scale**2 * (q.variance @ square_k.T), scale**2 * (square_q @ k.variance.T), added
 
     def _weight_noise(self, probs: np.ndarray) -> np.ndarray:
-        """Of rounding the softmax weights. What is 1 is exact, and what is close to it is rounded no further than to 1.
+        """Noise of rounding the softmax weights. What is 1 is exact, and what is close to it goes no further than 1.
 
         The weights that are rounded are normalised, or relative to the largest of the row and divided by their sum
         afterwards (`Policy.normalize_first`).
@@ -472,8 +472,8 @@ class Propagation:
         return additions * (self._ulp(total, "float32") / total) ** 2 / 12
 
     def _log_noise(self, probs: np.ndarray, lse: np.ndarray) -> np.ndarray:
-        """Of log(sum e^below) + largest score in float32, whatever the format: of the sum, of the logarithm, of both
-        together. lse [...] of weights [..., T]; 0 where there is no key."""
+        """The noise of log(sum e^below) + largest score in float32, whatever the format: of the sum, of the logarithm,
+        of both together. lse [...] of weights [..., T]; 0 where there is no key."""
         weights = probs.max(axis=-1, initial=0)
         denominator = 1 / np.where(weights > 0, weights, 1)
         log = np.log(denominator)
@@ -498,8 +498,9 @@ class Propagation:
 
     @staticmethod
     def _kink(x: Uncertain) -> np.ndarray:
-        """Of max(x, 0)^2 to second order. Just below 0 the slope is 0, and yet an error of x may carry it over: at 0
-        itself the square of its square has the mean 1.5 V^2, and farther off such an error is rarer."""
+        """The second-order part of the variance of max(x, 0)^2. Just below 0 the slope is 0, and yet an error of x may
+        carry it over: at 0 itself the square of its square has the mean 1.5 V^2, and farther off such an error is
+        rarer."""
         distance = np.square(x.value) / np.maximum(2 * x.variance, np.finfo(np.float32).tiny)
         return np.asarray(1.5 * np.square(x.variance) * np.exp(-np.minimum(distance, 80)), x.variance.dtype)
 

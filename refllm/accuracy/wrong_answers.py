@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from refllm.accuracy import limits
 from refllm.accuracy.judge import broken_isolated
 from refllm.accuracy.measure import measure
 from refllm.parallel import for_each
@@ -15,7 +16,7 @@ _MANY, _POSITIONS = 1 << 20, 64  # see `undetected`
 
 
 def undetected(exact: np.ndarray, variance: np.ndarray, dtype: str) -> list[str]:
-    """Trivial wrong answers that the isolated rules would let pass on these values. Should be none.
+    """Trivial wrong answers that the isolated rules would accept on these values. Should be none.
 
     exact, variance: [N, ..., n], positions first. Of many positions 64 are taken: what is rejected on a part is
     rejected on the whole. Where the exact values themselves are infinite or NaN, nothing is right: `NOT_FINITE`.
@@ -25,14 +26,22 @@ def undetected(exact: np.ndarray, variance: np.ndarray, dtype: str) -> list[str]
     some = slice(None, None, -(-len(exact) // _POSITIONS) if exact.size > _MANY else 1)
     exact, variance = exact[some], variance[some]
     answers = dict(wrong_answers(exact))
-    passes: dict[str, bool] = {}
+    holds: dict[str, bool] = {}
+    mean_V = np.mean(np.where(np.isfinite(variance), variance, 0.0), dtype=np.float64)
+    # The limit of the rule "error" for a single independent error, which is the loosest. Nearly every wrong answer is
+    # beyond it by its size, and what else `measure` finds takes several times as long.
+    loosest = (limits.ISOLATED[dtype] + limits.chance(1)) * np.sqrt(mean_V)
 
     def try_one(name: str) -> None:
         wrong = answers[name]
-        passes[name] = not np.array_equal(wrong, exact) and not broken_isolated(measure(wrong, exact, variance), dtype)
+        if np.sqrt(np.mean(np.square(wrong - exact))) > loosest:
+            holds[name] = False
+        else:
+            found = measure(wrong, exact, variance)
+            holds[name] = not np.array_equal(wrong, exact) and not broken_isolated(found, dtype)
 
     for_each(try_one, answers)
-    return [name for name in answers if passes[name]]
+    return [name for name in answers if holds[name]]
 
 
 def wrong_answers(exact: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -14,7 +14,7 @@ from refllm.bench.timer import Clock, clock
 
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 PRODUCT_SIZES = {"cuda": (4096, 8192), "cpu": (1024,)}
-"""Of square products; the fastest counts."""
+"""The sizes of the square products that are timed; the fastest counts."""
 LAUNCHES = 64
 
 

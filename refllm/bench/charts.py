@@ -92,7 +92,7 @@ def shares_figure(plt: Any, heading: str, rows: Sequence[Row], label: Callable[[
 
 
 def _share_axis(axes: Any, shares: Sequence[float]) -> None:
-    """From nothing to the ceiling; logarithmic if something is far below it."""
+    """The axis goes from nothing to the ceiling; it is logarithmic if something is far below that."""
     low = min(shares)
     if low < LITTLE:
         axes.set_xscale("log")
@@ -156,7 +156,7 @@ def _roofline(axes: Any, rows: Sequence[Row], ceilings: dict[str, Any]) -> None:
 
 
 def _order(row: Row) -> list[int]:
-    """Of calls on an axis: by their sizes, so that 4096 comes before 16384."""
+    """The key that sorts calls on an axis: their sizes, so that 4096 comes before 16384."""
     return [row["sizes"].get(name, 0) for name in ("batch", "S", "B", "N")]
 
 

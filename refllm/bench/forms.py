@@ -2,7 +2,7 @@
 
     triton              refllm.kernels; without a GPU interpreted: checked, but not timed
     plain               refllm.kernels.plain
-    eager, compile      refllm.bench.eager, as it stands and through torch.compile
+    eager, compile      refllm.kernels.plain.EAGER, as it stands and through torch.compile
     liger               Liger-Kernel
     math, flash, efficient, cudnn   the backends of torch.nn.functional.scaled_dot_product_attention, one at a time
 
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refllm.bench import eager
 from refllm.errors import InputError, RefllmError
 
 SDPA = ("math", "flash", "efficient", "cudnn")
@@ -99,19 +98,23 @@ def _plain(operator: str, device: str) -> Form:
 
 
 def _eager(operator: str, device: str) -> Form:
-    function = eager.FUNCTIONS[operator]
+    from refllm.kernels import plain
+
+    function = plain.EAGER[operator]
     return Form("eager", False, lambda a, k: lambda: function(*a, **k))
 
 
 def _compile(operator: str, device: str) -> Form:
     import torch
 
+    from refllm.kernels import plain
+
     made: list[Any] = []
 
     def bind(arguments: Sequence[Any], keywords: dict[str, Any]) -> Thunk:
         if not made:  # once for all sets of inputs; a form lives for one job, so each shape is compiled for itself
             torch._dynamo.reset()
-            made.append(torch.compile(eager.FUNCTIONS[operator], dynamic=False))
+            made.append(torch.compile(plain.EAGER[operator], dynamic=False))
         return lambda: made[0](*arguments, **keywords)
 
     return Form("compile", False, bind)
@@ -159,7 +162,7 @@ def _liger_rope(f: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> T
 
 
 def _liger_swiglu(f: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Thunk:
-    """On dense tensors: two halves of one it would copy first."""
+    """Liger's SwiGLU gets dense tensors: two halves of one it would copy first."""
     gate, up = (x.contiguous() for x in arguments)
     return lambda: f.liger_swiglu(gate, up)
 

@@ -46,9 +46,10 @@ import numpy as np
 
 import refllm
 from refllm import kernels
+from refllm.accuracy.verdicts import SCHEMA, verdict
+from refllm.apart import SECONDS_TO_TIDY_UP, Batch
 from refllm.bench.gpu_benchmarks import BENCHMARKS, run_benchmarks, start_compilers
 from refllm.bench.gpu_checks import layers, read_rows
-from refllm.bench.limited_process import SECONDS_TO_TIDY_UP, LimitedProcess
 from refllm.errors import InputError, RefllmError
 from refllm.storage import output_file
 from refllm.terminal.status_line import StatusLine
@@ -56,9 +57,9 @@ from refllm.terminal.status_line import StatusLine
 PROCESSES = 8
 CHECK_SECONDS = 170.0
 TOTAL_SECONDS = 540.0
-"""From the start: when all checks have ended, and when everything has."""
+"""Seconds from the start after which all checks have ended, and after which everything has."""
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
-"""Of each check: they share the cores."""
+"""The threads of each check: they share the cores."""
 PARTS = ("operators", "models", "tests")
 
 
@@ -81,7 +82,7 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def start_checks(device: str, output: Path, only: str, seconds: float) -> dict[str, tuple[LimitedProcess, Path]]:
+def start_checks(device: str, output: Path, only: str, seconds: float) -> dict[str, tuple[Batch, Path]]:
     """The checks of operators and models, running: name -> process and the file that it writes."""
     found = {f"operators, {name}": ("operators", name) for name in layers(device, only)}
     found["models"] = ("models", only)
@@ -90,11 +91,11 @@ def start_checks(device: str, output: Path, only: str, seconds: float) -> dict[s
         file = output.with_name(f"{output.stem}-{'-'.join(name.replace(',', '').split())}.jsonl")
         file.unlink(missing_ok=True)
         arguments = ["-m", "refllm.bench.gpu_checks", what, "--rows", str(file), "--device", device, "--only", part]
-        started[name] = LimitedProcess(arguments, seconds, THREADS), file
+        started[name] = Batch(arguments, seconds, THREADS), file
     return started
 
 
-def end_checks(started: dict[str, tuple[LimitedProcess, Path]], result: dict[str, Any]) -> None:
+def end_checks(started: dict[str, tuple[Batch, Path]], result: dict[str, Any]) -> None:
     """Waits for them, and puts their rows, and a row on each of them, into `result`."""
     for name, (process, file) in started.items():
         process.wait()
@@ -106,7 +107,7 @@ def end_checks(started: dict[str, tuple[LimitedProcess, Path]], result: dict[str
         result["checks"].append(row | {"problem": broke, "missing": "" if done else f"what comes behind ({why})"})
 
 
-def start_tests(device: str, folder: Path, rows: Path, seconds: float) -> LimitedProcess:
+def start_tests(device: str, folder: Path, rows: Path, seconds: float) -> Batch:
     """The kernel tests in `folder` on `device`, running; `rows` receives a line per result. InputError if none."""
     files = sorted(str(path) for name in ("test_operators.py", "test_kernel_*.py") for path in folder.glob(name))
     if not files:
@@ -119,10 +120,10 @@ def start_tests(device: str, folder: Path, rows: Path, seconds: float) -> Limite
     if find_spec("xdist") is not None:  # most of the time is compilation, on the CPU
         arguments += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
     environment = {**THREADS, "REFLLM_TEST_DEVICE": device, "HYPOTHESIS_PROFILE": "ci"}
-    return LimitedProcess([*arguments, *files], seconds - SECONDS_TO_TIDY_UP, environment)
+    return Batch([*arguments, *files], seconds - SECONDS_TO_TIDY_UP, environment)
 
 
-def end_tests(process: LimitedProcess, file: Path) -> dict[str, Any]:
+def end_tests(process: Batch, file: Path) -> dict[str, Any]:
     """What the tests found as far as they got. problem: "" if nothing failed. missing: "" if all tests ran."""
     process.wait()
     rows, done = read_rows(file)
@@ -137,7 +138,7 @@ def end_tests(process: LimitedProcess, file: Path) -> dict[str, Any]:
 
 
 def _counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows of tests: how many of each outcome, seconds in all, and what failed."""
+    """What the rows of tests come to: how many of each outcome, seconds in all, and what failed."""
     outcomes = [row["outcome"] for row in rows]
     counts = {"tests": len({row["test"] for row in rows}), "failures": outcomes.count("failed")}
     counts |= {"errors": outcomes.count("error"), "skipped": outcomes.count("skipped")}
@@ -159,7 +160,7 @@ def run(
         raise InputError("make gpu needs a GPU, and torch sees none here; `make test` runs the kernels without one")
     start, rows = time.perf_counter(), output.with_name(f"{output.stem}-tests.jsonl")
     with StatusLine(sys.stderr) as step:
-        result: dict[str, Any] = {"verdict": "", "machine": machine(device), "seconds": 0.0}
+        result: dict[str, Any] = {"schema": SCHEMA, "verdict": "", "machine": machine(device), "seconds": 0.0}
         result |= {"checks": [], "operators": [], "models": [], "tests": None, "benchmarks": []}
         _write(result, start, output, [*PARTS, *benchmarks])
         step(f"operators, models and kernel tests, at most {CHECK_SECONDS:.0f} s")
@@ -186,8 +187,7 @@ def _write(result: dict[str, Any], start: float, output: Path, to_come: Sequence
     missing = [f"{_name(row)}: {row['missing']}" for row in parts if row["missing"]]
     missing += [f"{name}: not run yet" for name in to_come]
     found = any(row["problem"] for row in [*result["operators"], *result["models"], *parts])
-    verdict = "fails" if found else "incomplete" if missing else "holds"
-    result |= {"verdict": verdict, "missing": missing, "seconds": round(time.perf_counter() - start, 1)}
+    result |= {"verdict": verdict(found, missing), "missing": missing, "seconds": round(time.perf_counter() - start, 1)}
     output_file.replace(output, json.dumps(result, indent=1) + "\n")
 
 
@@ -208,7 +208,7 @@ def summary(result: dict[str, Any]) -> str:
             )
     for row in result["operators"]:
         if row["problem"]:
-            lines.append(f"{row['layer']}, {row['form']} {row['operator']} {row['case']}: {row['problem']}")
+            lines.append(f"{row['layer']}, {row['form']} {row['operator']} {row['call']}: {row['problem']}")
     for row in result["models"]:
         name = f"{row['checkpoint']}, {row['backend']}, {row['dtype']}, {row['what']}"
         lines.append(f"{name}: {row['problem'] or 'holds'}")
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _benchmarks(given: str | None, device: str) -> tuple[str, ...]:
-    """As asked for; else all on a GPU and none on a CPU. InputError for an unknown one."""
+    """The benchmarks asked for; else all on a GPU and none on a CPU. Raises InputError for an unknown one."""
     if given is None:
         return tuple(BENCHMARKS) if device == "cuda" else ()
     names = tuple(given.split(",")) if given != "none" else ()

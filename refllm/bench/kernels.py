@@ -36,7 +36,7 @@ SECONDS = {"cuda": 0.1, "cpu": 0.05}
 SLOW = ("compile",)
 COMPILED = ("triton", "compile", "liger")
 COMPILER_MEMORY = 0.1
-"""Of the GPU, at most, for each process of `compile_ahead`: others work beside it."""
+"""The share of the GPU's memory that a process of `compile_ahead` may take: others work beside it."""
 DEFAULT_PEERS = {"cuda": ("eager", "liger", "sdpa", "compile"), "cpu": ("plain", "eager", "sdpa")}
 
 
@@ -83,12 +83,10 @@ def check_device(device: str) -> None:
 
 
 def _torch() -> Any:
-    """Torch; raises MissingExtraError without it."""
-    try:
-        import torch
-        import triton  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise extras.missing_extra("this benchmark", *extras.not_installed(("torch", "triton"))) from error
+    """Torch; raises MissingExtraError without it, or without Triton."""
+    extras.require("this benchmark", "torch", "triton")
+    import torch
+
     return torch
 
 

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import refllm
-from refllm.bench.launches import launches
-from refllm.bench.workloads import Job, operator_jobs, traffic_of
+from refllm.accuracy.verdicts import verdict
+from refllm.bench.workloads import Arguments, Job, operator_jobs, traffic_of
 from refllm.errors import InputError
 from refllm.kernels.aot.batch import Checked, Step, check, collect, cores
 from refllm.kernels.aot.commands import read_targets
 from refllm.kernels.aot.compile_code import Report
 from refllm.kernels.aot.sources import Named
 from refllm.kernels.calls import LAYERS
+from refllm.kernels.launch import Launch
 from refllm.kernels.targets import Target
 
 FORMAT = 2
@@ -41,6 +42,14 @@ H200 = {"bytes_per_second": 4.8e12, "flops_per_second": 989e12}
 def _jobs() -> tuple[Job, ...]:
     """A call for every size, layer and operator that its model runs."""
     return tuple(operator_jobs(LAYERS, SIZES, None, DTYPE, "meta", CONTEXT))
+
+
+def launches(operator: str, call: Arguments, target: Target) -> list[Launch]:
+    """The starts of kernels that a call on `target` consists of; its tensors may be without memory ("meta")."""
+    from refllm.kernels.triton import plan
+
+    planned = plan(operator, *call, target=target)[0]
+    return [planned] if isinstance(planned, Launch) else list(planned)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def closing_line(kept: dict[str, Any]) -> str:
 
 
 def calls() -> list[dict[str, Any]]:
-    """Of every layer, operator and size: bytes, flops, and the bound that follows from them on an H200."""
+    """One entry per layer, operator and size: bytes, flops, and the bound that follows from them on an H200."""
     return [_call(job) for job in _jobs()]
 
 
@@ -165,7 +174,7 @@ def result(found: list[dict[str, Any]], targets: Sequence[Target], seconds: floa
     return {
         "format": FORMAT,
         "benchmark": "ahead_of_time",
-        "verdict": "finding" if any(row["findings"] for row in found) else "holds",
+        "verdict": verdict(any(row["findings"] for row in found)),
         "versions": {"refllm": refllm.__version__, "triton": version("triton")},
         "command": " ".join(["refllm", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
@@ -243,7 +252,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _scaled(number: float) -> str:
-    """With three digits and k, M, G or T."""
+    """A number with three digits and k, M, G or T."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

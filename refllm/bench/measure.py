@@ -39,7 +39,7 @@ class Truth:
         self._witness = Witness(operator, calls, self._checker)
 
     def judge(self, results: Any, index: int, ours: bool) -> Judgement:
-        """Of the results of set `index`; the rows that the definition gets through are all in the first set."""
+        """Judgement of set `index`'s results. The rows that the definition gets through are all in the first set."""
         found = self._checker.judge(results, ours) if index == 0 else Judgement(None, "", self._checker.what)
         problem = found.problem or self._witness.differs(results, index)
         return Judgement(found.error, problem, f"{found.checked}; {self._witness.said}")
@@ -73,7 +73,7 @@ def measure(job: Job, forms: Iterable[Form], bench: Bench) -> Iterator[Row]:
 
 
 def _draw(job: Job, forms: Sequence[Form], bench: Bench) -> list[Arguments]:
-    """As many sets of inputs as the clock needs; one if nothing will be timed."""
+    """The sets of inputs, as many as the clock needs; one if nothing will be timed."""
     first = job.draw(0)
     timed = any(not form.note for form in forms)
     count = sets_needed(traffic_of(job, first).bytes, bench.watch.cache_bytes) if timed else 1

@@ -37,7 +37,7 @@ class Subject:
 
     @property
     def limit(self) -> float:
-        """Of the relative error of logits after all layers."""
+        """The limit of the relative error of logits after all layers."""
         return limit_of(self.whole.dtype, self.whole.sizes().depth)
 
 

@@ -194,7 +194,7 @@ def _decode_rows(
 
 
 def _decode_call(call: Call, ids: np.ndarray, forms: Sequence[str], bench: Bench) -> Iterator[Row]:
-    """Per form up to three rows: seconds per token, of the whole call, and (ours) of the recorded step alone."""
+    """Up to three rows per form: seconds per token, of the whole call, and (ours) of the recorded step alone."""
     subject, new, (batch, prompt) = call.subject, call.sizes["new"], ids.shape
     sizes, width = subject.whole.sizes(), _ELEMENT[subject.whole.dtype]
     token = sizes.decode_step(batch, width, prompt + new // 2)  # on average

@@ -147,7 +147,7 @@ def _growth(result: Result) -> str:
 
 
 def _calls(result: Result) -> str:
-    """Per call ours beside the fastest peer; what was not timed says why."""
+    """A row per call, ours beside the fastest peer; what was not timed says why."""
     ceilings, rows = result["ceilings"], []
     calls: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in result["rows"]:

@@ -17,14 +17,14 @@ from refllm.ops.contracts import ROWS as ANY_ROWS
 from refllm.ops.contracts import contract_of
 
 ROWS = 2
-"""At the start, in the middle and at the end."""
+"""Rows that are judged at each place: at the start, in the middle and at the end."""
 QUERIES = 8
-"""Of attention, at each of the three places."""
+"""Queries of attention that are judged at each of the three places."""
 HEADS = 4
 """Neighbouring heads, at each place: an error is judged by its size over all elements of a part, so there should be
 many of them (512 of 128 dims: known to 3 %)."""
 SEQUENCES = 4
-"""From the first one on; for the same reason."""
+"""Sequences that are judged, from the first one on; for the same reason."""
 WORDS = 1 << 14
 """Rows of a matrix of words that are held in float64 at a time."""
 
@@ -63,7 +63,7 @@ class Checker:
     def __init__(self, operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> None:
         from refllm.kernels.verify import Contract
 
-        self._shapes = result_shapes(operator, arguments, keywords)
+        self._shapes = contract_of(operator).result_shapes(arguments, keywords)
         self._peer_limit = PEER_LIMITS[str(arguments[0].dtype).removeprefix("torch.")]
         contract = loss_contract if operator == "linear_cross_entropy" else partial(Contract, operator)
         self._parts = [(part, contract(part.arguments, part.keywords)) for part in parts(operator, arguments, keywords)]
@@ -259,23 +259,3 @@ def _part(operator: str) -> Callable[..., Part]:
     arguments = contract_of(operator).arguments
     rows = sum(ANY_ROWS in axes for axes in arguments.values())
     return _rows_of(rows) if rows else _losses if "labels" in arguments else _positions
-
-
-def result_shapes(operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Of the results of a call, by the axes in its record; losses have reduction "none"."""
-    known = contract_of(operator)
-    given = dict(zip(known.parameters, arguments, strict=False)) | keywords
-    sizes: dict[str, tuple[int, ...]] = {}
-    for name, axes in known.arguments.items():
-        if given.get(name) is not None:
-            shape = tuple(given[name].shape)
-            named = axes[1:] if ANY_ROWS in axes else axes[len(axes) - len(shape) :]
-            front = len(shape) - len(named)
-            sizes |= {axis: (size,) for axis, size in zip(named, shape[front:], strict=True)}
-            if ANY_ROWS in axes:
-                sizes[ANY_ROWS] = shape[:front]
-    if "(H+2K)D" in sizes:
-        H, K = keywords["num_heads"], keywords["num_kv_heads"]
-        sizes |= {"H": (H,), "K": (K,), "D": (sizes["(H+2K)D"][0] // (H + 2 * K),)}
-    outputs = [axes for name, axes in known.outputs.items() if name != "lse" or keywords.get("return_lse")]
-    return [sum((sizes[axis] for axis in axes), ()) for axes in outputs]

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from refllm.accuracy.verdicts import verdict
 from refllm.bench.timer import Deadline
 from refllm.errors import InputError, MissingExtraError, RefllmError
 from refllm.storage import output_file
@@ -59,9 +60,9 @@ def merge(results: list[Result], later: list[dict[str, Any]]) -> Result:
     """Several results of one benchmark as one; later: settings of what has not begun. The settings are the first's."""
     rows = [row for result in results for row in result["rows"]]
     left_out = [name for result in results for name in result["left_out"]] + [json.dumps(given) for given in later]
-    verdict = "fails" if any(row["finding"] for row in rows) else "incomplete" if left_out else "holds"
+    found = verdict(any(row["finding"] for row in rows), missing=left_out)
     seconds = round(sum(result["seconds"] for result in results), 1)
-    return results[0] | {"verdict": verdict, "seconds": seconds, "rows": rows, "left_out": left_out}
+    return results[0] | {"verdict": found, "seconds": seconds, "rows": rows, "left_out": left_out}
 
 
 def _tuples(value: Any) -> Any:

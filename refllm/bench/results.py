@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
+from refllm.accuracy.verdicts import verdict
 from refllm.bench import numpy_blas, processor_name
 from refllm.bench.timer import Spread
 
 FORMAT = 1
-"""Of the JSON files. Another number means other keys."""
+"""The number of the form of the JSON files. Another number means other keys."""
 
 WHOLE_CALL, STEP_ALONE = "whole call", "step alone"
 """What rows of decoding add to the name of a form: all of `generate`, and a recorded step without its host."""
@@ -105,7 +106,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 @cache
 def installed_versions() -> dict[str, str | None]:
-    """Of the packages whose speed this is; None for one that is not installed."""
+    """The versions of the packages whose speed this is; None for one that is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str | None] = {}
@@ -140,7 +141,7 @@ def assemble(
     """The whole result of one run as plain values. left_out: what the time did not suffice for."""
     return {
         **stamp(bench),
-        "verdict": "fails" if any(row.finding for row in rows) else "holds",
+        "verdict": verdict(any(row.finding for row in rows)),
         "machine": describe_machine(device),
         "versions": installed_versions(),
         "settings": settings,

@@ -11,28 +11,20 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from refllm.bench.results import WHOLE_CALL
+from refllm.ops.contracts import CONTRACTS
 
 Result = dict[str, Any]
 
-STREAMING = (
-    "rms_norm",
-    "add_rms_norm",
-    "layer_norm",
-    "add_layer_norm",
-    "rope",
-    "norm_rope",
-    "swiglu",
-    "relu2",
-    "cross_entropy",
-)
+STREAMING = tuple(known.operator for known in CONTRACTS.values() if not known.product)
+"""Operators that read and write long arrays and multiply no matrices."""
 MANY_TOKENS = 4096
 GPU = "H200"
 """The figures are for this one: another GPU's results are kept beside it, and do not count."""
 LEAST_SECONDS = 0.05
-"""Of timing per form: what `make gpu` has time for."""
+"""Seconds of timing per form: what `make gpu` has time for."""
 _MAY_DIFFER = ("device", "minutes", "seconds", "new", "batches")
 PROMPT_TOKENS = 512
-"""Of `refllm bench cpu`."""
+"""The length of the prompt of `refllm bench cpu`."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +122,7 @@ def _from(bench: str, value: Callable[[Rows], str]) -> Callable[[Sequence[Result
 
 
 def _calls(rows: Rows) -> list[dict[str, dict[str, Any]]]:
-    """Per call: form -> row."""
+    """A dict per call: form -> row."""
     calls: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         calls.setdefault((row["what"], row["panel"], row["group"], row["dtype"]), {})[row["form"]] = row
@@ -138,7 +130,7 @@ def _calls(rows: Rows) -> list[dict[str, dict[str, Any]]]:
 
 
 def fastest_peer(ours: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the timed rows `others` of a call the fastest one that was timed as `ours` was, or None.
+    """The fastest of the timed rows `others` of a call that was timed as `ours` was, or None.
 
     A replayed graph has none of the time that Python takes to start a kernel, so it is not held against one that
     could not be recorded.

@@ -46,7 +46,7 @@ class Timed:
 
 
 def spread(seconds: Sequence[float], method: str) -> Spread:
-    """Of samples in any order; percentiles are samples themselves (nearest rank)."""
+    """The spread of samples in any order; percentiles are samples themselves (nearest rank)."""
     ordered = sorted(seconds)
 
     def rank(share: float) -> float:

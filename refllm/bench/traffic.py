@@ -1,18 +1,56 @@
 """What a call, a step of decoding or a prefill cannot do without: bytes that have to move, and flops.
 
-Those of one operator stand in its record (`refllm.ops.contracts`); those of a whole model are here.
+Bytes: every number that the definition reads is read once and every number of the result is written once. A kernel that
+reads something twice, or writes something in between, moves more and is slower for it: that is the point. Those of one
+operator follow from the shapes in its record (`refllm.ops.contracts`), where its flops stand too.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from refllm.ops.contracts import CONTRACTS
-from refllm.ops.traffic import Traffic
+from refllm.ops.contracts import CONTRACTS, Contract
+
+FLOAT32 = 4
+"""Bytes of a number."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """bytes: moved between the chip and its memory, at least. flops: done."""
+
+    bytes: int
+    flops: int
 
 
 def traffic(operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> Traffic:
-    """Of one call, from the shapes and dtypes of its tensors. Raises KeyError for another operator."""
-    return CONTRACTS[operator].traffic(*arguments, **keywords)
+    """The traffic of one call, from the shapes and dtypes of its tensors. Raises KeyError for another operator."""
+    known = CONTRACTS[operator]
+    given = known.bound(arguments, keywords)
+    return Traffic(
+        _read(known, given) + _written(known, given, arguments, keywords), known.flops(*arguments, **keywords)
+    )
+
+
+def _read(known: Contract, given: dict[str, Any]) -> int:
+    """Bytes of the arguments, of caches the filled slots."""
+    size = 0
+    for name, axes in known.arguments.items():
+        if (x := given[name]) is None:
+            continue
+        if "lengths" in given and axes[-2:] == ("N", "D"):
+            size += x.element_size() * x.shape[1] * x.shape[-1] * int(given["lengths"].sum())
+        else:
+            size += x.element_size() * prod(x.shape)
+    return size
+
+
+def _written(known: Contract, given: dict[str, Any], arguments: Sequence[Any], keywords: dict[str, Any]) -> int:
+    """Bytes of the results, in the dtype of the first argument unless the record says float32. All rows count."""
+    width = given[next(iter(known.arguments))].element_size()
+    names = zip(known.outputs, known.result_shapes(arguments, keywords), strict=False)
+    return sum((FLOAT32 if name in known.float32 else width) * prod(shape) for name, shape in names)
 
 
 def decode_step(weights: int, cache: int, group: int, batch: int, width: int, context: int) -> Traffic:

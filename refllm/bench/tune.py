@@ -16,7 +16,7 @@ from refllm.errors import InputError
 from refllm.kernels.targets import Target, target, target_of
 from refllm.kernels.tuning import table
 from refllm.kernels.tuning.table import AHEAD_OF_TIME, BY_HAND, MEASURED, Entry, entries
-from refllm.kernels.tuning.tunables import TUNABLES, Tunable, tunable
+from refllm.kernels.tuning.tunables import Tunable, tunable, tunables
 from refllm.terminal.fitted_table import Table as RichTable
 
 MARGIN = 0.98
@@ -29,7 +29,7 @@ Step = Callable[[str, float | None, float | None], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """As typed. kernel, shape: "" for all. target: a name; "" for sm_90 or, with a device, that of the GPU.
+    """The options as typed. kernel, shape: "" for all. target: a name; "" for sm_90 or, with a device, that of the GPU.
 
     device: "" (nothing runs: candidates are compiled) or cuda.
     """
@@ -74,7 +74,7 @@ class Result:
 def tune(settings: Settings, step: Step | None = None) -> Iterator[Result]:
     """A result per class, as they are found. InputError for settings that name nothing, or a GPU that is not there."""
     gpu, find = _finder(settings)
-    kernels = [tunable(settings.kernel)] if settings.kernel else list(TUNABLES.values())
+    kernels = [tunable(settings.kernel)] if settings.kernel else list(tunables().values())
     classes = [(each, shape) for each in kernels for shape in each.shapes if settings.shape in shape]
     if not classes:
         raise InputError(f"--shape {settings.shape!r} names no class; there are {', '.join(_shapes(kernels))}")

@@ -12,8 +12,7 @@ from refllm.kernels.verify import Contract
 
 def drawn(tunable: Tunable, shape: str, device: str, seed: int = 0, small: bool = False) -> Call:
     """The call of a class with random values on a device."""
-    source = Source(tunable.dtype(shape), device, seed)
-    return tunable.make(shape, lambda *sizes, dtype: source.normal(*sizes, scale=sizes[-1] ** -0.25), small)
+    return tunable.make(shape, Source(tunable.dtype(shape), device, seed), small)
 
 
 def prepared(tunable: Tunable, call: Call, target: Target, tile: Any) -> tuple[Callable[[], None], tuple[Any, ...]]:

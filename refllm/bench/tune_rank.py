@@ -29,7 +29,7 @@ from refllm.kernels.tuning import table
 from refllm.kernels.tuning.tunables import Call, Tunable, meta_call
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-"""Of an A100, H100 or H200, B200 and MI300X (their data sheets)."""
+"""How many an A100, an H100 or H200, a B200 and an MI300X have (their data sheets)."""
 
 ENOUGH = 32 << 10
 """Bytes on their way per multiprocessor that keep the memory busy: 4.8 TB/s x 0.8 us / 132 is 29 KiB (Little's law, an
@@ -49,7 +49,7 @@ class Candidate:
     figures: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """As the dataclass."""
+        """The fields of the dataclass."""
         return asdict(self)
 
 
@@ -65,7 +65,7 @@ def rank(tunable: Tunable, shape: str, target: Target) -> list[Candidate]:
 
 
 def reads_per_flop(tunable: Tunable, call: Call, tile: Any) -> tuple[float, ...]:
-    """From memory, and from shared memory, up to a factor of the kernel; () if products do not decide its speed."""
+    """Reads of memory and of shared memory, up to a factor of the kernel; () if products do not decide its speed."""
     if not call.work:
         return ()
     sizes = tile._asdict()

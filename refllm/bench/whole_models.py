@@ -54,11 +54,11 @@ class Sizes:
     depth: int
 
     def decode_step(self, batch: int, width: int, context: int) -> Traffic:
-        """Of one step behind `context` positions, its own included; width: bytes of a number."""
+        """The traffic of one step behind `context` positions, its own included; width: bytes of a number."""
         return traffic.decode_step(self.layers + self.head, self.cache, self.group, batch, width, context)
 
     def prefill(self, batch: int, width: int, tokens: int) -> Traffic:
-        """Of the forward pass over a prompt, logits of its last position."""
+        """The traffic of the forward pass over a prompt, logits of its last position."""
         return traffic.prefill(self.layers, self.head, self.cache, self.group, batch, width, tokens)
 
 
@@ -191,5 +191,5 @@ def relative_error(got: Any, exact: Any) -> float:
 
 
 def limit_of(dtype: str, layers: int) -> float:
-    """Of the relative error of logits after so many layers."""
+    """The limit of the relative error of logits after so many layers."""
     return LIMITS[dtype] * max(1.0, layers / LIMIT_LAYERS) ** 0.5

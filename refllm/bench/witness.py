@@ -1,14 +1,13 @@
 """Is the whole of a timed output right? Held against library calls of Torch, element by element, on the device.
 
 The definition in float64 gets through a few rows (`refllm.bench.probes`); a tile that is wrong elsewhere, or in another
-set of inputs than the first, it does not see. A witness does: the functions of `refllm.bench.eager` on float32 copies
-of the inputs, for attention a backend of Torch's. It has to satisfy the definition on those rows itself.
+set of inputs than the first, it does not see. A witness does: the functions of `refllm.kernels.plain.EAGER` on float32
+copies of the inputs, for attention a backend of Torch's. It has to satisfy the definition on those rows itself.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from refllm.bench import eager
 from refllm.bench.forms import ATTENTION, Form, sdpa_form
 from refllm.bench.probes import PEER_LIMITS, Checker
 from refllm.bench.workloads import Arguments
@@ -80,7 +79,9 @@ def _candidates(operator: str) -> Iterator[Form]:
     if operator in ATTENTION:
         yield from (sdpa_form(operator, name) for name in ("efficient", "flash", "math"))
         return
-    function = eager.FUNCTIONS[operator]
+    from refllm.kernels import plain
+
+    function = plain.EAGER[operator]
     yield Form("eager float32", False, lambda a, k: lambda: function(*map(_wide, a), **k))
 
 

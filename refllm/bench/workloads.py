@@ -31,7 +31,7 @@ USED = {
 
 # Query heads, key/value heads and head size of published models.
 HEADS = {64: (32, 32), 80: (32, 32), 128: (20, 20), 160: (32, 8)}
-"""By head size: StableLM-2-1.6B, StableLM-3B, Helium-1-preview, StableLM-2-12B."""
+"""Heads by head size: StableLM-2-1.6B, StableLM-3B, Helium-1-preview, StableLM-2-12B."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """What a report says, in words: the sentences that the terminal and the page share."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from refllm.accuracy import limits
+from refllm.accuracy import limits, verdicts
 from refllm.accuracy.judge import broken_isolated
 from refllm.accuracy.measure import Measure
 from refllm.accuracy.wrong_answers import NOT_FINITE
@@ -29,8 +28,8 @@ class Group:
     taps: list[TapReport]
 
     @property
-    def verdict(self) -> str:
-        return worst_verdict([tap.verdict for tap in self.taps])
+    def verdict(self) -> verdicts.ValueVerdict:
+        return verdicts.worst(tap.verdict for tap in self.taps)
 
     @property
     def worst_isolated(self) -> TapReport | None:
@@ -51,11 +50,6 @@ def groups(report: Report) -> list[Group]:
             found.append(Group(suffix if layer is None else f"layer {layer}", layer, []))
         found[-1].taps.append(tap)
     return found
-
-
-def worst_verdict(verdicts: Sequence[str]) -> str:
-    """fails if one fails, else untested if one is, else holds."""
-    return next((verdict for verdict in ("fails", "untested") if verdict in verdicts), "holds")
 
 
 def isolated_severity(tap: TapReport) -> float:
@@ -79,7 +73,7 @@ def end_to_end_severity(tap: TapReport) -> float:
 
 
 def severity(tap: TapReport) -> tuple[bool, float, float]:
-    """For sorting, worst last: what fails on its own inputs is worse than what fails end to end only."""
+    """The key that sorts taps, worst last: what fails on its own inputs is worse than what fails end to end only."""
     return tap.defect_here, isolated_severity(tap), end_to_end_severity(tap)
 
 
@@ -248,17 +242,17 @@ def consequences(report: Report) -> int:
 
 
 def untested(report: Report) -> list[str]:
-    """Which taps are untested, with the wrong answers that would pass: taps of the same name together."""
+    """Which taps are untested, with the wrong answers that would hold there: taps of the same name together."""
     found: dict[tuple[str, str], list[int | None]] = {}
     for tap in report.taps:
         if tap.untested:
             layer = formulas.split(tap.name)[0]
             found.setdefault((formulas.short(tap.name), ", ".join(tap.untested)), []).append(layer)
     said = []
-    for (name, passing), layers in found.items():
+    for (name, holding), layers in found.items():
         where = [str(layer) for layer in layers if layer is not None]
         of = "" if not where else f" of layer{'s' * (len(where) > 1)} {', '.join(where)}"
-        why = passing if passing == NOT_FINITE else f"{passing} would pass"
+        why = holding if holding == NOT_FINITE else f"{holding} would hold"
         said.append(f"{name}{of} ({why})")
     return said
 

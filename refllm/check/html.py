@@ -8,6 +8,7 @@ from typing import Any
 
 from refllm.accuracy import limits
 from refllm.accuracy.measure import ULP_BINS, Measure
+from refllm.accuracy.verdicts import worst
 from refllm.check import charts, findings, formulas
 from refllm.check.oracle import Report, TapReport
 from refllm.check.report import context
@@ -52,11 +53,11 @@ def render(reports: list[Report], details: Mapping[str, Any] | None = None, toke
         "spoken": formulas.spoken,
         "signs": signs,
     }
-    verdicts = [report.verdict for report in reports]
+    found = [report.verdict for report in reports]
     return environment.get_template(_TEMPLATE).render(
         sections=[_section(i, report, len(reports), token_text) for i, report in enumerate(reports)],
-        verdict=findings.worst_verdict(verdicts),
-        counts={verdict: verdicts.count(verdict) for verdict in ("fails", "untested", "holds") if verdict in verdicts},
+        verdict=worst(found),
+        counts={verdict: found.count(verdict) for verdict in ("fails", "incomplete", "holds") if verdict in found},
         details=details or {},
         limits=limits,
         count=findings.count,
@@ -64,7 +65,7 @@ def render(reports: list[Report], details: Mapping[str, Any] | None = None, toke
 
 
 def signs(text: str) -> str:
-    """With the signs that a terminal may lack."""
+    """The text with the signs that a terminal may lack."""
     return text.replace(" sigma", " \N{GREEK SMALL LETTER SIGMA}").replace("+-", "\N{PLUS-MINUS SIGN}")
 
 
@@ -131,7 +132,7 @@ def _flips(report: Report, token_text: TokenText | None) -> list[dict[str, Any]]
 
 
 def _maps(report: Report) -> list[charts.HeatMap]:
-    """Of the worst taps, the first failure before all others."""
+    """The error maps of the worst taps, the first failure before all others."""
     first = report.first_failure
     taps = sorted(report.taps, key=lambda tap: (tap is first, findings.severity(tap)), reverse=True)
     drawn = [picture for tap in taps[: 4 * _MAPS] if (picture := charts.heat_map(tap)) is not None]

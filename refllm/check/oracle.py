@@ -17,6 +17,7 @@ from refllm.accuracy.judge import broken, broken_isolated
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.page import predict_page
 from refllm.accuracy.propagation import Uncertain
+from refllm.accuracy.verdicts import ValueVerdict, Verdict, verdict
 from refllm.accuracy.wrong_answers import undetected
 from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
@@ -24,6 +25,7 @@ from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
+from refllm.check.unseen import never_shown
 from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
 from refllm.errors import InputError
@@ -54,7 +56,7 @@ class TapReport:
         return broken(self.end_to_end, self.isolated, self.dtype)
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> ValueVerdict:
         if self.broken:
             return "fails"
         return "untested" if self.untested else "holds"
@@ -147,7 +149,7 @@ class Judge:
         return Uncertain(taken, np.zeros(x.shape, np.float32))
 
     def _measure(self, rows: np.ndarray, exact: np.ndarray, variance: np.ndarray) -> Measure:
-        """With indices that name the batch row and the position, padding counted."""
+        """The measure, with indices that name the batch row and the position, padding counted."""
         found = measure(rows, exact, variance, self.overflow)
         places = {name: self._place(getattr(found, name)) for name in ("row", "at", "nonfinite_at")}
         return replace(found, **places)  # type: ignore[arg-type]
@@ -200,7 +202,8 @@ class Report:
 
     attribution: named value -> part of the predicted variance of the last value that comes from making it; the parts
     sum to 1. notes: sentences a reader should know. config: of the model, for the formulas in a report. misbehaviour:
-    what the candidate did in place of a forward pass; then nothing was measured.
+    what the candidate did in place of a forward pass; then nothing was measured. unseen: sentences on what the run does
+    not show.
     """
 
     checkpoint: str
@@ -215,16 +218,15 @@ class Report:
     notes: list[str] = field(default_factory=list)
     config: ModelConfig | None = None
     misbehaviour: Misbehaviour | None = None
+    unseen: list[str] = field(default_factory=list)
 
     @property
-    def verdict(self) -> str:
-        """fails if the candidate misbehaves, or any value or a next token fails; else untested if any value is; else
-        holds."""
-        if self.misbehaviour is not None:
-            return "fails"
-        if any(tap.verdict == "fails" for tap in self.taps) or (self.next_tokens and self.next_tokens.defects):
-            return "fails"
-        return "untested" if any(tap.verdict == "untested" for tap in self.taps) else "holds"
+    def verdict(self) -> Verdict:
+        """The run fails if the candidate misbehaves, or any value or a next token fails; one with an untested value, or
+        that something was not seen of, is incomplete."""
+        values = {tap.verdict for tap in self.taps}
+        wrong = self.misbehaviour or "fails" in values or (self.next_tokens and self.next_tokens.defects)
+        return verdict(wrong, missing=self.unseen or "untested" in values)
 
     @property
     def first_failure(self) -> TapReport | None:
@@ -245,6 +247,7 @@ class Report:
             "verdict": self.verdict,
             "first_failure": None if first is None else first.name,
             "misbehaviour": None if self.misbehaviour is None else asdict(self.misbehaviour),
+            "unseen": self.unseen,
             "taps": [
                 {
                     "name": tap.name,
@@ -267,7 +270,7 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """With "inf", "-inf" and "nan" for the numbers that JSON does not have, and lists for tuples."""
+    """The value with "inf", "-inf" and "nan" for the numbers that JSON does not have, and lists for tuples."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -315,4 +318,5 @@ def judge(
         next_tokens=collected.next_tokens,
         attribution=dict(sorted(collected.shares.items(), key=lambda item: -item[1])),
         config=model.config,
+        unseen=never_shown(model.head, trace),
     )

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from refllm.accuracy import limits
 from refllm.accuracy.measure import Measure
+from refllm.accuracy.verdicts import worst
 from refllm.check import findings, formulas
 from refllm.check.findings import count, figure, percent
 from refllm.check.next_tokens import Flip
@@ -14,7 +15,7 @@ from refllm.check.oracle import Report, TapReport
 from refllm.terminal.fitted_table import Table
 
 WIDTH = 100
-STYLE = {"holds": "green", "fails": "bold red", "untested": "yellow"}
+STYLE = {"holds": "green", "fails": "bold red", "incomplete": "yellow", "untested": "yellow"}
 _FLIPS_SHOWN = 3
 _CONTRIBUTORS = 6
 
@@ -55,12 +56,11 @@ def show_summary(reports: list[Report]) -> Table:
 def closing_line(reports: list[Report]) -> RenderableType:
     """What the columns mean, and the verdict over all reports in one line."""
     verdicts = [report.verdict for report in reports]
-    worst = findings.worst_verdict(verdicts)
     words = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in STYLE if verdict in verdicts)
     columns = Table.grid(padding=(0, 2, 0, 0))
     for label, said in legend():
         columns.add_row(Text(label, style="dim"), Text(said, style="dim"))
-    return Group("", columns, "", Text(f"{len(reports)} checked: {words}", style=STYLE[worst]))
+    return Group("", columns, "", Text(f"{len(reports)} checked: {words}", style=STYLE[worst(verdicts)]))
 
 
 def legend() -> list[tuple[str, str]]:
@@ -81,7 +81,8 @@ def legend() -> list[tuple[str, str]]:
         ("own inputs", own),
         ("worst row", same),
         ("end to end", end),
-        ("untested", "a wrong answer such as zeros, or everything times 1.01, would hold here: no verdict"),
+        ("untested", "a wrong answer such as zeros, or everything times 1.01, would hold here"),
+        ("incomplete", "nothing is wrong, but values are untested, or something was not seen: exit code 1"),
     ]
 
 
@@ -236,13 +237,22 @@ def _summary_figures(report: Report) -> list[Text]:
 
 
 def _where(report: Report) -> Text:
-    """The first failure in few words."""
-    if report.verdict != "fails":
+    """The first failure, or what was not seen, in few words."""
+    if report.verdict == "incomplete":
+        return Text(f": {_not_seen(report)}")
+    if report.verdict == "holds":
         return Text("")
     if report.misbehaviour is not None:
         return Text(f": {report.misbehaviour.name}")
     first = report.first_failure
     return Text(": next tokens" if first is None else f": {formulas.spoken(first.name)}")
+
+
+def _not_seen(report: Report) -> str:
+    """What was not seen, in few words."""
+    untested = sum(tap.verdict == "untested" for tap in report.taps)
+    few = [said.partition(",")[0].partition(":")[0] for said in report.unseen]
+    return "; ".join(few + [f"{count(untested, 'value')} untested"] * bool(untested))
 
 
 # ----------------------------------------------------------------------------------------------- next tokens and shares
@@ -279,7 +289,8 @@ def _attribution(report: Report) -> list[tuple[str, Text]]:
 
 def _cautions(report: Report) -> list[tuple[str, Text]]:
     """What is untested, and what a reader should know."""
-    said = [("untested", said) for said in findings.untested(report)] + [("note", note) for note in report.notes]
+    said = [("not seen", said) for said in report.unseen]
+    said += [("untested", said) for said in findings.untested(report)] + [("note", note) for note in report.notes]
     return [(label, Text(text, style=STYLE["untested"])) for label, text in said]
 
 

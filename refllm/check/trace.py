@@ -101,7 +101,7 @@ class Trace:
 
 
 def _narrow(value: np.ndarray, dtype: Any) -> np.ndarray:
-    """In the narrow dtype if that holds it exactly (norms of a mixed-precision stack may be wider)."""
+    """The value in the narrow dtype if that holds it exactly (norms of a mixed-precision stack may be wider)."""
     if dtype is None:
         return value
     narrow = value.astype(dtype)

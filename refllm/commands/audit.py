@@ -44,7 +44,7 @@ def audit(
     ] = 10.0,
     json_file: Json = None,
 ) -> None:
-    """How good is a test? Give it every known bug of an operator; list those that it lets pass. Exit code 1 if any."""
+    """How good is a test? Give it every known bug of an operator; list those that it misses. Exit code 1 if any."""
     require("audit", "torch")
     if test is None:
         require("audit without --test", "hypothesis")

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm.accuracy.verdicts import SCHEMA, worst
 from refllm.commands import audit, bench, golden, operators, tune
 from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, can_be_written
 from refllm.commands.shared_options import console as _console
@@ -88,12 +89,20 @@ def check(
         ),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option("--dtype", help="Precision; repeat for more. Default: float32, bfloat16.")
+        list[str] | None,
+        typer.Option(
+            "--dtype",
+            help="Precision; repeat for more. Default: float32, bfloat16; a function's own, if it takes no dtype.",
+        ),
     ] = None,
     policy: Rounding = None,
     attention: Attention = "eager",
     stress: Annotated[
-        bool, typer.Option("--stress", help="Also far positions, small and large values, padding, cached decode.")
+        bool,
+        typer.Option(
+            "--stress",
+            help="Also far positions, small and large values, rows padded differently, cached pieces, every token id.",
+        ),
     ] = False,
     taps: Annotated[
         bool, typer.Option("--taps", help="A line for every named value, not only for every layer.")
@@ -110,14 +119,16 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Run the same tokens through an implementation and the reference; say where and by how much they differ."""
+    """Run the same tokens through an implementation and the reference; say where and by how much they differ.
+
+    Exit code 1 if anything is wrong, or was not seen.
+    """
     from refllm.check import report as show
     from refllm.check import run
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
-    dtypes = tuple(dtype or ("float32", "bfloat16"))
     names, left_out = run.candidates_to_check(candidate, checkpoint)
-    settings = [run.Settings(name, dtypes, attention, policy, stress, tokens, time) for name in names]
+    settings = [run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time) for name in names]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
     with StatusLine(sys.stderr) as step:
@@ -130,13 +141,15 @@ def check(
     for sentence in left_out:
         console.print(sentence)
     console.print(show.closing_line(reports))
-    _write_json({"verdict": run.overall(reports), "reports": [report.to_dict() for report in reports]}, json_file)
+    verdict = worst(report.verdict for report in reports)
+    found = {"schema": SCHEMA, "verdict": verdict, "reports": [report.to_dict() for report in reports]}
+    _write_json(found, json_file)
     if html_file is not None:
         from refllm.check.html import write_html
 
         command = " ".join(["refllm", *sys.argv[1:]])
         write_html(html_file, reports, {"command": command}, run.token_texts(folders))
-    if run.overall(reports) != "holds":
+    if verdict != "holds":
         raise typer.Exit(FINDING)
 
 
@@ -244,20 +257,10 @@ def generate(
         "stop_strings": stop,
     }
     continuation.check_settings(max_new_tokens, choices)
+    tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     with StatusLine(sys.stderr) as step:
-        task = continuation.prepare(
-            checkpoint,
-            dtype=dtype,
-            policy=policy,
-            low_memory=low_memory,
-            backend=backend,
-            device=device,
-            prompt=prompt,
-            ids=ids,
-            ids_file=ids_file,
-            chat=chat,
-            step=step,
-        )
+        how = {"dtype": dtype, "policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
+        task = continuation.prepare(checkpoint, tokens, how, chat=chat, step=step)
     shown = None if _to_stdout(json_file) else sys.stdout
     result = task.generate(max_new_tokens, {name: value for name, value in choices.items() if value is not None}, shown)
     _write_json(result, json_file)
@@ -287,21 +290,9 @@ def score(
     from refllm.commands import score as work
 
     with StatusLine(sys.stderr) as step:
-        result = work.score_source(
-            checkpoint,
-            prompt=prompt,
-            ids=ids,
-            ids_file=ids_file,
-            file=file,
-            context=context,
-            stride=stride,
-            dtype=dtype,
-            policy=policy,
-            low_memory=low_memory,
-            backend=backend,
-            device=device,
-            step=step,
-        )
+        tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+        how = {"dtype": dtype, "policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
+        result = work.score_source(checkpoint, tokens, how, file=file, context=context, stride=stride, step=step)
     _console(quiet=_to_stdout(json_file)).print(work.show_score(result))
     _write_json(result.to_dict(), json_file)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm.accuracy.verdicts import SCHEMA, verdict
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
 from refllm.extras import require
@@ -72,17 +73,18 @@ def verify(
             out.print(f"{finding.name}: {finding.problem}", soft_wrap=True, markup=False)
     out.print(show.table_of_verified(results))
     out.print(show.closing_of_verified(results, changed), soft_wrap=True)
-    holds = not changed and not any(result.findings for result in results)
+    found = verdict(changed or any(result.findings for result in results))
     write_json(
         {
-            "verdict": "holds" if holds else "fails",
+            "schema": SCHEMA,
+            "verdict": found,
             "versions": versions,
             "files": [finding.to_dict() for finding in changed],
             "results": [result.to_dict() for result in results],
         },
         json_file,
     )
-    if not holds:
+    if found != "holds":
         raise typer.Exit(FINDING)
 
 

@@ -44,7 +44,7 @@ class Info:
 
     @property
     def parameters(self) -> int:
-        """Of the model that config.json describes, its head included; tied weights count once."""
+        """How many the model has that config.json describes, its head included; tied weights count once."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property

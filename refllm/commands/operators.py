@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm.accuracy.verdicts import worst
 from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
 from refllm.errors import InputError
 from refllm.terminal.status_line import StatusLine
@@ -94,7 +95,7 @@ def check_op(
             step.clear()
             screen.print(report.show_report(reports[-1], with_repro=repro is None))
     write_json(_together([r.to_dict() for r in reports]), json_file)
-    if any(r.verdict != "pass" for r in reports):
+    if any(r.verdict != "holds" for r in reports):
         raise typer.Exit(FINDING)
 
 
@@ -104,6 +105,7 @@ def _program_of(repro: Path | None, dtype: str) -> Path | None:
 
 
 def _together(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first that failed, else that is incomplete, else the first; and all of them if there are several."""
-    shown = max(reports, key=lambda r: ("pass", "incomplete", "fail").index(r["verdict"]))
+    """The first that fails, else that is incomplete, else the first; and all of them if there are several."""
+    verdict = worst(r["verdict"] for r in reports)
+    shown = next(r for r in reports if r["verdict"] == verdict)
     return shown if len(reports) == 1 else {**shown, "reports": reports}

@@ -1,4 +1,4 @@
-"""From every spelling of the rotary settings in a config.json to one flat, checked dict.
+"""Makes every spelling of the rotary settings in a config.json one flat, checked dict.
 
 Sources: `RotaryEmbeddingConfigMixin` in transformers/modeling_rope_utils.py (5.x) for the rule by which the spellings
 are merged; the papers of the types are named in refllm/ops/rope_tables.py.

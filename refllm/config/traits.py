@@ -47,7 +47,7 @@ TRAITS = {
         Traits("arcee", "Arcee", rounds_before_weight=True, gated=False, heads=(*_COMMON, "question_answering")),
     )
 }
-"""By model_type."""
+"""The record of every family, by model_type."""
 
 
 def traits_of(family: Any) -> Traits:

@@ -1,4 +1,4 @@
-"""From the `attention_mask` and `position_ids` of a call to what `ops.attention` is told about who sees whom.
+"""Makes of the `attention_mask` and `position_ids` of a call what `ops.attention` is told about who sees whom.
 
 B batch, S query positions of this call, P tokens cached before it, T = P + S key positions. The rules are those of
 Transformers (masking_utils), except that a boolean 4-D mask means True = attend in every precision (its eager attention

@@ -210,7 +210,7 @@ class EncoderRepetitionPenaltyLogitsProcessor:
 
 
 class RepetitionPenaltyLogitsProcessor:
-    """For each distinct token of the row: s * penalty if s < 0, else s / penalty.
+    """The score s of each distinct token of the row becomes s * penalty if s < 0, else s / penalty.
 
     `prompt_ignore_length`: how many tokens at the start of all rows, or of each row (int [B]), do not count;
     generation leaves out the padding on the left. Source: Keskar et al., "CTRL" (arXiv:1909.05858).
@@ -329,7 +329,7 @@ class PrefixConstrainedLogitsProcessor:
 
 
 class ForcedBOSTokenLogitsProcessor:
-    """While the text is one token long: 0 for `bos_token_id`, -inf for all others."""
+    """The scores are 0 for `bos_token_id` and -inf for all others while the text is one token long."""
 
     def __init__(self, bos_token_id: int) -> None:
         self.bos_token_id = bos_token_id
@@ -361,7 +361,7 @@ class InfNanRemoveLogitsProcessor:
 
 
 class ExponentialDecayLengthPenalty:
-    """After `start` new tokens: s_eos + abs(s_eos) * (factor^n - 1), n = number of new tokens - start.
+    """The score s of end-of-sequence ids becomes s + abs(s) * (factor^n - 1), n = number of new tokens - start > 0.
 
     Infinite and NaN scores of end-of-sequence ids stay as they are.
     """

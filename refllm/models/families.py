@@ -56,7 +56,7 @@ def _named(traits: Traits, head: str) -> type[Model]:
 CLASSES: dict[str, type[Model]] = {
     cls.__name__: cls for cls in (_named(traits, head) for traits in TRAITS.values() for head in traits.heads)
 }
-"""By name."""
+"""Every class of every family, by name."""
 globals().update(CLASSES)
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ import numpy as np
 
 from refllm.accuracy import limits
 from refllm.accuracy.measure import Measure
+from refllm.accuracy.verdicts import verdict
 from refllm.check.adapters.transformers import TransformersCandidate
 from refllm.check.candidates import record
 from refllm.check.inputs import Inputs, stressed
@@ -69,7 +70,7 @@ class Case:
     plain: Outcome
     stressed: Outcome | None = None
     result_holds: bool | None = None
-    """For equivalent mutants: whether the logits are within the predicted error."""
+    """Whether the logits are within the predicted error, for equivalent mutants."""
 
     @property
     def found(self) -> bool:
@@ -320,7 +321,7 @@ class Validation:
         return [case for case in self.cases if not case.equivalent]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Of the runs only the extremes of each operator are kept, and what failed."""
+        """Plain values for JSON. Of the runs only the extremes of each operator are kept, and what failed."""
         from refllm.mutants.validation_page import calibration_rows, closest_rows
 
         return {
@@ -353,9 +354,9 @@ def validate(seeds: int = 2, log: Log = lambda text: None) -> Validation:
     import transformers
 
     from refllm import golden
-    from refllm.check.adapters.transformers import require_transformers
+    from refllm.check.adapters.transformers import quiet_transformers
 
-    require_transformers()
+    quiet_transformers()
     start = time.perf_counter()
     folders = {name: Path(path) for name, path in golden.checkpoints().items()}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as temporary, _threads(1):
@@ -387,7 +388,7 @@ def main() -> int:
     for path, text in _files(arguments, found):
         path.parent.mkdir(parents=True, exist_ok=True)
         output_file.replace(path, text)
-    print("holds" if found.holds else "does not hold")
+    print(verdict(not found.holds))
     return 0 if found.holds else 1
 
 

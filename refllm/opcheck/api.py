@@ -8,6 +8,7 @@ from typing import Any
 
 from refllm.accuracy.expected import find_dtype, find_policy
 from refllm.accuracy.judge import Judgement
+from refllm.accuracy.verdicts import Verdict, verdict
 from refllm.errors import InputError, RefllmError
 from refllm.extras import require
 from refllm.opcheck import candidate as candidates
@@ -24,12 +25,12 @@ from refllm.storage import output_file
 from refllm.strategies.call import Call
 
 SECONDS, SECONDS_TRITON = 25.0, 100.0
-"""For the whole of a search: of plain functions; of Triton kernels, which are interpreted or have to be compiled."""
+"""The time for a whole search: of plain functions; of Triton kernels, which are interpreted or have to be compiled."""
 _FOR_SHRINKING = 0.4
-"""Of the time, what is kept for making a finding small."""
+"""The share of the time that is kept for making a finding small."""
 _HANG_SECONDS, _HANG_RUNS = 0.5, 5.0
-"""While a call that hangs is made smaller, another one counts as hanging after so many seconds, or after so many times
-the longest run that returned, if that is more. The smallest is given more time in the end."""
+"""A smaller call counts as hanging too, while one that hangs is made small, after so many seconds, or after so many
+times the longest run that returned, if that is more. The smallest is given more time in the end."""
 _MARGIN = 0.1
 """Seconds that ending a process takes."""
 _REPEATS = 200
@@ -42,10 +43,10 @@ _EVERY_TIME = ("hangs", "crashes", "result", "purity", "reuse")
 class OpReport:
     """What `check_op` found.
 
-    verdict: "pass", "fail", or "incomplete": nothing was found, but there was no time for all the fixed calls.
+    verdict: "holds", "fails", or "incomplete": nothing was found, but there was no time for all the fixed calls.
     property: the broken one (`examine.PROPERTIES`), "" if none. finding: on the smallest call found; first: as it was
     found. worst: of all examples. examples: calls examined; shrinking: those after the finding. ended: why the search
-    stopped early, "" if it did not. untested: trivial wrong answers that every example would have let pass.
+    stopped early, "" if it did not. untested: trivial wrong answers that would have held on every example.
     guesses: the known bugs that it looks like. repro: a program that shows the failure, "" if nothing failed.
     without: the optional arguments that no call had.
     """
@@ -55,7 +56,7 @@ class OpReport:
     dtype: str
     policy: str
     device: str
-    verdict: str
+    verdict: Verdict
     property: str
     finding: Finding | None
     first: Finding | None
@@ -72,7 +73,7 @@ class OpReport:
     without: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: op, verdict, dtype, policy, examples, worst, counterexample, repro and more."""
+        """Plain values for JSON: schema, op, verdict, dtype, policy, examples, worst, counterexample, repro, ..."""
         from refllm.opcheck.report import report_dict
 
         return report_dict(self)
@@ -160,7 +161,7 @@ def check_op(
         dtype,
         policy,
         device,
-        _verdict(searched, examples),
+        verdict(searched.finding, missing=not (searched.complete and examples)),
         "" if smallest is None else smallest.property,
         smallest,
         first,
@@ -194,7 +195,7 @@ def assert_operator(operator: str, candidate: Any, **options: Any) -> None:
     """
     __tracebackhide__ = True
     report = check_op(operator, candidate, **options)
-    if report.verdict != "pass":
+    if report.verdict != "holds":
         raise AssertionError("\n" + str(report))
 
 
@@ -207,12 +208,6 @@ def _must_be_possible(time_limit: float, seconds: float | None, max_examples: in
         raise InputError(f"seconds={seconds}: expected more than 0")
     if calls is not None and (not calls if isinstance(calls, Sequence) else not max_examples):
         raise InputError("calls: there is no call to examine, so that nothing could be said")
-
-
-def _verdict(searched: search.Searched, examples: int) -> str:
-    if searched.finding is not None:
-        return "fail"
-    return "pass" if searched.complete and examples else "incomplete"
 
 
 def _search(
@@ -306,5 +301,5 @@ def _guesses(examine: Examiner, smallest: Finding, first: Finding, policy: str) 
     try:
         call = ragged(first.call)
         return guess([smallest, first], policy, None if call is None else examine(call, deep=False))
-    except RefllmError:  # the family does not exist in that size
+    except RefllmError:  # the kind does not exist in that size
         return []

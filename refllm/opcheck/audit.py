@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refllm import apart
+from refllm.accuracy.verdicts import SCHEMA, verdict
 from refllm.errors import InputError, RefllmError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Outcome:
     dtypes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written to JSON: all but the program."""
+        """Plain values for JSON: all but the program."""
         return {name: value for name, value in vars(self).items() if name != "repro"}
 
 
@@ -95,7 +96,7 @@ class AuditReport:
 
     @property
     def survivors(self) -> tuple[Outcome, ...]:
-        """Real bugs that the checker let pass."""
+        """The real bugs that the checker did not find."""
         return tuple(o for o in self.bugs if not o.killed)
 
     @property
@@ -119,14 +120,15 @@ class AuditReport:
 
     @property
     def operators(self) -> tuple[str, ...]:
-        """In the order of the outcomes."""
+        """The operators, in the order of the outcomes."""
         return tuple(dict.fromkeys(o.operator for o in self.outcomes))
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written to JSON."""
+        """Plain values for JSON: schema, checker, verdict, figures, and one entry per mutant."""
         return {
+            "schema": SCHEMA,
             "checker": self.checker,
-            "verdict": "holds" if self.holds else "fails",
+            "verdict": verdict(not self.holds),
             "mutants": len(self.bugs),
             "killed": len(self.bugs) - len(self.survivors),
             "kill_rate": self.kill_rate,
@@ -179,8 +181,8 @@ def audit(
     mutants = [m for m in mutants if dtype is None or dtype in m.dtypes]
     checker = _OurCheck(max_examples, seed, known_first) if test is None else _UsersTest(test, time_limit)
     if isinstance(checker, _UsersTest) and operator is not None:
-        for kind in dict.fromkeys(m.form for m in mutants):
-            checker.must_like(operator, kind)
+        for form in dict.fromkeys(m.form for m in mutants):
+            checker.must_like(operator, form)
     outcomes = []
     for done, mutant in enumerate(mutants):
         progress(f"{mutant.operator}: {mutant.name}", done, len(mutants))
@@ -230,7 +232,7 @@ class _OurCheck:
         if not self._known_first or mutant.equivalent:
             return self._searched(mutant, dtype, None)
         known = self._showed.get(mutant.slug, mutant.corner)
-        calls = sorted(corners(mutant.operator, dtype), key=lambda call: call.family != known)
+        calls = sorted(corners(mutant.operator, dtype), key=lambda call: call.kind != known)
         if mutant.slug in self._showed and (broken := _in_one_run(mutant, calls[0])):
             return broken, 1, ""
         found = self._searched(mutant, dtype, calls)
@@ -251,7 +253,7 @@ class _OurCheck:
             bitwise=mutant.form == "triton",
         )
         if report.first is not None:
-            self._showed[mutant.slug] = report.first.call.family
+            self._showed[mutant.slug] = report.first.call.kind
         return report.property, report.examples, report.repro
 
 

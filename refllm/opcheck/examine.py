@@ -147,7 +147,7 @@ class Examiner:
 
 
 class Power:
-    """Which trivial wrong answers the examples so far would have let pass. untested: their names, by output."""
+    """The trivial wrong answers that would have held on every example so far. untested: their names, by output."""
 
     def __init__(self) -> None:
         self._pending: dict[str, set[str]] = {}

@@ -3,7 +3,7 @@
     python -m refllm.opcheck.mutants_page docs/mutants.md      # six minutes on one core
     python -m refllm.opcheck.mutants_page docs/mutants.md --catalogue-only     # keeps what was measured
 
-Exit code 1 if our own check lets a bug pass or rejects what is none.
+Exit code 1 if our own check misses a bug or rejects what is none.
 """
 
 import argparse

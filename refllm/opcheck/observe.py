@@ -64,7 +64,7 @@ class Result:
 
     @staticmethod
     def from_answer(values: dict[str, Any]) -> "Result":
-        """Of another process."""
+        """The result that another process sent."""
         return Result(**values | {"shape": tuple(values["shape"])})
 
 

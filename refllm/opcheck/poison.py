@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 FILLINGS = (float("nan"), 12345.0)
-"""Of the first run and of the second. The second is finite in every format, and an unlikely result."""
+"""What memory holds before the first run, and before the second: that is finite in every format, and unlikely."""
 _INTEGERS = (0x7EED, 3)
 
 

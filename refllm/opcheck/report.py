@@ -8,6 +8,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from refllm.accuracy.judge import Judgement
+from refllm.accuracy.verdicts import SCHEMA
 from refllm.opcheck.api import OpReport
 from refllm.opcheck.tile import begin, tile
 from refllm.ops.contracts import CONTRACTS
@@ -15,7 +16,7 @@ from refllm.strategies.call import Call
 from refllm.terminal.fitted_table import Table
 
 WIDTH = 110
-_STYLE = {"pass": "green", "incomplete": "yellow", "fail": "bold red"}
+_STYLE = {"holds": "green", "incomplete": "yellow", "fails": "bold red"}
 
 
 def show_report(report: OpReport, with_repro: bool = False) -> RenderableType:
@@ -77,8 +78,8 @@ def _lines(report: OpReport) -> list[tuple[str, str]]:
 
 
 def _plainly(call: Call) -> str:
-    """A call without the family that it came from, which a smaller one need not belong to."""
-    return str(call).replace(f" ({call.family})", "", 1)
+    """A call without the kind that it came from, which a smaller one need not belong to."""
+    return str(call).replace(f" ({call.kind})", "", 1)
 
 
 def _places(report: OpReport) -> list[tuple[str, str]]:
@@ -117,6 +118,7 @@ def report_dict(report: OpReport) -> dict[str, Any]:
     """See `OpReport.to_dict`."""
     finding = report.finding
     return {
+        "schema": SCHEMA,
         "op": report.op,
         "verdict": report.verdict,
         "dtype": report.dtype,
@@ -165,7 +167,7 @@ def _call_dict(report: OpReport) -> dict[str, Any]:
     }
     return {
         "call": _plainly(finding.call),
-        "family": first.call.family,
+        "kind": first.call.kind,
         "shapes": shapes,
         "code": finding.call.code(),
         "output": finding.output or None,

@@ -13,7 +13,7 @@ from refllm.opcheck.candidate import Candidate, find
 from refllm.opcheck.observe import Observation, Task, observe
 
 _START_SECONDS = 120.0
-"""For a new interpreter to import Torch and the candidate; and then for a GPU to compile its first kernel."""
+"""The time in which a new interpreter imports Torch and the candidate; and then a GPU's first kernel is compiled."""
 
 
 NEVER = float("inf")

@@ -8,43 +8,15 @@ Shape suffixes name the axes: B batch, S query positions, T key positions, E hid
 heads, K key/value heads, D head_dim, R rotary dims, V vocabulary, L layers, C classes, N rows of any kind.
 """
 
-from refllm.ops.activation import ACTIVATIONS, activation, glu, relu2, swiglu
-from refllm.ops.attention import attention, decode_attention, softmax
-from refllm.ops.linear import add, embedding, linear, merge_heads, split_heads
-from refllm.ops.loss import (
-    IGNORE_INDEX,
-    binary_cross_entropy,
-    cross_entropy,
-    linear_cross_entropy,
-    mean_squared_error,
-)
-from refllm.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from refllm.ops.rope import norm_rope, rms_norm_qkv_rope, rope
+from importlib import import_module
 
-__all__ = [
-    "ACTIVATIONS",
-    "IGNORE_INDEX",
-    "activation",
-    "add",
-    "add_layer_norm",
-    "add_rms_norm",
-    "attention",
-    "binary_cross_entropy",
-    "cross_entropy",
-    "decode_attention",
-    "embedding",
-    "glu",
-    "layer_norm",
-    "linear",
-    "linear_cross_entropy",
-    "mean_squared_error",
-    "merge_heads",
-    "norm_rope",
-    "relu2",
-    "rms_norm",
-    "rms_norm_qkv_rope",
-    "rope",
-    "softmax",
-    "split_heads",
-    "swiglu",
-]
+# Each file says what it exports, so that a new definition is named once.
+from refllm.ops.activation import *  # noqa: F403
+from refllm.ops.attention import *  # noqa: F403
+from refllm.ops.linear import *  # noqa: F403
+from refllm.ops.loss import *  # noqa: F403
+from refllm.ops.norm import *  # noqa: F403
+from refllm.ops.rope import *  # noqa: F403
+
+_FILES = ("activation", "attention", "linear", "loss", "norm", "rope")
+__all__ = sorted(name for file in _FILES for name in import_module(f"{__name__}.{file}").__all__)

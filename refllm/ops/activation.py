@@ -8,6 +8,8 @@ import numpy as np
 from refllm.errors import InputError
 from refllm.precision import EXACT, Arithmetic
 
+__all__ = ["ACTIVATIONS", "activation", "glu", "relu2", "swiglu"]
+
 _erf = np.vectorize(math.erf, otypes=[np.float64])  # NumPy has no erf; exact beats fast here
 
 

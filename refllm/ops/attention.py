@@ -8,6 +8,8 @@ from refllm.errors import InputError
 from refllm.parallel import for_each, threads
 from refllm.precision import EXACT, Arithmetic, largest
 
+__all__ = ["attention", "decode_attention", "softmax"]
+
 _SCORES_PER_BLOCK = 1 << 18
 """Scores held at once, 1 MiB of float32: what a core's L2 cache keeps between the passes of a softmax."""
 _QUERIES_PER_BLOCK = 128

@@ -4,6 +4,8 @@ import numpy as np
 
 from refllm.precision import EXACT, Arithmetic
 
+__all__ = ["add", "embedding", "linear", "merge_heads", "split_heads"]
+
 
 def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, *, ar: Arithmetic = EXACT) -> np.ndarray:
     """y = x W^T + b: [..., I] -> [..., O] with weight [O, I] and bias [O].

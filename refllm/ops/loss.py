@@ -6,6 +6,8 @@ from refllm.errors import InputError
 from refllm.ops.linear import linear
 from refllm.precision import EXACT, Arithmetic
 
+__all__ = ["IGNORE_INDEX", "binary_cross_entropy", "cross_entropy", "linear_cross_entropy", "mean_squared_error"]
+
 IGNORE_INDEX = -100
 """A label of this value is not counted (the convention of torch.nn.functional.cross_entropy)."""
 

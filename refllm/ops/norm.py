@@ -4,6 +4,8 @@ import numpy as np
 
 from refllm.precision import EXACT, Arithmetic
 
+__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
+
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, *, ar: Arithmetic = EXACT) -> np.ndarray:
     """y = w * x / sqrt(mean(x^2) + eps) over the last axis: [..., E] -> [..., E], weight [E].

@@ -7,6 +7,8 @@ from refllm.ops.linear import linear, split_heads
 from refllm.ops.norm import layer_norm, rms_norm
 from refllm.precision import EXACT, Arithmetic
 
+__all__ = ["norm_rope", "rms_norm_qkv_rope", "rope"]
+
 
 def rope(
     q_BHSD: np.ndarray,

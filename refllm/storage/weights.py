@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to the arrays that a model page reads.
+"""Makes of the tensors of a checkpoint the arrays that a model page reads.
 
     weights = load_weights(checkpoint, expected, round=...)
     weights["embed_tokens.weight"]                    float32, or float64 in exact mode
@@ -101,7 +101,7 @@ class Weights(Mapping[str, NDArray[Any]]):
         return MappingProxyType({short: self._kept[name] for short, name in names.items()})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For copies and pickles, which cannot take views of dicts. What is kept per layer is made again."""
+        """Copies and pickles cannot take views of dicts. What is kept per layer is made again."""
         parts = (dict(self.shapes), self._kept, self._source, dict(self.tied), self.report)
         return _weights_of_parts, parts
 

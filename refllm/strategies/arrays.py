@@ -15,7 +15,7 @@ from refllm.errors import InputError
 from refllm.precision import rounding
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-FAMILIES = ("normal", "uniform", "zeros", "ones", "ramp", "index", "eighths", "integers", "cos", "sin")
+VALUES = ("normal", "uniform", "zeros", "ones", "ramp", "index", "eighths", "integers", "cos", "sin")
 """What an `Array`'s values may be; its docstring says what each is."""
 LAYOUTS = ("dense", "wider", "shifted", "gaps", "step", "transposed", "heads", "expanded", "far")
 """How its elements may lie in memory; its docstring says what each is."""
@@ -24,7 +24,7 @@ Index = tuple[Any, ...]
 """Where a value is planted: per axis an integer, or (start, stop) or (start, stop, step) with None as in a slice; axes
 that are not named are taken whole."""
 FIRST_DIM: Index = ((None, None), (None, None), (None, None), 0)
-"""Of an array [B, heads, positions, D]: dim 0 of all heads and positions."""
+"""The index in an array [B, heads, positions, D] of dim 0 of all heads and positions."""
 
 _PADDING = {"int64": -(2**40), "bool": True}
 _FAR = 2**30
@@ -59,7 +59,7 @@ class Array:
     layout: str = "dense"
 
     def __post_init__(self) -> None:
-        if self.values not in FAMILIES or self.layout not in LAYOUTS or self.dtype not in (*FLOATS, *_PADDING):
+        if self.values not in VALUES or self.layout not in LAYOUTS or self.dtype not in (*FLOATS, *_PADDING):
             raise InputError(
                 f"Array: values={self.values!r}, layout={self.layout!r} or dtype={self.dtype!r} is unknown"
             )

@@ -1,6 +1,6 @@
 """A short fixed list of calls per operator, cheapest first: together they kill most known bugs.
 
-Each names in its family what it is for. Sizes are the smallest at which a bug shows: one row more than a block has, one
+Each names in its kind what it is for. Sizes are the smallest at which a bug shows: one row more than a block has, one
 key more than a tile, three batch rows with different data.
 """
 
@@ -12,7 +12,7 @@ from refllm.strategies.call import Call
 
 _Listed = Callable[[str, str, str], Iterator[Call]]
 CORNERS: dict[str, _Listed] = {**corners_rows.CORNERS, **corners_heads.CORNERS}
-"""Per operator the function (operator, dtype, policy) -> its calls."""
+"""The function (operator, dtype, policy) -> calls of every operator."""
 
 
 def corners(operator: str, dtype: str = "bfloat16", policy: str = "fused") -> list[Call]:

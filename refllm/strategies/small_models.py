@@ -84,4 +84,4 @@ EVERY_FLAG: dict[str, tuple[dict[str, Any], ...]] = {
         {"use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True},
     ),
 }
-"""Per family the flags that add tensors or change the layer, all on; StableLM's two kinds of layer."""
+"""The flags of each family that add tensors or change the layer, all on; StableLM's two kinds of layer."""

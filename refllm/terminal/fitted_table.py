@@ -36,7 +36,7 @@ class Table(RichTable):
             yield from self._with(part, widths, gap, number == 0).plainly(console, options)
 
     def plainly(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As Rich shows it."""
+        """What Rich itself would show."""
         return super().__rich_console__(console, options)
 
     def _widths(self, column: Column, console: Console, options: ConsoleOptions) -> tuple[int, int, int]:

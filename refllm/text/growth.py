@@ -44,12 +44,12 @@ def refuse_file(content: bytes) -> None:
 
 
 def of_text(backend: tokenizers.Tokenizer) -> float:
-    """By how much encoding can lengthen a text, at most."""
+    """The factor by which encoding can lengthen a text, at most."""
     return _growth(backend.normalizer) * _growth(backend.pre_tokenizer) * _growth(backend.post_processor)
 
 
 def of_ids(backend: tokenizers.Tokenizer) -> float:
-    """By how much decoding can lengthen the strings of the tokens, at most."""
+    """The factor by which decoding can lengthen the strings of the tokens, at most."""
     return _growth(backend.decoder)
 
 

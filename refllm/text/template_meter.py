@@ -70,7 +70,7 @@ def _charged(value: Any) -> Any:
 
 
 def _charged_copy(value: Any) -> Any:
-    """For a result that refers to what was there before: only its own items cost anything."""
+    """Charges for a result that refers to what was there before: only its own items cost anything."""
     charge(len(value) if hasattr(value, "__len__") else 1)
     return value
 

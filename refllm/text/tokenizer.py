@@ -41,7 +41,7 @@ NO_LENGTH_LIMIT = int(1e30)
 
 _LONGEST_REAL_LIMIT = int(1e20)
 _LARGEST_FILE, _MOST_VALUES = 1 << 27, 1 << 23
-"""Of a tokenizer.json: four times what the vocabularies of a quarter of a million tokens need."""
+"""The limits of a tokenizer.json: four times what the vocabularies of a quarter of a million tokens need."""
 _OTHER_FORMATS = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.json")
 
 Text = str | Sequence[str]

@@ -17,7 +17,6 @@ import torch
 from refllm import kernels
 from refllm.bench import (
     ceilings,
-    eager,
     gpu,
     gpu_benchmarks,
     growth,
@@ -115,7 +114,7 @@ def test_flops_of_products_are_those_that_run(operator: str) -> None:
     (job,) = jobs(operator)
     arguments, keywords = job.draw(0)
     with counted_products() as flops:
-        eager.FUNCTIONS[operator](*arguments, **keywords)
+        kernels.plain.EAGER[operator](*arguments, **keywords)
     beside = {"rms_norm_qkv_rope": 5 * arguments[0].numel(), "linear_cross_entropy": 8 * 12 * REDUCED[1].V}
     assert traffic(operator, arguments, keywords).flops == sum(flops) + beside[operator]
 
@@ -370,7 +369,7 @@ def test_a_witness_without_memory_is_said_and_not_a_finding(monkeypatch: pytest.
     def full(x: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setitem(eager.FUNCTIONS, "relu2", full)
+    monkeypatch.setitem(kernels.plain.EAGER, "relu2", full)
     (job,) = jobs("relu2")
     (row,) = measure(job, [_plain("relu2")], Bench(CpuClock(4096), CEILINGS, 0.001))
     assert row.time is not None
@@ -565,7 +564,7 @@ def test_commands_run_end_to_end(
 
 @pytest.mark.parametrize("operator", kernels.OPERATORS)
 def test_every_call_can_be_planned_without_memory(operator: str) -> None:
-    from refllm.bench.launches import launches
+    from refllm.bench.layers import launches
     from refllm.kernels.targets import TARGETS
 
     size = (3, 1) if operator == "decode_attention" else (2, 6)
@@ -662,7 +661,7 @@ def test_calls_that_a_target_names_come_first_and_compiling_is_rare(monkeypatch:
 # -- make gpu ----------------------------------------------------------------------------------------------------------
 
 
-def test_make_gpu_runs_benchmarks_in_processes_and_keeps_their_files(tmp_path: Path) -> None:
+def test_make_gpu_runs_benchmarks_in_processes_and_keeps_their_files(warm_python: None, tmp_path: Path) -> None:
     small = {"seconds": 0.001, "scale": 0.001, "cache_bytes": 4096, "peers": ["plain"], "layers": ["reduced"]}
     passes = [{**small, "sizes": [[1, 4]], "operators": [name]} for name in ("relu2", "swiglu")]
     (row,) = gpu_benchmarks.run_benchmarks(
@@ -691,7 +690,7 @@ def test_make_gpu_says_what_did_not_run(tmp_path: Path, monkeypatch: pytest.Monk
         def wait(self) -> Any:
             return self
 
-    monkeypatch.setattr(gpu_benchmarks, "LimitedProcess", Ended)
+    monkeypatch.setattr(gpu_benchmarks, "Batch", Ended)
     (row,) = gpu_benchmarks.run_benchmarks(("decode",), "cpu", "x", tmp_path, 100, lambda text: None)
     assert row["problem"] == "ended with 139: Segmentation fault"
 
@@ -741,7 +740,7 @@ def test_the_process_that_compiles_ahead_times_nothing(tmp_path: Path, capsys: p
     assert capsys.readouterr().out == "attention: 1 calls compiled\n"
     started: list[list[str]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_benchmarks, "LimitedProcess", lambda arguments, seconds: started.append(arguments))
+        patch.setattr(gpu_benchmarks, "Batch", lambda arguments, seconds: started.append(arguments))
         gpu_benchmarks.start_compilers(("kernels", "decode"), "cuda", 1.0)
         gpu_benchmarks.start_compilers(("kernels",), "cpu", 1.0)
     parts = [arguments[-1] for arguments in started]

@@ -270,8 +270,8 @@ def test_batch_rows_are_named() -> None:
 
 def test_untested_values_are_named_with_what_would_pass() -> None:
     text = printed(show_report(untested()))
-    assert untested().verdict == "untested"
-    assert "k_proj of layer 0 (zeros, times 1.01 would pass)" in text
+    assert untested().verdict == "incomplete"
+    assert "k_proj of layer 0 (zeros, times 1.01 would hold)" in text
 
 
 def test_flips_that_rounding_does_not_explain_are_listed() -> None:
@@ -281,7 +281,7 @@ def test_flips_that_rounding_does_not_explain_are_listed() -> None:
 
 
 def test_closing_line_counts_the_verdicts() -> None:
-    assert "6 checked: 2 holds, 3 fails, 1 untested" in printed(closing_line(all_reports()))
+    assert "6 checked: 2 holds, 3 fails, 1 incomplete" in printed(closing_line(all_reports()))
 
 
 def test_attribution_is_complete() -> None:

@@ -9,14 +9,18 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import certain_assertions
 import check_types
 import pytest
 
+from refllm.accuracy import verdicts
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "triton", "hypothesis", "tokenizers", "typer", "rich", "jinja2")
 CODE = sorted(path for folder in ("refllm", "kernels", "golden", "tests") for path in (ROOT / folder).rglob("*.py"))
+PRODUCT = [path for path in CODE if not path.is_relative_to(ROOT / "tests")]
 PROSE = [*sorted(ROOT.glob("*.md")), ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
 
 
@@ -104,17 +108,18 @@ def test_torch_runs_one_thread_in_tests() -> None:
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize("path", [*CODE, *PROSE], ids=lambda path: str(path.relative_to(ROOT)))
-def test_named_documents_exist_and_no_path_of_one_machine(path: Path) -> None:
+def test_named_documents_exist_and_no_path_of_one_machine() -> None:
     """A reader who has only this repository can follow every reference."""
-    text = path.read_text()
-    for name in re.findall(r"[\w./-]*\w\.md\b", text):
-        assert (ROOT / name).exists() or (path.parent / name).exists(), f"{path.name} names {name}, which is not here"
-    # An absolute path outside a URL.
-    found = re.findall(r"(?<![\w.:/}])/(?:" + "home|root|work|mnt|Users" + r")/\S*", text)
-    assert not found, f"{path.name} names {found}"
-    unfinished = re.findall(r"\b(?:TO" + "DO|FIX" + r"ME|XX" + r"X)\b", text)
-    assert not unfinished, f"{path.name} holds {unfinished}"
+    found = []
+    for path in [*CODE, *PROSE]:
+        text = path.read_text()
+        named = re.findall(r"[\w./-]*\w\.md\b", text)
+        wrong = [name for name in named if not (ROOT / name).exists() and not (path.parent / name).exists()]
+        # An absolute path outside a URL.
+        wrong += re.findall(r"(?<![\w.:/}])/(?:" + "home|root|work|mnt|Users" + r")/\S*", text)
+        wrong += re.findall(r"\b(?:TO" + "DO|FIX" + r"ME|XX" + r"X)\b", text)  # what is unfinished
+        found += [f"{path.relative_to(ROOT)} holds {text!r}" for text in wrong]
+    assert found == []
 
 
 REFUSED_IS_RIGHT_TOO = {
@@ -182,6 +187,49 @@ def test_public_names_have_docstrings() -> None:
             bare = [n.name for n in named if not ast.get_docstring(n)] + ([] if ast.get_docstring(tree) else ["module"])
             missing += [f"{path.relative_to(ROOT)}: {name}" for name in bare]
     assert not missing, "\n".join(missing)
+
+
+TESTS_SAY = {"refllm/bench/gpu.py": {"failed"}, "refllm/bench/pytest_rows.py": {"passed", "failed"}}
+"""The files that speak of pytest's own outcomes, and in which words."""
+
+
+def test_verdicts_have_one_vocabulary() -> None:
+    """A report holds, fails or is incomplete, by `refllm.accuracy.verdicts`; no file gives a verdict in words of its
+    own, and none asks for one that there is not."""
+    words = {*get_args(verdicts.Verdict), *get_args(verdicts.ValueVerdict)}
+    found, asked = [], set()
+    for path in PRODUCT:
+        file = str(path.relative_to(ROOT))
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Constant) and node.value in {"pass", "fail", "passed", "failed"}:
+                found += [f"{file}:{node.lineno}: {node.value}"] if node.value not in TESTS_SAY.get(file, ()) else []
+            if isinstance(node, ast.Dict):
+                given = [v for k, v in zip(node.keys, node.values, strict=True) if k and ast.unparse(k) == "'verdict'"]
+                # "" is of a file that says how far the work is while it goes on.
+                found += [
+                    f"{file}:{v.lineno}: {ast.unparse(v)}" for v in given if isinstance(v, ast.Constant) and v.value
+                ]
+            if isinstance(node, ast.Compare) and re.search(r"\bverdict\b'?\]?$", ast.unparse(node.left)):
+                constants = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+                asked |= {value for value in constants if isinstance(value, str) and value != "verdict"}
+    assert not found, "\n".join(found)
+    assert {"holds", "fails"} <= asked <= words
+    reports = [json.loads(file.read_text()) for file in (ROOT / "docs").rglob("*.json")]
+    assert {report["verdict"] for report in reports if "verdict" in report} <= {*get_args(verdicts.Verdict)}
+
+
+BARE = "Of|As|By|In|With|Without|For|To|At|On|From|Per|After|Before|Like|While|Under|Beside|Between|Among|Until"
+
+
+def test_docstrings_begin_with_what_they_are_about() -> None:
+    """Not with "Of the rows" or "As typed", of which a reader has to guess the subject."""
+    found = []
+    for path in PRODUCT:
+        for node in ast.walk(parsed(path)):
+            text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
+            if isinstance(text, str) and re.match(rf"\s*(?:{BARE})\b", text):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text.splitlines()[0]}")
+    assert not found, "\n".join(found)
 
 
 def test_licence_is_the_full_text_of_apache_2() -> None:

@@ -17,11 +17,11 @@ FORMS = {"plain": plain, "triton": kernels}
 SIZES = {"B": 2, "S": 3, "T": 9, "N": 9, "H": 4, "K": 2, "D": 8, "R": 8, "E": 8, "F": 8, "V": 6}
 
 
-def arguments_of(operator: str) -> dict[str, Any]:
+def arguments_of(operator: str, dtype: torch.dtype = F32) -> dict[str, Any]:
     """Of a small call that is right, by name: a value for every tensor, key mask included."""
     known = contract_of(operator)
     given = {"key_mask": torch.ones(2, 9, dtype=torch.bool)} if "key_mask" in known.arguments else {}
-    arguments, keywords = call(operator, SIZES, Source(F32, "cpu", seed=0), **given)
+    arguments, keywords = call(operator, SIZES, Source(dtype, "cpu", seed=0), **given)
     return dict(zip(known.parameters, arguments, strict=False)) | keywords
 
 
@@ -51,6 +51,20 @@ def test_every_tensor_is_asked_for_its_device_its_dtype_and_its_shape(operator: 
                 continue  # rows of any number of axes; and alone there is nothing that it would have to fit
             with pytest.raises(InputError, match=rf"^{operator}: "):
                 run("plain", operator, named | {name: change(named[name])})
+
+
+@pytest.mark.parametrize("operator", kernels.OPERATORS)
+def test_float32_beside_narrower_arguments_is_taken_where_the_record_says_so(operator: str) -> None:
+    named, known = arguments_of(operator, BF16), contract_of(operator)
+    narrow = [name for name, x in named.items() if isinstance(x, torch.Tensor) and x.dtype == BF16]
+    for name in narrow:
+        together = [other for other in narrow if other in ("cos", "sin")] if name in ("cos", "sin") else [name]
+        wide = named | {other: named[other].float() for other in together}
+        if name in known.or_float32 or len(narrow) == 1:
+            run("plain", operator, wide)
+        else:
+            with pytest.raises(InputError, match=rf"^{operator}: "):
+                run("plain", operator, wide)
 
 
 class Made(tuple[int, ...]):
@@ -108,7 +122,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("rms_norm_qkv_rope", {"w_qkv": z(63, 8)}, "num_heads=4 and num_kv_heads=2"),
     ("rms_norm_qkv_rope", {"w_qkv": z(24, 8), "b_qkv": None}, "an even head_dim, found 24 / 8 = 3"),
     ("rms_norm_qkv_rope", {"b_qkv": z(63)}, "b_qkv is [63]"),
-    ("rms_norm_qkv_rope", {"cos": z(3, 5), "sin": z(3, 5)}, "at most head_dim / 2 = 4 angles"),
+    ("rms_norm_qkv_rope", {"cos": z(3, 5), "sin": z(3, 5)}, "R <= D = 8: each angle once"),
     ("rms_norm_qkv_rope", {"cos": z(2, 4)}, "cos is [2, 4]"),
     ("rms_norm_qkv_rope", {"sin": z(3, 3)}, "sin is [3, 3]"),
     ("rms_norm_qkv_rope", {"num_heads": 0}, "each at least 1"),
@@ -132,7 +146,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("decode_attention", {"q": z(2, 4, 9, 8)}, "1 to 8 queries"),
     ("decode_attention", {"q": z(2, 4, 0, 8)}, "1 to 8 queries"),
     ("decode_attention", {"q": z(2, 3, 1, 8)}, "divides the 3 query heads"),
-    ("decode_attention", {"k_cache": z(2, 2, 8, 8)}, "is [2, 2, 9, 8] torch.float32 on cpu; expected [2, 2, 8, 8]"),
+    (
+        "decode_attention",
+        {"k_cache": z(2, 2, 8, 8)},
+        "v_cache is [2, 2, 9, 8] torch.float32 on cpu; expected [2, 2, 8, 8]",
+    ),
     ("decode_attention", {"lengths": z(3)}, "lengths is [3] torch.int64 on cpu; expected [2]"),
     ("decode_attention", {"lengths": F32}, "int32 or torch.int64"),
     ("decode_attention", {"v_cache": F16}, "torch.float16 on cpu; expected [2, 2, 9, 8] torch.float32"),

@@ -130,7 +130,7 @@ def test_check_aot_of_one_kernel_for_one_target(refllm: Run, tmp_path: Path) -> 
     code, out, _ = refllm("check-aot", "--kernel", name, "--target", "sm_90", "--json", tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
     assert code == 0, out
-    assert set(result) == {"verdict", "triton", "compiled", "seconds", "configurations"}
+    assert set(result) == {"schema", "verdict", "triton", "compiled", "seconds", "configurations"}
     (row,) = result["configurations"]
     assert set(row) == {
         *("module", "kernel", "configuration", "target", "num_warps", "num_stages", "report", "findings")
@@ -162,7 +162,7 @@ def test_a_file_that_carries_its_configurations(refllm: Run, carried: Path) -> N
     code, out, _ = refllm("check-aot", carried, "--target", "sm_90", "--json", "-")
     result = json.loads(out)
     assert code == 1
-    assert result["verdict"] == "finding"
+    assert (result["schema"], result["verdict"]) == (2, "fails")
     found = {row["configuration"]: [each["gate"] for each in row["findings"]] for row in result["configurations"]}
     assert found == {"scale 1024": [], "scale 4096": [], "narrow": ["wide loads"]}
     (finding,) = result["configurations"][2]["findings"]

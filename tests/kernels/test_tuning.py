@@ -26,9 +26,10 @@ from refllm.kernels.targets import TARGETS
 from refllm.kernels.triton import KERNELS
 from refllm.kernels.tuning import table
 from refllm.kernels.tuning.table import AHEAD_OF_TIME, ANY, BY_HAND, MEASURED, Entry
-from refllm.kernels.tuning.tunables import TUNABLES, Tunable, everything, meta_call
+from refllm.kernels.tuning.tunables import Tunable, everything, meta_call, tunables
 
 SM_90 = TARGETS["sm_90"]
+TUNABLES = tunables()
 BF16, F32 = torch.bfloat16, torch.float32
 
 
@@ -357,7 +358,7 @@ def without_it(file: Path, kernel: str) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--kernel", "sort"), "--kernel 'sort' is no kernel; use one of attention, decode_attention"),
+        (("--kernel", "sort"), "--kernel 'sort' is no kernel; use one of rms_norm, layer_norm"),
         (("--target", "sm_70"), "target 'sm_70' is not known; use one of sm_80, sm_90, sm_100, gfx942"),
         (("--kernel", "rope", "--shape", "zzz"), "--shape 'zzz' names no class; there are 'R = D', 'R < D'"),
         (("--device", "cpu"), "--device cpu: tiles are timed on a GPU; use cuda, or leave it out to compile"),

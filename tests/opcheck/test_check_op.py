@@ -83,7 +83,7 @@ def test_wrong_values_are_found_small_and_shown_and_the_nearest_known_bug_is_nam
 
 def test_a_rounding_too_many_which_is_wrong_under_fused_is_right_under_hf_eager() -> None:
     eager = check_op("rms_norm", candidates.rounded_before_weight, policy="hf-eager", max_examples=20, isolate=False)
-    assert eager.verdict == "pass", str(eager)
+    assert eager.verdict == "holds", str(eager)
 
 
 # -- bad behaviour -----------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_misbehaviour_is_a_finding_with_a_name(case: Any) -> None:
     function, property, text, smallest = case
     start = time.monotonic()
     report = check_op("rms_norm", function, time_limit=0.5)
-    assert (report.verdict, report.property) == ("fail", property), str(report)
+    assert (report.verdict, report.property) == ("fails", property), str(report)
     assert text in report.finding.text
     found = shapes(report)
     assert {name: found[name] for name in smallest} == smallest
@@ -172,7 +172,7 @@ def test_what_a_masked_value_holds_must_not_move_a_bit() -> None:
 
 def test_bits_of_a_row_alone_count_only_if_asked() -> None:
     given = {"dtype": "float32", "max_examples": 0, "isolate": False}
-    assert check_op("rms_norm", candidates.other_bits_alone, **given).verdict == "pass"
+    assert check_op("rms_norm", candidates.other_bits_alone, **given).verdict == "holds"
     report = check_op("rms_norm", candidates.other_bits_alone, bitwise=True, **given)
     assert report.property == "invariance"
     assert "other bits" in report.finding.text
@@ -191,7 +191,7 @@ def test_the_search_survives_a_crash_and_what_is_printed() -> None:
     out = io.StringIO()
     with redirect_stdout(out):
         report = check_op("rms_norm", loud, calls=calls)
-    assert (report.verdict, report.examples, printed, out.getvalue()) == ("pass", 2, [], "")
+    assert (report.verdict, report.examples, printed, out.getvalue()) == ("holds", 2, [], "")
 
 
 # -- right functions ---------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_the_search_survives_a_crash_and_what_is_printed() -> None:
 @pytest.mark.parametrize(("dtype", "policy"), [("bfloat16", "fused"), ("float32", "hf-eager")])
 def test_plain_forms_pass_and_the_check_could_have_failed(operator: str, dtype: str, policy: str) -> None:
     report = check_op(operator, getattr(plain, operator), dtype=dtype, policy=policy, max_examples=6, isolate=False)
-    assert report.verdict == "pass", str(report)
+    assert report.verdict == "holds", str(report)
     assert report.untested == ()
     assert report.worst.ratio <= report.worst.limit
 
@@ -209,7 +209,7 @@ def test_plain_forms_pass_and_the_check_could_have_failed(operator: str, dtype: 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numpy_functions(dtype: str) -> None:
     given = {"arrays": "numpy", "dtype": dtype, "max_examples": 10}
-    assert check_op("rms_norm", candidates.numpy_right, **given).verdict == "pass"
+    assert check_op("rms_norm", candidates.numpy_right, **given).verdict == "holds"
     unwritten = check_op("rms_norm", candidates.numpy_unwritten, **given)
     assert unwritten.property == "unwritten"
     assert shapes(unwritten)["x"] == (1, 6)
@@ -246,13 +246,13 @@ def test_the_same_seed_draws_the_same_calls() -> None:
 def test_a_check_that_cannot_fail_says_so() -> None:
     zeros = [Call("rms_norm", "bfloat16", (Array((2, 8), "bfloat16", "zeros"), Array((8,), "bfloat16"), 1e-5))]
     report = check_op("rms_norm", candidates.right, calls=zeros, isolate=False)
-    assert report.verdict == "pass"
+    assert report.verdict == "holds"
     assert "times 1.01 of y" in report.untested
     assert "untested" in str(report)
     # Squares of 2^-132, four units of the smallest number: 1 % more is rounded away.
     tiny = [Call("relu2", "bfloat16", (Array((2, 8), "bfloat16", "ones", scale=2.0**-66),))]
     report = check_op("relu2", plain.relu2, calls=tiny, isolate=False)
-    assert report.verdict == "pass"
+    assert report.verdict == "holds"
     assert "times 1.01 of y" in report.untested
 
 
@@ -261,19 +261,19 @@ def test_what_float32_loses_inside_is_no_finding() -> None:
     x = Array((2, 584), "float32", planted=(((0, 0), 1e4),), layout="transposed")
     swallowed = Call("rms_norm", "float32", (x, Array((584,), "float32", seed=1), 1e-6))
     given = {"arrays": "numpy", "dtype": "float32", "calls": [swallowed], "isolate": False}
-    assert check_op("rms_norm", candidates.numpy_right, **given).verdict == "pass"
+    assert check_op("rms_norm", candidates.numpy_right, **given).verdict == "holds"
 
     def one_pass_apart(x: Any, weight: Any, bias: Any, eps: float) -> Any:
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     x = Array((64, 500), "bfloat16", mean=1000.0, scale=30.0)
     far = Call("layer_norm", "bfloat16", (x, Array((500,), "bfloat16", seed=1), None, 1e-5))
-    assert check_op("layer_norm", one_pass_apart, calls=[far], isolate=False).verdict == "pass"
+    assert check_op("layer_norm", one_pass_apart, calls=[far], isolate=False).verdict == "holds"
 
 
 def test_assert_operator_raises_the_report() -> None:
     assert_operator("rms_norm", candidates.right, max_examples=5, isolate=False)
-    with pytest.raises(AssertionError, match=r"(?s)rms_norm .*fail, value.*smallest call.*import torch"):
+    with pytest.raises(AssertionError, match=r"(?s)rms_norm .*fails, value.*smallest call.*import torch"):
         assert_operator("rms_norm", candidates.tail, isolate=False, shrink=False)
 
 
@@ -306,7 +306,7 @@ def test_calls_that_were_not_looked_at_do_not_pass() -> None:
     )
 
 
-LATE = Call("rms_norm", "bfloat16", (Array((2, 1025), "bfloat16"), Array((1025,), "bfloat16"), 1e-5), family="late")
+LATE = Call("rms_norm", "bfloat16", (Array((2, 1025), "bfloat16"), Array((1025,), "bfloat16"), 1e-5), kind="late")
 
 
 def test_a_run_in_flight_is_cut_off_when_all_time_is_up_and_that_is_no_pass() -> None:
@@ -327,7 +327,9 @@ def test_a_hang_that_is_found_late_is_made_small_in_the_time_that_is_left() -> N
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_json_exit_codes_and_the_reproduction_as_a_program(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+def test_json_exit_codes_and_the_reproduction_as_a_program(
+    warm_python: None, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
     program, written = tmp_path / "repro.py", tmp_path / "result.json"
     candidate = f"{HERE / 'opcheck_candidates.py'}:tail"
     words = ["rms_norm", "--candidate", candidate, "--dtype", "float32", "--dtype", "bfloat16"]
@@ -335,8 +337,8 @@ def test_json_exit_codes_and_the_reproduction_as_a_program(monkeypatch: Any, cap
     said = capsys.readouterr().out
     assert "column 256 (of 257) of row 0" in said
     result = json.loads(written.read_text())
-    assert {"op", "verdict", "dtype", "policy", "examples", "worst", "counterexample", "repro"} <= set(result)
-    assert (result["op"], result["verdict"], result["policy"]) == ("rms_norm", "fail", "fused")
+    assert {"schema", "op", "verdict", "dtype", "policy", "examples", "worst", "counterexample", "repro"} <= set(result)
+    assert (result["schema"], result["op"], result["verdict"], result["policy"]) == (2, "rms_norm", "fails", "fused")
     assert result["counterexample"]["shapes"] == {"x": [1, 257], "weight": [257]}
     assert result["counterexample"]["begins"] == [0, 256]
     assert result["worst"]["ratio"] > 2
@@ -350,7 +352,7 @@ def test_json_exit_codes_and_the_reproduction_as_a_program(monkeypatch: Any, cap
     assert "refllm" not in "".join(line for line in program.read_text().splitlines() if "import" in line)
     words = ["rms_norm", "--candidate", candidate.replace("tail", "right"), "--max-examples", "3", "--json", "-"]
     assert command(monkeypatch, *words) == 0
-    assert json.loads(capsys.readouterr().out)["verdict"] == "pass"
+    assert json.loads(capsys.readouterr().out)["verdict"] == "holds"
 
 
 def test_an_incomplete_search_is_told_by_the_exit_code_and_the_json(monkeypatch: Any, capsys: Any) -> None:
@@ -434,7 +436,7 @@ def test_modules_that_cannot_be_imported(tmp_path: Path) -> None:
 
 def test_triton_kernels_are_interpreted_and_what_the_interpreter_finds_has_a_name() -> None:
     kernels = pytest.importorskip("opcheck_triton", reason="triton is not installed")
-    assert check_op("rms_norm", kernels.right, max_examples=2, isolate=False).verdict == "pass"
+    assert check_op("rms_norm", kernels.right, max_examples=2, isolate=False).verdict == "holds"
     found = {
         kernels.first_tile: ("unwritten", (1, 257)),
         kernels.beyond: ("bounds", (1, 3)),

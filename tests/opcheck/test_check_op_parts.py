@@ -36,7 +36,6 @@ from refllm.opcheck.repro.unread import filled_memory, unread_changed  # noqa: E
 from refllm.opcheck.shrink import axis_lengths, resized, shrink  # noqa: E402
 from refllm.opcheck.tile import begin, tile  # noqa: E402
 from refllm.ops.contracts import CONTRACTS, contract_of  # noqa: E402
-from refllm.ops.programs import PROGRAMS  # noqa: E402
 from refllm.precision import FUSED, rounding  # noqa: E402
 from refllm.strategies import Array, Call, corners  # noqa: E402
 
@@ -233,11 +232,11 @@ def test_the_sigma_that_is_told_is_the_one_judged_by() -> None:
 @pytest.mark.parametrize("operator", CONTRACTS)
 def test_formulas_of_reproductions_are_the_definitions(operator: str) -> None:
     space: dict[str, Any] = {"np": np}
-    exec(PROGRAMS[operator], space)
+    exec(contract_of(operator).program, space)
     compared = 0
     for call in corners(operator, "float32"):
         arguments, keywords = call.arrays()
-        if any(x.size > 20_000 for x in arguments if isinstance(x, np.ndarray)) or "offsets" in call.family:
+        if any(x.size > 20_000 for x in arguments if isinstance(x, np.ndarray)) or "offsets" in call.kind:
             continue
         arguments = [
             x.astype(np.float64) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x for x in arguments

@@ -110,7 +110,7 @@ REUSES = [
 def test_a_result_that_a_later_call_overwrites_is_a_finding(case: Any) -> None:
     operator, function, arrays = case
     report = check_op(operator, function, dtype="float32", arrays=arrays, max_examples=0, isolate=False)
-    assert (report.verdict, report.property) == ("fail", "reuse"), str(report)
+    assert (report.verdict, report.property) == ("fails", "reuse"), str(report)
     assert "a later call overwrites what an earlier one returned" in report.finding.text
     assert report.finding.output == ("residual + x" if function is candidates.static_residual else "y")
     assert "results that a later call overwrote" in shown(report)
@@ -125,7 +125,7 @@ def test_results_that_stay_what_they_are_may_lie_where_they_like() -> None:
         return kept.setdefault(key, candidates.right(x, weight, eps))
 
     report = check_op("rms_norm", remembers, dtype="float32", max_examples=0, isolate=False)
-    assert report.verdict == "pass", str(report)
+    assert report.verdict == "holds", str(report)
 
 
 NOW_AND_THEN = [
@@ -138,7 +138,7 @@ NOW_AND_THEN = [
 def test_what_is_wrong_in_one_call_of_50_is_said_to_be_so(case: Any) -> None:
     function, text = case
     report = check_op("rms_norm", function, dtype="float32", max_examples=100)
-    assert (report.verdict, report.property) == ("fail", "determinism"), str(report)
+    assert (report.verdict, report.property) == ("fails", "determinism"), str(report)
     assert text in report.finding.text
     assert len(report.repro.splitlines()) < 90
     assert run_alone(report.repro)[0] == (1 if function is candidates.wrong_in_one_call_of_50 else 70)
@@ -152,7 +152,7 @@ def test_what_is_wrong_in_its_first_call_alone_is_said_to_be_so() -> None:
 def test_a_right_function_that_forks_passes_and_leaves_nobody(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("FORKED", str(tmp_path))
     report = check_op("rms_norm", candidates.forks, dtype="float32", calls=corners("rms_norm", "float32")[:8])
-    assert report.verdict == "pass", str(report)
+    assert report.verdict == "holds", str(report)
     children = [int(file.name) for file in tmp_path.iterdir()]
     assert len(children) > 8
     end = time.monotonic() + 5
@@ -164,7 +164,7 @@ def test_a_right_function_that_forks_passes_and_leaves_nobody(tmp_path: Path, mo
 def test_what_a_candidate_prints_is_neither_kept_nor_shown(capfd: Any) -> None:
     call = corners("rms_norm", "float32")[:1]
     report = check_op("rms_norm", candidates.prints_much, dtype="float32", calls=call)
-    assert report.verdict == "pass", str(report)
+    assert report.verdict == "holds", str(report)
     assert capfd.readouterr() == ("", "")
 
 

@@ -34,7 +34,7 @@ Sink = Callable[[str, Any], None]
 
 @contextmanager
 def hooks(model: Any, sink: Sink) -> Iterator[None]:
-    """While open, sink(name, tensor) is called for every named value of `model`'s forward passes, in their order."""
+    """A context in which sink(name, tensor) is called for every named value of `model`'s forward passes, in order."""
     with ExitStack() as stack:
         recorder = _Hooks(model, sink)
         for path, module in model.named_modules():
