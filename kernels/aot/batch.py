@@ -155,8 +155,14 @@ def _chunks(
 
 
 def _in_processes(chunks: list[list[Configuration]], jobs: int) -> Iterator[tuple[Configuration, Result]]:
-    """Results as they come; ends early if a process dies. Processes are started afresh: a fork would copy threads."""
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """Results as they come; ends early if a process dies.
+
+    A fork of this process would copy its threads. So the processes are forks of a server that has imported Torch and
+    Triton and done nothing yet.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", __name__])
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         try:
             running = {
                 pool.submit(_compile_at, chunk[0].source, chunk[0].target.name, [each.index for each in chunk]): chunk

@@ -13,7 +13,10 @@ import numpy as np
 
 import refllm
 from refllm import golden
-from refllm.check.api import compare
+from refllm.check.inputs import Inputs
+from refllm.check.process import Processes
+from refllm.check.run import find_policy, head_of, load
+from refllm.check.runs import Runs
 from refllm.config import published
 from refllm.kernels.models.operators import BACKENDS
 from refllm.models.families import CLASSES
@@ -54,12 +57,12 @@ def check_models(
 
     real: also models of real layer shapes. only: part of the names of the checkpoints to run.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Processes() as processes:
         for name, path in checkpoints(Path(folder), real):
             for backend in BACKENDS if only in name else ():
                 for dtype in dtypes:
                     step(f"{name}: {backend}, {dtype}")
-                    yield _judged(name, backend, dtype, partial(_check, path, backend, dtype, tokens))
+                    yield _judged(name, backend, dtype, partial(_check, processes, path, backend, dtype, tokens))
                 yield _judged(name, backend, "float32", partial(_decodes, path, backend, device))
 
 
@@ -71,10 +74,11 @@ def _judged(name: str, backend: str, dtype: str, run: Callable[[], Row]) -> Row:
         return row | {"what": "run", "problem": f"{type(error).__name__}: {error}"}
 
 
-def _check(path: Path, backend: str, dtype: str, tokens: int) -> Row:
-    vocabulary = refllm.AutoConfig.from_pretrained(path).vocab_size
-    ids = np.random.default_rng(0).integers(0, vocabulary, (1, tokens))
-    (report,) = compare(path, backend, dtype=dtype, policy="fused", input_ids=ids)
+def _check(processes: Processes, path: Path, backend: str, dtype: str, tokens: int) -> Row:
+    candidate = processes.open(backend, path, head=head_of(path), dtype=dtype, attention="eager")
+    model = load(path, dtype)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens))
+    report = next(Runs(lambda _: model, candidate, Inputs(ids), find_policy("fused", "eager")).reports())
     worst = max((tap.isolated.ratio for tap in report.taps if tap.isolated is not None), default=0.0)
     broken = [tap.name for tap in report.taps if tap.broken]
     problem = "" if report.verdict != "fails" else f"fails at {broken[0] if broken else 'the next tokens'}"

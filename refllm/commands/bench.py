@@ -46,6 +46,7 @@ Models = Annotated[
 ModelForms = Annotated[
     str, typer.Option("--peers", metavar="A,B", help="Who computes, of triton, torch, transformers.")
 ]
+Lengths = Annotated[str, typer.Option("--tokens", metavar="N,N", help="Lengths. Default: 1024 to 32768.")]
 Batches = Annotated[str, typer.Option("--batch", metavar="1,8", help="Sequences at a time.")]
 
 
@@ -171,7 +172,7 @@ def bench_kernels(
 
 @app.command("attention")
 def bench_attention(
-    tokens: Annotated[str, typer.Option("--tokens", metavar="N,N", help="Lengths. Default: 1024 to 32768.")] = "",
+    tokens: Lengths = "",
     head_dim: Annotated[str, typer.Option("--head-dim", metavar="D,D", help="Default: 64,80,128,160.")] = "",
     batch: Annotated[str, typer.Option("--batch", metavar="B,B", help="Of decoding. Default: 1,16.")] = "",
     peers: Peers = None,
@@ -228,7 +229,7 @@ def bench_decode(
 @app.command("prefill")
 def bench_prefill(
     model: Models = None,
-    tokens: Annotated[str, typer.Option("--tokens", metavar="N,N", help="Lengths. Default: 1024 to 32768.")] = "",
+    tokens: Lengths = "",
     batch: Batches = "1",
     forms: ModelForms = "",
     device: Device = "",

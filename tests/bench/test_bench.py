@@ -1,19 +1,16 @@
 """The benchmark: it runs end to end, times only what agrees, and its figures follow from its measurements."""
 
 import json
-import os
-import signal
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from refllm import bench
+from refllm.apart import Process
 from refllm.bench import worker as bench_worker
 from refllm.commands import cli
 from refllm.commands.info import describe
@@ -37,32 +34,9 @@ def result(checkpoint: Path) -> dict[str, Any]:
 class Forked(bench.Worker):
     """The same worker in a fork, which has Torch and Transformers already. What a new process is, `result` shows."""
 
-    def __init__(self, side: str, folder: Path, first_number: int, settings: bench.Settings) -> None:
-        self.side = side
-        (commands, send), (receive, answers) = os.pipe(), os.pipe()
-        with warnings.catch_warnings():  # that this process has threads
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if not child:
-            os.close(send)
-            sys.stdin = open(commands)  # noqa: SIM115 (as long as the process)
-            bench_worker._OUT = answers  # type: ignore[attr-defined]
-            numbers = (first_number, settings.new_tokens, settings.threads)
-            try:
-                bench_worker.serve(side, folder, *numbers, settings.dtype, settings.backend)
-            finally:
-                os._exit(0)
-        os.close(commands)
-        os.close(answers)
-        self.child: Any = child
-        self.process: Any = SimpleNamespace(stdin=open(send, "w"), stdout=open(receive))  # noqa: SIM115
-        self.ready = self._answer()
-
-    def __exit__(self, *exception: object) -> None:
-        os.kill(self.child, signal.SIGKILL)
-        os.waitpid(self.child, 0)
-        self.process.stdin.close()
-        self.process.stdout.close()
+    @staticmethod
+    def start(environment: dict[str, str]) -> Process:
+        return Process.forked(bench_worker.serve)
 
 
 @pytest.fixture

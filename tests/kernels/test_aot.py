@@ -1,5 +1,6 @@
 """The ahead-of-time gate: it compiles what a start would run, every gate can fire, and our kernels pass them all."""
 
+import functools
 import importlib
 import os
 import subprocess
@@ -303,8 +304,64 @@ def scaled_launch(n: int = 4096, block: int = 4096, wide: bool = False, **settin
     return Launch(scaled, (1,), given, {"WIDE": wide, "BLOCK": block}, **settings)
 
 
+def spilling_launch(target: str) -> Launch:
+    """256 numbers and more per thread, all of them needed again after their sum."""
+    block = 32_768 if target == "gfx942" else 16_384
+    return scaled_launch(block, block, num_warps=1)
+
+
+def crowded_launch(target: str) -> Launch:
+    return scaled_launch(num_warps=2048 // TARGETS[target].warp_size)
+
+
+def printing_launch() -> Launch:
+    return Launch(printing_product, (1,), {name: meta(64, 64) for name in ("a_ptr", "b_ptr", "c_ptr")}, {})
+
+
+def three_products_launch() -> Launch:
+    given = {"a_ptr": meta(128, 64), "b_ptr": meta(3, 64, 256), "c_ptr": meta(128, 256), "K": 64}
+    return Launch(three_products, (1,), given, {}, num_stages=2)
+
+
+SINGLE_PRECISION: dict[str, Any] = {"dtype": torch.float32, "M": 64, "N": 64}
+TOO_LARGE: dict[str, Any] = {"N": 256, "K": 128, "num_stages": 4}
+
+
+def judged_launches(target: str) -> list[Launch]:
+    """What the tests judge on a target."""
+    launches = [product_launch(), product_launch(**TOO_LARGE), product_launch(num_stages=1)]
+    launches += [scaled_launch(), scaled_launch(wide=True), scaled_launch(4095, 4096), spilling_launch(target)]
+    launches += [product_launch(**SINGLE_PRECISION)] if target in NVIDIA else []
+    launches += [crowded_launch(target)] if target in ("sm_80", "gfx942") else []
+    launches += [printing_launch()] if target in ("sm_80", "sm_90") else []
+    launches += [product_launch(options={"maxnreg": 96})] if target == "sm_80" else []
+    launches += [product_launch(num_warps=16), three_products_launch()] if target == "sm_100" else []
+    return launches
+
+
+@functools.cache
+def compiled(target: str) -> tuple[dict[str, Report], list[tuple[bytes, list[str]]]]:
+    """Reports by specialisation, and what was read together: (code, opcodes). All at once: nvdisasm starts slowly."""
+    read: list[tuple[bytes, list[str]]] = []
+
+    def opcodes_of(cubins: list[bytes], gpu: Target) -> list[list[str]]:
+        found = disassemble.opcodes_of(cubins, gpu)
+        read.extend(zip(cubins, found, strict=True))
+        return found
+
+    launches = judged_launches(target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_code, "opcodes_of", opcodes_of)
+        results = compile_code.compile_launches(launches, TARGETS[target])
+    reports = {}
+    for launch, report in zip(launches, results, strict=True):
+        assert isinstance(report, Report), report
+        reports[compile_code.specialise(launch, TARGETS[target]).key] = report
+    return reports, read
+
+
 def judged(launch: Launch, target: str) -> tuple[Report, dict[str, Finding]]:
-    report = compile_launch(launch, TARGETS[target])
+    report = compiled(target)[0][compile_code.specialise(launch, TARGETS[target]).key]
     return report, {finding.gate: finding for finding in gates(launch, report, TARGETS[target])}
 
 
@@ -330,9 +387,7 @@ def test_a_good_product_has_no_finding_and_a_full_report(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_spills_are_found(target: str) -> None:
-    """256 numbers and more per thread, all of them needed again after their sum."""
-    block = 32_768 if target == "gfx942" else 16_384
-    report, found = judged(scaled_launch(block, block, num_warps=1), target)
+    report, found = judged(spilling_launch(target), target)
     assert found["spills"].value == report.resources.spill_bytes > 0
     assert report.instructions.local > 0
     assert "more warps than 1" in found["spills"].sentence
@@ -340,20 +395,18 @@ def test_spills_are_found(target: str) -> None:
 
 
 def test_a_stack_without_spills_is_found() -> None:
-    launch = Launch(printing_product, (1,), {name: meta(64, 64) for name in ("a_ptr", "b_ptr", "c_ptr")}, {})
-    report, found = judged(launch, "sm_80")
+    report, found = judged(printing_launch(), "sm_80")
     assert set(found) == {"stack", "fp64"}  # numbers are printed as float64
     assert found["stack"].value == report.resources.stack > 0
 
 
 def test_products_that_wait_for_each_other_are_found() -> None:
-    launch = Launch(printing_product, (1,), {name: meta(64, 64) for name in ("a_ptr", "b_ptr", "c_ptr")}, {})
-    assert "serialized" in judged(launch, "sm_90")[1]
+    assert "serialized" in judged(printing_launch(), "sm_90")[1]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_too_much_shared_memory_is_found(target: str) -> None:
-    report, found = judged(product_launch(N=256, K=128, num_stages=4), target)
+    report, found = judged(product_launch(**TOO_LARGE), target)
     assert found["shared memory"].value == report.shared > TARGETS[target].shared_bytes
     assert f"{TARGETS[target].shared_bytes:,}" in found["shared memory"].sentence
     assert report.occupancy.programs == 0
@@ -361,21 +414,18 @@ def test_too_much_shared_memory_is_found(target: str) -> None:
 
 
 def test_too_much_tensor_memory_is_found() -> None:
-    given = {"a_ptr": meta(128, 64), "b_ptr": meta(3, 64, 256), "c_ptr": meta(128, 256), "K": 64}
-    report, found = judged(Launch(three_products, (1,), given, {}, num_stages=2), "sm_100")
+    report, found = judged(three_products_launch(), "sm_100")
     assert found["tensor memory"].value == report.tensor_memory == 768
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_too_many_threads_are_found(target: str) -> None:
-    warps = 2048 // TARGETS[target].warp_size
-    assert judged(scaled_launch(num_warps=warps), target)[1]["threads"].value == 2048
+    assert judged(crowded_launch(target), target)[1]["threads"].value == 2048
 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_missing_tensor_cores_are_found(target: str) -> None:
-    launch = product_launch(torch.float32, 64, 64, tensor_cores=True)
-    assert set(judged(launch, target)[1]) == {"tensor cores"}
+    assert set(judged(product_launch(**SINGLE_PRECISION, tensor_cores=True), target)[1]) == {"tensor cores"}
 
 
 def test_missing_matrix_instructions_are_found_on_amd() -> None:
@@ -516,7 +566,7 @@ def test_the_specialisation_knows_what_may_be_assumed() -> None:
 
 
 def test_options_of_a_launch_reach_the_compiler() -> None:
-    report = compile_launch(product_launch(options={"maxnreg": 96}), TARGETS["sm_80"])
+    report, _ = judged(product_launch(options={"maxnreg": 96}), "sm_80")
     assert report.resources.registers <= 96
 
 
@@ -604,18 +654,14 @@ def test_a_compiler_that_crashes_is_a_finding(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_code_read_together_is_what_nvdisasm_lists_for_each_file(target: str, tmp_path: Path) -> None:
-    cubins = []
-    for launch in (product_launch(), scaled_launch(wide=True), scaled_launch()):
-        special = compile_code.specialise(launch, TARGETS[target])
-        compiled = triton.compile(special.source, target=special.gpu, options=special.options.__dict__)
-        cubins.append(compiled.asm["cubin"])
-    listed = []
-    for cubin in cubins:
+    """Of the first, the last and one between."""
+    read = compiled(target)[1]
+    assert len(read) > 5
+    for cubin, opcodes in (read[0], read[4], read[-1]):
         (tmp_path / "one.cubin").write_bytes(cubin)
         command = [disassemble.tool("nvdisasm"), "-c", str(tmp_path / "one.cubin")]
-        listed.append(disassemble.read_listing(subprocess.run(command, capture_output=True, text=True).stdout))
-    assert disassemble.opcodes_of(cubins, TARGETS[target]) == listed
-    assert all(len(opcodes) > 50 for opcodes in listed)
+        listed = disassemble.read_listing(subprocess.run(command, capture_output=True, text=True).stdout)
+        assert opcodes == listed != []
 
 
 def test_registers_are_the_most_and_spills_the_sum_over_functions() -> None:

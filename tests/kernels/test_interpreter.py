@@ -705,6 +705,30 @@ def test_integer_dot_accumulates_in_int32() -> None:
 
 
 @triton.jit
+def added_to(a, b, c, N: tl.constexpr, TYPE: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at), tl.load(c + at), input_precision="ieee", out_dtype=TYPE))
+
+
+@pytest.mark.parametrize(
+    ("stored", "summed", "triton_type"),
+    [
+        (torch.int8, torch.int32, tl.int32),
+        (torch.bfloat16, torch.float32, tl.float32),
+        (torch.float32, torch.float32, tl.float32),
+        (torch.float64, torch.float64, tl.float64),
+    ],
+)
+def test_a_product_is_added_to_what_was_there(stored: Any, summed: Any, triton_type: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randint(-9, 9, (32, 32), generator=draw) for _ in range(3))
+    result = c.to(summed)
+    added_to[(1,)](a.to(stored), b.to(stored), result, N=32, TYPE=triton_type)
+    assert torch.equal(result, (a @ b + c).to(summed))
+
+
+@triton.jit
 def printing(x):
     tl.device_print("value", tl.load(x))
     tl.static_print("constant")

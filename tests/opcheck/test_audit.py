@@ -104,8 +104,8 @@ def test_the_call_that_a_mutant_names_exists() -> None:
     assert len(naming) >= 80
     assert {m.form for m in naming} == {"triton"}
     for m in naming:
-        families = {call.family for dtype in m.dtypes for call in corners(m.operator, dtype)}
-        assert m.corner in families, f"{m.name}: there is no call of the family {m.corner}"
+        kinds = {call.kind for dtype in m.dtypes for call in corners(m.operator, dtype)}
+        assert m.corner in kinds, f"{m.name}: there is no call of the kind {m.corner}"
 
 
 def exit_code(program: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -174,7 +174,7 @@ def test_the_list_of_right_implementations_is_worth_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("operator", "dtype", "family", "property"),
+    ("operator", "dtype", "kind", "property"),
     [
         ("relu2", "bfloat16", "NaN in one element", "NaN pattern"),
         ("cross_entropy", "bfloat16", "plain", "result"),
@@ -183,11 +183,11 @@ def test_the_list_of_right_implementations_is_worth_its_name() -> None:
     ],
 )
 def test_a_deviation_of_a_library_is_reported_as_what_it_is(
-    operator: str, dtype: str, family: str, property: str
+    operator: str, dtype: str, kind: str, property: str
 ) -> None:
     pytest.importorskip("liger_kernel")
     deviating = getattr(legitimate_libraries, f"liger_{operator}")
-    calls = [call for call in corners(operator, dtype) if call.family == family]
+    calls = [call for call in corners(operator, dtype) if call.kind == kind]
     report = check_op(operator, deviating, dtype=dtype, calls=calls, shrink=False, isolate=False)
     assert report.property == property
 

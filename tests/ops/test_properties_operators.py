@@ -25,7 +25,7 @@ from properties import (
 
 from refllm.inputs import to_numpy
 from refllm.kernels import OPERATORS
-from refllm.strategies import Array, Call, families
+from refllm.strategies import Array, Call, kinds
 
 NORMS = ("rms_norm", "layer_norm")
 SUMS = ("add_rms_norm", "add_layer_norm")
@@ -49,8 +49,8 @@ def arrays_of(backend: Backend, call: Call) -> tuple[list[Any], dict[str, Any]]:
 
 
 def quiet(operator: str, where: Callable[[Call], bool] = lambda _: True) -> Any:
-    """Calls of every family without NaN, with two or more rows of a batch."""
-    kept = [f for f in families(operator) if "NaN" not in f and "infinity" not in f and "subnormal" not in f]
+    """Calls of every kind without NaN, with two or more rows of a batch."""
+    kept = [f for f in kinds(operator) if "NaN" not in f and "infinity" not in f and "subnormal" not in f]
     return some_calls(operator, *kept, where=lambda c: isinstance(c.arguments[0], Array) and batch(c) > 1 and where(c))
 
 
