@@ -12,6 +12,7 @@ from refllm.accuracy.judge import rounding_error
 from refllm.accuracy.operator import OPERATORS, Predicted, _Steps, predict
 from refllm.errors import InputError
 from refllm.kernels import plain
+from refllm.ops.contracts import CONTRACTS
 from refllm.precision import FUSED, HF_EAGER, Arithmetic, Policy, rounding
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
@@ -61,12 +62,12 @@ def calls(operator: str, kind: str, seed: int = 0) -> Iterator[Call]:
         yield operator, (queries, keys, v), {"key_mask": seen, "causal": False, "scale": 0.4}
     elif operator == "decode_attention":
         yield operator, (normal((2, H, 3, D)), keys, v, np.array([T, 7])), {}
-    elif operator == "swiglu":
+    elif "halves" in CONTRACTS[operator].kinds.values():
         yield operator, (3 * values(rng, kind, S, F), normal((S, F))), {}
-    elif operator == "relu2":
-        yield operator, ((0.2 if kind in LATTICE else 1.0) * values(rng, kind, S, F),), {}
-    else:
+    elif "labels" in CONTRACTS[operator].arguments:
         yield from losses(rng, operator, kind, "none")
+    else:
+        yield operator, ((0.2 if kind in LATTICE else 1.0) * values(rng, kind, S, F),), {}
 
 
 def losses(rng: np.random.Generator, operator: str, kind: str, reduction: str) -> Iterator[Call]:
