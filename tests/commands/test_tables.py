@@ -1,7 +1,6 @@
 """What commands print holds every row, figure and count of what was found."""
 
 import json
-import re
 import sys
 from dataclasses import replace
 from io import BytesIO, StringIO, TextIOWrapper
