@@ -459,10 +459,17 @@ def _run() -> int:
         reason = error.strerror or str(error).splitlines()[0]
         code = _complain(f"{error.filename}: {reason}" if error.filename else reason)
     except MemoryError:
-        code = _complain("not enough memory: try --low-memory or a smaller input")
+        code = _complain("not enough memory: try a smaller input" + " or --low-memory" * _takes("--low-memory"))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     return code if isinstance(code, int) else HOLDS
+
+
+def _takes(option: str) -> bool:
+    """Whether the command that was typed has such an option."""
+    commands = vars(typer.main.get_command(app))["commands"]
+    command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    return command is not None and any(option in parameter.opts for parameter in command.params)
 
 
 def _complain(sentence: str) -> int:

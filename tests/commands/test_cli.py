@@ -339,6 +339,22 @@ def test_check_holds_and_says_so_in_json(warm_python: None, refllm: Run, checkpo
     assert "2 checked: 2 holds" in out
 
 
+@pytest.mark.parametrize(("command", "advice"), [("score", "input or --low-memory"), ("check", "input")])
+def test_advice_names_no_option_that_the_command_lacks(
+    command: str, advice: str, refllm: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from refllm.check import run
+    from refllm.commands import score
+
+    def all_gone(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(run, "folders_to_check", all_gone)
+    monkeypatch.setattr(score, "score_source", all_gone)
+    code, _, err = refllm(command, checkpoint, "--ids", "1,2")
+    assert (code, err) == (2, f"refllm: not enough memory: try a smaller {advice}\n")
+
+
 # ------------------------------------------------------------------ what the README shows
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
