@@ -75,8 +75,14 @@ def keeps_its_contract(form: str, operator: str, dtype: str, some: list[Call]) -
 @forms
 @dtypes
 def test_every_fixed_call_keeps_the_contract(operator: str, form: str, dtype: str) -> None:
-    """Those that kill most known bugs: ragged sizes, strides, NaN, empty rows, offsets past 2^31, large means."""
-    keeps_its_contract(form, operator, dtype, corners(operator, dtype))
+    """Those that kill most known bugs: ragged sizes, strides, NaN, empty rows, offsets past 2^31, large means.
+
+    On the interpreter, which takes its time, the narrow dtypes take turns.
+    """
+    some = corners(operator, dtype)
+    if form == "triton" and DEVICE == "cpu" and dtype != "float32":
+        some = some[DTYPES.index(dtype) :: 2]
+    keeps_its_contract(form, operator, dtype, some)
 
 
 @operators
@@ -85,7 +91,7 @@ def test_every_fixed_call_keeps_the_contract(operator: str, form: str, dtype: st
 def test_any_call_keeps_the_contract(operator: str, form: str) -> None:
     drawn = st.sampled_from(DTYPES).flatmap(lambda dtype: calls(operator, dtype=dtype))
 
-    @how_many(8 if form == "plain" or DEVICE != "cpu" else 4)
+    @how_many(6 if form == "plain" or DEVICE != "cpu" else 3)
     @given(call=drawn)
     def holds(call: Call) -> None:
         keeps_its_contract(form, operator, call.dtype, [call])
@@ -95,12 +101,12 @@ def test_any_call_keeps_the_contract(operator: str, form: str) -> None:
 
 @cache
 def calls_of_a_layer(dtype: str, tokens: int) -> tuple[CallOfLayer, ...]:
-    """Every operator in every variant, for `tokens` tokens in each of 2 sequences. The layers take turns."""
-    return tuple(calls_on(REDUCED[DTYPES.index(dtype) % len(REDUCED)], dtype, DEVICE, tokens=tokens))
+    """Every operator in every variant, for `tokens` tokens in each of 2 sequences. Each dtype has its own layer."""
+    return tuple(calls_on(REDUCED[dtype == "float32"], dtype, DEVICE, tokens=tokens))
 
 
 @operators
-@dtypes
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_errors_are_as_large_as_those_of_the_definition_in_the_same_precision(
     operator: str, dtype: str, device: str
 ) -> None:
@@ -213,7 +219,7 @@ def test_heads_of_a_result_merge_without_a_copy_and_all_else_is_dense(operator: 
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(operator: str, S: int, device: str) -> None:
     """Tokens that decode, and few sequences of more; and a second time."""
     S = min(S, 8) if operator == "decode_attention" else S
-    arguments, keywords = call_of(operator, sizes={"B": 40 if S == 1 else 3, "S": S, "H": 2, "K": 1})
+    arguments, keywords = call_of(operator, sizes={"B": 24 if S == 1 else 2, "S": S, "H": 2, "K": 1})
     together = run("triton", operator, arguments, keywords)
     assert same(together, run("triton", operator, arguments, keywords))
     call = Call(operator, "float32", tuple(arguments))
@@ -225,7 +231,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(operator: str, S: int, d
 # -- the configurations that ship --------------------------------------------------------------------------------------
 
 FEW = {
-    True: {"N": 304, "S": 144, "V": 544, "E": 96},
+    True: {"N": 272, "S": 144, "V": 272, "E": 96},
     False: {"N": 20, "S": 6, "V": 9000, "F": 1100},
 }
 """Sizes over one tile by a few, for operators with products inside and for those that go row by row. A remainder by 16
