@@ -100,7 +100,7 @@ class Ended:
     """How a process ended that gave no answer. text: one clause. in_time: it ended itself."""
 
     text: str
-    in_time: bool = True
+    in_time: bool
 
 
 def run(work: Callable[[], Any], limit: float | None = None) -> Any:
@@ -118,7 +118,7 @@ def run(work: Callable[[], Any], limit: float | None = None) -> Any:
         try:
             return process.receive(math.inf if limit is None else limit).values
         except EndedError as ended:
-            return Ended(str(ended))
+            return Ended(str(ended), in_time=True)
         except LateError:
             return Ended(f"no answer within {limit:g} s", in_time=False)
 

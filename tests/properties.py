@@ -20,7 +20,7 @@ from refllm.accuracy.operator import predict
 from refllm.inputs import to_numpy
 from refllm.kernels import plain
 from refllm.precision import FUSED
-from refllm.strategies import Array, Call, calls, corners
+from refllm.strategies import Call, calls, corners
 
 NUMPY, PLAIN, TRITON = BACKENDS = ("numpy", "plain", "triton")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -103,12 +103,6 @@ def known_call(operator: str, kind: str, dtype: str = "bfloat16") -> Call:
     """The fixed call of that kind, for an example that is to be there whatever is drawn."""
     (call,) = (c for c in corners(operator, dtype) if c.kind == kind)
     return call
-
-
-def lies_apart(call: Call) -> bool:
-    """Whether some argument is no dense array: with others, a layout cannot matter."""
-    arrays = (x for x in call.arguments if isinstance(x, Array) and x.layout != "dense")
-    return any(not x.tensor().is_contiguous() for x in arrays)
 
 
 class Chosen:

@@ -128,6 +128,16 @@ def test_what_is_no_answer_is_refused_and_not_executed(kind: str, tmp_path: Path
     assert (tmp_path / "made").exists()  # as it would have been
 
 
+def test_a_process_that_somebody_else_has_waited_for_has_ended() -> None:
+    with forked(os._exit) as process:
+        pid = process._child.pid
+        process.send(3)
+        assert os.waitpid(pid, 0)[0] == pid
+        with pytest.raises(EndedError, match="its process ended: exit code 0"):  # its own is known to nobody any more
+            process.receive(20.0)
+        assert process._child.poll() == process._child.wait() == 0
+
+
 def test_an_answer_that_stops_half_way_is_late() -> None:
     def serve(channel: Channel) -> None:
         for _ in channel.requests():

@@ -15,6 +15,7 @@ from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, T
 from refllm.kernels.interpreter import compatibility, formats
 from refllm.kernels.interpreter.errors import DeviceAssertionError, KernelError
 from refllm.kernels.interpreter.memory import Argument, Memory
+from refllm.kernels.interpreter.settings import Settings
 
 ORIGIN = "refllm.origin"
 """The attribute of a handle that names the argument a pointer came from."""
@@ -69,11 +70,14 @@ class Builder(InterpreterBuilder):
         self.options = dataclasses.replace(InterpreterOptions(), debug=True, allowed_dot_input_precisions=precisions)
         self.memory: Memory | None = None
         self.block_type: Any = tl.block_type  # semantic.py puts its own here, which remembers
-        self.check_overflow = True
-        self.tf32 = True
-        self.poison = True
         self.grid_idx: tuple[int, ...] = (0, 0, 0)
         self.grid_dim = (1, 1, 1)
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the launch that runs."""
+        assert self.memory is not None
+        return self.memory.settings
 
     def get_block_ty(self, dtype: Any, shape: Any) -> Any:
         return self.block_type(dtype, [int(n) for n in shape])
@@ -199,7 +203,7 @@ class Builder(InterpreterBuilder):
         if start.dtype == np.float64:
             return _handle(_matmul(left, right) + start, d.dtype.scalar)
         left, right = left.astype(np.float32, copy=False), right.astype(np.float32, copy=False)
-        if self.tf32 and a.dtype.scalar == tl.float32:
+        if self.settings.tf32 and a.dtype.scalar == tl.float32:
             product = _product_of_float32(left, right, input_precision)
         else:
             product = _matmul(left, right)
@@ -264,7 +268,7 @@ class Builder(InterpreterBuilder):
 
     def _undefined(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Lanes masked off without `other` are undefined: NaN shows if a result depends on them."""
-        if self.poison and dtype.is_floating():
+        if self.settings.poison and dtype.is_floating():
             return formats.narrow(np.full(shape, np.nan, np.float32), dtype)
         return np.zeros(shape, formats.numpy_type(dtype))
 

@@ -34,14 +34,12 @@ def launch(jit: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
         hook(*args, **kwargs)
     bound = _bind(jit, args, kwargs)
     sizes = _grid(name, grid(dict(bound)) if callable(grid) else grid)
-    memory = Memory(settings.bounds, settings.races, settings.poison)
+    memory = Memory(settings)
     memory.grid = sizes
     parameters = {p.name: p for p in jit.params}
     converter = _Converter(name, memory)
     function = operations.twin(jit)
-    previous = BUILDER.memory, BUILDER.check_overflow, BUILDER.tf32, BUILDER.poison
-    BUILDER.memory, BUILDER.check_overflow = memory, settings.overflow
-    BUILDER.tf32, BUILDER.poison = settings.tf32, settings.poison
+    previous, BUILDER.memory = BUILDER.memory, memory
     BUILDER.grid_idx, BUILDER.grid_dim = (0, 0, 0), sizes
     try:
         with np.errstate(all="ignore"):
@@ -52,7 +50,7 @@ def launch(jit: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
     except Exception as error:
         raise _placed(name, error) from error
     finally:
-        BUILDER.memory, BUILDER.check_overflow, BUILDER.tf32, BUILDER.poison = previous
+        BUILDER.memory = previous
 
 
 def _run(function: Callable[..., Any], arguments: dict[str, Any], memory: Memory) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from refllm.kernels.interpreter import poison
 from refllm.kernels.interpreter.errors import KernelError, OutOfBoundsError, RaceError, UninitializedError
+from refllm.kernels.interpreter.settings import Settings
 
 Index = np.ndarray | slice
 """Elements of a storage that one access touched: a slice if it touched each of a range once, in order."""
@@ -82,8 +83,8 @@ class Access:
 class Memory:
     """What the pointers of one launch may reach, with everything that was done there so far."""
 
-    def __init__(self, bounds: bool | str, races: bool, poisoned: bool) -> None:
-        self.bounds, self.races, self.poisoned = bounds, races, poisoned
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.grid = (1, 1, 1)
         self.storages: dict[int, Storage] = {}
         self.arguments: list[Argument] = []
@@ -99,14 +100,14 @@ class Memory:
         storage = self.storages.get(raw.data_ptr())
         if storage is None:
             content = torch.empty(0, dtype=torch.uint8).set_(raw).numpy()
-            known = self.poisoned and poison.is_poisoned(raw)
+            known = self.settings.poison and poison.is_poisoned(raw)
             storage = Storage(name, content, raw.data_ptr(), tensor.element_size(), known)
             self.storages[storage.base] = storage
         else:
             storage.name += f", {name}"
             storage.grain = min(storage.grain, tensor.element_size())
         start, stop = 0, len(storage.bytes)
-        if self.bounds == "view":
+        if self.settings.bounds == "view":
             start = tensor.storage_offset() * tensor.element_size()
             last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             stop = start + (last + 1) * tensor.element_size() if tensor.numel() else start
@@ -144,7 +145,7 @@ class Memory:
                 raise OutOfBoundsError(f"{what}: the address {low:#x} lies in none of the kernel's arguments")
         size = dtype.itemsize
         if not origin.reaches(low, high + size):
-            other = None if self.bounds else self._find(low)
+            other = None if self.settings.bounds else self._find(low)
             if other is None or not other.reaches(low, high + size):
                 self._out_of_bounds(what, active, origin, size)
             else:
@@ -166,18 +167,18 @@ class Memory:
         values = access.array[access.where]
         if isinstance(access.where, slice):
             values = values.copy()  # a later store must not change what was loaded
-        if storage.poisoned and self.poisoned:
+        if storage.poisoned and self.settings.poison:
             self._check_written(access, values)
-        if self.races:
+        if self.settings.races:
             self._remember(storage, access)
         return values
 
     def store(self, access: Access, values: np.ndarray) -> None:
         """Stores one value per active lane."""
-        if self.races:
+        if self.settings.races:
             self._claim(access)
         access.array[access.where] = values
-        if self.races and not access.ascending:
+        if self.settings.races and not access.ascending:
             self._check_lanes(access, values)
 
     # -- checks ----------------------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ class Semantic(TritonSemantic):
 
     def binary_op_sanitize_overflow_impl(self, lhs: Any, rhs: Any, binary_op: Any) -> None:
         """Raises IntegerOverflowError if an operation on integers leaves their type. Triton's own takes nine more."""
-        if not BUILDER.check_overflow or lhs.dtype.int_bitwidth >= 64 or lhs.handle.data.dtype == np.bool_:
+        if not BUILDER.settings.overflow or lhs.dtype.int_bitwidth >= 64 or lhs.handle.data.dtype == np.bool_:
             return
         check_overflow(lhs.handle, rhs.handle, binary_op.__name__, lhs.dtype)
 

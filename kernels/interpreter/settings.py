@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Settings:
     """The arguments of `interpreted()`; see there."""
 
-    bounds: bool | str = True
-    overflow: bool = True
-    races: bool = True
-    poison: bool = True
-    tf32: bool = True
-    configs: str = "first"
+    bounds: bool | str
+    overflow: bool
+    races: bool
+    poison: bool
+    tf32: bool
+    configs: str

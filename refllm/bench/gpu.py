@@ -109,7 +109,7 @@ def end_checks(started: dict[str, tuple[Batch, Path]], result: dict[str, Any]) -
 
 def start_tests(device: str, folder: Path, rows: Path, seconds: float) -> Batch:
     """The kernel tests in `folder` on `device`, running; `rows` receives a line per result. InputError if none."""
-    files = sorted(str(path) for path in folder.glob("test_kernel_*.py"))
+    files = sorted(str(path) for name in ("test_operators.py", "test_kernel_*.py") for path in folder.glob(name))
     if not files:
         raise InputError(
             f"{folder}: no test_kernel_*.py here; run this from the root of the project, or with --no-tests"

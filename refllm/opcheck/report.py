@@ -79,7 +79,7 @@ def _lines(report: OpReport) -> list[tuple[str, str]]:
 
 def _plainly(call: Call) -> str:
     """A call without the kind that it came from, which a smaller one need not belong to."""
-    return str(call).replace(f" ({call.kind})", "", 1)
+    return str(call).replace(f" ({call.kind})", "")
 
 
 def _places(report: OpReport) -> list[tuple[str, str]]:

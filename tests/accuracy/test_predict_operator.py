@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from refllm import kernels, ops
-from refllm.accuracy.operator import OPERATORS, Predicted, predict
+from refllm.accuracy.judge import rounding_error
+from refllm.accuracy.operator import OPERATORS, Predicted, _Steps, predict
 from refllm.errors import InputError
 from refllm.kernels import plain
+from refllm.ops.contracts import CONTRACTS
 from refllm.precision import FUSED, HF_EAGER, Arithmetic, Policy, rounding
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
@@ -60,12 +62,12 @@ def calls(operator: str, kind: str, seed: int = 0) -> Iterator[Call]:
         yield operator, (queries, keys, v), {"key_mask": seen, "causal": False, "scale": 0.4}
     elif operator == "decode_attention":
         yield operator, (normal((2, H, 3, D)), keys, v, np.array([T, 7])), {}
-    elif operator == "swiglu":
+    elif "halves" in CONTRACTS[operator].kinds.values():
         yield operator, (3 * values(rng, kind, S, F), normal((S, F))), {}
-    elif operator == "relu2":
-        yield operator, ((0.2 if kind in LATTICE else 1.0) * values(rng, kind, S, F),), {}
-    else:
+    elif "labels" in CONTRACTS[operator].arguments:
         yield from losses(rng, operator, kind, "none")
+    else:
+        yield operator, ((0.2 if kind in LATTICE else 1.0) * values(rng, kind, S, F),), {}
 
 
 def losses(rng: np.random.Generator, operator: str, kind: str, reduction: str) -> Iterator[Call]:
@@ -185,6 +187,21 @@ def test_equal_rows_make_equal_errors_and_their_mean_has_the_error_of_one() -> N
     one = sigma(rows[:1])
     assert sigma(np.repeat(rows[:1], 64, axis=0)) == pytest.approx(one, rel=0.01)
     assert sigma(rows) < 0.3 * one
+
+
+def test_the_error_of_a_long_sum_of_losses_is_that_of_its_additions() -> None:
+    """64 losses of 1 without an error of their own, the figure by hand: 16 chains of 4 that are added in pairs on 4
+    levels, and of a vector of 8 half is left over on average. 0.541 is what the square of an ulp is on average."""
+    total = _Steps("float32", FUSED)._reduced(np.ones(64), np.zeros(64), 64, "sum")
+    squares = 63**2 * (4**2 / (3 * 64) + 2 + 8 / 2) + (4 + 4)
+    assert float(total.value) == 64
+    assert float(total.variance) == pytest.approx(squares * 0.541 * 2.0**-46 / 12, rel=1e-12)
+
+
+def test_a_rounding_is_off_by_a_twelfth_of_the_squared_spacing() -> None:
+    exact = np.array([1.0, -1.9, 3.0, 0.0])
+    spacing = np.array([2.0**-7, 2.0**-7, 2.0**-6, 2.0**-133])
+    np.testing.assert_allclose(rounding_error(exact, "bfloat16"), spacing / 12**0.5, rtol=1e-6)
 
 
 def test_one_rounding_too_many_is_seen() -> None:

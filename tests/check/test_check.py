@@ -1,6 +1,7 @@
 """Whole runs of the check: right implementations hold, planted defects are named where they are, by every way in."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,14 +12,14 @@ import pytest
 
 from refllm import golden
 from refllm.check import assert_matches, compare
-from refllm.check.adapters.transformers import TransformersCandidate
+from refllm.check.adapters.transformers import TransformersCandidate, quiet_transformers
 from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.difference import diff
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.oracle import Report, judge
 from refllm.check.run import Settings, check_all, folders_to_check, trace_candidate
 from refllm.check.trace import Trace
-from refllm.errors import InputError
+from refllm.errors import InputError, MissingExtraError
 from refllm.forward.model import Model
 from refllm.precision import FUSED, HF_EAGER, HF_SDPA
 from refllm.storage.json_text import json_text
@@ -216,6 +217,17 @@ def test_port_that_is_wrong_fails_with_the_report(taps: bool) -> None:
     with pytest.raises(AssertionError) as failure:
         assert_matches(golden.path("llama-tiny"), port(1.02, taps), dtype="float32")
     assert ("model.layers.1" if taps else "lm_head") in str(failure.value)
+
+
+def test_a_transformers_that_is_broken_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("from torch import no_such_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    with pytest.raises(
+        MissingExtraError, match=r"cannot be imported \(cannot import name 'no_such_name'.*install again"
+    ):
+        quiet_transformers()
 
 
 def test_transformers_model_object_is_taken_as_it_is() -> None:

@@ -19,9 +19,10 @@ from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.verdicts import verdict, worst
 from refllm.accuracy.wrong_answers import undetected, wrong_answers
 from refllm.check import findings, html
-from refllm.check.candidates import ReferenceCandidate, record
+from refllm.check.candidates import FunctionCandidate, ReferenceCandidate, record
 from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
+from refllm.check.losses import LossReport
 from refllm.check.next_tokens import compare_tokens
 from refllm.check.oracle import Report, TapReport, judge
 from refllm.check.run import load
@@ -299,6 +300,14 @@ def test_every_broken_rule_has_its_sentence_with_figure_and_limit() -> None:
     assert findings.broken_in_words(tap_of(calm)) == []
 
 
+def test_only_what_is_wrong_on_its_own_inputs_has_a_peculiarity_told() -> None:
+    wrong = measured(np.ones((4, 16)), ratio=9.0, largest=5.0, at=(0, 2, 3))
+    assert findings.hints(tap_of(wrong))[0] == "largest single error: position 2, channel 3, 5.00 sigma"
+    for tap in (tap_of(None, ratio=9.0), tap_of(measured(np.zeros((4, 16)), misrounded=0.2))):
+        assert tap.verdict == "fails"
+        assert findings.hints(tap) == []
+
+
 def test_severity_is_error_over_limit_of_the_worst_rule() -> None:
     calm = measured(np.zeros((4, 16)))
     assert findings.isolated_severity(tap_of(None)) == 0
@@ -443,6 +452,24 @@ def test_measuring_takes_little_more_memory_than_what_is_measured(monkeypatch: p
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert taken < exact.nbytes / 2
+
+
+def test_a_function_is_called_by_its_own_name_unless_it_is_given_one() -> None:
+    class Port:
+        def __call__(self, *_: Any) -> None: ...
+
+    def forward(*_: Any) -> None: ...
+
+    for function, given, name in (
+        (forward, None, "forward"),
+        (Port(), None, "Port"),
+        (forward, "port.py:f", "port.py:f"),
+    ):
+        assert FunctionCandidate(function, Path(), head="base", dtype="fp32", name=given).name == name
+
+
+def test_a_loss_is_told_by_how_many_sigmas_it_is_off() -> None:
+    assert [LossReport(loss, 1.0, 0.5).sigmas for loss in (3.5, 1.0, -0.5)] == [5.0, 0.0, 3.0]
 
 
 def test_a_check_keeps_no_weights() -> None:

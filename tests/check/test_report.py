@@ -280,6 +280,34 @@ def test_flips_that_rounding_does_not_explain_are_listed() -> None:
     assert "position 9: token 4 became 7, margin inf sigma" in text
 
 
+def test_an_error_that_no_operator_makes_alone_is_said_to_build_up() -> None:
+    report = run()
+    report.taps[10].end_to_end = replace(report.taps[10].end_to_end, ratio=1e3)
+    assert (report.first_failure, report.taps[10].defect_here) == (report.taps[10], False)
+    said = "no operator is wrong on its own inputs: the error is built up by the values before"
+    for text in (printed(show_report(report)), render([report])):
+        assert said in " ".join(text.split())
+        assert "largest single error" not in text
+        assert "consequences" not in text
+    assert "end to end the error is 1000 sigma" in printed(show_report(report))
+    assert said not in printed(show_report(failing()))
+
+
+def test_of_many_flips_those_are_listed_that_are_farthest_from_being_explained() -> None:
+    report, margins = run(), (7.0, 9.0, 8.0, 10.0, 6.0)
+    assert report.next_tokens is not None
+    flips = [Flip(row=0, position=i, exact=4, candidate=7, margin=2.0, sigmas=m) for i, m in enumerate(margins, 10)]
+    report.next_tokens = replace(report.next_tokens, flips=flips)
+    assert [flip.explained for flip in flips] == [False] * 5
+    assert re.findall(r"position (\d+): token 4 became 7", printed(show_report(report))) == ["13", "11", "12"]
+
+
+def test_summary_names_the_first_failure_of_what_fails_alone() -> None:
+    said = [printed(show_summary([report])) for report in (holding(), untested(), wrong_tokens(), failing())]
+    for text, first in zip(said, ("holds", "incomplete", "fails: next tokens", "fails: layer 1 k_proj"), strict=True):
+        assert text.splitlines()[-1].rstrip().endswith(first), text
+
+
 def test_closing_line_counts_the_verdicts() -> None:
     assert "6 checked: 2 holds, 3 fails, 1 incomplete" in printed(closing_line(all_reports()))
 

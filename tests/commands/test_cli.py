@@ -3,9 +3,10 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -271,6 +272,50 @@ def test_generate_prints_text_piece_by_piece_on_one_line(refllm: Run, tmp_path: 
     text = json.loads((tmp_path / "out.json").read_text())["text"]
     assert len(text) > 2
     assert out == f"{text}\n"
+
+
+def test_generate_continues_a_chat_as_its_template_has_it(refllm: Run, tmp_path: Path) -> None:
+    from refllm import AutoTokenizer, golden
+
+    shutil.copytree(golden.path("llama-tiny"), folder := tmp_path / "chatty")
+    template = "{{ messages[0].role }}: {{ messages[0].content }}{{ '!' if add_generation_prompt }}"
+    (folder / "chat_template.jinja").write_text(template)
+    command = ["generate", folder, "--chat", "--prompt", "good day", "--max-new-tokens", "1"]
+    code, _, err = refllm(*command, "--json", tmp_path / "out.json")
+    assert (code, err) == (0, "")
+    wanted = AutoTokenizer.from_pretrained(folder)("user: good day!", add_special_tokens=False)["input_ids"]
+    assert json.loads((tmp_path / "out.json").read_text())["prompt_ids"] == list(wanted)
+
+
+def test_trace_and_diff_tell_what_they_hold(refllm: Run, checkpoint: Path, tmp_path: Path) -> None:
+    from refllm.check.trace import Trace
+
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    for file, dtype in ((one, "float32"), (two, "bfloat16")):
+        command = ["trace", checkpoint, "-o", file, "--candidate", "numpy", "--ids", "3,1,4", "--dtype", dtype]
+        code, out, _ = refllm(*command)
+        assert code == 0
+        made = Trace.load(file)
+        assert made.source.startswith(f"refllm {dtype}")
+        assert " ".join(out.split()).endswith(f": {len(made.taps)} values of {made.source}, 3 tokens"), out
+    code, out, _ = refllm("diff", one, one)
+    assert (code, "identical, bit for bit" in out) == (0, True)
+    code, out, _ = refllm("diff", one, two, "--json", tmp_path / "diff.json")
+    assert (code, "first difference: " in out) == (1, True)
+    assert not json.loads((tmp_path / "diff.json").read_text())["identical"]
+
+
+def test_no_switch_is_on_by_itself() -> None:
+    import typer
+
+    def switches(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+        for inner in getattr(command, "commands", {}):
+            yield from switches(command.commands[inner], f"{name} {inner}")
+        yield from ((f"{name} {p.opts[0]}", p.default) for p in command.params if getattr(p, "is_flag", False))
+
+    found = dict(switches(typer.main.get_command(cli.app), "refllm"))
+    assert len(found) > 10
+    assert {name for name, default in found.items() if default not in (False, None)} == set()
 
 
 def test_seed_repeats_the_sample(refllm: Run, checkpoint: Path) -> None:

@@ -556,6 +556,30 @@ def test_the_diff_of_the_readme_cuts_no_line_of_the_pages() -> None:
                 assert line in shown, f"{page}: {line}"
 
 
+def test_an_optional_package_is_known_by_the_import_that_did_not_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"torch"}
+    monkeypatch.setattr(extras, "not_installed", lambda packages: [name for name in packages if name in missing])
+    for name, package in (("torch", "torch"), ("torch.nn", "torch"), ("triton", None), ("torchx", None), (None, None)):
+        assert extras.optional_package(ModuleNotFoundError(name=name)) == package
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_where_there_is_no_triton_that_is_said_of_triton_alone(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras.sys, "platform", platform)
+    said = "; there is no triton for this system"
+    assert (said in extras.needs("this", "torch", "triton")) == (platform == "darwin")
+    assert said not in extras.needs("this", "torch")
+    assert "needs torch and triton, which are not installed" in extras.needs("this", "torch", "triton")
+    assert "needs torch, which is not installed" in extras.needs("this", "torch")
+
+
+def test_a_checkout_is_a_folder_of_this_project(tmp_path: Path) -> None:
+    assert not extras._is_checkout(tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\n')
+    assert not extras._is_checkout(tmp_path)
+    assert extras._is_checkout(ROOT)
+
+
 def test_missing_extras_are_errors_of_refllm_and_of_imports() -> None:
     error = extras.missing_extra("this", "torch")
     assert isinstance(error, RefllmError | MissingExtraError)

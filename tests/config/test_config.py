@@ -31,17 +31,13 @@ from refllm.config import (
     published,
 )
 from refllm.config.rope_parameters import ROPE_TYPES
+from refllm.config.traits import TRAITS
 from refllm.errors import ConfigError
 from refllm.forward.rotary import RotaryEmbedding
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-HF_CLASSES = {
-    "helium": transformers.HeliumConfig,
-    "llama": transformers.LlamaConfig,
-    "stablelm": transformers.StableLmConfig,
-    "arcee": transformers.ArceeConfig,
-}
+HF_CLASSES = {name: getattr(transformers, f"{traits.class_prefix}Config") for name, traits in TRAITS.items()}
 FAMILIES = sorted(CONFIG_CLASSES)
 SMALL: dict[str, Any] = {
     "vocab_size": 32,

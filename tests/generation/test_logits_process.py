@@ -603,8 +603,9 @@ def test_priority_is_call_then_passed_config_then_model_then_default() -> None:
 
 
 def test_unknown_keys_of_a_file_are_reported_and_kept(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text('{"top_k": 3, "temprature": 0.5, "transformers_version": "5.0"}')
-    with pytest.warns(UserWarning, match="temprature"):
+    keys = {"top_k": 3, "temprature": 0.5, "transformers_version": "5.0", "_own": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(keys))
+    with pytest.warns(UserWarning, match="json: unknown keys have no effect: temprature$"):
         config = GenerationConfig.from_pretrained(tmp_path)
     config.save_pretrained(tmp_path)
     assert '"temprature": 0.5' in (tmp_path / "generation_config.json").read_text()

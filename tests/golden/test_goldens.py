@@ -164,6 +164,32 @@ def test_the_reference_gives_every_golden_again(refllm: Run) -> None:
     assert not err
 
 
+def test_the_manifest_tells_the_weights_of_every_small_model() -> None:
+    small = [name for name, entry in MANIFEST["cases"].items() if entry.get("model", "").endswith("-small")]
+    assert len(small) > 3
+    for one in map(of, small):
+        assert store.weights_hash(one) == one.about["weights_sha256"], one.case.name
+        name, weight = next(iter(one.weights.items()))
+        one.weights = {**one.weights, name: weight[::-1]}
+        assert store.weights_hash(one) != one.about["weights_sha256"], one.case.name
+
+
+def test_a_result_of_another_shape_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.swiglu
+    monkeypatch.setattr(ops, "swiglu", lambda gate, up, **how: right(gate, up, **how)[:-1])
+    done = verify.verify(iter([of("swiglu/plain")]), "numpy", "bfloat16")
+    assert [f.problem for f in done.findings] == ["numpy, bfloat16, output y: shape [4, 77], expected [5, 77]"]
+    assert (done.cases, done.largest) == (1, 0.0)
+
+
+def test_figures_of_float64_count_what_float64_allows() -> None:
+    one = of("rms_norm/plain")
+    one.exact["y"][2, 5] += 3 * verify.FLOAT64_SIGMA * one.sigma["float32.fused"]["y"][2, 5]
+    done = verify.verify(iter([one]), "numpy", "float64")
+    assert done.ratio == done.largest == pytest.approx(3, rel=0.1)
+    assert done.worst == "rms_norm/plain y"
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_torch_holds(dtype: str) -> None:
     done = verify.verify(verify.goldens_of(FOLDER, MANIFEST), "torch", dtype)
@@ -210,7 +236,20 @@ def test_the_witness_agrees_with_every_golden() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["norm_rope/rms-interleaved-partial", "attention/no-keys", "llama/rope-longrope", "stablelm/tiny-parallel-packed"],
+    [
+        "norm_rope/rms-interleaved-partial",
+        "norm_rope/layer-half-split-partial",
+        "attention/no-keys",
+        "layer_norm/bias",
+        "add_rms_norm/plain",
+        "add_layer_norm/no-bias",
+        "rms_norm_qkv_rope/bias",
+        "decode_attention/eight-tokens",
+        "linear_cross_entropy/none",
+        "llama/rope-longrope",
+        "stablelm/tiny-parallel-packed",
+        "helium/tiny-prompt",
+    ],
 )
 def test_the_witness_asked_again_says_the_same(name: str) -> None:
     from refllm.golden.witness import witness
@@ -559,6 +598,7 @@ def test_make_prints_the_change_in_sigma_and_replaces_only_if_told(copy: Path, r
     code, out, _ = refllm("make", "rms_norm", "--folder", copy, "--json", copy / "made.json")
     assert code == 1
     assert re.search(r"^rms_norm/plain +changed +3 +0\.0%", out, re.MULTILINE), out
+    assert "6 goldens made, 5 of them as they were" in out
     assert "nothing was replaced; --yes does it" in out
     assert "rms_norm/ragged" not in out
     changes = {c["name"]: c for c in json.loads((copy / "made.json").read_text())["changes"]}

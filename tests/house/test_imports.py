@@ -128,6 +128,48 @@ def test_public_names_stay_importable(module: str) -> None:
         assert getattr(import_module(module), name) is not None, name
 
 
+CHANGED_LATER = {
+    "refllm.check.oracle.Report",
+    "refllm.check.oracle.TapReport",
+    "refllm.check.runs.Runs",
+    "refllm.check.trace.Trace",
+    *(f"refllm.config.config.{name}" for name in ("ModelConfig", *(cls.__name__ for cls in CONFIG_CLASSES.values()))),
+    "refllm.forward.outputs.ModelOutput",
+    "refllm.generation.beam_search._Beams",
+    "refllm.generation.config.GenerationConfig",
+    "refllm.generation.decoding.Decoder",
+    "refllm.generation.decoding.GenerateOutput",
+    "refllm.generation.decoding.Recorder",
+    "refllm.golden.exact.Golden",
+    "refllm.golden.make_vectors.Made",
+    "refllm.golden.verify.Verified",
+    "refllm.kernels.interpreter.memory.Access",  # made at every load; a frozen one takes twice as long
+    "refllm.kernels.interpreter.memory.Storage",
+    "refllm.mutants.validation.Case",
+    "refllm.mutants.validation.Outcome",
+    "refllm.mutants.validation.Run",
+    "refllm.mutants.validation.Validation",
+    "refllm.storage.load_report.LoadReport",
+    "refllm.strategies.models.Ids",
+    "refllm.strategies.models.WholeInput",
+}
+"""Records that are filled in, or that callers may change."""
+
+SLOW = ("refllm.bench.", "refllm.kernels.transformers")
+"""They import Transformers as a whole."""
+
+
+def test_a_record_is_frozen_unless_it_is_known_to_change() -> None:
+    for package in ("torch", "triton", "hypothesis"):
+        pytest.importorskip(package)
+    names = {".".join(installed.with_suffix("").parts).removesuffix(".__init__") for installed, _ in MODULES}
+    modules = [import_module(name) for name in names if not name.startswith(SLOW) and not name.endswith("__main__")]
+    classes = [cls for module in modules for cls in vars(module).values() if isinstance(cls, type)]
+    records = [cls for cls in classes if "__dataclass_params__" in vars(cls) and cls.__module__ in names]
+    changing = [cls for cls in records if not vars(cls)["__dataclass_params__"].frozen]
+    assert {f"{cls.__module__}.{cls.__qualname__}" for cls in changing} == CHANGED_LATER
+
+
 def test_refllm_has_load_the_tools_and_every_class_of_transformers() -> None:
     names = {"load", "pipeline", "AutoTokenizer", "AutoConfig", "AutoModel", "AutoModelForCausalLM", "GenerationConfig"}
     assert {*names, *CLASSES, *(cls.__name__ for cls in CONFIG_CLASSES.values())} <= {*refllm.__all__}

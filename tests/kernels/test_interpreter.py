@@ -729,6 +729,23 @@ def test_a_product_is_added_to_what_was_there(stored: Any, summed: Any, triton_t
 
 
 @triton.jit
+def two_together(x, y, N: tl.constexpr, M: tl.constexpr):
+    i, j = tl.arange(0, N), tl.arange(0, M)
+    rows, columns = tl.broadcast(tl.load(x + i)[:, None], tl.load(x + j)[None, :])
+    tl.store(y + i, tl.sum(rows, 1))
+    tl.store(y + N + j, tl.sum(columns, 0))
+    columns, rows = tl.broadcast(tl.load(x + j)[None, :], tl.load(x + i)[:, None])
+    tl.store(y + N + M + i, tl.sum(rows, 1))
+    tl.store(y + 2 * N + M + j, tl.sum(columns, 0))
+
+
+def test_both_of_two_blocks_get_their_common_shape() -> None:
+    x, y = torch.arange(1.0, 9), torch.zeros(24)
+    two_together[(1,)](x, y, N=4, M=8)
+    assert torch.equal(y, torch.cat([8 * x[:4], 4 * x] * 2))
+
+
+@triton.jit
 def printing(x):
     tl.device_print("value", tl.load(x))
     tl.static_print("constant")

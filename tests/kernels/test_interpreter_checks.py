@@ -116,6 +116,32 @@ def test_overflow_in_one_lane(value: int, words: str) -> None:
 
 
 @triton.jit
+def two_widths(wide, narrow, byte, CAST: tl.constexpr, SCATTERED: tl.constexpr):
+    at = tl.arange(0, 2)
+    if SCATTERED:
+        at = 1 - at
+    if tl.program_id(0) == 0:
+        tl.store(wide + 2 + at, at)  # bytes 8 to 15
+    elif CAST:
+        tl.store(wide.to(tl.pointer_type(tl.int8)) + byte + at, at.to(tl.int8))
+    else:
+        tl.store(narrow + byte + at, at.to(tl.int8))
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("cast", [False, True])
+def test_stores_of_different_widths_meet_in_their_bytes(cast: bool, scattered: bool) -> None:
+    wide = torch.zeros(8, dtype=torch.int32)
+    narrow = torch.zeros(8, dtype=torch.int8) if cast else wide.view(torch.int8)
+    with interpreted():
+        for byte in (0, 5, 6, 16, 17, 22):
+            two_widths[(2,)](wide, narrow, byte, CAST=cast, SCATTERED=scattered)
+        for byte in (7, 8, 11, 14, 15):
+            with pytest.raises(RaceError, match="programs 0 and 1 both store"):
+                two_widths[(2,)](wide, narrow, byte, CAST=cast, SCATTERED=scattered)
+
+
+@triton.jit
 def stores(y, stride, BLOCK: tl.constexpr):
     program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
     tl.store(y + program * stride + tl.arange(0, BLOCK), program.to(tl.float32))

@@ -337,6 +337,12 @@ def test_without_an_architecture_a_checkpoint_is_a_causal_lm(
     assert load(changed(helium_folder, tmp_path, architectures=architectures)).head == "causal_lm"
 
 
+def test_of_several_architectures_the_first_counts(helium_folder: Path, tmp_path: Path) -> None:
+    both = ["HeliumForCausalLM", "HeliumModel"]
+    for architectures, head in ((both, "causal_lm"), (both[::-1], "base")):
+        assert load(changed(helium_folder, tmp_path, architectures=architectures)).head == head
+
+
 def test_an_unknown_model_type_is_refused_with_those_that_are_known(helium_folder: Path, tmp_path: Path) -> None:
     folder = changed(helium_folder, tmp_path, model_type="mistral")
     check(ConfigError, lambda: load(folder), "model_type='mistral'", "helium", "llama", "stablelm", "arcee")

@@ -341,6 +341,11 @@ def test_json_exit_codes_and_the_reproduction_as_a_program(
     assert (result["schema"], result["op"], result["verdict"], result["policy"]) == (2, "rms_norm", "fails", "fused")
     assert result["counterexample"]["shapes"] == {"x": [1, 257], "weight": [257]}
     assert result["counterexample"]["begins"] == [0, 256]
+    assert result["counterexample"]["where"] == "column 256 (of 257) of row 0"
+    assert result["counterexample"]["output"] == result["worst"]["output"] == "y"
+    assert result["counterexample"]["call"].startswith("rms_norm: x [1, 257] float32")
+    assert result["counterexample"]["first_call"].startswith(f"rms_norm ({result['counterexample']['family']}): x [")
+    assert result["reports"][0]["repro"] == program.read_text()
     assert result["worst"]["ratio"] > 2
     assert [r["dtype"] for r in result["reports"]] == ["float32", "bfloat16"]
     assert [r["repro_file"] for r in result["reports"]] == [str(program), str(tmp_path / "repro-bfloat16.py")]
@@ -352,7 +357,9 @@ def test_json_exit_codes_and_the_reproduction_as_a_program(
     assert "refllm" not in "".join(line for line in program.read_text().splitlines() if "import" in line)
     words = ["rms_norm", "--candidate", candidate.replace("tail", "right"), "--max-examples", "3", "--json", "-"]
     assert command(monkeypatch, *words) == 0
-    assert json.loads(capsys.readouterr().out)["verdict"] == "holds"
+    result = json.loads(capsys.readouterr().out)
+    assert result["verdict"] == "holds"
+    assert {result[name] for name in ("property", "text", "ended", "counterexample", "repro", "repro_file")} == {None}
 
 
 def test_an_incomplete_search_is_told_by_the_exit_code_and_the_json(monkeypatch: Any, capsys: Any) -> None:
@@ -468,3 +475,10 @@ def test_a_process_that_imports_the_candidate_again(monkeypatch: Any) -> None:
     worker.fork = False
     with pytest.raises(InputError, match="cannot be imported by a process of its own: opcheck_candidates has no"):
         worker.observe(task, 10.0)
+
+
+def test_a_process_that_takes_too_long_to_import_the_candidate_is_told(monkeypatch: Any, tmp_path: Path) -> None:
+    (tmp_path / "sleepy.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr("refllm.opcheck.worker._START_SECONDS", 0.2)
+    with pytest.raises(InputError, match=r"cannot be imported by a process of its own: no answer within 0\.2 s"):
+        Worker(replace(load("opcheck_candidates:right"), reference=f"{tmp_path / 'sleepy.py'}:f", device="cuda"))

@@ -28,8 +28,8 @@ from refllm.strategies import corners  # noqa: E402
 def test_what_a_fork_returns_and_how_it_may_end(capfd: Any) -> None:
     here = os.getpid()
     assert run(lambda: (os.getpid() != here, 3)) == [True, 3]
-    assert run(lambda: os._exit(3)) == Ended("its process ended: exit code 3")
-    assert run(lambda: os.kill(os.getpid(), 9)) == Ended("its process ended: SIGKILL")
+    assert run(lambda: os._exit(3)) == Ended("its process ended: exit code 3", in_time=True)
+    assert run(lambda: os.kill(os.getpid(), 9)) == Ended("its process ended: SIGKILL", in_time=True)
     assert run(lambda: time.sleep(60), 0.05) == Ended("no answer within 0.05 s", in_time=False)
     assert "ZeroDivisionError" in run(lambda: 1 // 0).text
     assert run(lambda: (print("first\nlast\n \n", flush=True), os._exit(3))).text.endswith("exit code 3 (last)")

@@ -4,6 +4,7 @@ import ast
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from refllm.apart import Process
 from refllm.errors import InputError, TokenizerError
-from refllm.text import chat_template, template_process
+from refllm.text import chat_template, template_process, template_worker
 from refllm.text.template_process import Limits, NoProcessError, TemplateProcess
 
 BUSY = "\n{% for i in range(99999) %}\n{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -374,6 +376,26 @@ def test_a_program_that_is_no_python_is_tried_once(monkeypatch: pytest.MonkeyPat
         with pytest.raises(NoProcessError, match=r"Python does not start there \(its process ended: exit code 1"):
             process.render("x", {})
         monkeypatch.setattr(sys, "executable", "/bin/this-is-not-asked-for")
+
+
+def test_it_waits_until_its_time_is_over_and_no_longer() -> None:
+    waits: list[float] = []
+    process = object.__new__(template_process.AnsweringProcess)
+    process._socket = SimpleNamespace(settimeout=waits.append)  # type: ignore[assignment]
+    for left in (-1.0, 0.3, 9.0):
+        process._wait_until(time.monotonic() + left)
+    for seconds, most in zip(waits, (0.01, 0.3, 9.0), strict=True):
+        assert 0 < seconds <= most
+    assert waits[2] > 5
+
+
+def test_a_limit_of_memory_that_the_system_refuses_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(what: int, _: Any) -> None:
+        if what == resource.RLIMIT_AS:
+            raise OSError("not here")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert not template_worker._limit_memory(1 << 30)
 
 
 def test_where_memory_cannot_be_limited_work_is_counted_in_the_process(

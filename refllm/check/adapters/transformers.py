@@ -11,6 +11,7 @@ from refllm.check.adapters.transformers_taps import hooks
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import must_not_have_changed
 from refllm.check.taps import Sink
+from refllm.errors import MissingExtraError
 
 _AUTO_CLASS = {
     "base": "AutoModel",
@@ -22,10 +23,15 @@ _AUTO_CLASS = {
 
 
 def quiet_transformers() -> Any:
-    """The package, which says no more than errors. Raises MissingExtraError without it, or without Torch."""
-    extras.require("a candidate of Transformers", "torch", "transformers")
-    import transformers
-
+    """The package, which says no more than errors. Raises MissingExtraError without it, without Torch, and where it is
+    there but cannot be imported."""
+    what = "a candidate of Transformers"
+    extras.require(what, "torch", "transformers")
+    try:
+        import transformers
+    except ImportError as error:
+        again = extras.install_command("transformers")
+        raise MissingExtraError(f"{what}: transformers cannot be imported ({error}); install again: {again}") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
