@@ -393,6 +393,13 @@ def test_a_manifest_that_lacks_something_is_wrong_use(
         assert len(err.splitlines()) == 1
 
 
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_PACKAGES", ("numpy", "no-such-package"))
+    assert {**manifest.versions(), "refllm": ""} == {
+        "refllm": "", "numpy": np.__version__, "no-such-package": "not installed",
+    }  # fmt: skip
+
+
 def test_other_versions_are_named_and_what_holds_holds(copy: Path, refllm: Run) -> None:
     assert not manifest.other_versions({"cases": {"a": {"versions": manifest.versions()}}})
 
