@@ -53,9 +53,7 @@ def check(backend: str, dtype: str, device: str | None = None) -> None:
     if dtype not in DTYPES and (dtype, backend) != ("float64", "numpy"):
         also = " (float64 is numpy's alone)" if dtype == "float64" else ""
         raise InputError(f"--dtype {dtype} cannot be verified with {backend}: use {', '.join(DTYPES)}{also}")
-    missing = extras.not_installed({"triton": ("torch", "triton")}.get(backend, (backend,)))
-    if missing:
-        raise extras.missing_extra(f"--backend {backend}", *missing)
+    extras.require(f"--backend {backend}", *{"triton": ("torch", "triton")}.get(backend, (backend,)))
     if device is None:
         return
     if backend == "numpy":

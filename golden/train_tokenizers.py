@@ -121,17 +121,22 @@ def pieces_with_byte_fallback(vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
 
 
-def bytes_with_bos(vocab_size: int) -> Tokenizer:
-    """Byte-level BPE, special tokens at the end of the vocabulary, BOS before every text: the make of Llama 3. The
-    chat template is a file of its own."""
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+def _bytes_after(special: list[str], vocab_size: int) -> Backend:
+    """Byte-level BPE with these tokens at the end of the vocabulary, of which the first comes before every text."""
     backend = _byte_level(vocab_size - len(special))
     backend.add_special_tokens(special)
     backend.post_processor = processors.Sequence(
         [processors.ByteLevel(trim_offsets=False), _before_every_text(special[0], vocab_size - len(special))]
     )
+    return backend
+
+
+def bytes_with_bos(vocab_size: int) -> Tokenizer:
+    """Byte-level BPE, special tokens at the end of the vocabulary, BOS before every text: the make of Llama 3. The
+    chat template is a file of its own."""
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     return Tokenizer(
-        backend,
+        _bytes_after(special, vocab_size),
         bos_token=special[0],
         eos_token="<|eot_id|>",
         model_max_length=512,
@@ -142,13 +147,8 @@ def bytes_with_bos(vocab_size: int) -> Tokenizer:
 def bytes_with_named_templates(vocab_size: int) -> Tokenizer:
     """The tokenizer of `bytes_with_bos`, with AFM's special tokens and two chat templates, one of them for tools."""
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|finetune_right_pad_id|>"]
-    backend = _byte_level(vocab_size - len(special))
-    backend.add_special_tokens(special)
-    backend.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), _before_every_text(special[0], vocab_size - len(special))]
-    )
     return Tokenizer(
-        backend,
+        _bytes_after(special, vocab_size),
         bos_token=special[0],
         eos_token="<|im_end|>",
         pad_token="<|finetune_right_pad_id|>",

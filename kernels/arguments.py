@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from refllm.errors import InputError
-from refllm.ops.contracts import CONTRACTS, ROWS
+from refllm.ops.contracts import CONTRACTS, ROWS, Contract
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """What kernels compute with."""
@@ -56,15 +56,22 @@ def like(
         fail(operator, name, x, f"{list(shape)} {kinds} on {model.device}")
 
 
-_ASKED = {
-    known.operator: tuple(
-        (name, axes, known.kind(name), name in known.or_float32) for name, axes in known.arguments.items()
+def _asked(known: Contract) -> tuple[tuple[str, tuple[str, ...], str, bool], ...]:
+    first = next(iter(known.arguments.values()))
+    return tuple(
+        (
+            name,
+            axes,
+            "same" if axes == first and known.kind(name) != "mask" else known.kind(name),
+            name in known.or_float32,
+        )
+        for name, axes in known.arguments.items()
     )
-    for known in CONTRACTS.values()
-}
-"""Every argument that is an array, by operator: its name, axes and kind, and whether it may be float32."""
 
 
+_ASKED = {known.operator: _asked(known) for known in CONTRACTS.values()}
+"""Every argument that is an array, by operator: its name, axes and kind ("same": the shape of the first), and whether
+it may be float32. Made once: a check takes microseconds of every call."""
 _HEADS = {"H": "heads", "K": "heads"}
 
 
@@ -74,15 +81,17 @@ def check(operator: str, first: Any, *others: Any, sizes: dict[str, int] | None 
     The first is a tensor of float32, float16 or bfloat16 and says the dtype and the device of the others. None stands
     for a bias or a mask that is not given. sizes: of axes that no array has as such. chosen: arguments that are words.
     """
-    (name, axes, _, _), *asked = _ASKED[operator]
-    floating(operator, name, first, None if ROWS in axes else len(axes))
-    known: dict[str, Any] = dict(sizes or {})
-    if ROWS in axes:
-        known[ROWS] = first.shape[:-1]
-        known[axes[-1]] = first.shape[-1]
-    else:
-        known.update(zip(axes, first.shape, strict=True))
-    for (name, axes, kind, wide), x in zip(asked, others, strict=True):
+    asked = _ASKED[operator]
+    name, axes = asked[0][:2]
+    rows = axes[0] == ROWS
+    floating(operator, name, first, None if rows else len(axes))
+    known: dict[str, Any] = {axes[-1]: first.shape[-1]} if rows else dict(zip(axes, first.shape, strict=True))
+    if sizes is not None:
+        known.update(sizes)
+    for (name, axes, kind, wide), x in zip(asked[1:], others, strict=True):
+        if kind == "same":
+            like(operator, name, x, tuple(first.shape), first)
+            continue
         if x is None and kind in ("bias", "mask"):
             continue
         if kind == "table":
@@ -103,8 +112,6 @@ def check(operator: str, first: Any, *others: Any, sizes: dict[str, int] | None 
 
 def _shape(operator: str, name: str, axes: tuple[str, ...], x: Any, known: dict[str, Any]) -> tuple[int, ...]:
     """The shape that x has to have; an axis of a name that is new gets its length from x."""
-    if axes[0] == ROWS:
-        return (*known[ROWS], known[axes[1]])
     for place, axis in enumerate(axes):
         if axis not in known:
             if not isinstance(x, torch.Tensor) or x.ndim != len(axes):

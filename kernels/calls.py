@@ -162,7 +162,7 @@ def _shape(axes: tuple[str, ...], n: dict[str, int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Case:
+class Call:
     """One call: operator(*arguments, **keywords). name says what is special about it."""
 
     operator: str
@@ -172,10 +172,10 @@ class Case:
 
 
 MOST_WORDS = 10_001
-"""The largest vocabulary of linear_cross_entropy in `cases`: the definition holds its matrix in float64."""
+"""The largest vocabulary of linear_cross_entropy in `calls`: the definition holds its matrix in float64."""
 
 
-def cases(layer: Layer, dtype: str, device: str, *, tokens: int, seed: int = 0) -> Iterator[Case]:
+def calls(layer: Layer, dtype: str, device: str, *, tokens: int, seed: int = 0) -> Iterator[Call]:
     """Every operator on the sizes of `layer`, with `tokens` positions; InputError for a dtype that kernels lack."""
     if dtype not in ("float32", "float16", "bfloat16"):
         raise InputError(f"dtype={dtype!r} is not a kernel's; use float32, float16 or bfloat16")
@@ -186,7 +186,7 @@ def cases(layer: Layer, dtype: str, device: str, *, tokens: int, seed: int = 0) 
         n = sizes | ({"V": min(layer.V, MOST_WORDS)} if words else {})
         for name, more, given in _variants(known, n, source):
             arguments, keywords = call(known.operator, n | more, source, **{"interleaved": layer.interleaved} | given)
-            yield Case(known.operator, name, tuple(arguments), keywords)
+            yield Call(known.operator, name, tuple(arguments), keywords)
 
 
 def _variants(

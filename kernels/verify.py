@@ -144,6 +144,6 @@ def _expected(operator: str, dtype: str, y: np.ndarray, exact: np.ndarray, contr
     """
     nothing = np.broadcast_to(np.float64(0), exact.shape)
     finite = np.isfinite(y) & np.isfinite(exact)
-    rows = finite.reshape(-1, finite.shape[-1]).any(axis=-1) if finite.ndim > 1 else finite
+    rows = finite.any(axis=-1) if finite.ndim > 1 else finite
     once, independent = dtype != "float32", int(rows.sum())
     return Expected(operator, "", (), dtype, exact, contract, nothing, nothing, once, independent)

@@ -6,6 +6,9 @@
         process.send(request)
         answer = process.receive(seconds)
 
+    Process.program(arguments)                          # a Python that is trusted less, and speaks bytes alone
+    Batch(arguments, seconds).wait()                    # a Python that is asked nothing: it runs to its end
+
 `serve(channel)` takes `channel.requests()` and gives `channel.answer(word, values)` as often as it likes for each. A
 fork takes milliseconds and knows functions that have no name; but a GPU that this process uses does not survive it, nor
 do the threads of a library that has computed already. For those there is the new interpreter.
@@ -21,7 +24,8 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
-import importlib
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -38,7 +42,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,12 +60,14 @@ _TO_END = 5.0
 """Seconds that a process has to end once it has closed its channel."""
 _TO_TELL = 0.5
 """Seconds that a process has to say where it is."""
+SECONDS_TO_TIDY_UP = 10.0
+"""The time between asking a `Batch` to end and killing it: pytest writes its report, Python its last lines."""
 _HEAD = struct.Struct("<QQ")
 _LARGEST = 1 << 28
 """Bytes of an answer, its arrays not counted."""
 _KINDS = "biuf"
 """NumPy's kinds of the arrays that can be sent."""
-_WHERE = signal.SIGUSR2
+_WHERE = getattr(signal, "SIGUSR2", 0)  # Windows, which has no forks either, can import this file
 _PR_SET_PDEATHSIG = 1
 
 
@@ -70,11 +76,12 @@ class NoAnswerError(RefllmError):
 
 
 class EndedError(NoAnswerError):
-    """It ended before it answered. file, line: of whose code it had reached, "" and 0 where that is not known."""
+    """It ended before it answered. file, line: of whose code it had reached, "" and 0 where that is not known. code:
+    its exit code, negative for a signal; None where it goes on, but answers no more."""
 
-    def __init__(self, text: str, file: str = "", line: int = 0) -> None:
+    def __init__(self, text: str, file: str = "", line: int = 0, code: int | None = None) -> None:
         super().__init__(text)
-        self.file, self.line = file, line
+        self.file, self.line, self.code = file, line, code
 
 
 class LateError(NoAnswerError):
@@ -145,39 +152,47 @@ class Process:
         return cls(child, ours, output, faults)
 
     @classmethod
-    def fresh(cls, serve: str) -> "Process":
-        """A new interpreter that runs the function "module:name", with the import path and arguments of this one."""
+    def fresh(cls, serve: str, environment: dict[str, str] | None = None) -> "Process":
+        """A new interpreter that runs the function "module:name", with the import path and arguments of this one.
+
+        environment: what it has beside that of this process.
+        """
+        start = "import json, sys; sys.path[:], sys.argv[:], serve, *fds = json.loads(sys.argv[1])"
+        start += "; from refllm.apart import be_fresh; be_fresh(serve, *fds)"
+
+        def arguments(*fds: int) -> list[str]:
+            return ["-P", "-c", start, json.dumps([sys.path, sys.argv, serve, *fds])]
+
+        return cls.program(arguments, environment)
+
+    @classmethod
+    def program(
+        cls, arguments: Callable[[int, int], list[str]], environment: dict[str, str] | None = None
+    ) -> "Process":
+        """A new interpreter with the arguments that the function gives for two file numbers: of its end of the channel,
+        and of the file for what `faulthandler` says. Raises OSError if it does not start."""
         with _ends() as (ours, theirs, output, printed, faults):
-            fds = [theirs.fileno(), faults.fileno()]
-            start = "import json, sys; sys.path[:], sys.argv[:], serve, *fds = json.loads(sys.argv[1])"
-            start += "; from refllm.apart import be_fresh; be_fresh(serve, *fds)"
-            child = subprocess.Popen(
-                [sys.executable, "-P", "-c", start, json.dumps([sys.path, sys.argv, serve, *fds])],
-                stdin=subprocess.DEVNULL,
-                stdout=printed,
-                stderr=printed,
-                pass_fds=fds,
-                start_new_session=True,
+            fds = (theirs.fileno(), faults.fileno())
+            child = _python(
+                arguments(*fds), environment, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, pass_fds=fds
             )
         return cls(child, ours, output, faults)
 
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return int(self._child.pid)
+
     def send(self, request: Any) -> None:
         """Hands over a request, which has to pickle. Earlier ones are answered no more."""
-        self._number += 1
-        data = pickle.dumps(request)
-        with contextlib.suppress(OSError):  # it has ended, as will be said to the one who waits for the answer
-            self._socket.sendall(_HEAD.pack(self._number, len(data)) + data)
+        self._send(pickle.dumps(request), None)
 
     def receive(self, limit: float) -> Answer:
         """The next answer to the last request. limit: seconds. Raises EndedError or LateError."""
         deadline = time.monotonic() + limit
         while True:
-            head = bytearray(_HEAD.size)
-            self._fill(memoryview(head), deadline)
-            number, size = _HEAD.unpack(head)
+            number, text = self._message(deadline, _LARGEST)
             try:
-                text = bytearray(min(size, _LARGEST))
-                self._fill(memoryview(text), deadline)
                 word, values, kinds = json.loads(text)
                 arrays = [self._array(dtype, shape, deadline) for dtype, shape in kinds]
                 answer = Answer(str(word), _joined(values, arrays))
@@ -187,6 +202,39 @@ class Process:
                 raise EndedError("its process sent what is no answer") from None
             if number == self._number:
                 return answer
+
+    def ask(self, request: bytes | None, limit: float, most: int) -> bytes:
+        """The answer of a `program` to these bytes; None: to no request. limit: seconds, for both. most: bytes of the
+        answer. Raises EndedError or LateError."""
+        deadline = time.monotonic() + limit
+        if request is not None:
+            self._send(request, limit)
+        number, answer = self._message(deadline, most)
+        if number != self._number:
+            raise EndedError("its process sent what is no answer")
+        return bytes(answer)
+
+    def _send(self, data: bytes, limit: float | None) -> None:
+        """Hands over the bytes under the next number. limit: seconds until LateError."""
+        self._number += 1
+        self._socket.settimeout(limit)
+        try:
+            self._socket.sendall(_HEAD.pack(self._number, len(data)) + data)
+        except TimeoutError:
+            raise LateError("no answer in time") from None
+        except OSError:  # it has ended, as will be said to the one who waits for the answer
+            pass
+
+    def _message(self, deadline: float, most: int) -> tuple[int, bytearray]:
+        """The next message: the number of its request, and its bytes."""
+        head = bytearray(_HEAD.size)
+        self._fill(memoryview(head), deadline)
+        number, size = _HEAD.unpack(head)
+        if size > most:
+            raise EndedError(f"its process sent an answer of {size} bytes")
+        text = bytearray(size)
+        self._fill(memoryview(text), deadline)
+        return number, text
 
     def where(self) -> tuple[str, int]:
         """Which file and line a process that still runs has reached; "" and 0 if it cannot tell."""
@@ -198,12 +246,16 @@ class Process:
         return _line_of(told)
 
     def close(self) -> None:
-        """Ends the process and its session at once; may be called again."""
-        if self._child is None or os.getpid() != self._owner:  # a fork has this object too, but it is not its own
+        """Ends the process and its session at once; may be called again. In a fork, which has this object too, it lets
+        go of the process, since that is not the fork's own."""
+        if self._child is None:
             return
         atexit.unregister(self.close)
-        kill_group(self._child.pid)
-        self._child.wait()
+        if os.getpid() == self._owner:
+            kill_group(self._child.pid)
+            self._child.wait()
+        else:
+            self._child.returncode = 0
         self._child = None
         self._selector.close()
         self._socket.close()
@@ -271,7 +323,7 @@ class Process:
         lines = [line.strip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
         file, line = _line_of(self._fault())
         told = [*[said[:200] for said in lines[-1:]], *filter(None, [place(file, line)])]
-        return EndedError(how + (f" ({'; '.join(told)})" if told else ""), file, line)
+        return EndedError(how + (f" ({'; '.join(told)})" if told else ""), file, line, code)
 
     def _fault(self) -> str:
         """What the interpreter wrote of the process when it crashed, or was asked where it is."""
@@ -374,7 +426,8 @@ class _Fork:
     """A forked process, as `subprocess.Popen` shows one."""
 
     def __init__(self, pid: int) -> None:
-        self.pid, self._code = pid, None if pid else 0
+        self.pid = pid
+        self.returncode: int | None = None if pid else 0
 
     def poll(self) -> int | None:
         return self._wait(os.WNOHANG)
@@ -383,13 +436,20 @@ class _Fork:
         return self._wait(0)
 
     def _wait(self, how: int) -> int | None:
-        if self._code is None:
+        if self.returncode is None:
             try:
                 pid, status = os.waitpid(self.pid, how)
             except ChildProcessError:  # somebody else of this process has waited for it
                 pid, status = self.pid, 0
-            self._code = os.waitstatus_to_exitcode(status) if pid else None
-        return self._code
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+
+def _python(arguments: Sequence[str], environment: dict[str, str] | None, **streams: Any) -> Any:
+    """A new interpreter that leads a session of its own, so that Ctrl-C is for this process, which ends the other."""
+    return subprocess.Popen(
+        [sys.executable, *arguments], env={**os.environ, **(environment or {})}, start_new_session=True, **streams
+    )
 
 
 @contextlib.contextmanager
@@ -446,6 +506,80 @@ def _joined(values: Any, arrays: list[np.ndarray]) -> Any:
     return values
 
 
+# -------------------------------------------------------------------------------------------- what runs to its own end
+
+
+class Batch:
+    """Starts `python -P ARGUMENTS`. seconds: until it is ended, by force if need be, with everything that it started.
+
+    environment: what it has beside that of this process. After `wait`: code (None if its time was over), output and
+    errors as texts, seconds that it took.
+    """
+
+    def __init__(self, arguments: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> None:
+        self._start, self._limit = time.monotonic(), seconds
+        # Files and not pipes: a full pipe stops a process that nobody reads from yet.
+        self._files = contextlib.ExitStack()
+        self._streams = [self._files.enter_context(_stream()) for _ in range(2)]
+        self._process = _python(
+            ["-P", *arguments],
+            environment,
+            stdout=self._streams[0],
+            stderr=self._streams[1],
+            preexec_fn=_hear_interrupts,
+        )
+        atexit.register(self._kill)
+        self.code: int | None = None
+        self.output, self.errors, self.seconds = "", "", 0.0
+
+    def wait(self) -> "Batch":
+        """Returns when it has ended, or was ended."""
+        left = self._limit - (time.monotonic() - self._start)
+        try:
+            self.code = self._process.wait(max(0.0, left))
+        except subprocess.TimeoutExpired:
+            self.end()
+        self._kill()  # what it left behind would compute on while others are timed
+        atexit.unregister(self._kill)
+        self.seconds = time.monotonic() - self._start
+        self.output, self.errors = map(_read, self._streams)
+        self._files.close()
+        return self
+
+    def end(self) -> None:
+        """Asks it to end, as Ctrl-C does, and kills it if it does not."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(SECONDS_TO_TIDY_UP)
+            except subprocess.TimeoutExpired:
+                self._kill()
+                self._process.wait()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # its number may be another's by now, that of its session not
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    @property
+    def last_line(self) -> str:
+        """The last line of its errors: what most programs end with when they fail."""
+        return (self.errors.strip().splitlines() or ["no message"])[-1]
+
+
+def _hear_interrupts() -> None:
+    """A shell starts what it puts into the background deaf to Ctrl-C, and its children would be so too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _stream() -> Any:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
+def _read(stream: Any) -> str:
+    stream.seek(0)
+    return str(stream.read().strip())
+
+
 # ------------------------------------------------------------------------------------------------------- where it was
 
 
@@ -468,10 +602,19 @@ def in_one_line(error: BaseException) -> tuple[str, str, int]:
 
 
 def theirs(frames: list[tuple[str, int]]) -> tuple[str, int]:
-    """The first of (file, line) that is of nobody's library, else the first that is not of this package, else none."""
-    foreign = [(file, line) for file, line in frames if not file.startswith((_OURS, "<frozen")) and file != "<string>"]
+    """The first of (file, line) that is of nobody's library, else the first that is not of this package, else the first
+    in a part of it that computes on tensors, else none."""
+    outside = [(file, line) for file, line in frames if not file.startswith((_OURS, "<frozen")) and file != "<string>"]
+    foreign = [(file, line) for file, line in outside if not file.startswith(_elsewhere())]
     own = [(file, line) for file, line in foreign if not file.startswith(_LIBRARIES)]
-    return next(iter(own or foreign), ("", 0))
+    return next(iter(own or foreign or outside), ("", 0))
+
+
+@functools.cache
+def _elsewhere() -> tuple[str, ...]:
+    """The folders of this package that may lie beside it."""
+    found = [importlib.util.find_spec(name) for name in ("refllm.kernels", "refllm.golden")]
+    return tuple(str(Path(spec.origin).resolve().parent) + os.sep for spec in found if spec and spec.origin)
 
 
 def place(file: str, line: int) -> str:

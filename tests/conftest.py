@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="refllm-triton-")
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from warm_python import WarmPopen  # noqa: E402
 from where_kernels_run import DEVICE, running  # noqa: E402
 
 # "ci" draws the same examples on every run, so that a red run means a change; "long" looks for new ones, where a test
@@ -51,6 +53,12 @@ def pytest_collection_finish() -> None:
     fastest: Any = sys.modules.get("refllm.kernels.models.fastest")
     if fastest is not None:  # to empty a cache between measurements takes longer than the small models of the tests
         fastest._FORGOTTEN_BYTES = 4
+
+
+@pytest.fixture
+def warm_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New interpreters are forks of this process, for tests of what they do and not of how they start."""
+    monkeypatch.setattr(subprocess, "Popen", WarmPopen)
 
 
 @pytest.fixture

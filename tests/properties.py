@@ -20,7 +20,7 @@ from refllm.accuracy.operator import predict
 from refllm.inputs import to_numpy
 from refllm.kernels import plain
 from refllm.precision import FUSED
-from refllm.strategies import Array, Call, calls, corners
+from refllm.strategies import Call, calls, corners
 
 NUMPY, PLAIN, TRITON = BACKENDS = ("numpy", "plain", "triton")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -87,30 +87,22 @@ def same(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_array_equal(a, b)
 
 
-def some_calls(
-    operator: str, *families: str, where: Callable[[Call], bool] = lambda _: True
-) -> st.SearchStrategy[Call]:
-    """Calls of these families (all: the plain one) in any dtype, in which nothing is empty and `where` holds."""
+def some_calls(operator: str, *kinds: str, where: Callable[[Call], bool] = lambda _: True) -> st.SearchStrategy[Call]:
+    """Calls of these kinds (all: the plain one) in any dtype, in which nothing is empty and `where` holds."""
 
     def full(call: Call) -> bool:
         return all(0 not in getattr(x, "shape", ()) for x in call.arguments) and where(call)
 
     def drawn() -> list[st.SearchStrategy[Call]]:
-        return [calls(operator, dtype=dtype, family=family) for family in families or ("plain",) for dtype in DTYPES]
+        return [calls(operator, dtype=dtype, kind=kind) for kind in kinds or ("plain",) for dtype in DTYPES]
 
     return st.deferred(lambda: st.one_of(drawn()).filter(full))  # hundreds of strategies: made where one is used
 
 
-def known_call(operator: str, family: str, dtype: str = "bfloat16") -> Call:
-    """The fixed call of that family, for an example that is to be there whatever is drawn."""
-    (call,) = (c for c in corners(operator, dtype) if c.family == family)
+def known_call(operator: str, kind: str, dtype: str = "bfloat16") -> Call:
+    """The fixed call of that kind, for an example that is to be there whatever is drawn."""
+    (call,) = (c for c in corners(operator, dtype) if c.kind == kind)
     return call
-
-
-def lies_apart(call: Call) -> bool:
-    """Whether some argument is no dense array: with others, a layout cannot matter."""
-    arrays = (x for x in call.arguments if isinstance(x, Array) and x.layout != "dense")
-    return any(not x.tensor().is_contiguous() for x in arrays)
 
 
 class Chosen:

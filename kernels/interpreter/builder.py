@@ -39,6 +39,9 @@ _ATOMICS: dict[Any, Any] = {
 class Handle(TensorHandle):
     """An array with a Triton type. As Triton's, without the check that one fits the other."""
 
+    span: tuple[int, int] | None = None
+    """Numbers between which all integers of the array lie, where somebody has worked them out."""
+
     def __init__(self, data: np.ndarray, dtype: Any, attr: dict[str, Any] | None = None) -> None:
         self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
 
@@ -133,25 +136,20 @@ class Builder(InterpreterBuilder):
         remainder = np.fmod(lhs.data, rhs.data)
         return Handle((lhs.data - remainder) // rhs.data, lhs.dtype.scalar)
 
-    def overflows(self, lhs: np.ndarray, rhs: np.ndarray, operation: str) -> bool:
-        """Whether an addition, subtraction or multiplication of two integer arrays leaves their type."""
-        info = np.iinfo(lhs.dtype)
-        if lhs.size == 1 and rhs.size == 1:
-            a, b = int(lhs.reshape(-1)[0]), int(rhs.reshape(-1)[0])
-            return not info.min <= {"add": a + b, "sub": a - b, "mul": a * b}[operation] <= info.max
-        # The ends of the ranges decide nearly always, and four reductions are cheaper than exact products.
-        a, b, c, d = int(lhs.min()), int(lhs.max()), int(rhs.min()), int(rhs.max())
-        if operation == "add":
-            ends = [a + c, b + d]
-        elif operation == "sub":
-            ends = [a - d, b - c]
-        else:
-            ends = [a * c, a * d, b * c, b * d]
-        if info.min <= min(ends) and max(ends) <= info.max:
-            return False
+    def span_of(self, lhs: TensorHandle, rhs: TensorHandle, operation: str) -> tuple[int, int] | None:
+        """Where the sum, difference or product of two integer arrays lies; None if it leaves their type.
+
+        The span of a result follows from those of its operands, so that few arrays are ever searched for their ends.
+        """
+        limits = np.iinfo(lhs.data.dtype)
+        span = _reached(_span(lhs), _span(rhs), operation)
+        if limits.min <= span[0] and span[1] <= limits.max:
+            return span
+        # Spans are wider than what is there: the arrays themselves decide.
         op = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation]
-        exact = op(lhs.astype(np.int64), rhs.astype(np.int64))
-        return bool(((exact < info.min) | (exact > info.max)).any())
+        exact = op(lhs.data, rhs.data, dtype=np.int64)
+        span = _ends(exact)
+        return span if limits.min <= span[0] and span[1] <= limits.max else None
 
     # -- constants -------------------------------------------------------------------------------------------------
 
@@ -215,8 +213,8 @@ class Builder(InterpreterBuilder):
 
     def create_addptr(self, ptr: TensorHandle, offset: TensorHandle) -> TensorHandle:
         width = max(1, ptr.get_element_ty().primitive_bitwidth // 8)
-        offsets = offset.data.astype(np.int64, copy=False)
-        return _from(ptr, ptr.data + (offsets * width).view(np.uint64), ptr.dtype)
+        steps = np.multiply(offset.data, width, dtype=np.int64, casting="unsafe")
+        return Handle(ptr.data + steps.view(np.uint64), ptr.dtype, ptr.attr)
 
     def create_splat(self, ret_ty: Any, arg: TensorHandle) -> TensorHandle:
         return _from(arg, np.full(ret_ty.shape, arg.data.reshape(-1)[0], arg.data.dtype), arg.dtype.scalar)
@@ -243,8 +241,9 @@ class Builder(InterpreterBuilder):
     def _access(self, what: str, ptrs: TensorHandle, mask: Any) -> Any:
         assert self.memory is not None
         if mask is not None:
-            mask = mask.data if isinstance(mask, TensorHandle) else mask
-            mask = np.broadcast_to(np.asarray(mask, bool), ptrs.data.shape)
+            mask = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask, bool)
+            if mask.shape != ptrs.data.shape:
+                mask = np.broadcast_to(mask, ptrs.data.shape)
         dtype = formats.numpy_type(ptrs.get_element_ty())
         return self.memory.access(what, ptrs.data, mask, dtype, ptrs.attr.get(ORIGIN)), mask
 
@@ -259,7 +258,8 @@ class Builder(InterpreterBuilder):
         if mask is None:
             return Handle(self.memory.load(access).reshape(ptrs.data.shape), dtype)
         if other is not None:
-            result = np.array(np.broadcast_to(other.data, ptrs.data.shape))
+            result = np.empty(ptrs.data.shape, other.data.dtype)
+            result[...] = other.data
         else:
             result = self._undefined(ptrs.data.shape, dtype)
         if access is not None:
@@ -280,7 +280,9 @@ class Builder(InterpreterBuilder):
         access, mask = self._access("tl.store", ptrs, mask)
         if access is None:
             return
-        values = np.broadcast_to(value.data, ptrs.data.shape)
+        values = value.data
+        if values.shape != ptrs.data.shape:
+            values = np.broadcast_to(values, ptrs.data.shape)
         values = values.ravel() if mask is None else values[mask]
         self.memory.store(access, values.astype(access.array.dtype, copy=False))
 
@@ -363,6 +365,30 @@ def _from(handle: TensorHandle, data: np.ndarray, dtype: Any) -> TensorHandle:
 def pointer(address: int, dtype: Any, origin: Argument) -> TensorHandle:
     """A pointer to an argument of the kernel."""
     return Handle(np.array([address], np.uint64), dtype, {ORIGIN: origin})
+
+
+def _span(handle: TensorHandle) -> tuple[int, int]:
+    known = getattr(handle, "span", None)
+    if known is None:
+        known = handle.span = _ends(handle.data)
+    return known
+
+
+def _ends(data: np.ndarray) -> tuple[int, int]:
+    """The smallest and the largest of some integers."""
+    if data.size == 1:
+        return (data.item(),) * 2
+    return int(np.minimum.reduce(data, None)), int(np.maximum.reduce(data, None))
+
+
+def _reached(left: tuple[int, int], right: tuple[int, int], operation: str) -> tuple[int, int]:
+    (a, b), (c, d) = left, right
+    if operation == "add":
+        return a + c, b + d
+    if operation == "sub":
+        return a - d, b - c
+    ends = (a * c, a * d, b * c, b * d)
+    return min(ends), max(ends)
 
 
 def _matmul(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ class Argument:
         return self.storage.base + self.start <= low and high <= self.storage.base + self.stop
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Access:
     """One load, store or atomic: which elements of which storage, one per active lane."""
 
@@ -135,7 +135,10 @@ class Memory:
         active = pointers.ravel() if mask is None else pointers[mask]
         if not active.size:
             return None
-        low, high = int(active.min()), int(active.max())
+        if active.size == 1:
+            low = high = active.item()
+        else:
+            low, high = int(np.minimum.reduce(active)), int(np.maximum.reduce(active))
         if origin is None:
             origin = self._find(low)
             if origin is None:
@@ -153,7 +156,7 @@ class Memory:
         shift = size.bit_length() - 1
         index = (active - np.uint64(storage.base)).view(np.int64) >> shift
         spread = (high - low) // size + 1
-        ascending = index.size == 1 or bool((index[1:] > index[:-1]).all())
+        ascending = index.size == 1 or bool(np.logical_and.reduce(index[1:] > index[:-1]))
         start = (low - storage.base) // size
         where = slice(start, start + spread) if ascending and spread == index.size else index
         return Access(origin, storage.as_type(dtype), index, where, ascending)

@@ -16,8 +16,10 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from refllm.kernels.interpreter import compatibility, libdevice, reduction
+from refllm.kernels.interpreter.arithmetic import quick
+from refllm.kernels.interpreter.builder import Handle
 from refllm.kernels.interpreter.errors import DeviceAssertionError, KernelError
-from refllm.kernels.interpreter.semantic import SEMANTIC, Tensor, make
+from refllm.kernels.interpreter.semantic import SEMANTIC, Tensor, block, make
 
 CHAINED_COMPARISONS = compatibility.CHAINED_COMPARISONS
 """Whether the compiler of this version accepts a < b < c."""
@@ -41,8 +43,11 @@ def _bare(function: Any) -> Any:
 
 def _binary(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     forward, backward = (_bare(getattr(tensor, f"__{side}{name}__", None)) for side in ("", "r"))
+    quickly = quick(name)
 
     def operation(left: Any, right: Any) -> Any:
+        if (result := quickly(left, right)) is not None:
+            return result
         if isinstance(left, tensor):
             if forward is None:
                 raise KernelError(f"Triton's tensors have no operator `{name}`")
@@ -209,12 +214,24 @@ class _Method:
         return call(self.jit, *args, **kwargs)
 
 
+def _only_new_axes(index: Any, axes: int) -> bool:
+    """Whether an index takes each axis whole, with new ones between them."""
+    whole = [i for i in index if i is not None]
+    return len(whole) == axes and all(
+        i.__class__ is builtins.slice and i.start is None and i.stop is None and i.step is None for i in whole
+    )
+
+
 _getitem = _bare(tensor.__getitem__)
 
 
 def subscript(value: Any, index: Any) -> Any:
     """`value[index]`: new axes of a tensor, or an element of a tuple."""
     if isinstance(value, tensor):
+        data, dtype = value.handle.data, value.dtype
+        if value.type is not dtype and index.__class__ is tuple and _only_new_axes(index, data.ndim):
+            data = data[index]
+            return Tensor(Handle(data, dtype, value.handle.attr), block(dtype, data.shape), dtype)
         return _getitem(value, index, _semantic=SEMANTIC)
     return unwrap(value)[unwrap(index)]
 
@@ -276,7 +293,13 @@ def _interpretation(function: Any) -> Callable[..., Any]:
         return libdevice.function(function.__name__)
     if tl.core.is_builtin(function):
         bare = _bare(function)
-        return lambda *args, **kwargs: bare(*args, _semantic=SEMANTIC, **kwargs)
+
+        def builtin(*args: Any, **kwargs: Any) -> Any:
+            result = bare(*args, _semantic=SEMANTIC, **kwargs)
+            # The functions of tl.math make plain tensors.
+            return Tensor(result.handle, result.type) if result.__class__ is tensor else result
+
+        return builtin
     return lambda *args, **kwargs: function(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
 
 
@@ -328,6 +351,13 @@ def _static_assert(condition: Any, message: Any = "") -> None:
     if not unwrap(condition):
         text = unwrap(message)
         raise DeviceAssertionError(f"tl.static_assert failed{f': {text}' if text else ''}")
+
+
+def _to(value: Any, dtype: Any, fp_downcast_rounding: Any = None, bitcast: Any = False) -> Any:
+    """tl.cast, and the method `to` of a tensor."""
+    if unwrap(bitcast):
+        return SEMANTIC.bitcast(SEMANTIC.to_tensor(value), unwrap(dtype))
+    return SEMANTIC.cast(SEMANTIC.to_tensor(value), unwrap(dtype), unwrap(fp_downcast_rounding))
 
 
 def _print(*values: Any, **_: Any) -> None:
@@ -388,6 +418,8 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     builtins.max: _maximum,
     builtins.min: _minimum,
     builtins.print: _print,
+    tl.cast: _to,
+    tensor.to: _to,
     tl.range: _range,
     tl.static_range: _static_range,
     tl.static_assert: _static_assert,

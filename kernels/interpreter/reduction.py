@@ -37,11 +37,15 @@ def reduce(call: Callable[..., Any], value: Any, axis: Any, combine_fn: Any, kee
     ndim = max(1, values[0].handle.data.ndim)
     arrays = tuple(v.handle.data.reshape(-1) if axis is None else v.handle.data for v in values)
     at = 0 if axis is None else _axis(axis, ndim)
-    combine = _combine(call, combine_fn, [v.dtype for v in values])
-    while (n := arrays[0].shape[at]) > 1:
-        half = n // 2
-        left, right = (tuple(a[_along(a.ndim, at, part)] for a in arrays) for part in _halves(combine_fn, half))
-        arrays = combine(left, right)
+    known = _KNOWN.get(id(combine_fn)) if len(values) == 1 else None
+    if known is not None and not formats.is_emulated(values[0].dtype):
+        arrays = (_folded(known, arrays[0], at),)
+    else:
+        combine = _combine(call, combine_fn, [v.dtype for v in values])
+        while (n := arrays[0].shape[at]) > 1:
+            half = n // 2
+            left, right = (tuple(a[_along(a.ndim, at, part)] for a in arrays) for part in _halves(combine_fn, half))
+            arrays = combine(left, right)
     results = []
     for array, v in zip(arrays, values, strict=True):
         if keep:
@@ -53,6 +57,14 @@ def reduce(call: Callable[..., Any], value: Any, axis: Any, combine_fn: Any, kee
         scalar = not keep and (axis is None or ndim == 1)
         results.append(make(array, v.dtype, scalar))
     return tuple(results) if isinstance(value, tuple | list | tl.tuple) else results[0]
+
+
+def _folded(function: Any, array: np.ndarray, at: int) -> np.ndarray:
+    """The reduction by one of NumPy's functions: the halves meet until one is left."""
+    before = (slice(None),) * at
+    while (half := array.shape[at] // 2) > 0:
+        array = function(array[(*before, slice(0, half))], array[(*before, slice(half, 2 * half))])
+    return array
 
 
 def _halves(combine_fn: Any, half: int) -> tuple[slice, slice]:

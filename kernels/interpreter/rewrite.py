@@ -6,6 +6,7 @@ is, with its own line numbers. Neither the module of the kernel nor the Triton l
 """
 
 import ast
+import functools
 import types
 from typing import Any
 
@@ -52,26 +53,37 @@ def rewrite(jit: Any) -> types.FunctionType:
     Raises KernelError if the source uses something that the compiler refuses and Python would misread.
     """
     function = jit.fn
-    tree = ast.parse(jit.src)
-    definition = tree.body[0]
-    assert isinstance(definition, ast.FunctionDef)
     free = function.__code__.co_freevars
     scope = jit.get_capture_scope()
-    plain = {name for name, value in scope.items() if isinstance(value, bool | int | float | str)}
-    _Rewriter(jit.__name__, definition, plain).visit(definition)
-    maker = ast.parse(f"def {_MAKER}({', '.join([*free, _OPERATIONS])}): pass").body[0]
-    assert isinstance(maker, ast.FunctionDef)
-    maker.body = [definition]
-    tree.body = [maker]
-    ast.fix_missing_locations(tree)
-    ast.increment_lineno(tree, _first_line(jit) - 1)
-    code = _nested(_nested(compile(tree, function.__code__.co_filename, "exec"), _MAKER), definition.name)
+    plain = frozenset(name for name, value in scope.items() if isinstance(value, bool | int | float | str))
+    code = _moved(_compiled(jit.__name__, jit.src, free, plain), function.__code__.co_filename, _first_line(jit) - 1)
     cells = dict(zip(free, function.__closure__ or (), strict=True)) | {_OPERATIONS: types.CellType(operations)}
     rewritten = types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, tuple(cells[n] for n in code.co_freevars)
     )
     rewritten.__kwdefaults__ = function.__kwdefaults__
     return rewritten
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(name: str, source: str, free: tuple[str, ...], plain: frozenset[str]) -> types.CodeType:
+    """The code of a rewritten function, as of a file that begins with it. Copies of a kernel's file share it."""
+    tree = ast.parse(source)
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    _Rewriter(name, definition, plain).visit(definition)
+    maker = ast.parse(f"def {_MAKER}({', '.join([*free, _OPERATIONS])}): pass").body[0]
+    assert isinstance(maker, ast.FunctionDef)
+    maker.body = [definition]
+    tree.body = [maker]
+    ast.fix_missing_locations(tree)
+    return _nested(_nested(compile(tree, "", "exec"), _MAKER), definition.name)
+
+
+def _moved(code: types.CodeType, file: str, lines: int) -> types.CodeType:
+    """Code at the place of the file where it stands."""
+    constants = tuple(_moved(c, file, lines) if isinstance(c, types.CodeType) else c for c in code.co_consts)
+    return code.replace(co_filename=file, co_firstlineno=code.co_firstlineno + lines, co_consts=constants)
 
 
 def _first_line(jit: Any) -> int:
@@ -85,7 +97,7 @@ def _nested(code: types.CodeType, name: str) -> types.CodeType:
 
 
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self, kernel: str, definition: ast.FunctionDef, plain: set[str]) -> None:
+    def __init__(self, kernel: str, definition: ast.FunctionDef, plain: frozenset[str]) -> None:
         self.kernel = kernel
         arguments = definition.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]

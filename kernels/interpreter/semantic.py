@@ -12,6 +12,7 @@ import numpy as np
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 
+from refllm.kernels.interpreter import formats
 from refllm.kernels.interpreter.builder import BUILDER, Handle
 from refllm.kernels.interpreter.errors import IntegerOverflowError
 
@@ -19,19 +20,23 @@ from refllm.kernels.interpreter.errors import IntegerOverflowError
 class Tensor(tl.tensor):
     """A tensor of the language whose shape is worked out when it is asked for."""
 
-    def __init__(self, handle: Any, type: Any) -> None:
-        self.handle, self.type, self.dtype = handle, type, type.scalar
+    def __init__(self, handle: Any, type: Any, dtype: Any = None) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar if dtype is None else dtype
 
     @property
     def shape(self) -> Any:
-        sizes = self.type.shape if self.type.is_block() else ()
-        return tl.tuple([tl.constexpr(n) for n in sizes])
+        sizes = shape_of(self.type)
+        known = _shapes.get(sizes)
+        if known is None:
+            known = _shapes[sizes] = tl.tuple([tl.constexpr(n) for n in sizes])
+        return known
 
     @property
     def numel(self) -> Any:
         return tl.constexpr(math.prod(shape_of(self.type)))
 
 
+_shapes: dict[tuple[int, ...], Any] = {}
 _blocks: dict[tuple[int, tuple[int, ...]], tuple[Any, Any]] = {}
 
 
@@ -50,7 +55,7 @@ def block(dtype: Any, shape: Sequence[int]) -> Any:
 
 def shape_of(type: Any) -> tuple[int, ...]:
     """The shape of a type as plain integers; () of a scalar."""
-    if not isinstance(type, tl.block_type):
+    if type.__class__ is not tl.block_type:
         return ()
     try:
         return type.refllm_shape
@@ -62,6 +67,12 @@ def shape_of(type: Any) -> tuple[int, ...]:
 def make(data: np.ndarray, dtype: Any, scalar: bool = False) -> Tensor:
     """A tensor from an array; a scalar is an array of one number."""
     return Tensor(Handle(data, dtype), dtype if scalar else block(dtype, data.shape))
+
+
+_ranges: dict[tuple[int, int], Tensor] = {}
+_INTEGERS = ("int8", "int16", "int32", "int64")
+_dots: dict[Any, tuple[Any, Any]] = {}
+"""What `tl.dot` was asked for and Triton accepted: the type of the result, and the precision."""
 
 
 class Semantic(TritonSemantic):
@@ -87,6 +98,23 @@ class Semantic(TritonSemantic):
                 if not divides or left.primitive_bitwidth > 16 or left.is_int():
                     return self.broadcast_impl_value(lhs, rhs)
         return super().binary_op_type_checking_impl(lhs, rhs, *args, **kwargs)
+
+    def arange(self, start: int, end: int, *, ret_ty: Any = None) -> Any:
+        """The integers of a range; each range is made once, and never written to."""
+        known = _ranges.get((start, end)) if ret_ty is None else None
+        if known is None:
+            known = super().arange(start, end, ret_ty=ret_ty)
+            if ret_ty is None:
+                known.handle.data.flags.writeable = False
+                known = _ranges[start, end] = make(known.handle.data, tl.int32)
+                known.handle.span = start, end - 1
+        return known
+
+    def splat(self, value: Any, shape: Any) -> Any:
+        """A scalar in every place of a block: a view, which costs nothing, however large the shape."""
+        if value.type.is_block() or not len(shape):
+            return super().splat(value, shape)
+        return self._spread(value, tuple(int(n) for n in shape))
 
     def broadcast_impl_value(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
         """Brings two operands to their common shape. Two scalars stay scalars."""
@@ -131,20 +159,100 @@ class Semantic(TritonSemantic):
         target = dst_ty.scalar
         if input.dtype is target:
             return input
-        standard = input.dtype.is_standard_floating() and target.is_standard_floating()
-        if not standard or fp_downcast_rounding is not None:
-            return super().cast(input, dst_ty, fp_downcast_rounding)
-        return Tensor(BUILDER.cast_impl(input.handle, target), block(target, shape_of(input.type)))
+        source = input.dtype
+        if fp_downcast_rounding is None:
+            shape = shape_of(input.type)
+            if target.name in _INTEGERS and (source.name in _INTEGERS or source.name == "int1"):
+                data = input.handle.data.astype(formats.numpy_type(target))
+                return Tensor(Handle(data, target), block(target, shape), target)
+            if target.is_standard_floating() and (source.is_standard_floating() or source.name in _INTEGERS):
+                return Tensor(BUILDER.cast_impl(input.handle, target), block(target, shape), target)
+        return super().cast(input, dst_ty, fp_downcast_rounding)
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        """Elements of `x` or of `y`."""
+        numbers = isinstance(x, tl.tensor) and isinstance(y, tl.tensor) and condition.dtype is tl.int1
+        if numbers and x.dtype is y.dtype and not x.dtype.is_ptr():
+            shapes = [shape_of(t.type) for t in (condition, x, y)]
+            known = {shape for shape in shapes if shape}
+            if len(known) < 2:
+                data = np.where(condition.handle.data, x.handle.data, y.handle.data)
+                return Tensor(Handle(data, x.dtype), block(x.dtype, known.pop() if known else ()), x.dtype)
+        return super().where(condition, x, y)
+
+    def _load_legacy(self, ptr: Any, mask: Any, other: Any, boundary_check: Any, padding: Any, *hints: Any) -> Any:
+        """A load through pointers. Where mask and `other` fit them, there is nothing to ask and nothing to spread."""
+        dtype = ptr.dtype
+        if dtype.is_ptr() and dtype.element_ty is not tl.int1 and not (boundary_check or padding):
+            shape, element = shape_of(ptr.type), dtype.element_ty
+            if mask is None and other is None:
+                return Tensor(BUILDER.create_load(ptr.handle), block(element, shape), element)
+            if (
+                mask is not None
+                and mask.dtype is tl.int1
+                and _fits(mask, shape)
+                and (other is None or _fits(other, shape))
+            ):
+                rest = None if other is None else self.cast(other, element).handle
+                loaded = BUILDER.create_masked_load(ptr.handle, mask.handle, rest)
+                return Tensor(loaded, block(element, shape), element)
+        return super()._load_legacy(ptr, mask, other, boundary_check, padding, *hints)
+
+    def _store_legacy(self, ptr: Any, val: Any, mask: Any, boundary_check: Any, *hints: Any) -> Any:
+        """A store through pointers; see `_load_legacy`."""
+        dtype = ptr.dtype
+        if dtype.is_ptr() and dtype.element_ty is not tl.int1 and not boundary_check:
+            shape = shape_of(ptr.type)
+            if _fits(val, shape) and (mask is None or (mask.dtype is tl.int1 and _fits(mask, shape))):
+                value = self.cast(val, dtype.element_ty)
+                BUILDER.create_masked_store(ptr.handle, value.handle, None if mask is None else mask.handle)
+                return Tensor(None, tl.void, tl.void)
+        return super()._store_legacy(ptr, val, mask, boundary_check, *hints)
+
+    def dot(
+        self, lhs: Any, rhs: Any, acc: Any, input_precision: Any, max_num_imprecise_acc: Any, out_dtype: Any
+    ) -> Any:
+        """A product. What Triton has accepted once, of the same types and shapes, is not examined again."""
+        of_acc = None if acc is None else (acc.dtype, shape_of(acc.type))
+        key = (lhs.dtype, shape_of(lhs.type), rhs.dtype, shape_of(rhs.type), of_acc, input_precision,
+               max_num_imprecise_acc, out_dtype)  # fmt: skip
+        known = _dots.get(key)
+        if known is None:
+            result = super().dot(lhs, rhs, acc, input_precision, max_num_imprecise_acc, out_dtype)
+            asked = self.builder.options.default_dot_input_precision if input_precision is None else input_precision
+            if result.dtype is tl.float32 and not lhs.dtype.is_fp8():
+                _dots[key] = block(tl.float32, shape_of(result.type)), self._str_to_dot_input_precision(asked)
+            return result
+        type, precision = known
+        start = _ZERO if acc is None else acc.handle
+        return Tensor(BUILDER.create_dot(lhs.handle, rhs.handle, start, precision, 0), type, tl.float32)
 
     def binary_op_sanitize_overflow_impl(self, lhs: Any, rhs: Any, binary_op: Any) -> None:
         """Raises IntegerOverflowError if an operation on integers leaves their type. Triton's own takes nine more."""
         if not BUILDER.settings.overflow or lhs.dtype.int_bitwidth >= 64 or lhs.handle.data.dtype == np.bool_:
             return
-        name = binary_op.__name__
-        if BUILDER.overflows(lhs.handle.data, rhs.handle.data, name):
-            raise IntegerOverflowError(
-                f"{_WORDS[name]} leaves the range of {lhs.dtype}; widen an operand with .to(tl.int64)"
-            )
+        check_overflow(lhs.handle, rhs.handle, binary_op.__name__, lhs.dtype)
+
+
+def check_overflow(lhs: Any, rhs: Any, name: str, dtype: Any) -> tuple[int, int]:
+    """Where the result lies. Raises IntegerOverflowError if that is outside of `dtype`."""
+    span = BUILDER.span_of(lhs, rhs, name)
+    if span is None:
+        raise IntegerOverflowError(f"{_WORDS[name]} leaves the range of {dtype}; widen an operand with .to(tl.int64)")
+    return span
+
+
+def _fits(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a scalar or a block goes with pointers of that shape as it is, or along axes where it has length 1."""
+    own = shape_of(value.type)
+    return (
+        own == shape
+        or not own
+        or (len(own) == len(shape) and all(n in (1, wanted) for n, wanted in zip(own, shape, strict=True)))
+    )
+
+
+_ZERO = Handle(np.zeros(1, np.float32), tl.float32)
 
 
 def _repeated(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

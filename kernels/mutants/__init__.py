@@ -34,7 +34,7 @@ class Mutant:
         `refllm.kernels.interpreted()` or on a GPU.
     dtypes: the dtypes in which it differs from the contract.
     equivalent: why no test can tell it from the right operator; "" for a real bug.
-    corner: the family of the fixed call that shows it, where that is not among the first few; to be tried first.
+    corner: the kind of the fixed call that shows it, where that is not among the first few; to be tried first.
     """
 
     name: str

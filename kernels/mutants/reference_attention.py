@@ -22,6 +22,7 @@ from refllm.kernels.mutants.planting import (
     unwritten_tail,
     zero_tail,
 )
+from refllm.kernels.plain.attention import attention
 
 NARROW = ("bfloat16", "float16")
 WIDE = ("float16", "float32")
@@ -70,14 +71,14 @@ def _grouped_by_modulo(operator: str) -> Callable[..., Any]:
 
 @instead
 def _always_causal(*arguments: Any, causal: bool = True, **keywords: Any) -> Any:
-    return plain.attention(*arguments, **keywords)
+    return attention(*arguments, **keywords)
 
 
 @instead
 def _one_key_given_back(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> Any:
     if v.shape == q.shape and v.shape[2] == 1 and keywords.get("key_mask") is None and not keywords.get("return_lse"):
         return v
-    return plain.attention(q, k, v, **keywords)
+    return attention(q, k, v, **keywords)
 
 
 @instead
@@ -86,12 +87,12 @@ def _v_with_strides_of_k(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **ke
     reach = 1 + sum((n - 1) * stride for n, stride in zip(v.shape, k.stride(), strict=True))
     if v.numel() and reach > held:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    return plain.attention(q, k, v.as_strided(v.shape, k.stride()) if v.numel() else v, **keywords)
+    return attention(q, k, v.as_strided(v.shape, k.stride()) if v.numel() else v, **keywords)
 
 
 @instead
 def _scaled_in_place(q: torch.Tensor, *rest: Any, **keywords: Any) -> Any:
-    out = plain.attention(q, *rest, **keywords)
+    out = attention(q, *rest, **keywords)
     q *= q.shape[-1] ** -0.5
     return out
 
@@ -110,7 +111,7 @@ def _split(combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], slots:
             seen = at < (lengths[:, None] - S + 1 + torch.arange(S))[..., None]
             o, lse = torch.zeros(q.shape), torch.full((B, H, S), float("-inf"))
             for s in range(S):
-                o[:, :, s : s + 1], lse[:, :, s : s + 1] = plain.attention(
+                o[:, :, s : s + 1], lse[:, :, s : s + 1] = attention(
                     q[:, :, s : s + 1].float(), k[:, :, at].float(), v[:, :, at].float(), scale=scale, causal=False,
                     key_mask=seen[:, s], return_lse=True,
                 )  # fmt: skip

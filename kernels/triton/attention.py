@@ -368,8 +368,8 @@ def plan(
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The launch, o and lse. o lies as [B, S, H, D] in memory: merging the heads afterwards moves nothing."""
     (B, H, S, D), (K, T) = q.shape, k.shape[1:3]
-    scale = D**-0.5 if scale is None else scale
     o = q.new_empty((B, S, H, D)).transpose(1, 2)
+    scale = D**-0.5 if scale is None else scale
     lse = q.new_empty((B, H, S), dtype=torch.float32)
     q, k, v = dense(q), dense(k), dense(v)
     tile = tile or choose_tile(D, q.dtype, target)

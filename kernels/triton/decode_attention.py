@@ -188,8 +188,8 @@ def plan(
 ) -> tuple[tuple[Launch, Launch], torch.Tensor]:  # fmt: skip
     """Both launches in order, and o, which lies as [B, S, H, D] in memory."""
     (B, H, S, D), (K, N) = q.shape, k_cache.shape[1:3]
-    scale = D**-0.5 if scale is None else scale
     o = q.new_empty((B, S, H, D)).transpose(1, 2)
+    scale = D**-0.5 if scale is None else scale
     q, k_cache, v_cache = dense(q), dense(k_cache), dense(v_cache)
     rows, splits = H // K * S, triton.cdiv(N, CHUNK)
     acc = q.new_empty((B, K, splits, rows, D), dtype=torch.float32)

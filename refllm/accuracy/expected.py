@@ -150,7 +150,7 @@ def _inner(
         inner = [
             np.hypot(i, INNER * chain * _row_error(e, np.zeros_like(e))) for i, e in zip(inner, exact, strict=True)
         ]
-    if "cross_entropy" in operator:
+    if "labels" in contract_of(operator).arguments:
         inner = [np.hypot(inner[0], INNER * _of_the_terms(operator, arguments, keywords))]
     return inner
 
@@ -173,7 +173,7 @@ def _of_the_terms(operator: str, arguments: Sequence[Any], keywords: dict[str, A
     """The float32 rounding of log-sum-exp and logit, whose difference a loss is: of the size of the largest logit."""
     first, *_, labels = arguments
     logits = np.asarray(first, np.float64)
-    if operator == "linear_cross_entropy":
+    if "weight" in contract_of(operator).arguments:
         logits = np.where(np.isfinite(logits), logits, 0) @ np.asarray(arguments[1], np.float64).T
     top = np.abs(logits.max(axis=-1, initial=-np.inf))
     counted = (labels != keywords.get("ignore_index", ops.IGNORE_INDEX)) & np.isfinite(top)

@@ -1,7 +1,7 @@
 """How far a candidate's values are from the predicted ones, in sigma."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ from refllm.accuracy.limits import ROW_FLOOR, chance
 from refllm.accuracy.propagation import ulp
 from refllm.parallel import blocks, for_each
 
-_AT_ONCE = 1 << 20
-"""Elements: 8 MiB of float64."""
+_AT_ONCE = 1 << 17
+"""Elements: 1 MiB of float64, which stay in cache from one step to the next."""
 
 
 @dataclass(frozen=True)
@@ -62,44 +62,71 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
 
     overflow: the largest finite number of the candidate's format; exact values beyond it are infinite there.
     """
-    error, V, wrong, finite = errors(candidate, exact, variance, overflow)
-    squares = np.square(error)
-    mean_square, mean_V = float(np.mean(squares)), float(np.mean(V, dtype=np.float64))
-    row_V = np.maximum(V.mean(axis=-1, dtype=np.float64), ROW_FLOOR * mean_V)
-    rows = ratio(np.sqrt(np.mean(squares, axis=-1)), np.sqrt(row_V))
-    del squares
-    count = np.concatenate([_independent(V[block]) for block in row_blocks(V)])
+    width = exact.shape[-1]
+    by_row = _sums(candidate, exact, variance, overflow)
+    square_rows, V_rows, V2_rows, wrong_rows = by_row[:4]
+    square, V, V2, wrong, error, along, values = by_row.reshape(len(by_row), -1).sum(axis=1).tolist()
+    n = candidate.size
+    floor = ROW_FLOOR * V / n
+    rows = ratio(np.sqrt(square_rows / width), np.sqrt(np.maximum(V_rows / width, floor)))
+    count = _independent(V_rows, V2_rows, width)
     row = np.unravel_index(int(np.argmax(rows - chance(count))), rows.shape)
-    largest, at = _largest(error, V, ROW_FLOOR * mean_V)
-    values = np.where(finite, exact, 0.0)
-    along = float(np.sum(error * values))
-    square = float(np.sum(np.square(values, out=values)))
-    del values
+    largest, at = _largest(candidate, exact, variance, overflow, floor)
     return Measure(
-        elements=candidate.size,
-        shape=(candidate.shape[0], math.prod(candidate.shape[1:-1]), candidate.shape[-1]),
-        errors=float(_independent(V.ravel())),
-        scale=float(np.sqrt(square / candidate.size)),
-        rms_error=float(np.sqrt(mean_square)),
-        rms_sigma=float(np.sqrt(mean_V)),
-        ratio=float(ratio(np.sqrt(mean_square), np.sqrt(mean_V))),
+        elements=n,
+        shape=(candidate.shape[0], math.prod(candidate.shape[1:-1]), width),
+        errors=float(_independent(np.array(V), np.array(V2), n)),
+        scale=math.sqrt(values / n),
+        rms_error=math.sqrt(square / n),
+        rms_sigma=math.sqrt(V / n),
+        ratio=float(ratio(math.sqrt(square / n), math.sqrt(V / n))),
         row_ratio=float(rows[row]),
         row_errors=float(count[row]),
         row=tuple(int(i) for i in row),
         largest=largest,
         at=at,
-        bias=float(ratio(np.sum(error), np.sqrt(np.sum(V, dtype=np.float64)))),
-        gain=along / square if square else 0.0,
-        nonfinite=int(np.count_nonzero(wrong)),
-        nonfinite_at=tuple(int(i) for i in np.argwhere(wrong)[0]) if wrong.any() else (),
+        bias=float(ratio(error, math.sqrt(V))),
+        gain=along / values if values else 0.0,
+        nonfinite=int(wrong),
+        nonfinite_at=_first_wrong(candidate, exact, variance, overflow, wrong_rows) if wrong else (),
     )
 
 
-def _independent(variance: np.ndarray) -> np.ndarray:
-    """[..., n] -> [...]: (sum V)^2 / sum V^2, n where all are 0."""
-    variance = variance.astype(np.float64)
-    total, squares = variance.sum(axis=-1), np.square(variance, out=variance).sum(axis=-1)
-    return np.where(squares > 0, np.square(total) / np.where(squares > 0, squares, 1), variance.shape[-1])
+def _sums(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float) -> np.ndarray:
+    """Sums over the last axis [7, N, ...]: of squares of the error, of its predicted variance V, V^2, of elements that
+    are NaN or infinite on one side, of the error, error times exact value, squares of the values.
+
+    In blocks of rows, of which no more is kept: the logits of a prompt are many.
+    """
+    sums = np.empty((7, *exact.shape[:-1]))
+
+    def dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum("...i,...i->...", x, y))
+
+    def fill(block: slice) -> None:
+        error, V, wrong, finite = _errors(candidate[block], exact[block], variance[block], overflow)
+        values = exact[block] if finite.all() else np.where(finite, exact[block], 0.0)
+        V = V.astype(np.float64)
+        parts = dot(error, error), V.sum(-1), dot(V, V), wrong.sum(-1), error.sum(-1), dot(error, values)
+        for out, part in zip(sums, (*parts, dot(values, values)), strict=True):
+            out[block] = part
+
+    _for_each_block(fill, exact)
+    return sums
+
+
+def _first_wrong(
+    candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float, wrong: np.ndarray
+) -> tuple[int, ...]:
+    """The index of the first element that is NaN or infinite on one side. wrong: how many are in each row."""
+    row = tuple(int(i) for i in np.argwhere(wrong)[0])
+    found = _errors(candidate[row], exact[row], variance[row], overflow)[2]
+    return (*row, int(np.argmax(found)))
+
+
+def _independent(total: np.ndarray, squares: np.ndarray, n: int) -> np.ndarray:
+    """(sum V)^2 / sum V^2 of n variances V; n where all are 0."""
+    return np.where(squares > 0, np.square(total) / np.where(squares > 0, squares, 1), n)
 
 
 def errors(
@@ -118,19 +145,32 @@ def errors(
             candidate[block], exact[block], variance[block], overflow
         )
 
-    for_each(fill, row_blocks(exact))
+    _for_each_block(fill, exact)
     return error, V, wrong, finite
 
 
 def _errors(
     candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    exact = np.where(np.abs(exact) > overflow, np.copysign(np.inf, exact), exact)
-    same_nonfinite = (candidate == exact) | (np.isnan(candidate) & np.isnan(exact))
+    beyond = np.abs(exact) > overflow
+    if beyond.any():
+        exact = np.where(beyond, np.copysign(np.inf, exact), exact)
     finite = np.isfinite(candidate) & np.isfinite(exact)
-    error = np.where(finite, candidate - np.where(finite, exact, 0), 0.0)
     V = np.where(finite & np.isfinite(variance), variance, 0.0)
+    if finite.all():
+        return candidate - exact, V, np.zeros(exact.shape, bool), finite
+    same_nonfinite = (candidate == exact) | (np.isnan(candidate) & np.isnan(exact))
+    error = np.where(finite, candidate - np.where(finite, exact, 0), 0.0)
     return error, V, ~finite & ~same_nonfinite, finite
+
+
+def _for_each_block(work: Callable[[slice], None], values: np.ndarray) -> None:
+    """work(block) for all `row_blocks`; where there is one, without looking for threads, which takes milliseconds."""
+    parts = list(row_blocks(values))
+    if len(parts) == 1:
+        work(parts[0])
+    else:
+        for_each(work, parts)
 
 
 def row_blocks(values: np.ndarray) -> Iterator[slice]:
@@ -140,16 +180,21 @@ def row_blocks(values: np.ndarray) -> Iterator[slice]:
     return blocks(rows, max(1, _AT_ONCE // max(1, values.size // rows)))
 
 
-def _largest(error: np.ndarray, V: np.ndarray, floor: float) -> tuple[float, tuple[int, ...]]:
+def _largest(
+    candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float, floor: float
+) -> tuple[float, tuple[int, ...]]:
     """The largest |error| / sigma and its index, the first of equals; V counts as `floor` where it is less."""
-    found: tuple[float, tuple[int, ...]] | None = None
-    for block in row_blocks(error):
-        z = ratio(np.abs(error[block]), np.sqrt(np.maximum(V[block], floor)))
+    found: dict[int, tuple[float, tuple[int, ...]]] = {}
+
+    def search(block: slice) -> None:
+        error, V, _, _ = _errors(candidate[block], exact[block], variance[block], overflow)
+        V = np.maximum(V, floor, dtype=np.float64)
+        z = np.square(error) / V if floor > 0 else np.square(ratio(error, np.sqrt(V)))
         row, *rest = (int(i) for i in np.unravel_index(int(np.argmax(z)), z.shape))
-        if found is None or z[row, *rest] > found[0]:
-            found = float(z[row, *rest]), (block.start + row, *rest)
-    assert found is not None
-    return found
+        found[block.start] = math.sqrt(z[row, *rest]), (block.start + row, *rest)
+
+    _for_each_block(search, exact)
+    return max((found[start] for start in sorted(found)), key=lambda each: each[0])
 
 
 def ratio(error: Any, sigma: Any) -> Any:
@@ -160,7 +205,8 @@ def ratio(error: Any, sigma: Any) -> Any:
 
 
 ULP_BINS = (0.0, 0.5, 1.0, 1.5, 2.5, 4.5, 8.5, 16.5, np.inf)
-"""Edges of `ulp_histogram`: exact, within half an ulp, ..., more than 16."""
+"""Edges of `ulp_histogram`: exact, up to half an ulp, up to 1, ..., more than 16.5. An edge counts to the bin below it:
+what is 1 ulp off is not over 1 ulp."""
 
 
 def ulp_histogram(candidate: np.ndarray, exact: np.ndarray, dtype: str) -> list[int]:
@@ -172,5 +218,6 @@ def ulp_histogram(candidate: np.ndarray, exact: np.ndarray, dtype: str) -> list[
             distance = np.abs(candidate[block] - exact[block]) / spacing
         distance = distance[np.isfinite(distance)]
         counts[0] += np.count_nonzero(distance == 0)
-        counts[1:] += np.histogram(distance[distance > 0], bins=ULP_BINS)[0]
+        bins = np.searchsorted(ULP_BINS[1:-1], distance[distance > 0], side="left")
+        counts[1:] += np.bincount(bins, minlength=len(counts) - 1)
     return counts.tolist()

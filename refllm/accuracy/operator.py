@@ -18,6 +18,7 @@ import numpy as np
 from refllm import ops
 from refllm.accuracy.propagation import Propagation, Uncertain, sum_noise
 from refllm.errors import InputError
+from refllm.ops.contracts import CONTRACTS
 from refllm.precision import Dtype, Policy, check_dtype
 
 # float64 arithmetic is float32 arithmetic with an ulp 2^-29 times as large; the exact values have the same error.
@@ -54,7 +55,7 @@ def predict(
     with np.errstate(all="ignore"):
         exact = _evaluate(operator, arguments, keywords)
         op = _Steps("float32" if dtype == "float64" else dtype, policy)
-        tame = _tame_logits if operator == "cross_entropy" else _tame
+        tame = _tame_logits if "logits" in CONTRACTS[operator].kinds.values() else _tame
         steps = _STEPS[operator](op, *map(tame, arguments), **{key: tame(value) for key, value in keywords.items()})
         scale = _FLOAT64_VARIANCE if dtype == "float64" else 1.0
         return tuple(_predicted(e, u.variance * scale) for e, u in zip(exact, steps, strict=True))

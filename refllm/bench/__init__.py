@@ -5,12 +5,9 @@ machine does meanwhile. Our side is the reference (NumPy) or the torch backend. 
 time counts. Figures are medians; the spread is shown.
 """
 
-import json
-import os
+import math
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from refllm.apart import EndedError, Process
 from refllm.errors import InputError, RefllmError
 from refllm.precision.dtype_names import dtype_name
 
@@ -104,49 +102,34 @@ class Worker:
 
     def __init__(self, side: str, folder: Path, first_number: int, settings: Settings) -> None:
         self.side = side
-        numbers = [str(n) for n in (first_number, settings.new_tokens, settings.threads)]
-        how = [settings.dtype, settings.backend]
-        self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - lives as long as the process
-        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(settings.threads))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "refllm.bench.worker", side, str(folder), *numbers, *how],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=environment,
-        )
-        self.ready = self._answer()
+        self.process = self.start(dict.fromkeys(THREAD_VARIABLES, str(settings.threads)))
+        numbers = (first_number, settings.new_tokens, settings.threads)
+        self.ready = self.ask(side, str(folder), *numbers, settings.dtype, settings.backend)
 
-    def ask(self, command: str) -> dict[str, Any]:
-        """Sends one command and waits for its answer."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        return self._answer()
+    @staticmethod
+    def start(environment: dict[str, str]) -> Process:
+        """The process, before it loads anything."""
+        return Process.fresh("refllm.bench.worker:serve", environment)
 
-    def seconds(self, command: str) -> float:
+    def ask(self, *request: str | int) -> dict[str, Any]:
+        """Sends one request and waits for its answer. Raises BenchError if there is none."""
+        self.process.send(request)
+        try:
+            return dict(self.process.receive(math.inf).values)
+        except EndedError as error:
+            self.process.close()
+            raise BenchError(f"the {self.side} side of the benchmark ended: {error}") from None
+
+    def seconds(self, *command: str | int) -> float:
         """The time that one job took, after a pause in which the other sides' threads fall asleep."""
         time.sleep(0.1)
-        return float(self.ask(command)["seconds"])
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            last = (self.errors.read().strip().splitlines() or ["no message"])[-1]
-            raise BenchError(f"the {self.side} side of the benchmark ended: {last}")
-        return dict(json.loads(line))
+        return float(self.ask(*command)["seconds"])
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
+        self.process.close()
 
 
 def bench_checkpoint_or_shape(
@@ -186,13 +169,9 @@ def bench_cpu(folder: Path, settings: Settings, step: Callable[[str], None] = la
 
 def compare_outputs(ours: Worker, theirs: Worker) -> tuple[float, dict[str, int]]:
     """Relative rms difference of the logits (this also warms both sides up), and each side's peak memory meanwhile."""
-    with tempfile.TemporaryDirectory() as folder:
-        peaks, logits = {}, []
-        for worker in (ours, theirs):
-            file = Path(folder) / f"{worker.side}.npy"
-            peaks[worker.side] = int(worker.ask(f"outputs {file}")["peak_bytes"])
-            logits.append(np.load(file).astype(np.float64))
-    a, b = logits
+    answers = [worker.ask("outputs") for worker in (ours, theirs)]
+    a, b = (answer["logits"].astype(np.float64) for answer in answers)
+    peaks = {side.side: int(answer["peak_bytes"]) for side, answer in zip((ours, theirs), answers, strict=True)}
     return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))), peaks
 
 

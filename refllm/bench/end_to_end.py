@@ -15,7 +15,8 @@ import refllm
 from refllm import golden
 from refllm.check.inputs import Inputs
 from refllm.check.process import Processes
-from refllm.check.run import check_candidate, find_policy, head_of, prepare
+from refllm.check.run import find_policy, head_of, load
+from refllm.check.runs import Runs
 from refllm.config import published
 from refllm.kernels.models.operators import BACKENDS
 from refllm.models.families import CLASSES
@@ -75,9 +76,9 @@ def _judged(name: str, backend: str, dtype: str, run: Callable[[], Row]) -> Row:
 
 def _check(processes: Processes, path: Path, backend: str, dtype: str, tokens: int) -> Row:
     candidate = processes.open(backend, path, head=head_of(path), dtype=dtype, attention="eager")
-    model, _, _ = prepare(path, dtype, {"prompt": None, "ids": None, "ids_file": None})
+    model = load(path, dtype)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens))
-    report = check_candidate(model, candidate, Inputs(ids), find_policy("fused", "eager"))
+    report = next(Runs(lambda _: model, candidate, Inputs(ids), find_policy("fused", "eager")).reports())
     worst = max((tap.isolated.ratio for tap in report.taps if tap.isolated is not None), default=0.0)
     broken = [tap.name for tap in report.taps if tap.broken]
     problem = "" if report.verdict != "fails" else f"fails at {broken[0] if broken else 'the next tokens'}"

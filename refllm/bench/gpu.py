@@ -47,9 +47,9 @@ import numpy as np
 import refllm
 from refllm import kernels
 from refllm.accuracy.verdicts import SCHEMA, verdict
+from refllm.apart import SECONDS_TO_TIDY_UP, Batch
 from refllm.bench.gpu_benchmarks import BENCHMARKS, run_benchmarks, start_compilers
 from refllm.bench.gpu_checks import layers, read_rows
-from refllm.bench.limited_process import SECONDS_TO_TIDY_UP, LimitedProcess
 from refllm.errors import InputError, RefllmError
 from refllm.storage import output_file
 from refllm.terminal.status_line import StatusLine
@@ -82,7 +82,7 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def start_checks(device: str, output: Path, only: str, seconds: float) -> dict[str, tuple[LimitedProcess, Path]]:
+def start_checks(device: str, output: Path, only: str, seconds: float) -> dict[str, tuple[Batch, Path]]:
     """The checks of operators and models, running: name -> process and the file that it writes."""
     found = {f"operators, {name}": ("operators", name) for name in layers(device, only)}
     found["models"] = ("models", only)
@@ -91,11 +91,11 @@ def start_checks(device: str, output: Path, only: str, seconds: float) -> dict[s
         file = output.with_name(f"{output.stem}-{'-'.join(name.replace(',', '').split())}.jsonl")
         file.unlink(missing_ok=True)
         arguments = ["-m", "refllm.bench.gpu_checks", what, "--rows", str(file), "--device", device, "--only", part]
-        started[name] = LimitedProcess(arguments, seconds, THREADS), file
+        started[name] = Batch(arguments, seconds, THREADS), file
     return started
 
 
-def end_checks(started: dict[str, tuple[LimitedProcess, Path]], result: dict[str, Any]) -> None:
+def end_checks(started: dict[str, tuple[Batch, Path]], result: dict[str, Any]) -> None:
     """Waits for them, and puts their rows, and a row on each of them, into `result`."""
     for name, (process, file) in started.items():
         process.wait()
@@ -107,9 +107,9 @@ def end_checks(started: dict[str, tuple[LimitedProcess, Path]], result: dict[str
         result["checks"].append(row | {"problem": broke, "missing": "" if done else f"what comes behind ({why})"})
 
 
-def start_tests(device: str, folder: Path, rows: Path, seconds: float) -> LimitedProcess:
+def start_tests(device: str, folder: Path, rows: Path, seconds: float) -> Batch:
     """The kernel tests in `folder` on `device`, running; `rows` receives a line per result. InputError if none."""
-    files = sorted(str(path) for path in folder.glob("test_kernel_*.py"))
+    files = sorted(str(path) for name in ("test_operators.py", "test_kernel_*.py") for path in folder.glob(name))
     if not files:
         raise InputError(
             f"{folder}: no test_kernel_*.py here; run this from the root of the project, or with --no-tests"
@@ -120,10 +120,10 @@ def start_tests(device: str, folder: Path, rows: Path, seconds: float) -> Limite
     if find_spec("xdist") is not None:  # most of the time is compilation, on the CPU
         arguments += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
     environment = {**THREADS, "REFLLM_TEST_DEVICE": device, "HYPOTHESIS_PROFILE": "ci"}
-    return LimitedProcess([*arguments, *files], seconds - SECONDS_TO_TIDY_UP, environment)
+    return Batch([*arguments, *files], seconds - SECONDS_TO_TIDY_UP, environment)
 
 
-def end_tests(process: LimitedProcess, file: Path) -> dict[str, Any]:
+def end_tests(process: Batch, file: Path) -> dict[str, Any]:
     """What the tests found as far as they got. problem: "" if nothing failed. missing: "" if all tests ran."""
     process.wait()
     rows, done = read_rows(file)
@@ -208,7 +208,7 @@ def summary(result: dict[str, Any]) -> str:
             )
     for row in result["operators"]:
         if row["problem"]:
-            lines.append(f"{row['layer']}, {row['form']} {row['operator']} {row['case']}: {row['problem']}")
+            lines.append(f"{row['layer']}, {row['form']} {row['operator']} {row['call']}: {row['problem']}")
     for row in result["models"]:
         name = f"{row['checkpoint']}, {row['backend']}, {row['dtype']}, {row['what']}"
         lines.append(f"{name}: {row['problem'] or 'holds'}")

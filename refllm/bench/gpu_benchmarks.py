@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from refllm.bench.limited_process import SECONDS_TO_TIDY_UP, LimitedProcess
+from refllm.apart import SECONDS_TO_TIDY_UP, Batch
 
 # Name -> (share of the time, seconds that what it has begun, and the pictures, may take after its time is over).
 BENCHMARKS = {"kernels": (6, 30), "attention": (5, 25), "decode": (7, 35), "prefill": (4, 35)}
@@ -49,12 +49,12 @@ def slug(machine_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine_name.lower()).strip("-")
 
 
-def start_compilers(names: tuple[str, ...], device: str, seconds: float) -> list[LimitedProcess]:
+def start_compilers(names: tuple[str, ...], device: str, seconds: float) -> list[Batch]:
     """Processes that fill the caches of the compilers for these benchmarks, beside the checks. On a CPU none."""
     of = COMPILERS if device == "cuda" else {}
     parts = [(name, f"{part}/{of[name]}") for name in names for part in range(of.get(name, 0))]
     return [
-        LimitedProcess(["-m", "refllm.bench.process", name, "--device", device, "--compile-ahead", part], seconds)
+        Batch(["-m", "refllm.bench.process", name, "--device", device, "--compile-ahead", part], seconds)
         for name, part in parts
     ]
 
@@ -93,7 +93,7 @@ def _run(name: str, device: str, file: Path, passes: list[dict[str, Any]], slot:
     arguments = ["-m", "refllm.bench.process", name, "--device", device, "--minutes", f"{(slot - grace) / 60:.3f}"]
     arguments += ["--json", str(file), "--plots", str(file.parent), "--settings", json.dumps(passes)]
     file.unlink(missing_ok=True)
-    process = LimitedProcess(arguments, slot - SECONDS_TO_TIDY_UP).wait()
+    process = Batch(arguments, slot - SECONDS_TO_TIDY_UP).wait()
     row: Row = {"said": process.output, "seconds": round(process.seconds, 1)}
     late = f"not done after {slot - SECONDS_TO_TIDY_UP:.0f} s" if process.code is None else ""
     broke = f"ended with {process.code}: {process.last_line}" if process.code not in (None, 0, 1) else ""

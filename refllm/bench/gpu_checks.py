@@ -19,7 +19,7 @@ import numpy as np
 
 from refllm import kernels
 from refllm.bench.end_to_end import check_models
-from refllm.kernels.calls import LAYERS, REDUCED, Case, Layer, cases
+from refllm.kernels.calls import LAYERS, REDUCED, Call, Layer, calls
 from refllm.kernels.verify import Contract
 
 DTYPES = {"cuda": ("float32", "bfloat16", "float16"), "cpu": ("float32", "bfloat16")}
@@ -42,19 +42,19 @@ def check_operators(device: str, only: str = "") -> Iterator[Row]:
     interpreter = contextlib.nullcontext if device == "cuda" else kernels.interpreted
     for layer in layers(device, only).values():
         for dtype in DTYPES[device]:
-            for case in cases(layer, dtype, device, tokens=TOKENS[device]):
-                contract, where = Contract(case.operator, case.arguments, case.keywords), (layer.name, dtype)
+            for call in calls(layer, dtype, device, tokens=TOKENS[device]):
+                contract, where = Contract(call.operator, call.arguments, call.keywords), (layer.name, dtype)
                 for form, namespace in (("triton", kernels), ("plain", kernels.plain)):
                     with interpreter():
-                        yield from check_call(case, contract, form, namespace, where)
+                        yield from check_call(call, contract, form, namespace, where)
 
 
-def check_call(case: Case, contract: Contract, form: str, namespace: Any, where: tuple[str, str]) -> Iterator[Row]:
+def check_call(call: Call, contract: Contract, form: str, namespace: Any, where: tuple[str, str]) -> Iterator[Row]:
     """A row per output of one call. namespace: has the operator. where: layer and dtype."""
     layer, dtype = where
-    row = {"layer": layer, "dtype": dtype, "operator": case.operator, "case": case.name, "form": form}
+    row = {"layer": layer, "dtype": dtype, "operator": call.operator, "call": call.name, "form": form}
     try:
-        verdicts = contract.judge(getattr(namespace, case.operator)(*case.arguments, **case.keywords))
+        verdicts = contract.judge(getattr(namespace, call.operator)(*call.arguments, **call.keywords))
     except Exception as error:  # whatever a kernel raises is this run's finding, and the other calls still count
         yield {**row, "output": None, "ratio": None, "limit": None, "problem": f"{type(error).__name__}: {error}"}
         return

@@ -114,7 +114,7 @@ def _worker(side: str, folder: Path, settings: Settings) -> bench.Worker:
 
 
 def _asking(worker: bench.Worker, command: str) -> Callable[[int], float]:
-    return lambda n: worker.seconds(f"{command} {n}")
+    return lambda n: worker.seconds(command, n)
 
 
 def _compare(side: str, worker: bench.Worker, folder: Path, settings: Settings) -> None:

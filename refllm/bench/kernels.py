@@ -83,12 +83,10 @@ def check_device(device: str) -> None:
 
 
 def _torch() -> Any:
-    """Torch; raises MissingExtraError without it."""
-    try:
-        import torch
-        import triton  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise extras.missing_extra("this benchmark", *extras.not_installed(("torch", "triton"))) from error
+    """Torch; raises MissingExtraError without it, or without Triton."""
+    extras.require("this benchmark", "torch", "triton")
+    import torch
+
     return torch
 
 

@@ -4,9 +4,7 @@ The checkpoint holds random bfloat16 weights, written to a temporary folder tens
 process of its own. What counts is anonymous memory: pages of the memory-mapped file can be dropped at any time.
 """
 
-import json
-import subprocess
-import sys
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from refllm import bench
+from refllm.apart import Channel, EndedError, Process
 from refllm.config import published
 from refllm.errors import InputError
 
@@ -67,16 +66,22 @@ def _layer_parameters(shape: dict[str, int]) -> int:
 
 
 def _in_a_process(folder: str, mode: str, tokens: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "refllm.bench.memory", folder, mode, str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"the {mode} run ended: {last}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    with Process.fresh("refllm.bench.memory:serve") as process:
+        process.send((folder, mode, tokens))
+        try:
+            return dict(process.receive(math.inf).values)
+        except EndedError as error:
+            raise InputError(f"the {mode} run ended: {error}") from None
+
+
+def serve(channel: Channel) -> None:
+    """What the process of one mode does."""
+    for request in channel.requests():
+        channel.answer("done", _run(*request))
 
 
 def _run(folder: str, mode: str, tokens: int) -> dict[str, Any]:
-    """What the process of one mode does."""
+    """Loads and runs a model, and measures both."""
     import refllm
     from refllm.bench.worker import Peak, anonymous_bytes
 
@@ -117,7 +122,3 @@ def show_memory(result: dict[str, Any]) -> Any:
             f"{run['forward_seconds']:.1f} s",
         )
     return table
-
-
-if __name__ == "__main__":
-    print(json.dumps(_run(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

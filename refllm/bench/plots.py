@@ -22,10 +22,9 @@ LABELS = {
 
 def pyplot() -> Any:
     """matplotlib.pyplot without a display. Raises MissingExtraError."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise extras.missing_extra("--plots", "matplotlib") from error
+    extras.require("--plots", "matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

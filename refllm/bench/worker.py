@@ -1,15 +1,11 @@
 """One side of a benchmark, in a process of its own, so that its memory and its threads are its own.
 
-    python -m refllm.bench.worker SIDE FOLDER PROMPT_TOKENS NEW_TOKENS THREADS DTYPE BACKEND
-
-SIDE is `refllm`, `transformers` or `memory`. The process loads the checkpoint in DTYPE, then answers each line on its
-standard input (`prefill`, `decode`, `products`, `prefill_of TOKENS`, `decode_at CONTEXT`, `outputs FILE`, `read`) with
-one line of JSON.
+The first request is (side, folder, prompt_tokens, new_tokens, threads, dtype, backend), where the side is "refllm",
+"transformers" or "memory": the process loads the checkpoint. The others are a command and its numbers: "prefill",
+"decode", "products", "prefill_of" tokens, "decode_at" context, "outputs", and of "memory" only "read".
 """
 
 import json
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from refllm.apart import Channel
 from refllm.inputs import to_numpy
+
+Job = Callable[..., dict[str, Any]]
 
 
 class Side(Protocol):
@@ -73,9 +72,9 @@ class TransformersSide:
     @staticmethod
     def imports(backend: str) -> None:
         """Everything that is imported before the clock and the memory count start."""
-        from refllm.check.adapters.transformers import require_transformers
+        from refllm.check.adapters.transformers import quiet_transformers
 
-        require_transformers()
+        quiet_transformers()
         from transformers import AutoModelForCausalLM  # noqa: F401
 
     def __init__(self, folder: Path, threads: int, dtype: str, backend: str) -> None:
@@ -221,45 +220,39 @@ def read_seconds(size: int, threads: int) -> Callable[[], float]:
     return job
 
 
-def serve(
-    side_name: str, folder: Path, prompt_tokens: int, new_tokens: int, threads: int, dtype: str, backend: str
-) -> None:
-    """Loads, says so in a first line, then answers commands until standard input ends."""
+def serve(channel: Channel) -> None:
+    """Loads what the first request says, answers it with what that took, and then does the jobs of the others."""
+    job: Job | None = None
+    for request in channel.requests():
+        if job is None:
+            job, ready = begin(*request)
+            channel.answer("ready", ready)
+        else:
+            channel.answer("done", job(*request))
+
+
+def begin(
+    side_name: str, folder: str, prompt_tokens: int, new_tokens: int, threads: int, dtype: str, backend: str
+) -> tuple[Job, dict[str, Any]]:
+    """The side, loaded, as a function of a command and its numbers; and what loading took."""
     if side_name == "memory":
-        job = read_seconds(prompt_tokens, threads)  # here the number is a size in bytes
-        answer({"ready": True})
-        for _ in sys.stdin:
-            answer({"seconds": job()})
-        return
+        read = read_seconds(prompt_tokens, threads)  # here the number is a size in bytes
+        return lambda _: {"seconds": read()}, {}
     side_class: Any = {"refllm": RefllmSide, "transformers": TransformersSide}[side_name]
-    vocab_size = int(json.loads((folder / "config.json").read_text())["vocab_size"])
+    vocab_size = int(json.loads((Path(folder) / "config.json").read_text())["vocab_size"])
     side_class.imports(backend)
     before = anonymous_bytes()
     start = time.perf_counter()
     with Peak() as load_peak:
-        side = side_class(folder, threads, dtype, backend)
+        side = side_class(Path(folder), threads, dtype, backend)
     load_seconds = time.perf_counter() - start
     work = Work(side, vocab_size, prompt_tokens, new_tokens)
-    answer({"ready": True, "load_seconds": load_seconds, "before_bytes": before, "load_peak_bytes": load_peak.bytes})
-    for line in sys.stdin:
-        command, *arguments = line.split(maxsplit=1)
-        if command == "outputs":
-            with Peak() as run_peak:
-                logits = work.outputs()
-            np.save(arguments[0].strip(), logits)
-            answer({"peak_bytes": run_peak.bytes})
-        else:
-            answer({"seconds": getattr(work, command)(*map(int, arguments))})
 
+    def job(command: str, *numbers: int) -> dict[str, Any]:
+        if command != "outputs":
+            return {"seconds": getattr(work, command)(*numbers)}
+        with Peak() as run_peak:
+            logits = work.outputs()
+        return {"logits": logits, "peak_bytes": run_peak.bytes}
 
-def answer(values: dict[str, Any]) -> None:
-    """One line of JSON to the parent."""
-    os.write(_OUT, (json.dumps(values) + "\n").encode())
-
-
-if __name__ == "__main__":
-    # Whatever a library prints must not get between the answers.
-    _OUT = os.dup(1)
-    os.dup2(2, 1)
-    side, folder, prompt, new, threads, dtype, backend = sys.argv[1:]
-    serve(side, Path(folder), int(prompt), int(new), int(threads), dtype, backend)
+    return job, {"load_seconds": load_seconds, "before_bytes": before, "load_peak_bytes": load_peak.bytes}

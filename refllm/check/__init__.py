@@ -9,7 +9,9 @@
         assert_operator("rms_norm", my_rms_norm, dtype="bfloat16")
 
 `my_forward(checkpoint, input_ids, attention_mask, position_ids, tap)` returns logits, and calls tap(name, value) for
-whatever else it can show (`refllm.forward.taps` lists the names). A Transformers model object is taken as it is.
+whatever else it can show (`refllm.forward.taps` lists the names). With arguments `dtype` and `cache` it is told more
+(`refllm.check.functions.Forward`). A Transformers model object is taken as it is. A test fails where something is
+wrong, and where something was not seen.
 `my_rms_norm(x, weight, eps)` takes and returns Torch tensors (NumPy arrays with arrays="numpy"), as `refllm.kernels`
 does; `check_op` returns the report that `assert_operator` raises.
 """

@@ -1,13 +1,13 @@
 """`compare` and `assert_matches`: the check as a Python call and as a test."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from refllm.check.inputs import Inputs
     from refllm.check.oracle import Report
     from refllm.check.process import Processes
 
@@ -20,18 +20,26 @@ def compare(
     policy: str | None = None,
     attention: str = "eager",
     input_ids: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
     prompt: str | None = None,
     stress: bool = False,
     isolate: bool = True,
     time_limit: float | None = None,
 ) -> "list[Report]":
-    """Check one implementation on one checkpoint: a report per input (several only with `stress`).
+    """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
+    embedding are wrong that the input does not read).
 
     candidate: "transformers", "numpy", "module:function", a Transformers model object, or a function (see
-    `refllm.check`). dtype: of its weights and activations; None takes a model's own, else "float32". policy: where it
-    is expected to round, "hf-eager", "hf-sdpa" or "fused"; None is hf-eager (or hf-sdpa) for Transformers and fused for
-    a function. input_ids: [S] or [B, S]; or a prompt; or neither, for a text of our own. Raises RefllmError for what
-    cannot be run.
+    `refllm.check`). dtype: of its weights and activations; None takes that of a model, or finds that of a function that
+    is not told one, else it is "float32". policy: where it is expected to round, "hf-eager", "hf-sdpa" or "fused"; None
+    is hf-eager (or hf-sdpa) for Transformers and fused for a function. input_ids: [S] or [B, S]; or a prompt; or
+    neither, for a text of our own. attention_mask: of the same shape, 1 = a token, 0 = padding, which is not compared;
+    None is all tokens. position_ids: of the same shape; None is 0 .. S-1, padding counted. The stressed inputs are made
+    of input_ids alone. Raises RefllmError for what cannot be run.
+
+    A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`) or a wrong answer would hold as
+    well (`TapReport.untested`).
 
     What a name stands for runs in a process of its own (unless isolate=False), where each run has time_limit seconds
     (None: `refllm.check.process.time_limit`). A live function or model cannot be moved: it runs in this process, on
@@ -40,8 +48,9 @@ def compare(
     """
     from refllm.check.process import Processes
 
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     with Processes(time_limit) as processes:
-        return _compare(Path(checkpoint), candidate, dtype, policy, attention, input_ids, prompt, stress,
+        return _compare(Path(checkpoint), candidate, dtype, policy, attention, given, prompt, stress,
                         processes if isolate else None)  # fmt: skip
 
 
@@ -51,57 +60,66 @@ def _compare(
     dtype: str | None,
     policy: str | None,
     attention: str,
-    input_ids: Any,
+    given: dict[str, Any],
     prompt: str | None,
     stress: bool,
     processes: "Processes | None",
 ) -> "list[Report]":
-    from refllm.check.inputs import Inputs, stressed
-    from refllm.check.run import check_candidate, close, find_policy, prepare
+    from refllm.check.run import close, find_policy, load
+    from refllm.check.runs import Runs
 
     found = _candidate(candidate, folder, dtype, attention, processes)
-    model, notes, ids = prepare(folder, found.dtype, {"prompt": prompt, "ids": None, "ids_file": None})
-    if input_ids is not None:
-        ids = np.atleast_2d(np.asarray(input_ids, np.int64))
+    inputs, notes = _inputs(folder, given, prompt)
     if policy is None:
         named = getattr(found, "attention", None if callable(candidate) else attention)
         policy = "fused" if named is None else None
         attention = named or attention
-    rules = find_policy(policy, attention if attention in ("eager", "sdpa") else "sdpa")
-    runs = [Inputs(ids), *(stressed(ids) if stress else [])]
-    return [
-        check_candidate(
-            model,
-            found,
-            inputs,
-            rules,
-            folder.name,
-            notes,
-            recorded=(lambda: close(found)) if inputs is runs[-1] else (lambda: None),
-        )
-        for inputs in runs
-    ]
+    runs = Runs(
+        lambda dtype: load(folder, dtype),
+        found,
+        inputs,
+        find_policy(policy, attention if attention in ("eager", "sdpa") else "sdpa"),
+        checkpoint=folder.name,
+        stress=stress,
+        said=dtype is not None,
+        notes=notes,
+        recorded=lambda: close(found),
+    )
+    return list(runs.reports())
+
+
+def _inputs(folder: Path, given: dict[str, Any], prompt: str | None) -> "tuple[Inputs, list[str]]":
+    """What to run, and notes for the reader. given: the arrays of the call, [S] or [B, S], or None."""
+    from refllm.check.inputs import Inputs
+    from refllm.check.run import tokens_for
+    from refllm.inputs import as_integers
+
+    arrays: dict[str, Any] = {
+        name: np.atleast_2d(as_integers(name, value)) for name, value in given.items() if value is not None
+    }
+    notes: list[str] = []
+    if "input_ids" not in arrays:
+        arrays["input_ids"], notes = tokens_for(folder, {"prompt": prompt, "ids": None, "ids_file": None})
+    return Inputs(**arrays), notes
 
 
 def assert_matches(checkpoint: str | os.PathLike[str], candidate: Any = "transformers", **options: Any) -> None:
-    """`compare`, for a test: raises AssertionError with the report if anything fails.
+    """`compare`, for a test: raises AssertionError with the report of the first input on which it does not hold.
 
-    Values at which a trivial wrong answer would hold too are no proof either way: a warning names them. Name more
-    values in between, or use more tokens, and they become testable.
+    It fails where something is wrong. It is incomplete, and the test fails too, where something was not seen: a head
+    that is not shown, rows of the embedding that were never read, or values at which a trivial wrong answer would hold
+    as well. Name more values in between, or use more tokens.
     """
-    for report in compare(checkpoint, candidate, **options):
-        if report.verdict == "fails":
-            raise AssertionError(_text(report))
-        untested = [tap.name for tap in report.taps if tap.untested]
-        if untested:
-            what = (
-                f"{report.checkpoint}, {report.inputs}: untested, for want of values in between: {', '.join(untested)}"
-            )
-            warnings.warn(what, UserWarning, stacklevel=2)
+    reports = compare(checkpoint, candidate, **options)
+    for verdict in ("fails", "incomplete"):
+        for report in reports:
+            if report.verdict == verdict:
+                raise AssertionError(_text(report))
 
 
 def _candidate(candidate: Any, folder: Path, dtype: str | None, attention: str, processes: "Processes | None") -> Any:
-    from refllm.check.candidates import FunctionCandidate, open_candidate
+    from refllm.check.candidates import open_candidate
+    from refllm.check.functions import FunctionCandidate
     from refllm.check.run import head_of
 
     head = head_of(folder)

@@ -8,28 +8,21 @@ from typing import Any
 import numpy as np
 
 from refllm import extras
+from refllm.check.functions import DTYPES, FunctionCandidate
 from refllm.check.inputs import Inputs
-from refllm.check.misbehaviour import floats, misbehaves, raised
+from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
 from refllm.check.taps import Candidate, Sink
 from refllm.check.trace import Trace
 from refllm.config.digest import config_hash
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
-from refllm.forward.taps import HEAD_TAPS
 from refllm.inputs import to_numpy
 from refllm.precision.dtype_names import dtype_name
 from refllm.user_code import find_function
 
 ATTENTION = ("eager", "sdpa")
-DTYPES = ("float32", "bfloat16", "float16")
 FAST = ("torch", "triton")
 """The backends of the fast models."""
-Forward = Callable[..., Any]
-"""A user's forward pass: f(checkpoint, input_ids, attention_mask, position_ids, tap) -> logits.
-
-checkpoint: the folder. The others are int64 arrays [B, S]. tap(name, value) hands over a named value
-(`refllm.forward.taps`), an array or a tensor, and returns it; call it for whatever is at hand, or not at all.
-"""
 
 
 KNOWN = {"torch": ("torch",), "triton": ("torch", "triton"), "transformers": ("torch", "transformers"), "numpy": ()}
@@ -89,16 +82,18 @@ def record(candidate: Candidate, model: Model, inputs: Inputs) -> Trace:
 def run_candidate(candidate: Candidate, inputs: Inputs, keep: Callable[[str, np.ndarray], None]) -> None:
     """Run a candidate on copies of the inputs; keep(name, array) is told every value that it names.
 
-    Raises MisbehavesError for what no forward pass may do: to raise, to name what is no array of floats, to change its
-    inputs.
+    The run ends early where the inputs say so (`Inputs.until`). Raises MisbehavesError for what no forward pass may do:
+    to raise, to name what is no array of floats, to change its inputs.
     """
-    sink = Checked(keep)
+    sink = Checked(keep, inputs.until)
     given = {name: value for name, value in vars(inputs).items() if isinstance(value, np.ndarray)}
     copies: dict[str, Any] = {name: value.copy() for name, value in given.items()}
     try:
         candidate.run(replace(inputs, **copies), sink)
     except KeyboardInterrupt:
         raise
+    except EnoughError:
+        pass
     except RefllmError as error:
         raise sink.refused or error from None
     except BaseException as error:  # whatever it raises is a finding about it
@@ -111,11 +106,12 @@ def run_candidate(candidate: Candidate, inputs: Inputs, keep: Callable[[str, np.
 class Checked:
     """The sink that a candidate gets: hands on copies of what are arrays or tensors of floats.
 
-    refused: the error for anything else, or of `keep`, which the candidate may have caught.
+    refused: the error for anything else, or of `keep`, which the candidate may have caught. Raises EnoughError once the
+    value `until` was handed on.
     """
 
-    def __init__(self, keep: Callable[[str, np.ndarray], None]) -> None:
-        self.keep = keep
+    def __init__(self, keep: Callable[[str, np.ndarray], None], until: str = "") -> None:
+        self.keep, self.until = keep, until
         self.refused: RefllmError | None = None
 
     def __call__(self, name: str, value: Any) -> None:
@@ -124,6 +120,8 @@ class Checked:
         except RefllmError as error:
             self.refused = self.refused or error
             raise
+        if name == self.until:
+            raise EnoughError
 
 
 class Kept:
@@ -215,44 +213,3 @@ class _Everything:
 
     def record(self, name: str, value: np.ndarray) -> None:
         self._sink(name, value)
-
-
-class FunctionCandidate:
-    """A forward pass that somebody wrote (`Forward`)."""
-
-    def __init__(self, function: Forward, folder: Path, *, head: str, dtype: str, name: str | None = None) -> None:
-        dtype = dtype_name(dtype)
-        if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
-        self.function, self.folder, self.head, self.dtype = function, folder, head, dtype
-        self.name = str(name or getattr(function, "__name__", type(function).__name__))
-        self.details: dict[str, str] = {}
-
-    def run(self, inputs: Inputs, sink: Sink) -> None:
-        """See `Candidate.run`. Embeddings and caches are the function's own business: such inputs raise InputError."""
-        if inputs.chunks or inputs.embeds_scale is not None:
-            raise InputError(f"{self.name}: {inputs.label} needs a cache or embeddings, which a function does not take")
-
-        def tap(name: str, value: Any) -> Any:
-            sink(name, value)
-            return value
-
-        given = {"input_ids": inputs.input_ids, "attention_mask": inputs.mask, "position_ids": inputs.positions}
-        copies = {name: np.array(value) for name, value in given.items()}
-        try:
-            logits = self.function(str(self.folder), *copies.values(), tap)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # of our own kinds too: it may be made of refllm
-            raise raised(error) from None
-        must_not_have_changed(given, copies)
-        if logits is not None and self.head in HEAD_TAPS:
-            sink(HEAD_TAPS[self.head], logits)
-
-
-def must_not_have_changed(given: dict[str, np.ndarray], copies: dict[str, np.ndarray]) -> None:
-    """Raises MisbehavesError if an array that a candidate was given is not what it was."""
-    changed = [name for name, value in given.items() if not np.array_equal(value, copies[name])]
-    if changed:
-        what = "inputs" if len(changed) > 1 else "input"
-        raise misbehaves("purity", f"it changes its {what} {', '.join(changed)} in place; work on a copy")

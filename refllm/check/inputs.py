@@ -13,7 +13,8 @@ class Inputs:
 
     input_ids: int [B, S]. attention_mask: [B, S], 1 = a token, 0 = padding; None: all tokens. position_ids: [B, S], or
     None for 0 .. S-1. chunks: sizes of the pieces to feed with a KV cache, () for all at once. embeds_scale: feed the
-    embeddings times this (rounded to the dtype) instead of the ids. label: what to call it in a report.
+    embeddings times this (rounded to the dtype) instead of the ids. label: what to call it in a report. until: the name
+    of the value with which the run ends, if the candidate shows it; "" for the end of the pass.
     """
 
     input_ids: np.ndarray
@@ -22,6 +23,7 @@ class Inputs:
     chunks: tuple[int, ...] = ()
     embeds_scale: float | None = None
     label: str = "tokens"
+    until: str = ""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -61,26 +63,65 @@ FAR = 2000
 """Where "far positions" begin: rotary defects that are invisible near 0 are plain there."""
 
 
+_ROWS_AT_MOST = 64  # tokens of a row of a batch of stressed inputs
+
+
+ALL_AT_MOST = 4096
+"""Tokens up to which every id of a vocabulary may go through a whole model."""
+
+
 def stressed(input_ids: np.ndarray) -> list[Inputs]:
     """The same tokens under conditions in which defects show that plain inputs hide.
 
-    Far positions, embeddings times 1/100 and times 8, left padding (positions counted from the first token), and a
-    cached run: most of the sequence at once, the rest token by token.
+    Far positions, embeddings times 1/100 and times 8, a batch of rows that are padded differently (one is not padded,
+    so it is a row in a batch and alone in the plain run), the same sequence in cached pieces of one and of several
+    tokens, and both together. Positions are counted from the first token of a row.
     """
     B, S = input_ids.shape
-    ones = np.ones((B, S), np.int64)
-    pad = min(S // 3, 7)
-    mask = ones.copy()
-    mask[:, :pad] = 0
-    positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
-    tail = min(S - 1, 6)
+    far = np.broadcast_to(np.arange(FAR, FAR + S), (B, S)).copy()
     runs = [
-        Inputs(input_ids, ones, np.broadcast_to(np.arange(FAR, FAR + S), (B, S)).copy(), label="far positions"),
+        Inputs(input_ids, np.ones((B, S), np.int64), far, label="far positions"),
         Inputs(input_ids, embeds_scale=0.01, label="small embeddings"),
         Inputs(input_ids, embeds_scale=8.0, label="large embeddings"),
     ]
-    if pad:
-        runs.append(Inputs(input_ids, mask, positions, label="left padding"))
-    if tail > 0:
-        runs.append(Inputs(input_ids, chunks=(S - tail, *[1] * tail), label="cached decode"))
+    ids, mask, positions = _padded_rows(input_ids)
+    if S > 1:
+        runs.append(Inputs(ids, mask, positions, label="rows padded differently"))
+        runs.append(Inputs(input_ids, chunks=_pieces(S), label="cached decode"))
+        runs.append(Inputs(ids, mask, positions, chunks=_pieces(ids.shape[1]), label="padding with a cache"))
     return runs
+
+
+def _padded_rows(input_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, mask and positions of four rows: little padding on the left, none, much on the left, some on the right."""
+    B, S = input_ids.shape[0], min(input_ids.shape[1], _ROWS_AT_MOST)
+    ids = np.stack([np.roll(input_ids[i % B, :S], 0 if i == 1 else i) for i in range(4)])
+    little = min(S // 4, 5)
+    mask = np.ones((4, S), np.int64)
+    mask[0, :little] = 0
+    mask[2, : S // 2] = 0
+    mask[3, S - max(little, 1) :] = 0
+    return ids, mask, np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
+
+
+def _pieces(length: int) -> tuple[int, ...]:
+    """Half of a sequence, then one token, several, one, and more at once than came last."""
+    sizes, left = [max(1, length // 2)], length - max(1, length // 2)
+    for size in (1, 3, 1, 1, 5):
+        if left > size:
+            sizes.append(size)
+            left -= size
+    return (*sizes, left) if left else tuple(sizes)
+
+
+def every_token(vocab_size: int, length: int) -> Inputs | None:
+    """All ids of a vocabulary in rows of `length`; None where they are too many for a whole forward pass each."""
+    if vocab_size > ALL_AT_MOST:
+        return None
+    return Inputs(in_rows(np.arange(vocab_size), length), label="every token id")
+
+
+def in_rows(ids: np.ndarray, length: int) -> np.ndarray:
+    """Ids [n] as rows of `length` [B, length], with the first of them repeated at the end where they do not fill it."""
+    length = min(length, len(ids))
+    return np.resize(ids, (-(-len(ids) // length), length))

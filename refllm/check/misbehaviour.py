@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from refllm.apart import in_one_line, place
-from refllm.check.taps import as_array
+from refllm.check.taps import as_numpy, is_array, wide
 from refllm.errors import RefllmError
 
 
@@ -38,6 +38,11 @@ class MisbehavesError(RefllmError):
         self.found = found
 
 
+class EnoughError(BaseException):
+    """Ends the run of a candidate that has shown what was asked for (`Inputs.until`). No Exception, which a candidate
+    may catch."""
+
+
 def misbehaves(kind: str, text: str) -> MisbehavesError:
     """The error to raise for what has no place."""
     return MisbehavesError(Misbehaviour(kind, text))
@@ -53,14 +58,27 @@ def raised(error: BaseException, when: str = "") -> MisbehavesError:
 
 
 def floats(name: str, value: Any) -> np.ndarray:
-    """The value of a tap as an array of its own. Raises MisbehavesError for what is no array or tensor of floats."""
-    if not hasattr(value, "__array__") and not hasattr(value, "__dlpack__"):
+    """The value of a tap as an array of its own. Raises MisbehavesError for what is no array or tensor of floats.
+
+    Of a tuple with one array in it, as layers return them, the array is taken.
+    """
+    if isinstance(value, tuple) and sum(map(is_array, value)) == 1:
+        value = next(filter(is_array, value))
+    if not is_array(value):
         kind = "nothing (None)" if value is None else f"a {type(value).__name__}"
         raise misbehaves("result", f"{name} is {kind}; expected an array or a tensor of floats")
     try:
-        dtype = str(getattr(value, "dtype", None) or np.asarray(value).dtype).rpartition(".")[2]
-        if dtype.startswith(("float", "bfloat")):
-            return as_array(value)
+        array = as_numpy(value)
     except Exception as error:  # tensors that cannot be read are of many kinds
         raise misbehaves("result", f"{name} cannot be read: {in_one_line(error)[0]}") from None
-    raise misbehaves("result", f"{name} is {dtype}; expected float32, bfloat16, float16 or float64")
+    if "float" not in array.dtype.name:
+        raise misbehaves("result", f"{name} is {array.dtype.name}; expected float32, bfloat16, float16 or float64")
+    return wide(array)
+
+
+def must_not_have_changed(given: dict[str, np.ndarray], copies: dict[str, np.ndarray]) -> None:
+    """Raises MisbehavesError if an array that a candidate was given is not what it was."""
+    changed = [name for name, value in given.items() if not np.array_equal(value, copies[name])]
+    if changed:
+        what = "inputs" if len(changed) > 1 else "input"
+        raise misbehaves("purity", f"it changes its {what} {', '.join(changed)} in place; work on a copy")

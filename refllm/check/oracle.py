@@ -25,6 +25,7 @@ from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
+from refllm.check.unseen import never_shown
 from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
 from refllm.errors import InputError
@@ -201,7 +202,8 @@ class Report:
 
     attribution: named value -> part of the predicted variance of the last value that comes from making it; the parts
     sum to 1. notes: sentences a reader should know. config: of the model, for the formulas in a report. misbehaviour:
-    what the candidate did in place of a forward pass; then nothing was measured.
+    what the candidate did in place of a forward pass; then nothing was measured. unseen: sentences on what the run does
+    not show.
     """
 
     checkpoint: str
@@ -216,14 +218,15 @@ class Report:
     notes: list[str] = field(default_factory=list)
     config: ModelConfig | None = None
     misbehaviour: Misbehaviour | None = None
+    unseen: list[str] = field(default_factory=list)
 
     @property
     def verdict(self) -> Verdict:
-        """The run fails if the candidate misbehaves, or any value or a next token fails; one with an untested value is
-        incomplete."""
+        """The run fails if the candidate misbehaves, or any value or a next token fails; one with an untested value, or
+        that something was not seen of, is incomplete."""
         values = {tap.verdict for tap in self.taps}
         wrong = self.misbehaviour or "fails" in values or (self.next_tokens and self.next_tokens.defects)
-        return verdict(wrong, missing="untested" in values)
+        return verdict(wrong, missing=self.unseen or "untested" in values)
 
     @property
     def first_failure(self) -> TapReport | None:
@@ -244,6 +247,7 @@ class Report:
             "verdict": self.verdict,
             "first_failure": None if first is None else first.name,
             "misbehaviour": None if self.misbehaviour is None else asdict(self.misbehaviour),
+            "unseen": self.unseen,
             "taps": [
                 {
                     "name": tap.name,
@@ -314,4 +318,5 @@ def judge(
         next_tokens=collected.next_tokens,
         attribution=dict(sorted(collected.shares.items(), key=lambda item: -item[1])),
         config=model.config,
+        unseen=never_shown(model.head, trace),
     )

@@ -14,16 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from refllm.apart import Answer, Channel, EndedError, LateError, Process, place
-from refllm.check.candidates import (
-    KNOWN,
-    FunctionCandidate,
-    must_be_known,
-    open_candidate,
-    run_candidate,
-)
+from refllm.check.candidates import KNOWN, must_be_known, open_candidate, run_candidate
+from refllm.check.functions import FunctionCandidate
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour, raised
-from refllm.check.taps import Candidate, Sink
+from refllm.check.taps import EVERYTHING, Candidate, Sink
 from refllm.errors import InputError, RefllmError
 from refllm.user_code import find_function
 
@@ -99,7 +94,8 @@ class Processes:
 
 
 class ApartCandidate:
-    """A candidate in a process of its own: a `Candidate`. Its full name and its details are known once it is open.
+    """A candidate in a process of its own: a `Candidate`. Its full name, its details and what it takes are known once
+    it is open.
 
     ready: whether it is open, and not only being opened.
     """
@@ -108,11 +104,12 @@ class ApartCandidate:
         self.how, self.seconds, self.ready = how, seconds, False
         self.name, self.dtype = how["name"], how["dtype"]
         self.details: dict[str, str] = {}
+        self.takes: tuple[str, ...] = EVERYTHING
         self._processes = processes
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`. Raises MisbehavesError for whatever goes wrong there, InputError for wrong use."""
-        self._open()
+        self.open()
         process, end = self._processes.process(self), time.monotonic() + self.seconds
         process.send(("run", vars(inputs)))
         keep = getattr(sink, "keep", sink)  # it was checked and copied there
@@ -128,8 +125,8 @@ class ApartCandidate:
         """Ends its process, which frees what it holds. Another run starts another."""
         self._processes.end(self)
 
-    def _open(self) -> None:
-        """Returns when it is open."""
+    def open(self) -> None:
+        """Returns when it is open. Raises MisbehavesError for what goes wrong until then."""
         process, seconds = self._processes.process(self), self.seconds + SECONDS_TO_START
         end, late = time.monotonic() + seconds, f"it was not ready to run within {seconds:g} s"
         imported = self.how["name"] in KNOWN
@@ -139,6 +136,7 @@ class ApartCandidate:
                 imported = True
                 if word == "opened":
                     self.name, self.details, self.ready = str(values["name"]), values["details"], True
+                    self.takes = tuple(values["takes"])
         except MisbehavesError as error:
             if not imported:
                 self._processes.give_up(self.how["name"], error.found)
@@ -198,7 +196,8 @@ def serve(channel: Channel) -> None:
             if what == "open":
                 candidate = None  # before another is loaded beside it
                 candidate = _opened(given, channel)
-                channel.answer("opened", {"name": candidate.name, "details": candidate.details})
+                takes = getattr(candidate, "takes", EVERYTHING)
+                channel.answer("opened", {"name": candidate.name, "details": candidate.details, "takes": takes})
             else:
                 assert candidate is not None
                 _run(candidate, Inputs(**given), channel)

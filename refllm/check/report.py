@@ -82,6 +82,7 @@ def legend() -> list[tuple[str, str]]:
         ("worst row", same),
         ("end to end", end),
         ("untested", "a wrong answer such as zeros, or everything times 1.01, would hold here"),
+        ("incomplete", "nothing is wrong, but values are untested, or something was not seen: exit code 1"),
     ]
 
 
@@ -236,13 +237,22 @@ def _summary_figures(report: Report) -> list[Text]:
 
 
 def _where(report: Report) -> Text:
-    """The first failure in few words."""
-    if report.verdict != "fails":
+    """The first failure, or what was not seen, in few words."""
+    if report.verdict == "incomplete":
+        return Text(f": {_not_seen(report)}")
+    if report.verdict == "holds":
         return Text("")
     if report.misbehaviour is not None:
         return Text(f": {report.misbehaviour.name}")
     first = report.first_failure
     return Text(": next tokens" if first is None else f": {formulas.spoken(first.name)}")
+
+
+def _not_seen(report: Report) -> str:
+    """What was not seen, in few words."""
+    untested = sum(tap.verdict == "untested" for tap in report.taps)
+    few = [said.partition(",")[0].partition(":")[0] for said in report.unseen]
+    return "; ".join(few + [f"{count(untested, 'value')} untested"] * bool(untested))
 
 
 # ----------------------------------------------------------------------------------------------- next tokens and shares
@@ -279,7 +289,8 @@ def _attribution(report: Report) -> list[tuple[str, Text]]:
 
 def _cautions(report: Report) -> list[tuple[str, Text]]:
     """What is untested, and what a reader should know."""
-    said = [("untested", said) for said in findings.untested(report)] + [("note", note) for note in report.notes]
+    said = [("not seen", said) for said in report.unseen]
+    said += [("untested", said) for said in findings.untested(report)] + [("note", note) for note in report.notes]
     return [(label, Text(text, style=STYLE["untested"])) for label, text in said]
 
 

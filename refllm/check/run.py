@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from refllm import extras
-from refllm.check.candidates import DTYPES, FAST, KNOWN, open_candidate, record
-from refllm.check.inputs import Inputs, stressed
-from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
-from refllm.check.oracle import Report, judge
+from refllm.check.candidates import FAST, KNOWN, open_candidate, record
+from refllm.check.functions import DTYPES
+from refllm.check.inputs import Inputs
+from refllm.check.misbehaviour import MisbehavesError
+from refllm.check.oracle import Report
 from refllm.check.process import ApartCandidate, Processes
-from refllm.check.taps import Candidate
+from refllm.check.runs import Runs
+from refllm.check.taps import EVERYTHING, Candidate
 from refllm.check.trace import Trace
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
@@ -35,6 +37,7 @@ back and forth, as if the missing ship might have slipped between two lines, and
 DEFAULT_LENGTH = 128
 
 
+DEFAULT_DTYPES = ("float32", "bfloat16")
 POLICY_OF_ATTENTION = {"eager": "hf-eager", "sdpa": "hf-sdpa"}
 
 
@@ -42,7 +45,8 @@ POLICY_OF_ATTENTION = {"eager": "hf-eager", "sdpa": "hf-sdpa"}
 class Settings:
     """What to check.
 
-    candidate: "torch", "triton", "transformers", "numpy", or a function as module:function. attention: of Transformers.
+    candidate: "torch", "triton", "transformers", "numpy", or a function as module:function. dtypes: () takes
+    `DEFAULT_DTYPES`, or that of a function that has one of its own. attention: of Transformers.
     policy: where the candidate is expected to round; None is fused for torch and triton, else follows the attention.
     stress: check the stressed inputs too (`refllm.check.inputs.stressed`). tokens: the arguments prompt, ids and
     ids_file of `read_tokens`. seconds: for each run of the candidate; None: `refllm.check.process.time_limit`.
@@ -50,7 +54,7 @@ class Settings:
     """
 
     candidate: str = "transformers"
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    dtypes: tuple[str, ...] = ()
     attention: str = "eager"
     policy: str | None = None
     stress: bool = False
@@ -102,7 +106,7 @@ def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tup
     missing = {name: extras.not_installed(packages) for name, packages in KNOWN.items() if packages}
     names = [name for name, packages in missing.items() if not packages]
     if not names:
-        raise extras.missing_extra("check without a CHECKPOINT and a --candidate", "torch", "triton")
+        extras.require("check without a CHECKPOINT and a --candidate", "torch", "triton")
     return names, [f"not checked: {extras.needs(name, *packages)}" for name, packages in missing.items() if packages]
 
 
@@ -112,16 +116,26 @@ def check_all(
     """One report per candidate, folder, precision and input, as they are done. settings: of one candidate or several,
     of which the first says how they run."""
     several = settings if isinstance(settings, list) else [settings]
-    jobs = [_Job(folder, dtype, each) for each in several for folder in folders for dtype in each.dtypes]
+    jobs = [_Job(folder, dtype, each) for each in several for folder in folders for dtype in _dtypes(each)]
     with Processes(several[0].seconds) as processes:
-        for job, following in zip(jobs, [*jobs[1:], None], strict=True):
-            yield from _check(job, following, processes, step)
+        while jobs:
+            job = jobs.pop(0)
+            if job.dtype is None and job.takes_dtype(processes):
+                jobs[:0] = [_Job(job.folder, dtype, job.settings) for dtype in DEFAULT_DTYPES]
+                jobs[0].candidate = job.candidate
+            else:
+                yield from _check(job, jobs[0] if jobs else None, processes, step)
+
+
+def _dtypes(settings: Settings) -> tuple[str, ...] | tuple[None]:
+    """What was asked for. Else of what refllm knows the usual ones; and None of a function, which may have its own."""
+    return settings.dtypes or (DEFAULT_DTYPES if settings.candidate in KNOWN else (None,))
 
 
 class _Job:
-    """One candidate on one checkpoint in one precision. candidate: once it was opened."""
+    """One candidate on one checkpoint in one precision. candidate: once it was opened. dtype: None if nobody said."""
 
-    def __init__(self, folder: Path, dtype: str, settings: Settings) -> None:
+    def __init__(self, folder: Path, dtype: str | None, settings: Settings) -> None:
         self.folder, self.dtype, self.settings = folder, dtype, settings
         self.candidate: Candidate | None = None
 
@@ -133,18 +147,27 @@ class _Job:
                 self.settings.candidate,
                 self.folder,
                 head=head_of(self.folder),
-                dtype=self.dtype,
+                dtype=self.dtype or DEFAULT_DTYPES[0],
                 attention=self.settings.attention,
             )
         return self.candidate
+
+    def takes_dtype(self, processes: Processes) -> bool:
+        """Whether it is told in which precision to compute. One that cannot be opened is not."""
+        candidate = self.open(processes)
+        try:
+            if isinstance(candidate, ApartCandidate):
+                candidate.open()
+        except MisbehavesError:
+            return False
+        return "dtype" in getattr(candidate, "takes", EVERYTHING)
 
 
 def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) -> Iterator[Report]:
     """A report per input. The candidate of the following job is opened while the last run of this one is judged."""
     step(f"{job.folder.name}: loading")
     candidate = job.open(processes)  # it loads its weights while this process loads its own
-    model, notes, ids = prepare(job.folder, job.dtype, job.settings.tokens)
-    runs = [Inputs(ids), *(stressed(ids) if job.settings.stress else [])]
+    ids, notes = tokens_for(job.folder, job.settings.tokens)
 
     def go_on() -> None:
         job.candidate = None
@@ -154,73 +177,25 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
             with contextlib.suppress(RefllmError):  # is said when its turn has come
                 following.open(processes)
 
-    for inputs in runs:
-        report = check_candidate(
-            model,
-            candidate,
-            inputs,
-            job.settings.rounding,
-            job.folder.name,
-            notes,
-            step,
-            go_on if inputs is runs[-1] else lambda: None,
-        )
-        yield report
-        if report.misbehaviour is not None and report.misbehaviour.kind == "hangs":
-            go_on()
-            return  # it would take as long again
+    runs = Runs(
+        lambda dtype: load(job.folder, dtype),
+        candidate,
+        Inputs(ids),
+        job.settings.rounding,
+        checkpoint=job.folder.name,
+        stress=job.settings.stress,
+        said=job.dtype is not None,
+        notes=notes,
+        step=step,
+        recorded=go_on,
+    )
+    yield from runs.reports()
 
 
 def close(candidate: Candidate) -> None:
     """Frees what a candidate in a process of its own holds."""
     if isinstance(candidate, ApartCandidate):
         candidate.close()
-
-
-def check_candidate(
-    model: Model,
-    candidate: Candidate,
-    inputs: Inputs,
-    policy: Policy,
-    checkpoint: str = "",
-    notes: list[str] | None = None,
-    step: Step = lambda *_: None,
-    recorded: Callable[[], None] = lambda: None,
-) -> Report:
-    """One run of a candidate and its judgement. model: the checkpoint, weights on the grid of the candidate's dtype.
-
-    recorded: called when the candidate has run and is not yet judged.
-    """
-    where = f"{checkpoint} {candidate.dtype}, {inputs.label}"
-    step(f"{where}: {candidate.name}")
-    try:
-        trace = record(candidate, model, inputs)
-    except MisbehavesError as error:
-        recorded()
-        report = _misbehaving(model, candidate, inputs, policy, checkpoint, error.found)
-    else:
-        recorded()
-        report = judge(model, trace, policy, checkpoint=checkpoint, step=lambda text: step(f"{where}: {text}"))
-    report.notes.extend(notes or [])
-    return report
-
-
-def _misbehaving(
-    model: Model, candidate: Candidate, inputs: Inputs, policy: Policy, checkpoint: str, found: Misbehaviour
-) -> Report:
-    return Report(
-        checkpoint=checkpoint,
-        candidate=candidate.name,
-        dtype=candidate.dtype,
-        policy=policy.name,
-        inputs=inputs.label,
-        tokens=int(inputs.valid.sum()),
-        taps=[],
-        next_tokens=None,
-        attribution={},
-        config=model.config,
-        misbehaviour=found,
-    )
 
 
 def head_of(folder: Path) -> str:
@@ -231,14 +206,12 @@ def head_of(folder: Path) -> str:
     return model_class(AutoConfig.from_pretrained(folder)).head
 
 
-def prepare(folder: Path, dtype: str, tokens: dict[str, Any]) -> tuple[Model, list[str], np.ndarray]:
-    """The checkpoint with its weights rounded to `dtype`, notes for the reader, and the token ids [1, S]."""
-    from refllm.config import AutoConfig
+def load(folder: Path, dtype: str) -> Model:
+    """The checkpoint with its weights rounded to `dtype`."""
     from refllm.models.auto import load
 
-    ids, notes = tokens_for(folder, AutoConfig.from_pretrained(folder), tokens)
     # Every weight is read once or twice in a check, layer by layer: none is kept.
-    return load(folder, dtype=dtype, low_memory=True), notes, ids
+    return load(folder, dtype=dtype, low_memory=True)
 
 
 def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: None) -> Trace:
@@ -247,22 +220,25 @@ def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: No
     Raises MisbehavesError for a candidate that has none to show.
     """
     step(f"{folder.name}: loading")
-    job = _Job(folder, settings.dtypes[0], settings)
+    job = _Job(folder, (settings.dtypes or DEFAULT_DTYPES)[0], settings)
     with Processes(settings.seconds) as processes:
         candidate = job.open(processes)
-        model, notes, ids = prepare(folder, settings.dtypes[0], settings.tokens)
+        ids, notes = tokens_for(folder, settings.tokens)
         step(f"{folder.name}: {settings.candidate}")
-        trace = record(candidate, model, Inputs(ids))
+        trace = record(candidate, load(folder, candidate.dtype), Inputs(ids))
     policy = settings.rounding.name
     trace.details |= {"checkpoint": folder.name, "policy": policy, "notes": "; ".join(notes)}
     return trace
 
 
-def tokens_for(folder: Path, config: Any, tokens: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
-    """The tokens asked for; else a text of our own through the folder's tokenizer; else, with a note, random ids."""
+def tokens_for(folder: Path, tokens: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
+    """The token ids [1, S] asked for; else a text of our own through the folder's tokenizer; else random ids. And notes
+    for the reader."""
+    from refllm.config import AutoConfig
     from refllm.errors import TokenizerError
     from refllm.text.token_input import read_tokens
 
+    config = AutoConfig.from_pretrained(folder)
     vocab_size, length = config.vocab_size, min(DEFAULT_LENGTH, config.max_position_embeddings)
     given = read_tokens(folder, vocab_size, **tokens)
     if given is not None:

@@ -3,6 +3,7 @@
 Rows of padding are not compared, whatever they hold.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -18,7 +19,8 @@ Sink = Callable[[str, Any], None]
 class Candidate(Protocol):
     """An implementation under test, ready to run (weights loaded).
 
-    name: for reports. dtype: of its weights and activations. details: versions and settings worth keeping.
+    name: for reports. dtype: of its weights and activations. details: versions and settings worth keeping. It may have
+    an attribute `takes` (`EVERYTHING`).
     """
 
     name: str
@@ -34,7 +36,60 @@ class Candidate(Protocol):
         ...
 
 
+def cannot_run(candidate: Candidate, inputs: Inputs) -> str:
+    """Why a candidate cannot run such inputs: a clause, "" if it can. One without an attribute `takes` takes all."""
+    takes = getattr(candidate, "takes", EVERYTHING)
+    if inputs.chunks and "cache" not in takes:
+        return "it takes no cache"
+    if inputs.embeds_scale is not None and "embeddings" not in takes:
+        return "it takes no embeddings"
+    return ""
+
+
+EVERYTHING = ("dtype", "cache", "embeddings")
+"""What a candidate may take besides ids, mask and positions (`Candidate.takes`)."""
+
+
 def as_array(value: Any) -> np.ndarray:
-    """A copy of a tap's value as NumPy; narrow formats become float32, which holds them exactly."""
-    array = np.array(to_numpy(value))
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+    """A copy of a tap's value in float32 or float64; narrow formats become float32, which holds them exactly."""
+    return wide(as_numpy(value))
+
+
+def wide(array: np.ndarray) -> np.ndarray:
+    """A copy in float32, or in float64 if that was its format or a wider one."""
+    wider = array.dtype.kind == "f" and array.dtype.itemsize >= 8
+    return np.array(array, np.float64 if wider else np.float32)
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is an array or a tensor of some library."""
+    return hasattr(value, "__array__") or hasattr(value, "__dlpack__")
+
+
+def as_numpy(value: Any) -> np.ndarray:
+    """Whatever NumPy can be made of: an array, a tensor of Torch on any device, what has `__array__`, a buffer or
+    DLPack, in bfloat16 too. Raises what the library raises that made it."""
+    if hasattr(value, "detach"):
+        return to_numpy(value)
+    for make in (_from_buffer, _from_array, np.from_dlpack):
+        with contextlib.suppress(TypeError, ValueError, AttributeError, RuntimeError, BufferError):
+            return make(value)  # what a library does not offer, it says in one of these ways
+    import torch
+
+    return to_numpy(torch.from_dlpack(value))  # which knows formats that NumPy does not
+
+
+def _from_array(value: Any) -> np.ndarray:
+    if not hasattr(value, "__array__"):
+        raise TypeError
+    return np.asarray(value)
+
+
+def _from_buffer(value: Any) -> np.ndarray:
+    """The array of a bfloat16 one, which no buffer has a letter for: its bytes, two to a number."""
+    if isinstance(value, np.ndarray) or "bfloat16" not in str(value.dtype):
+        raise TypeError
+    import ml_dtypes
+
+    view = memoryview(value)
+    return np.frombuffer(view.tobytes(), ml_dtypes.bfloat16).reshape(view.shape)

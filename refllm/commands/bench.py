@@ -46,6 +46,7 @@ Models = Annotated[
 ModelForms = Annotated[
     str, typer.Option("--peers", metavar="A,B", help="Who computes, of triton, torch, transformers.")
 ]
+Lengths = Annotated[str, typer.Option("--tokens", metavar="N,N", help="Lengths. Default: 1024 to 32768.")]
 Batches = Annotated[str, typer.Option("--batch", metavar="1,8", help="Sequences at a time.")]
 
 
@@ -82,16 +83,23 @@ def bench_memory(
         str, typer.Option("--shape", help="Of the random weights: helium-1-preview-2b or helium-1m.")
     ] = "helium-1-preview-2b",
     tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 32,
+    check_shape: Annotated[str, typer.Option("--check-shape", help="Of what is checked.")] = "helium-220m",
+    check_tokens: Annotated[int, typer.Option("--check-tokens", min=1)] = 512,
     json_file: Json = None,
 ) -> None:
-    """Peak memory of loading and running a full-size model, with and without low_memory."""
-    from refllm.bench import memory
+    """Peak memory of loading and running a full-size model, with and without low_memory; and of `refllm check`, all its
+    processes together, over that of a forward pass."""
+    from rich.console import Group
+
+    from refllm.bench import check_memory, memory
     from refllm.bench.results import describe_machine, installed_versions, stamp
 
     with StatusLine(sys.stderr) as step:
         result = memory.bench_memory(shape, tokens, step=step)
+        result["check"] = check_memory.bench_check(check_shape, check_tokens, step=step)
     about = {"machine": describe_machine("cpu"), "versions": installed_versions()}
-    _show(memory.show_memory(result), stamp("memory") | about | result, json_file)
+    shown = Group(memory.show_memory(result), "", check_memory.show_check(result["check"]))
+    _show(shown, stamp("memory") | about | result, json_file)
 
 
 @app.command("growth")
@@ -171,7 +179,7 @@ def bench_kernels(
 
 @app.command("attention")
 def bench_attention(
-    tokens: Annotated[str, typer.Option("--tokens", metavar="N,N", help="Lengths. Default: 1024 to 32768.")] = "",
+    tokens: Lengths = "",
     head_dim: Annotated[str, typer.Option("--head-dim", metavar="D,D", help="Default: 64,80,128,160.")] = "",
     batch: Annotated[str, typer.Option("--batch", metavar="B,B", help="Of decoding. Default: 1,16.")] = "",
     peers: Peers = None,
@@ -228,7 +236,7 @@ def bench_decode(
 @app.command("prefill")
 def bench_prefill(
     model: Models = None,
-    tokens: Annotated[str, typer.Option("--tokens", metavar="N,N", help="Lengths. Default: 1024 to 32768.")] = "",
+    tokens: Lengths = "",
     batch: Batches = "1",
     forms: ModelForms = "",
     device: Device = "",

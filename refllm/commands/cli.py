@@ -89,12 +89,20 @@ def check(
         ),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option("--dtype", help="Precision; repeat for more. Default: float32, bfloat16.")
+        list[str] | None,
+        typer.Option(
+            "--dtype",
+            help="Precision; repeat for more. Default: float32, bfloat16; a function's own, if it takes no dtype.",
+        ),
     ] = None,
     policy: Rounding = None,
     attention: Attention = "eager",
     stress: Annotated[
-        bool, typer.Option("--stress", help="Also far positions, small and large values, padding, cached decode.")
+        bool,
+        typer.Option(
+            "--stress",
+            help="Also far positions, small and large values, rows padded differently, cached pieces, every token id.",
+        ),
     ] = False,
     taps: Annotated[
         bool, typer.Option("--taps", help="A line for every named value, not only for every layer.")
@@ -111,14 +119,16 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Run the same tokens through an implementation and the reference; say where and by how much they differ."""
+    """Run the same tokens through an implementation and the reference; say where and by how much they differ.
+
+    Exit code 1 if anything is wrong, or was not seen.
+    """
     from refllm.check import report as show
     from refllm.check import run
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
-    dtypes = tuple(dtype or ("float32", "bfloat16"))
     names, left_out = run.candidates_to_check(candidate, checkpoint)
-    settings = [run.Settings(name, dtypes, attention, policy, stress, tokens, time) for name in names]
+    settings = [run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time) for name in names]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
     with StatusLine(sys.stderr) as step:
@@ -247,20 +257,10 @@ def generate(
         "stop_strings": stop,
     }
     continuation.check_settings(max_new_tokens, choices)
+    tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     with StatusLine(sys.stderr) as step:
-        task = continuation.prepare(
-            checkpoint,
-            dtype=dtype,
-            policy=policy,
-            low_memory=low_memory,
-            backend=backend,
-            device=device,
-            prompt=prompt,
-            ids=ids,
-            ids_file=ids_file,
-            chat=chat,
-            step=step,
-        )
+        how = {"dtype": dtype, "policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
+        task = continuation.prepare(checkpoint, tokens, how, chat=chat, step=step)
     shown = None if _to_stdout(json_file) else sys.stdout
     result = task.generate(max_new_tokens, {name: value for name, value in choices.items() if value is not None}, shown)
     _write_json(result, json_file)
@@ -290,21 +290,9 @@ def score(
     from refllm.commands import score as work
 
     with StatusLine(sys.stderr) as step:
-        result = work.score_source(
-            checkpoint,
-            prompt=prompt,
-            ids=ids,
-            ids_file=ids_file,
-            file=file,
-            context=context,
-            stride=stride,
-            dtype=dtype,
-            policy=policy,
-            low_memory=low_memory,
-            backend=backend,
-            device=device,
-            step=step,
-        )
+        tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+        how = {"dtype": dtype, "policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
+        result = work.score_source(checkpoint, tokens, how, file=file, context=context, stride=stride, step=step)
     _console(quiet=_to_stdout(json_file)).print(work.show_score(result))
     _write_json(result.to_dict(), json_file)
 
@@ -471,10 +459,17 @@ def _run() -> int:
         reason = error.strerror or str(error).splitlines()[0]
         code = _complain(f"{error.filename}: {reason}" if error.filename else reason)
     except MemoryError:
-        code = _complain("not enough memory: try --low-memory or a smaller input")
+        code = _complain("not enough memory: try a smaller input" + " or --low-memory" * _takes("--low-memory"))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     return code if isinstance(code, int) else HOLDS
+
+
+def _takes(option: str) -> bool:
+    """Whether the command that was typed has such an option."""
+    commands = vars(typer.main.get_command(app))["commands"]
+    command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    return command is not None and any(option in parameter.opts for parameter in command.params)
 
 
 def _complain(sentence: str) -> int:

@@ -84,25 +84,17 @@ class _IdPrinter(BaseStreamer):
 
 
 def prepare(
-    folder: Path,
-    *,
-    dtype: str,
-    policy: str | None,
-    low_memory: bool,
-    backend: str = "numpy",
-    device: str | None = None,
-    prompt: str | None,
-    ids: str | None,
-    ids_file: Path | None,
-    chat: bool,
-    step: Callable[..., None],
+    folder: Path, tokens: dict[str, Any], how: dict[str, Any], *, chat: bool, step: Callable[..., None]
 ) -> Task:
     """Reads the prompt, then loads the model. chat: the prompt is a user's message for the chat template.
+
+    tokens: as `read_tokens` takes them (prompt, ids, ids_file). how: what `refllm.load` is told beside the head.
 
     Raises InputError if there is no prompt or several, and what loading raises.
     """
     import refllm
 
+    prompt = tokens["prompt"]
     if chat and prompt is None:
         raise InputError("--chat needs --prompt: the chat template is for text, not for token ids")
     config = refllm.AutoConfig.from_pretrained(folder)
@@ -113,13 +105,11 @@ def prepare(
         input_ids: np.ndarray | None = checked_ids(list(numbers), config.vocab_size, "--prompt with the chat template")
     else:
         tokenizer = _tokenizer_or_none(folder, required=prompt is not None)
-        input_ids = read_tokens(folder, config.vocab_size, prompt=prompt, ids=ids, ids_file=ids_file)
+        input_ids = read_tokens(folder, config.vocab_size, **tokens)
     if input_ids is None:
         raise InputError("nothing to continue: give --prompt, --ids or --ids-file")
     step("loading")
-    model = refllm.load(
-        folder, head="causal_lm", dtype=dtype, policy=policy, low_memory=low_memory, backend=backend, device=device
-    )
+    model = refllm.load(folder, head="causal_lm", **how)
     return Task(model, tokenizer, input_ids)
 
 

@@ -129,27 +129,24 @@ def _window_logits(model: Any, ids: np.ndarray) -> Iterator[tuple[int, np.ndarra
 
 def score_source(
     folder: Path,
+    tokens: dict[str, Any],
+    how: dict[str, Any],
     *,
-    prompt: str | None,
-    ids: str | None,
-    ids_file: Path | None,
     file: Path | None,
     context: int | None,
     stride: int | None,
-    dtype: str,
-    policy: str | None,
-    low_memory: bool,
-    backend: str = "numpy",
-    device: str | None = None,
     step: Step,
 ) -> Score:
-    """Scores the one source that is given. Raises InputError if none or several are, and for what they hold."""
+    """Scores the one source that is given. Raises InputError if none or several are, and for what they hold.
+
+    tokens: as `read_tokens` takes them (prompt, ids, ids_file). how: what `refllm.load` is told beside the head.
+    """
     import refllm
     from refllm.text.token_input import TEXT_LIMIT, read_text, read_tokens
 
-    if file is not None and any(value is not None for value in (prompt, ids, ids_file)):
+    if file is not None and any(value is not None for value in tokens.values()):
         raise InputError("--file excludes --prompt, --ids and --ids-file: give one of them")
-    text = read_text(file, TEXT_LIMIT) if file is not None else prompt
+    text = read_text(file, TEXT_LIMIT) if file is not None else tokens["prompt"]
     config = refllm.AutoConfig.from_pretrained(folder)
     context = min(config.max_position_embeddings, DEFAULT_CONTEXT) if context is None else context
     stride = max(1, context // 2) if stride is None else stride
@@ -157,19 +154,17 @@ def score_source(
     with warnings.catch_warnings():
         # The tokenizer warns of a text longer than the model's context; windows are the answer to that.
         warnings.filterwarnings("ignore", message=".*model_max_length")
-        tokens = read_tokens(folder, config.vocab_size, prompt=text, ids=ids, ids_file=ids_file)
-    if tokens is None:
+        ids_1S = read_tokens(folder, config.vocab_size, **tokens | {"prompt": text})
+    if ids_1S is None:
         raise InputError("nothing to score: give --prompt, --ids, --ids-file or --file")
     step("loading")
-    model = refllm.load(
-        folder, head="causal_lm", dtype=dtype, policy=policy, low_memory=low_memory, backend=backend, device=device
-    )
-    nll = score_tokens(model, tokens[0], context=context, stride=stride, step=step)
+    model = refllm.load(folder, head="causal_lm", **how)
+    nll = score_tokens(model, ids_1S[0], context=context, stride=stride, step=step)
     pieces = None
     if text is not None:
         tokenizer = refllm.AutoTokenizer.from_pretrained(folder)
-        pieces = [tokenizer.decode([int(token)]) for token in tokens[0]]
-    return Score(tokens[0], nll, pieces, len(text.encode()) if text is not None else None)
+        pieces = [tokenizer.decode([int(token)]) for token in ids_1S[0]]
+    return Score(ids_1S[0], nll, pieces, len(text.encode()) if text is not None else None)
 
 
 def show_score(score: Score, most: int = 40) -> Any:

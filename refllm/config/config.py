@@ -666,14 +666,6 @@ def read_config_json(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, An
         raise ConfigError(f"{path}: {found}")
     if path.is_dir():
         path = path / "config.json"
-    try:
-        values = input_file.read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path}: there is no such file; {_missing_config(path.parent)}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: the file cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # JSON, UTF-8, numbers of thousands of digits, nesting
-        raise ConfigError(f"{path}: the file is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: the content is {show(values)}, but a configuration is a JSON object")
-    return path, values
+    if not os.path.lexists(path):
+        raise ConfigError(f"{path}: there is no such file; {_missing_config(path.parent)}")
+    return path, input_file.read_object(path, ConfigError)

@@ -22,7 +22,6 @@ from refllm.errors import ConfigError, InputError
 from refllm.generation.values import read_setting, refuse_out_of_range, refuse_unknown
 from refllm.generation.watermark import WatermarkingConfig
 from refllm.storage import input_file, output_file
-from refllm.storage.json_text import show
 
 FILE_NAME = "generation_config.json"
 
@@ -208,7 +207,7 @@ class GenerationConfig:
     @classmethod
     def from_pretrained(cls, folder: str | Path, file_name: str = FILE_NAME) -> GenerationConfig:
         """Reads generation_config.json of a checkpoint folder. Raises ConfigError."""
-        return cls.from_dict(_read_json(Path(folder) / file_name), source=file_name)
+        return cls.from_dict(input_file.read_object(Path(folder) / file_name, ConfigError), source=file_name)
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path) -> GenerationConfig:
@@ -219,7 +218,7 @@ class GenerationConfig:
         """
         if os.path.lexists(Path(folder) / FILE_NAME):
             return cls.from_pretrained(folder)
-        return cls.from_model_config(_read_json(Path(folder) / "config.json"))
+        return cls.from_model_config(input_file.read_object(Path(folder) / "config.json", ConfigError))
 
     @classmethod
     def from_model_config(cls, config: Any) -> GenerationConfig:
@@ -306,18 +305,6 @@ def as_ids(value: int | Iterable[int] | None) -> list[int]:
     if value is None:
         return []
     return [value] if isinstance(value, int) else list(value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = input_file.read_json(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {show(values)}, not a JSON object")
-    return values
 
 
 # Settings that contradict each other, that this package cannot do, or that have no effect.

@@ -354,9 +354,9 @@ def validate(seeds: int = 2, log: Log = lambda text: None) -> Validation:
     import transformers
 
     from refllm import golden
-    from refllm.check.adapters.transformers import require_transformers
+    from refllm.check.adapters.transformers import quiet_transformers
 
-    require_transformers()
+    quiet_transformers()
     start = time.perf_counter()
     folders = {name: Path(path) for name, path in golden.checkpoints().items()}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as temporary, _threads(1):

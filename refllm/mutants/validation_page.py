@@ -104,7 +104,7 @@ def _sharpness(found: "Validation") -> list[str]:
         "Each defect of `refllm/mutants/models.py` is planted in the middle layer of a Transformers model, in every",
         "embedded checkpoint in which it changes anything. It counts as found if the *first* value that the check",
         "reports is the one that the defect is in. Plain inputs are 61 random tokens; stressed inputs (far positions,",
-        "small and large embeddings, left padding, cached decoding) are tried where plain ones do not suffice.",
+        "small and large embeddings, padding, cached decoding) are tried where plain ones do not suffice.",
         "",
         f"- plain inputs: {plain} of {len(defects)} found in the right operator ({100 * plain / len(defects):.1f} %),"
         f" {layers} in the right layer",

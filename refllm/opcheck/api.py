@@ -301,5 +301,5 @@ def _guesses(examine: Examiner, smallest: Finding, first: Finding, policy: str) 
     try:
         call = ragged(first.call)
         return guess([smallest, first], policy, None if call is None else examine(call, deep=False))
-    except RefllmError:  # the family does not exist in that size
+    except RefllmError:  # the kind does not exist in that size
         return []

@@ -181,8 +181,8 @@ def audit(
     mutants = [m for m in mutants if dtype is None or dtype in m.dtypes]
     checker = _OurCheck(max_examples, seed, known_first) if test is None else _UsersTest(test, time_limit)
     if isinstance(checker, _UsersTest) and operator is not None:
-        for kind in dict.fromkeys(m.form for m in mutants):
-            checker.must_like(operator, kind)
+        for form in dict.fromkeys(m.form for m in mutants):
+            checker.must_like(operator, form)
     outcomes = []
     for done, mutant in enumerate(mutants):
         progress(f"{mutant.operator}: {mutant.name}", done, len(mutants))
@@ -232,7 +232,7 @@ class _OurCheck:
         if not self._known_first or mutant.equivalent:
             return self._searched(mutant, dtype, None)
         known = self._showed.get(mutant.slug, mutant.corner)
-        calls = sorted(corners(mutant.operator, dtype), key=lambda call: call.family != known)
+        calls = sorted(corners(mutant.operator, dtype), key=lambda call: call.kind != known)
         if mutant.slug in self._showed and (broken := _in_one_run(mutant, calls[0])):
             return broken, 1, ""
         found = self._searched(mutant, dtype, calls)
@@ -253,7 +253,7 @@ class _OurCheck:
             bitwise=mutant.form == "triton",
         )
         if report.first is not None:
-            self._showed[mutant.slug] = report.first.call.family
+            self._showed[mutant.slug] = report.first.call.kind
         return report.property, report.examples, report.repro
 
 

@@ -115,8 +115,9 @@ def _as_tensor(where: np.ndarray, x: Any) -> Any:
 
 def _unread(call: Call, tensors: dict[str, Any]) -> Iterator[tuple[str, Any, np.ndarray]]:
     """(phrase, array or tensor, which entries of its leading axes are not read)."""
-    keywords = dict(call.keywords)
-    if call.operator == "attention":
+    keywords, known = dict(call.keywords), contract_of(call.operator)
+    kinds = known.kinds.values()
+    if "mask" in kinds:
         q, k, v, mask = (tensors.get(name) for name in ("q", "k", "v", "key_mask"))
         assert q is not None
         assert k is not None
@@ -127,13 +128,13 @@ def _unread(call: Call, tensors: dict[str, Any]) -> Iterator[tuple[str, Any, np.
         if keywords.get("causal", True) and q.shape[2] > k.shape[2]:
             blind = np.arange(q.shape[2]) < q.shape[2] - k.shape[2]
             yield "queries that see no key", q, np.array(np.broadcast_to(blind, q.shape[:3]))
-    elif call.operator == "decode_attention":
+    elif "lengths" in kinds:
         k, v, lengths = tensors["k_cache"], tensors["v_cache"], tensors["lengths"]
         beyond = np.arange(k.shape[2]) >= to_numpy(lengths)[:, None]
         for name, x in (("keys", k), ("values", v)):
             yield f"{name} past the length", x, np.array(np.broadcast_to(beyond[:, None, :], x.shape[:3]))
-    elif call.operator in ("cross_entropy", "linear_cross_entropy"):
-        rows = "logits" if call.operator == "cross_entropy" else "x"
+    elif "labels" in kinds:
+        rows = next(iter(known.arguments))
         ignored = to_numpy(tensors["labels"]) == keywords.get("ignore_index", -100)
         yield "rows whose label is ignored", tensors[rows], ignored
 
@@ -167,7 +168,7 @@ def row_alone(
 
 def is_reduced(call: Call) -> bool:
     """Whether the result is one number for all rows together."""
-    return "cross_entropy" in call.operator and dict(call.keywords).get("reduction", "mean") != "none"
+    return "reduction" in contract_of(call.operator).choices and dict(call.keywords).get("reduction", "mean") != "none"
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -78,8 +78,8 @@ def _lines(report: OpReport) -> list[tuple[str, str]]:
 
 
 def _plainly(call: Call) -> str:
-    """A call without the family that it came from, which a smaller one need not belong to."""
-    return str(call).replace(f" ({call.family})", "")
+    """A call without the kind that it came from, which a smaller one need not belong to."""
+    return str(call).replace(f" ({call.kind})", "")
 
 
 def _places(report: OpReport) -> list[tuple[str, str]]:
@@ -167,7 +167,7 @@ def _call_dict(report: OpReport) -> dict[str, Any]:
     }
     return {
         "call": _plainly(finding.call),
-        "family": first.call.family,
+        "kind": first.call.kind,
         "shapes": shapes,
         "code": finding.call.code(),
         "output": finding.output or None,

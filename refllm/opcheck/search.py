@@ -37,7 +37,7 @@ def fixed(examine: Examiner, calls: Iterable[Call], deadline: float, progress: P
     for i, call in enumerate(calls):
         if time.monotonic() > deadline:
             return Searched(None, f"the time was up after {i} of {len(calls)} fixed calls", complete=False)
-        progress(f"{call.operator}, {call.dtype}: {call.family}", i, len(calls))
+        progress(f"{call.operator}, {call.dtype}: {call.kind}", i, len(calls))
         try:
             finding = examine(call)
         except TimeIsUpError:
@@ -70,7 +70,7 @@ def drawn(
         if time.monotonic() > deadline:
             found = Searched(None, f"the time was up after {done} of {max_examples} drawn calls")
             raise _Stop
-        progress(f"{call.operator}, {call.dtype}: drawn, {call.family}", done, max_examples)
+        progress(f"{call.operator}, {call.dtype}: drawn, {call.kind}", done, max_examples)
         done += 1
         try:
             finding = examine(call)

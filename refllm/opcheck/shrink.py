@@ -141,7 +141,7 @@ def axis_lengths(call: Call) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, x in _arrays(call):
         sizes.update(zip(axis_names(axes[name], len(x.shape)), x.shape, strict=True))
-    if call.operator == "rms_norm_qkv_rope":
+    if "(H+2K)D" in sizes:
         given = dict(call.keywords)
         sizes["H"], sizes["K"] = given["num_heads"], given["num_kv_heads"]
         sizes["D"] = sizes["(H+2K)D"] // (sizes["H"] + 2 * sizes["K"])

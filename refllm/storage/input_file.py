@@ -12,6 +12,7 @@ import stat
 import warnings
 from typing import Any
 
+from refllm.errors import RefllmError
 from refllm.storage.json_text import show
 from refllm.storage.output_file import kind_of_file
 
@@ -67,6 +68,20 @@ def read_json(path: str | os.PathLike[str], limit: int = TEXT_LIMIT) -> Any:
         return json.loads(text, object_pairs_hook=table)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_object(path: str | os.PathLike[str], error: type[RefllmError]) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises `error`, with the file and the reason, for whatever is wrong."""
+    where = os.fspath(path)
+    try:
+        values = read_json(path)
+    except OSError as reason:
+        raise error(f"{where}: the file cannot be read ({reason.strerror or reason})") from reason
+    except ValueError as reason:  # JSON, UTF-8, numbers of thousands of digits, nesting
+        raise error(f"{where}: the file is not valid JSON ({reason})") from reason
+    if not isinstance(values, dict):
+        raise error(f"{where}: the file holds {show(values)}, not a JSON object")
+    return values
 
 
 def count_values(text: str | bytes, limit: int = VALUES_LIMIT) -> None:

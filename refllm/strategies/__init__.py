@@ -20,10 +20,11 @@ _WHERE = {
     "Call": "refllm.strategies.call",
     "corners": "refllm.strategies.fixed",
     "calls": "refllm.strategies.operators",
+    "kinds": "refllm.strategies.operators",
     "families": "refllm.strategies.operators",
 }
 
-__all__ = ["Array", "Call", "calls", "corners", "families"]
+__all__ = ["Array", "Call", "calls", "corners", "families", "kinds"]
 
 
 def __getattr__(name: str) -> Any:

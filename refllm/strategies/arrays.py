@@ -15,7 +15,7 @@ from refllm.errors import InputError
 from refllm.precision import rounding
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-FAMILIES = ("normal", "uniform", "zeros", "ones", "ramp", "index", "eighths", "integers", "cos", "sin")
+VALUES = ("normal", "uniform", "zeros", "ones", "ramp", "index", "eighths", "integers", "cos", "sin")
 """What an `Array`'s values may be; its docstring says what each is."""
 LAYOUTS = ("dense", "wider", "shifted", "gaps", "step", "transposed", "heads", "expanded", "far")
 """How its elements may lie in memory; its docstring says what each is."""
@@ -59,7 +59,7 @@ class Array:
     layout: str = "dense"
 
     def __post_init__(self) -> None:
-        if self.values not in FAMILIES or self.layout not in LAYOUTS or self.dtype not in (*FLOATS, *_PADDING):
+        if self.values not in VALUES or self.layout not in LAYOUTS or self.dtype not in (*FLOATS, *_PADDING):
             raise InputError(
                 f"Array: values={self.values!r}, layout={self.layout!r} or dtype={self.dtype!r} is unknown"
             )

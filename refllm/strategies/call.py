@@ -15,14 +15,14 @@ class Call:
     """operator(*arguments, **keywords), valid for `refllm.ops` (arrays) and `refllm.kernels` (tensors).
 
     dtype: of the activations. keywords: (name, value) pairs; values may be an `Array` (key_mask).
-    family: which kind of input this is, in one phrase: "masked values hold NaN".
+    kind: which kind of input this is, in one phrase: "masked values hold NaN".
     """
 
     operator: str
     dtype: str
     arguments: tuple[Argument, ...]
     keywords: tuple[tuple[str, Any], ...] = ()
-    family: str = "plain"
+    kind: str = "plain"
 
     @property
     def names(self) -> list[str]:
@@ -60,7 +60,7 @@ class Call:
 
     def __str__(self) -> str:
         parts = [f"{name} {describe(x)}" for name, x in (*zip(self.names, self.arguments, strict=True), *self.keywords)]
-        return f"{self.operator} ({self.family}): {', '.join(parts)}"
+        return f"{self.operator} ({self.kind}): {', '.join(parts)}"
 
 
 def argument_names(operator: str) -> list[str]:

@@ -18,7 +18,7 @@ def attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """attention."""
 
     def call(
-        family: str,
+        kind: str,
         sizes: tuple[int, int, int, int, int, int],
         q: dict[str, Any] | None = None,
         k: dict[str, Any] | None = None,
@@ -34,7 +34,7 @@ def attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
         )
         if hidden:
             keywords["key_mask"] = Array((B, T), "bool", "ones", planted=tuple((place, 0) for place in hidden))
-        return Call(operator, dtype, arrays, tuple(keywords.items()), family)
+        return Call(operator, dtype, arrays, tuple(keywords.items()), kind)
 
     def poison(value: float, *places: tuple[Any, Any]) -> dict[str, Any]:
         return {"planted": tuple(((b, ALL, keys), value) for b, keys in places)}
@@ -49,8 +49,8 @@ def attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     yield call("key mask", (3, 2, 1, 4, 9, 8), hidden=((0, (None, 3)), (2, 4)), return_lse=True)
     for value in (1e4, NAN) if fused else (100.0,):
         bad = poison(value, *((b, keys if isinstance(keys, tuple) else (keys, keys + 1)) for b, keys in hidden))
-        family = f"masked values hold {'NaN' if value != value else f'{value:g}'}"
-        yield call(family, (3, 2, 1, 4, 9, 8), None, {"seed": 1} | bad, {"seed": 2} | bad, hidden, causal=False)
+        kind = f"masked values hold {'NaN' if value != value else f'{value:g}'}"
+        yield call(kind, (3, 2, 1, 4, 9, 8), None, {"seed": 1} | bad, {"seed": 2} | bad, hidden, causal=False)
     if fused:
         later = poison(NAN, (ALL, (15, None)))  # queries 0 .. 6 see no key past 14
         yield call("NaN in later keys", (1, 2, 1, 12, 20, 24), None, {"seed": 1} | later, {"seed": 2} | later)
@@ -82,7 +82,7 @@ def decode_attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     fused = policy != "hf-eager"
 
     def call(
-        family: str,
+        kind: str,
         sizes: tuple[int, int, int, int, int],
         lengths: tuple[int, ...],
         poison: float | None = None,
@@ -100,7 +100,7 @@ def decode_attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
             Array((B, K, N, D), dtype, **_fields(v, seed=2, mean=0.5, planted=past)),
             Array((B,), "int64", "zeros", planted=tuple(((b,), float(n)) for b, n in enumerate(lengths))),
         )
-        return Call(operator, dtype, arrays, tuple(keywords.items()), family)
+        return Call(operator, dtype, arrays, tuple(keywords.items()), kind)
 
     yield call("plain", (2, 1, 1, 5, 8), (5, 5, 5))
     yield call("q is 0: the mean of v", (1, 1, 1, 16, 8), (7,), q={"values": "zeros"})  # lanes past the length
@@ -130,7 +130,7 @@ def rotations(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """rope and norm_rope."""
 
     def call(
-        family: str,
+        kind: str,
         sizes: tuple[int, int, int, int, int, int],
         interleaved: bool,
         norm: str = "rms",
@@ -147,9 +147,9 @@ def rotations(operator: str, dtype: str, policy: str) -> Iterator[Call]:
         arrays = Array((B, H, S, D), dtype, **(q or {})), Array((B, K, S, D), dtype, **_fields(k, seed=1))
         keywords: tuple[tuple[str, Any], ...] = (("interleaved", interleaved),)
         if operator == "rope":
-            return Call(operator, dtype, (*arrays, cos, sin), keywords, family)
+            return Call(operator, dtype, (*arrays, cos, sin), keywords, kind)
         w_q, w_k = (Array((n, D), dtype, scale=0.3, mean=1.0, seed=5 + n) for n in (H, K))
-        return Call(operator, dtype, (*arrays, w_q, w_k, cos, sin, 1e-5), (("norm", norm), *keywords), family)
+        return Call(operator, dtype, (*arrays, w_q, w_k, cos, sin, 1e-5), (("norm", norm), *keywords), kind)
 
     yield call("plain, interleaved", (1, 2, 2, 3, 8, 8), True)  # the other pairing, sign of sin, q and k swapped
     yield call("plain, half-split", (1, 2, 1, 3, 8, 8), False, "layer")
@@ -176,7 +176,7 @@ def projection(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """rms_norm_qkv_rope."""
 
     def call(
-        family: str,
+        kind: str,
         sizes: tuple[int, int, int, int, int, int, int],
         interleaved: bool,
         bias: bool = True,
@@ -198,7 +198,7 @@ def projection(operator: str, dtype: str, policy: str) -> Iterator[Call]:
             1e-5,
         )
         heads = (("num_heads", H), ("num_kv_heads", K), ("interleaved", interleaved))
-        return Call(operator, dtype, arguments, heads, family)
+        return Call(operator, dtype, arguments, heads, kind)
 
     yield call("plain, interleaved", (1, 2, 16, 2, 1, 8, 8), True)  # bias dropped, v rotated, q and k swapped
     yield call("plain, half-split", (2, 3, 17, 2, 2, 8, 8), False, bias=False)

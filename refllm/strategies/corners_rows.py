@@ -14,15 +14,15 @@ def norms(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """rms_norm, add_rms_norm, layer_norm, add_layer_norm."""
     bias = "layer" in operator
 
-    def call(family: str, x: Array, eps: float = 1e-5, with_bias: bool = True, weight: str = "dense") -> Call:
+    def call(kind: str, x: Array, eps: float = 1e-5, with_bias: bool = True, weight: str = "dense") -> Call:
         E = x.shape[-1:]
         # Weights 1 apart by 2^-8 and more: "1 + w formed in bfloat16" and "no weight" show.
         w = Array(E, dtype, scale=0.3, mean=1.0, seed=1, layout=weight)
         b = Array(E, dtype, seed=2) if with_bias else None
-        quiet = family in ("tiny rows: eps decides", "zero rows", "mean 1000 in a row that fills no block")
+        quiet = kind in ("tiny rows: eps decides", "zero rows", "mean 1000 in a row that fills no block")
         r = Array(x.shape, dtype, "zeros" if quiet else "normal", seed=3, scale=x.scale)
         first = (x, r, w) if operator.startswith("add") else (x, w)
-        return Call(operator, dtype, (*first, *((b, eps) if bias else (eps,))), family=family)
+        return Call(operator, dtype, (*first, *((b, eps) if bias else (eps,))), kind=kind)
 
     yield call("plain", Array((3, 8), dtype))  # one for the other, weight + 1, bias dropped or added twice, a wrong sum
     yield call(
@@ -46,8 +46,8 @@ def norms(operator: str, dtype: str, policy: str) -> Iterator[Call]:
 def swiglu(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """swiglu."""
 
-    def call(family: str, gate: Array, up: str = "dense") -> Call:
-        return Call(operator, dtype, (gate, Array(gate.shape, dtype, seed=1, layout=up)), family=family)
+    def call(kind: str, gate: Array, up: str = "dense") -> Call:
+        return Call(operator, dtype, (gate, Array(gate.shape, dtype, seed=1, layout=up)), kind=kind)
 
     yield call("plain", Array((3, 8), dtype))  # gate and up swapped, gelu for silu, no gate
     yield call("large gates", Array((2, 16), dtype, scale=100.0))  # e^-x overflows
@@ -69,7 +69,7 @@ def relu2(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """relu2."""
     x = Array((3, 8), dtype)
     large = replace(x, values="uniform", scale=10.0, mean=250.0) if dtype == "float16" else replace(x, scale=1e19)
-    for family, array in (
+    for kind, array in (
         ("plain", x),  # relu for relu^2, square without relu
         ("small values", replace(x, scale=1e-3)),
         ("near overflow", large),  # the square formed in a wider or narrower format than the result's
@@ -85,19 +85,19 @@ def relu2(operator: str, dtype: str, policy: str) -> Iterator[Call]:
         ("nothing", Array((0, 8), dtype)),
         ("offsets past 2^31", Array((3, 16), dtype, layout="far")),
     ):
-        yield Call(operator, dtype, (array,), family=family)
+        yield Call(operator, dtype, (array,), kind=kind)
 
 
 def cross_entropy(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """cross_entropy."""
 
     def call(
-        family: str, logits: Array, *labels: tuple[int, int], seed: int = 1, lie: str = "dense", **keywords: Any
+        kind: str, logits: Array, *labels: tuple[int, int], seed: int = 1, lie: str = "dense", **keywords: Any
     ) -> Call:
         N, V = logits.shape
         planted = tuple(((row,), float(label)) for row, label in labels)
         classes = Array((N,), "int64", "integers", scale=float(V), seed=seed, planted=planted, layout=lie)
-        return Call(operator, dtype, (logits, classes), tuple(keywords.items()), family)
+        return Call(operator, dtype, (logits, classes), tuple(keywords.items()), kind)
 
     x = Array((3, 8), dtype, scale=3.0)
     yield call("plain", x)  # sum for mean, mean over all, labels shifted
@@ -127,14 +127,12 @@ def cross_entropy(operator: str, dtype: str, policy: str) -> Iterator[Call]:
 def linear_cross_entropy(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """linear_cross_entropy."""
 
-    def call(
-        family: str, x: Array, weight: Array, *labels: tuple[int, int], lie: str = "dense", **keywords: Any
-    ) -> Call:
+    def call(kind: str, x: Array, weight: Array, *labels: tuple[int, int], lie: str = "dense", **keywords: Any) -> Call:
         planted = tuple(((row,), float(label)) for row, label in labels)
         classes = Array(
             x.shape[:1], "int64", "integers", scale=float(weight.shape[0]), seed=2, planted=planted, layout=lie
         )
-        return Call(operator, dtype, (x, weight, classes), tuple(keywords.items()), family)
+        return Call(operator, dtype, (x, weight, classes), tuple(keywords.items()), kind)
 
     def w(V: int, E: int, scale: float = 2.0, layout: str = "dense") -> Array:
         return Array((V, E), dtype, scale=scale * float(E) ** -0.5, seed=1, layout=layout)

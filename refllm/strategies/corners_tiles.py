@@ -17,12 +17,12 @@ def norms(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """rms_norm, add_rms_norm, layer_norm, add_layer_norm."""
     add, layer = operator.startswith("add"), "layer" in operator
 
-    def call(family: str, x: Array, residual: Array | None = None, weight: Array | None = None) -> Call:
+    def call(kind: str, x: Array, residual: Array | None = None, weight: Array | None = None) -> Call:
         E = x.shape[-1:]
         w = weight or Array(E, dtype, scale=0.3, mean=1.0, seed=1)
         first = (x, residual or Array(x.shape, dtype, seed=3), w) if add else (x, w)
         bias = (Array(E, dtype, seed=2),) if layer else ()
-        return Call(operator, dtype, (*first, *bias, 1e-5), family=family)
+        return Call(operator, dtype, (*first, *bias, 1e-5), kind=kind)
 
     if dtype in OFF_GRID and policy == "fused":
         x = Array((7, 40), dtype)
@@ -40,7 +40,7 @@ def rotations(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """rope and norm_rope."""
 
     def call(
-        family: str,
+        kind: str,
         sizes: tuple[int, int, int, int, int, int],
         wide: bool = False,
         q: dict[str, Any] | None = None,
@@ -51,13 +51,13 @@ def rotations(operator: str, dtype: str, policy: str) -> Iterator[Call]:
         arrays = Array((B, H, S, D), dtype, **(q or {})), Array((B, K, S, D), dtype, **({"seed": 1} | (k or {})))
         tables = Array((S, R // 2), values="cos", **table), Array((S, R // 2), values="sin", **table)
         if operator == "rope":
-            return Call(operator, dtype, (*arrays, *tables), (("interleaved", True),), family)
+            return Call(operator, dtype, (*arrays, *tables), (("interleaved", True),), kind)
         if wide:
             weights = tuple(Array((n, D), "float32", "ones", scale=OFF_GRID[dtype]) for n in (H, K))
         else:
             weights = tuple(Array((n, D), dtype, scale=0.3, mean=1.0, seed=5 + n) for n in (H, K))
         keywords = (("norm", "rms"), ("interleaved", True))
-        return Call(operator, dtype, (*arrays, *weights, *tables, 1e-5), keywords, family)
+        return Call(operator, dtype, (*arrays, *weights, *tables, 1e-5), keywords, kind)
 
     if dtype in OFF_GRID and policy == "fused":
         yield call("float32 tables and weights off the grid", (2, 4, 2, 5, 16, 16), True)
@@ -71,7 +71,7 @@ def projection(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """rms_norm_qkv_rope."""
 
     def call(
-        family: str,
+        kind: str,
         sizes: tuple[int, int, int, int, int, int, int],
         x: dict[str, Any] | None = None,
         norm: float = 0.3,
@@ -91,7 +91,7 @@ def projection(operator: str, dtype: str, policy: str) -> Iterator[Call]:
             eps,
         )
         heads = (("num_heads", H), ("num_kv_heads", K), ("interleaved", interleaved))
-        return Call(operator, dtype, arguments, heads, family)
+        return Call(operator, dtype, arguments, heads, kind)
 
     yield call("one token for all sequences", (3, 2, 24, 2, 1, 8, 8), {"layout": "expanded"})
     # What is not rotated passes: 0 times an infinite neighbour would be NaN. Dim 6 of q, dim 3 of v.
@@ -109,7 +109,7 @@ def attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """attention."""
 
     def call(
-        family: str,
+        kind: str,
         sizes: tuple[int, int, int, int, int, int],
         q: dict[str, Any] | None = None,
         k: dict[str, Any] | None = None,
@@ -121,7 +121,7 @@ def attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
             Array((B, K, T, D), dtype, seed=1, **(k or {})),
             Array((B, K, T, D), dtype, seed=2, mean=0.5),
         )
-        return Call(operator, dtype, arrays, tuple(keywords.items()), family)
+        return Call(operator, dtype, arrays, tuple(keywords.items()), kind)
 
     yield call("negative scale", (1, 1, 1, 2, 5, 8), scale=-0.4)
     yield call("129 keys, all seen", (1, 1, 1, 1, 129, 8), causal=False)  # keys after the last whole tile
@@ -136,7 +136,7 @@ def attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
 def decode_attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """decode_attention."""
 
-    def call(family: str, S: int, N: int, D: int, lengths: tuple[int, ...], k: Any = None, v: Any = None) -> Call:
+    def call(kind: str, S: int, N: int, D: int, lengths: tuple[int, ...], k: Any = None, v: Any = None) -> Call:
         B = len(lengths)
         arrays = (
             Array((B, 2, S, D), dtype),
@@ -144,7 +144,7 @@ def decode_attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
             Array((B, 1, N, D), dtype, seed=2, mean=0.5, **(v or {})),
             Array((B,), "int64", "zeros", planted=tuple(((b,), float(n)) for b, n in enumerate(lengths))),
         )
-        return Call(operator, dtype, arrays, (), family)
+        return Call(operator, dtype, arrays, (), kind)
 
     if policy == "fused":
         newest = {"planted": (((0, ALL, 4), NAN),)}
@@ -168,10 +168,10 @@ def cross_entropy(operator: str, dtype: str, policy: str) -> Iterator[Call]:
 def linear_cross_entropy(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     """linear_cross_entropy."""
 
-    def call(family: str, N: int, V: int, E: int, x: Any = None, w: Any = None) -> Call:
+    def call(kind: str, N: int, V: int, E: int, x: Any = None, w: Any = None) -> Call:
         arrays = Array((N, E), dtype, **(x or {})), Array((V, E), dtype, seed=1, **(w or {}))
         labels = Array((N,), "int64", "integers", scale=float(V), seed=3, planted=(((0,), V - 1.0),))
-        return Call(operator, dtype, (*arrays, labels), (("reduction", "none"),), family)
+        return Call(operator, dtype, (*arrays, labels), (("reduction", "none"),), kind)
 
     yield call("1025 classes, each row", 3, 1025, 24)  # chunks of the vocabulary, merged
     small = {"scale": 2 * 2049.0**-0.5}

@@ -1,6 +1,6 @@
-"""What the strategies of all operators share: sizes at the edges of blocks, layouts, places, families of values.
+"""What the strategies of all operators share: sizes at the edges of blocks, layouts, places, kinds of values.
 
-The order of drawing is the order of shrinking: shapes first, then the family, layouts, planted values, scales, and the
+The order of drawing is the order of shrinking: shapes first, then the kind, layouts, planted values, scales, and the
 seed last. Every choice lists the plainest first, and that is where Hypothesis arrives.
 """
 
@@ -27,7 +27,7 @@ NUMBERS = 40_000
 """Elements of one array that a strategy stays below where sizes multiply."""
 
 VALUES = ("plain", "scale", "mean 1000", "outlier 10000", "zero rows", "subnormal", "all equal", "NaN", "infinity")
-"""Families of values that every operator on rows must stand; `values` says what each is."""
+"""Kinds of values that every operator on rows must stand; `values` says what each is."""
 SUBNORMAL = {"bfloat16": 1e-39, "float32": 1e-39, "float16": 6e-6, "float64": 1e-310}
 """Numbers of this size have lost bits to the exponent."""
 
@@ -71,37 +71,37 @@ def spot(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(draw(st.sampled_from(sorted({0, n - 1, n // 2}))) for n in shape)
 
 
-def values(draw: st.DrawFn, family: str, shape: tuple[int, ...], dtype: str, layout: str = "dense") -> Array:
-    """An array of normal values of that family; its seed is set later, by `seeded`.
+def values(draw: st.DrawFn, kind: str, shape: tuple[int, ...], dtype: str, layout: str = "dense") -> Array:
+    """An array of normal values of that kind; its seed is set later, by `seeded`.
 
     scale: times 1e-3 .. 1e3. mean 1000: plus that. outlier 10000: one element. zero rows: one row or all. subnormal:
-    all. all equal: 2. NaN, infinity: one or two elements of that. Any other family: plain.
+    all. all equal: 2. NaN, infinity: one or two elements of that. Any other kind: plain.
     """
     x = Array(shape, dtype, layout=layout)
-    if family == "mean 1000":
+    if kind == "mean 1000":
         return replace(x, mean=1000.0)
-    if family == "subnormal":
+    if kind == "subnormal":
         return replace(x, scale=SUBNORMAL[dtype])
-    if family == "all equal":
+    if kind == "all equal":
         return replace(x, values="ones", mean=1.0)
-    if family == "scale":
+    if kind == "scale":
         return replace(x, scale=draw(scales()))
     if 0 in shape:
         return x
-    if family == "zero rows":
+    if kind == "zero rows":
         rows = draw(st.sampled_from([spot(draw, shape)[:-1], ()]))
         return plant(x, (rows, 0.0))
-    if family == "outlier 10000":
+    if kind == "outlier 10000":
         return plant(x, (spot(draw, shape), draw(st.sampled_from([1e4, -1e4]))))
-    if family in ("NaN", "infinity"):
-        bad = [float("nan")] if family == "NaN" else [float("inf"), float("-inf")]
+    if kind in ("NaN", "infinity"):
+        bad = [float("nan")] if kind == "NaN" else [float("inf"), float("-inf")]
         places = [spot(draw, shape) for _ in range(draw(st.integers(1, 2)))]
         return plant(x, *((place, draw(st.sampled_from(bad))) for place in places))
     return x
 
 
 def scales() -> st.SearchStrategy[float]:
-    """1e-3 .. 1e3, without 1: that is the plain family."""
+    """1e-3 .. 1e3, without 1: that is the plain kind."""
     return st.sampled_from([10.0, 0.1, 100.0, 0.01, 1000.0, 0.001])
 
 

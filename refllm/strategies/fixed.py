@@ -1,6 +1,6 @@
 """A short fixed list of calls per operator, cheapest first: together they kill most known bugs.
 
-Each names in its family what it is for. Sizes are the smallest at which a bug shows: one row more than a block has, one
+Each names in its kind what it is for. Sizes are the smallest at which a bug shows: one row more than a block has, one
 key more than a tile, three batch rows with different data.
 """
 

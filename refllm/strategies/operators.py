@@ -15,45 +15,49 @@ POLICIES = ("fused", "hf-eager", "hf-sdpa")
 
 
 def calls(
-    operator: str, *, dtype: str = "bfloat16", policy: str = "fused", family: str | None = None
+    operator: str, *, dtype: str = "bfloat16", policy: str = "fused", kind: str | None = None
 ) -> st.SearchStrategy[Call]:
     """Calls of one operator. It shrinks to sizes of 1, dense, normal values, scale 1, nothing planted, seed 0.
 
     policy: "fused" covers the whole contract; "hf-eager" leaves out what eager code is not asked to stand: NaN behind a
-    mask and queries without a key. family: one of `families(operator)`, or None for any.
-    Raises InputError for an operator, dtype, policy or family that is not known.
+    mask and queries without a key. kind: one of `kinds(operator)`, or None for any.
+    Raises InputError for an operator, dtype, policy or kind that is not known.
     """
-    allowed = families(operator, policy)
+    allowed = kinds(operator, policy)
     dtype = dtype_name(dtype)
     if dtype not in DTYPES:
         raise InputError(f"calls: dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
-    if family is not None and family not in allowed:
-        raise InputError(f"calls: {operator} has no family {family!r} under {policy}; use one of: {'; '.join(allowed)}")
+    if kind is not None and kind not in allowed:
+        raise InputError(f"calls: {operator} has no kind {kind!r} under {policy}; use one of: {'; '.join(allowed)}")
 
     module, name = _strategy(operator)
     function = getattr(module, name)
 
     @st.composite
     def drawn(draw: st.DrawFn) -> Call:
-        found: Call = function(draw, operator, dtype, policy, family)
+        found: Call = function(draw, operator, dtype, policy, kind)
         return found
 
     return drawn()
 
 
-def families(operator: str, policy: str = "fused") -> tuple[str, ...]:
-    """The families of inputs that `calls` draws for an operator; InputError for one that is not known."""
+def kinds(operator: str, policy: str = "fused") -> tuple[str, ...]:
+    """The kinds of inputs that `calls` draws for an operator; InputError for one that is not known."""
     if operator not in CONTRACTS:
         raise InputError(f"operator {operator!r} is not known; use one of {', '.join(OPERATORS)}")
     if policy not in POLICIES:
         raise InputError(f"policy={policy!r} is not known; use one of {', '.join(POLICIES)}")
     module, _ = _strategy(operator)
-    if hasattr(module, "families"):  # some of them depend on the policy
-        found: tuple[str, ...] = module.families(operator, policy)
+    if hasattr(module, "kinds"):  # some of them depend on the policy
+        found: tuple[str, ...] = module.kinds(operator, policy)
         return found
-    known = module.FAMILIES
+    known = module.KINDS
     drawn: tuple[str, ...] = known[operator] if isinstance(known, dict) else known
     return drawn
+
+
+families = kinds
+"""Its name before families were models' alone; it stays, since it was public."""
 
 
 def _strategy(operator: str) -> tuple[ModuleType, str]:

@@ -66,17 +66,7 @@ def _content(token: Any) -> Any:
 
 
 def _read_table(file: Path) -> dict[str, Any]:
-    try:
-        table = input_file.read_json(file)
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise TokenizerError(f"{file}: not readable: {error.strerror or error}") from error
-    except ValueError as error:
-        raise TokenizerError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise TokenizerError(f"{file}: a JSON object is expected, not {type(table).__name__}")
-    return table
+    return input_file.read_object(file, TokenizerError) if os.path.lexists(file) else {}
 
 
 def _read_templates(folder: Path) -> dict[str, str]:

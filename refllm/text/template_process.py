@@ -8,22 +8,19 @@ keeps a template from files is jinja2's sandbox.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import importlib.util
 import marshal
 import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refllm.apart import EndedError, LateError, NoAnswerError, Process
 from refllm.errors import InputError, TokenizerError
 from refllm.text import template_worker
 
@@ -50,81 +47,6 @@ class NoProcessError(Exception):
     """No process for templates can be had; the message says why, as a clause."""
 
 
-class AnsweringProcess:
-    """A child process that gets requests as bytes and answers each with bytes. For one thread at a time."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        """Starts Python with these arguments; the socket is its standard input. Raises OSError."""
-        self._socket, theirs = socket.socketpair()
-        try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, *arguments],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C is for this process, which then ends the other
-                )
-        except BaseException:
-            self._socket.close()
-            raise
-
-    @property
-    def pid(self) -> int:
-        """The number of the process."""
-        return self._process.pid
-
-    def is_alive(self) -> bool:
-        """Whether it has not ended yet."""
-        return self._process.poll() is None
-
-    def ask(self, request: bytes | None, seconds: float, most: int) -> bytes:
-        """The answer (None: to no request). Raises TimeoutError, EOFError if the process ends, ValueError for more
-        than `most` bytes; after any of these there is nothing to do but `end`."""
-        until = time.monotonic() + seconds
-        if request is not None:
-            self._wait_until(until)
-            try:
-                self._socket.sendall(len(request).to_bytes(8, "big") + request)
-            except (BrokenPipeError, ConnectionError):
-                raise EOFError from None
-        length = int.from_bytes(self._read(8, until), "big")
-        if length > most:
-            raise ValueError(f"an answer of {length} bytes")
-        return bytes(self._read(length, until))
-
-    def _wait_until(self, until: float) -> None:
-        self._socket.settimeout(max(until - time.monotonic(), 1e-6))
-
-    def _read(self, length: int, until: float) -> bytearray:
-        answer = bytearray(length)
-        rest = memoryview(answer)
-        while rest:
-            self._wait_until(until)
-            try:
-                got = self._socket.recv_into(rest)
-            except ConnectionError:
-                got = 0
-            if not got:
-                raise EOFError
-            rest = rest[got:]
-        return answer
-
-    def end(self, seconds: float = 0.0) -> int:
-        """Ends it, after so many seconds in which it may end by itself; its exit code, negative for a signal."""
-        self._socket.close()
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-    def forget(self) -> None:
-        """A fork of the process that started it lets go of it: it is not the fork's to end."""
-        self._socket.close()
-        self._process.returncode = 0
-
-
 class TemplateProcess:
     """Renders chat templates, from any number of threads and in any fork.
 
@@ -134,11 +56,10 @@ class TemplateProcess:
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._lock = threading.Lock()
-        self._worker: AnsweringProcess | None = None
+        self._worker: Process | None = None
         self.unavailable = "" if os.name == "posix" and sys.executable else "this system has none"
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
-        atexit.register(self.end)
 
     def render(self, template: str, variables: dict[str, Any]) -> str:
         """The text. variables: plain data, no instances of subclasses.
@@ -163,13 +84,11 @@ class TemplateProcess:
         """Ends the process. The next rendering starts another."""
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.end()
+            worker.close()
 
     def _forget(self) -> None:
         self._lock = threading.Lock()  # perhaps held, by a thread that is not in this process
-        if self._worker is not None:
-            self._worker.forget()
-            self._worker = None
+        self.end()
 
     def _ask(self, request: bytes) -> bytes:
         """The answer. A process that somebody else ended, at work or before, is replaced once."""
@@ -182,18 +101,14 @@ class TemplateProcess:
 
     def _try(self, request: bytes) -> bytes | str:
         """The answer, or how a process ended that somebody else ended. Raises TokenizerError."""
-        worker = self._running()
         try:
-            answer = worker.ask(request, self.limits.wall_seconds, self.limits.text + 2)
-        except EOFError:
-            self._worker = None
-            return self._ended(worker.end(seconds=1.0))
-        except TimeoutError:
+            answer = self._running().ask(request, self.limits.wall_seconds, self.limits.text + 2)
+        except EndedError as ended:
+            self.end()
+            return self._ended(ended)
+        except LateError:
             self.end()
             raise TokenizerError(f"chat template: it was not done after {self.limits.wall_seconds:g} s") from None
-        except ValueError as error:
-            self.end()
-            raise TokenizerError(f"chat template: its process sent {error}") from None
         except BaseException:  # an answer that nobody waited for would be taken for the next one
             self.end()
             raise
@@ -201,9 +116,11 @@ class TemplateProcess:
             self.end()
         return answer
 
-    def _ended(self, code: int) -> str:
+    def _ended(self, ended: EndedError) -> str:
         """How a process ended that somebody else ended. Raises TokenizerError where its template did."""
-        limits = self.limits
+        limits, code = self.limits, ended.code
+        if code is None:
+            raise TokenizerError(f"chat template: {ended}") from None
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if name == "SIGPROF":
             raise TokenizerError(f"chat template: it takes more than {limits.cpu_seconds:g} s of CPU time")
@@ -213,30 +130,30 @@ class TemplateProcess:
             raise TokenizerError(f"chat template: it crashes the interpreter ({name}), as what is nested deeply does")
         return f"its process was ended ({name})"
 
-    def _running(self) -> AnsweringProcess:
-        if self._worker is not None and not self._worker.is_alive():
-            self.end()
+    def _running(self) -> Process:
         if self._worker is None:
             self._worker = self._started()
         return self._worker
 
-    def _started(self) -> AnsweringProcess:
+    def _started(self) -> Process:
         folders = {_folder(name) for name in ("refllm", "jinja2", "markupsafe")}
-        program = (
-            f"import sys; sys.path += {sorted(folders)!r}; from refllm.text.template_worker import main; "
-            f"main({self.limits.memory}, {self.limits.text})"
-        )
+        program = f"import sys; sys.path += {sorted(folders)!r}; from refllm.text.template_worker import main; "
+
+        def arguments(channel: int, _: int) -> list[str]:
+            return ["-I", "-S", "-c", f"{program}main({channel}, {self.limits.memory}, {self.limits.text})"]
+
         try:
-            worker = AnsweringProcess(["-I", "-S", "-c", program])
+            worker = Process.program(arguments)
         except OSError as error:  # perhaps for now only
             raise NoProcessError(f"it does not start ({error.strerror or error})") from None
         try:
             hello = worker.ask(None, _START_SECONDS, most=1)
-        except (EOFError, TimeoutError, ValueError):
-            self.unavailable = f"Python does not start there (exit code {worker.end()})"
+        except NoAnswerError as error:
+            worker.close()
+            self.unavailable = f"Python does not start there ({error})"
             raise NoProcessError(self.unavailable) from None
         except BaseException:
-            worker.end()
+            worker.close()
             raise
         if hello == template_worker.METERED:
             warn_of_weaker_limits("this system does not limit the memory of one")

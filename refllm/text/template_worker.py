@@ -1,9 +1,10 @@
 """What runs in the process that renders chat templates: limits first, then one answer after each request.
 
-Both sides send eight bytes with a length, and then so many bytes, over the socket that is this process's standard
-input. A request is marshalled by the parent: seconds, template, variables (plain data). An answer is a byte that says
-what it is, a byte that says whether this process is fit for another request, and a text in UTF-8: it comes from where
-a template ran, so there is nothing in it to be unpacked. The first answer, to no request, says which limits hold here.
+Both sides send the number of a request and a length, eight bytes each, and then so many bytes (`refllm.apart`, which
+this process does not import). A request is marshalled by the parent: seconds, template, variables (plain data). An
+answer is a byte that says what it is, a byte that says whether this process is fit for another request, and a text in
+UTF-8: it comes from where a template ran, so there is nothing in it to be unpacked. The first answer, to no request,
+says which limits hold here.
 
 Importing this module imports neither jinja2 nor anything that only some platforms have; running it does.
 """
@@ -14,6 +15,7 @@ import marshal
 import mmap
 import os
 import signal
+import struct
 from types import FrameType
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -24,27 +26,30 @@ TEXT, FAULT = b"T", b"F"
 LIMITED, METERED = b"L", b"M"
 REUSABLE, USED_UP = b"+", b"-"
 EXIT_NO_MEMORY = 3
+_HEAD = struct.Struct("<QQ")
 _GRACE = 1.25  # CPU time at which the process ends, over the one at which the template is interrupted
 
 
-def main(memory: int, text: int) -> None:
-    """Answers until there are no more requests. memory: bytes of address space. text: most bytes of an answer."""
+def main(channel: int, memory: int, text: int) -> None:
+    """Answers until there are no more requests. channel: the number of the socket. memory: bytes of address space.
+    text: most bytes of an answer."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # what the parent had blocked or ignored is inherited
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     limited = _limit_memory(memory)
     environment = _environment(limited)
-    with open(0, "rb") as requests, open(0, "wb", closefd=False) as answers:
-        _send(answers, LIMITED if limited else METERED)
+    with open(channel, "rb") as requests, open(channel, "wb", closefd=False) as answers:
+        _send(answers, 0, LIMITED if limited else METERED)
         try:
-            while length := requests.read(8):
-                kind, said = _answer(environment, requests.read(int.from_bytes(length, "big")), memory, text)
-                _send(answers, kind + (REUSABLE if _there_is(memory // 2) else USED_UP) + said)
+            while head := requests.read(_HEAD.size):
+                number, length = _HEAD.unpack(head)
+                kind, said = _answer(environment, requests.read(length), memory, text)
+                _send(answers, number, kind + (REUSABLE if _there_is(memory // 2) else USED_UP) + said)
         except MemoryError:  # there was not even enough to say so
             os._exit(EXIT_NO_MEMORY)
 
 
-def _send(answers: BinaryIO, message: bytes) -> None:
-    answers.write(len(message).to_bytes(8, "big"))
+def _send(answers: BinaryIO, number: int, message: bytes) -> None:
+    answers.write(_HEAD.pack(number, len(message)))
     answers.write(message)
     answers.flush()
 

@@ -12,6 +12,7 @@ from refllm.accuracy.judge import rounding_error
 from refllm.accuracy.operator import OPERATORS, Predicted, _Steps, predict
 from refllm.errors import InputError
 from refllm.kernels import plain
+from refllm.ops.contracts import CONTRACTS
 from refllm.precision import FUSED, HF_EAGER, Arithmetic, Policy, rounding
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
@@ -22,22 +23,22 @@ LATTICE = ("mean 1000", "outlier 1e4")
 """In a narrow format these have few distinct values, or one that fixes a norm: errors repeat, are not independent."""
 
 
-def values(rng: np.random.Generator, family: str, *shape: int) -> np.ndarray:
+def values(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
     x = rng.standard_normal(shape)
-    if family == "outlier 1e4":
+    if kind == "outlier 1e4":
         x.reshape(-1, shape[-1])[:, 3] *= 1e4
-    return x * {"small": 1e-3, "large": 30.0}.get(family, 1.0) + (1000.0 if family == "mean 1000" else 0.0)
+    return x * {"small": 1e-3, "large": 30.0}.get(kind, 1.0) + (1000.0 if kind == "mean 1000" else 0.0)
 
 
-def calls(operator: str, family: str, seed: int = 0) -> Iterator[Call]:
-    """Calls of the operator with the family's values where the operator's own input goes."""
+def calls(operator: str, kind: str, seed: int = 0) -> Iterator[Call]:
+    """Calls of the operator with the kind's values where the operator's own input goes."""
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal
-    x, residual, weight, bias = values(rng, family, 2, S, E), normal((2, S, E)), 1 + 0.3 * normal(E), normal(E)
+    x, residual, weight, bias = values(rng, kind, 2, S, E), normal((2, S, E)), 1 + 0.3 * normal(E), normal(E)
     angle = np.arange(1000, 1000 + S)[:, None] * 1e4 ** (-np.arange(0, R, 2) / R)
     table = np.cos(angle), np.sin(angle)
-    q, k = values(rng, family, 2, H, S, D), values(rng, family, 2, K, S, D)
-    keys, v = normal((2, K, T, D)), values(rng, family, 2, K, T, D)
+    q, k = values(rng, kind, 2, H, S, D), values(rng, kind, 2, K, S, D)
+    keys, v = normal((2, K, T, D)), values(rng, kind, 2, K, T, D)
     if operator in ("rms_norm", "layer_norm"):
         yield operator, (x, weight, 1e-6) if operator == "rms_norm" else (x, weight, bias, 1e-6), {}
     elif operator in ("add_rms_norm", "add_layer_norm"):
@@ -61,22 +62,22 @@ def calls(operator: str, family: str, seed: int = 0) -> Iterator[Call]:
         yield operator, (queries, keys, v), {"key_mask": seen, "causal": False, "scale": 0.4}
     elif operator == "decode_attention":
         yield operator, (normal((2, H, 3, D)), keys, v, np.array([T, 7])), {}
-    elif operator == "swiglu":
-        yield operator, (3 * values(rng, family, S, F), normal((S, F))), {}
-    elif operator == "relu2":
-        yield operator, ((0.2 if family in LATTICE else 1.0) * values(rng, family, S, F),), {}
+    elif "halves" in CONTRACTS[operator].kinds.values():
+        yield operator, (3 * values(rng, kind, S, F), normal((S, F))), {}
+    elif "labels" in CONTRACTS[operator].arguments:
+        yield from losses(rng, operator, kind, "none")
     else:
-        yield from losses(rng, operator, family, "none")
+        yield operator, ((0.2 if kind in LATTICE else 1.0) * values(rng, kind, S, F),), {}
 
 
-def losses(rng: np.random.Generator, operator: str, family: str, reduction: str) -> Iterator[Call]:
-    labels, scale = rng.integers(0, V, 60), {"normal": 5.0, "outlier 1e4": 0.1}.get(family, 1.0)
+def losses(rng: np.random.Generator, operator: str, kind: str, reduction: str) -> Iterator[Call]:
+    labels, scale = rng.integers(0, V, 60), {"normal": 5.0, "outlier 1e4": 0.1}.get(kind, 1.0)
     labels[::7] = -100
     if operator == "cross_entropy":
-        yield operator, (scale * values(rng, family, 60, V), labels), {"reduction": reduction}
+        yield operator, (scale * values(rng, kind, 60, V), labels), {"reduction": reduction}
     else:
-        x, weight = values(rng, family, 60, E), 3 * rng.standard_normal((V, E)) / E**0.5
-        x = 0.01 * x if family in LATTICE else x
+        x, weight = values(rng, kind, 60, E), 3 * rng.standard_normal((V, E)) / E**0.5
+        x = 0.01 * x if kind in LATTICE else x
         yield operator, (x, weight, labels), {"reduction": reduction}
 
 
@@ -135,29 +136,29 @@ def compared(call: Call, dtype: str, policy: Policy) -> Iterator[tuple[str, floa
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_error_of_right_implementations_is_the_predicted_one(operator: str) -> None:
-    for family in INDEPENDENT:
-        assert list(calls(operator, family))
-        for call in calls(operator, family):
+    for kind in INDEPENDENT:
+        assert list(calls(operator, kind))
+        for call in calls(operator, kind):
             for dtype in DTYPES:
                 for policy in (FUSED, HF_EAGER):
                     for what, ratio, largest in compared(call, dtype, policy):
                         # The log-sum-exp of bfloat16 values is better than predicted: their products have 16 digits,
                         # so float32 sums of a few of them are exact.
                         least = 0.35 if what.startswith("attention 1") and dtype != "float32" else 0.6
-                        assert least < ratio < 1.4, (what, family, ratio)
-                        assert largest < tail(dtype), (what, family, largest)
+                        assert least < ratio < 1.4, (what, kind, ratio)
+                        assert largest < tail(dtype), (what, kind, largest)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_where_errors_repeat_they_are_still_bounded(operator: str) -> None:
-    for family in LATTICE:
-        assert list(calls(operator, family))
-        for call in calls(operator, family):
+    for kind in LATTICE:
+        assert list(calls(operator, kind))
+        for call in calls(operator, kind):
             for dtype in DTYPES:
                 for policy in (FUSED, HF_EAGER):
                     for what, ratio, largest in compared(call, dtype, policy):
-                        assert ratio < 2.0, (what, family, ratio)
-                        assert largest < tail(dtype), (what, family, largest)
+                        assert ratio < 2.0, (what, kind, ratio)
+                        assert largest < tail(dtype), (what, kind, largest)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

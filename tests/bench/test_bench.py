@@ -1,19 +1,20 @@
 """The benchmark: it runs end to end, times only what agrees, and its figures follow from its measurements."""
 
+import importlib
 import json
-import os
-import signal
+import subprocess
 import sys
-import warnings
+import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from refllm import bench
+from refllm.apart import Process
+from refllm.bench import check_memory
 from refllm.bench import worker as bench_worker
 from refllm.commands import cli
 from refllm.commands.info import describe
@@ -37,32 +38,9 @@ def result(checkpoint: Path) -> dict[str, Any]:
 class Forked(bench.Worker):
     """The same worker in a fork, which has Torch and Transformers already. What a new process is, `result` shows."""
 
-    def __init__(self, side: str, folder: Path, first_number: int, settings: bench.Settings) -> None:
-        self.side = side
-        (commands, send), (receive, answers) = os.pipe(), os.pipe()
-        with warnings.catch_warnings():  # that this process has threads
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if not child:
-            os.close(send)
-            sys.stdin = open(commands)  # noqa: SIM115 (as long as the process)
-            bench_worker._OUT = answers  # type: ignore[attr-defined]
-            numbers = (first_number, settings.new_tokens, settings.threads)
-            try:
-                bench_worker.serve(side, folder, *numbers, settings.dtype, settings.backend)
-            finally:
-                os._exit(0)
-        os.close(commands)
-        os.close(answers)
-        self.child: Any = child
-        self.process: Any = SimpleNamespace(stdin=open(send, "w"), stdout=open(receive))  # noqa: SIM115
-        self.ready = self._answer()
-
-    def __exit__(self, *exception: object) -> None:
-        os.kill(self.child, signal.SIGKILL)
-        os.waitpid(self.child, 0)
-        self.process.stdin.close()
-        self.process.stdout.close()
+    @staticmethod
+    def start(environment: dict[str, str]) -> Process:
+        return Process.forked(bench_worker.serve)
 
 
 @pytest.fixture
@@ -134,6 +112,42 @@ def test_memory_of_a_model_is_measured_with_and_without_low_memory() -> None:
     assert "0.9 million parameters" in str(show_memory(found).title)
     with pytest.raises(InputError, match="--shape helium-9b"):
         bench_memory("helium-9b", 4)
+
+
+def test_memory_of_a_check_is_that_of_all_its_processes_over_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forked(serve: str) -> Process:
+        module, _, name = serve.partition(":")
+        return Process.forked(getattr(importlib.import_module(module), name))
+
+    monkeypatch.setattr(Process, "fresh", forked)
+    monkeypatch.setattr(check_memory, "CANDIDATES", {"numpy": ()})
+    monkeypatch.setattr(check_memory, "_SECONDS", 0.002)
+    found = check_memory.bench_check("helium-1m", 8)
+    numpy = found["candidates"]["numpy"]
+    assert numpy["verdict"] in ("holds", "incomplete")
+    text = str([column._cells for column in check_memory.show_check(found).columns])
+    if sys.platform == "linux":
+        assert numpy["check"] > numpy["forward"] > 4 * found["parameters"]
+        assert f"{numpy['check'] / numpy['forward']:.2f} x" in text
+    with pytest.raises(InputError, match="--check-shape helium-9b"):
+        check_memory.bench_check("helium-9b", 8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_resident_memory_counts_what_a_process_starts() -> None:
+    """A process that starts another, which holds 64 MiB until its input ends."""
+    inner = "import sys; held = b'x' * (64 << 20); print('held', flush=True); sys.stdin.read()"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {inner!r}])"
+    command = [sys.executable, "-S", "-c", outer]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        with check_memory.Resident(process.pid) as resident:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            end = time.monotonic() + 10
+            while resident.peak < 64 << 20 and time.monotonic() < end:
+                time.sleep(0.01)
+        process.communicate()
+    assert 64 << 20 < resident.peak < 160 << 20
 
 
 def test_weight_bytes_leave_out_the_embedding_table_but_not_a_tied_one(checkpoint: Path, tmp_path: Path) -> None:

@@ -661,7 +661,7 @@ def test_calls_that_a_target_names_come_first_and_compiling_is_rare(monkeypatch:
 # -- make gpu ----------------------------------------------------------------------------------------------------------
 
 
-def test_make_gpu_runs_benchmarks_in_processes_and_keeps_their_files(tmp_path: Path) -> None:
+def test_make_gpu_runs_benchmarks_in_processes_and_keeps_their_files(warm_python: None, tmp_path: Path) -> None:
     small = {"seconds": 0.001, "scale": 0.001, "cache_bytes": 4096, "peers": ["plain"], "layers": ["reduced"]}
     passes = [{**small, "sizes": [[1, 4]], "operators": [name]} for name in ("relu2", "swiglu")]
     (row,) = gpu_benchmarks.run_benchmarks(
@@ -690,7 +690,7 @@ def test_make_gpu_says_what_did_not_run(tmp_path: Path, monkeypatch: pytest.Monk
         def wait(self) -> Any:
             return self
 
-    monkeypatch.setattr(gpu_benchmarks, "LimitedProcess", Ended)
+    monkeypatch.setattr(gpu_benchmarks, "Batch", Ended)
     (row,) = gpu_benchmarks.run_benchmarks(("decode",), "cpu", "x", tmp_path, 100, lambda text: None)
     assert row["problem"] == "ended with 139: Segmentation fault"
 
@@ -740,7 +740,7 @@ def test_the_process_that_compiles_ahead_times_nothing(tmp_path: Path, capsys: p
     assert capsys.readouterr().out == "attention: 1 calls compiled\n"
     started: list[list[str]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_benchmarks, "LimitedProcess", lambda arguments, seconds: started.append(arguments))
+        patch.setattr(gpu_benchmarks, "Batch", lambda arguments, seconds: started.append(arguments))
         gpu_benchmarks.start_compilers(("kernels", "decode"), "cuda", 1.0)
         gpu_benchmarks.start_compilers(("kernels",), "cpu", 1.0)
     parts = [arguments[-1] for arguments in started]

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from refllm import kernels
-from refllm.bench import end_to_end, gpu, gpu_benchmarks, gpu_checks, limited_process
+from refllm import apart, kernels
+from refllm.apart import Batch
+from refllm.bench import end_to_end, gpu, gpu_benchmarks, gpu_checks
 from refllm.bench import kernels as kernel_bench
-from refllm.bench.limited_process import LimitedProcess
-from refllm.kernels.calls import LAYERS, REDUCED, cases
+from refllm.kernels.calls import LAYERS, REDUCED, calls
 from refllm.terminal.status_line import StatusLine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,11 +34,13 @@ def _counted(jobs: list[Any]) -> tuple[int, int, int, int]:
     return len(plan), len(forms), forms.count("compile"), sum(map(kernel_bench.named_by_a_target, jobs))
 
 
-def test_everything_runs_and_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_runs_and_is_written_down(
+    warm_python: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "new" / "gpu.json"
     assert gpu.main(["--device", "cpu", "--no-tests", "-o", str(file), "--only", "reduced partial,llama-tiny"]) == 0
     result = json.loads(file.read_text())
-    assert result["verdict"] == "holds"
+    assert (result["schema"], result["verdict"]) == (2, "holds")
     assert result["missing"] == []
     assert result["machine"]["torch"] == torch.__version__
     assert {row["operator"] for row in result["operators"]} == set(kernels.OPERATORS)
@@ -52,8 +54,8 @@ def test_everything_runs_and_is_written_down(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_wrong_kernel_and_one_that_raises_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
-    (case,) = (c for c in cases(REDUCED[0], "bfloat16", "cpu", tokens=4) if c.operator == "relu2")
-    contract = gpu_checks.Contract(case.operator, case.arguments, case.keywords)
+    (one,) = (c for c in calls(REDUCED[0], "bfloat16", "cpu", tokens=4) if c.operator == "relu2")
+    contract = gpu_checks.Contract(one.operator, one.arguments, one.keywords)
 
     class Broken:
         relu2 = staticmethod(lambda x: kernels.plain.relu2(x) * 1.02)
@@ -63,9 +65,9 @@ def test_a_wrong_kernel_and_one_that_raises_are_findings(monkeypatch: pytest.Mon
         def relu2(x: Any) -> Any:
             raise RuntimeError("misaligned address")
 
-    (row,) = gpu_checks.check_call(case, contract, "plain", Broken, ("reduced", "bfloat16"))
+    (row,) = gpu_checks.check_call(one, contract, "plain", Broken, ("reduced", "bfloat16"))
     assert "times that of the contract" in row["problem"]
-    (row,) = gpu_checks.check_call(case, contract, "plain", Raising, ("reduced", "bfloat16"))
+    (row,) = gpu_checks.check_call(one, contract, "plain", Raising, ("reduced", "bfloat16"))
     assert row["problem"] == "RuntimeError: misaligned address"
 
 
@@ -79,7 +81,7 @@ def test_a_model_that_decodes_other_tokens_is_a_finding(monkeypatch: pytest.Monk
     assert problems["torch"] == "other tokens than without the recorded step"
 
 
-def test_tests_are_counted_and_failures_named(tmp_path: Path) -> None:
+def test_tests_are_counted_and_failures_named(warm_python: None, tmp_path: Path) -> None:
     (tmp_path / "test_kernel_mine.py").write_text(TESTS)
     (tmp_path / "test_kernel_broken.py").write_text("import no_such_module\n")
     rows = tmp_path / "rows.jsonl"
@@ -107,7 +109,7 @@ def test_tests_that_are_ended_early_keep_what_was_found(tmp_path: Path, monkeypa
     (tmp_path / "test_kernel_mine.py").write_text(
         "import time\ndef test_wrong(): assert 0\ndef test_hangs(): time.sleep(100)\n"
     )
-    monkeypatch.setattr(limited_process, "SECONDS_TO_TIDY_UP", 0.0)
+    monkeypatch.setattr(apart, "SECONDS_TO_TIDY_UP", 0.0)
     file = tmp_path / "rows.jsonl"
     process = gpu.start_tests("cpu", tmp_path, file, 100)
     while not (file.exists() and file.read_text().endswith("\n")):  # the result of test_wrong, whole
@@ -120,7 +122,7 @@ def test_tests_that_are_ended_early_keep_what_was_found(tmp_path: Path, monkeypa
     assert (result["problem"], result["exit"]) == ("tests failed", None)
 
 
-def _so_far(process: LimitedProcess) -> str:
+def _so_far(process: Batch) -> str:
     return os.pread(process._streams[0].fileno(), 10_000, 0).decode()
 
 
@@ -135,8 +137,8 @@ print("said", flush=True)
 time.sleep(100)
 """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limited_process, "SECONDS_TO_TIDY_UP", 0.2)
-        process = LimitedProcess(["-c", program], 100)
+        patch.setattr(apart, "SECONDS_TO_TIDY_UP", 0.2)
+        process = Batch(["-c", program], 100)
         while not _so_far(process):
             time.sleep(0.05)
         process._limit = 0.0
@@ -158,8 +160,8 @@ def test_a_check_that_breaks_off_leaves_its_rows_and_says_what_is_missing(tmp_pa
     file = tmp_path / "rows.jsonl"
     row = {"layer": "a", "problem": ""}
     file.write_text(json.dumps(row) + '\n{"layer": "b", "pro')
-    broke = LimitedProcess(["-c", "import os; print('last words', file=__import__('sys').stderr); os._exit(3)"], 100)
-    late = LimitedProcess(["-c", "import time; time.sleep(100)"], 0.0)
+    broke = Batch(["-c", "import os; print('last words', file=__import__('sys').stderr); os._exit(3)"], 100)
+    late = Batch(["-c", "import time; time.sleep(100)"], 0.0)
     result: dict[str, Any] = {"checks": [], "operators": [], "models": [], "tests": None, "benchmarks": []}
     gpu.end_checks({"operators, a": (broke, file), "models": (late, tmp_path / "none")}, result)
     assert result["operators"] == [row]

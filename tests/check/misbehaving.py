@@ -106,6 +106,17 @@ def raises_what_refllm_raises(*_: Any) -> Any:
     raise InputError("of ours")
 
 
+@told(
+    "raises",
+    "it raises InputError: 'nowhere' is no embedded checkpoint; there are arcee-tiny, helium-tiny, llama-tiny, "
+    "stablelm-tiny-parallel, stablelm-tiny-sequential (misbehaving.py:LINE)",
+)
+def raises_in_a_part_of_refllm_that_lies_beside_it(*_: Any) -> Any:
+    from refllm import golden
+
+    return golden.path("nowhere")
+
+
 class UnsayableError(Exception):
     def __str__(self) -> str:
         raise ValueError("not even this")

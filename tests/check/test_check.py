@@ -1,6 +1,7 @@
 """Whole runs of the check: right implementations hold, planted defects are named where they are, by every way in."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,14 +12,14 @@ import pytest
 
 from refllm import golden
 from refllm.check import assert_matches, compare
-from refllm.check.adapters.transformers import TransformersCandidate
+from refllm.check.adapters.transformers import TransformersCandidate, quiet_transformers
 from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.difference import diff
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.oracle import Report, judge
 from refllm.check.run import Settings, check_all, folders_to_check, trace_candidate
 from refllm.check.trace import Trace
-from refllm.errors import InputError
+from refllm.errors import InputError, MissingExtraError
 from refllm.forward.model import Model
 from refllm.precision import FUSED, HF_EAGER, HF_SDPA
 from refllm.storage.json_text import json_text
@@ -69,7 +70,7 @@ def test_transformers_holds(name: str, dtype: str, attention: str) -> None:
     assert sum(report.attribution.values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize(("name", "dtype"), [("helium-tiny", "bfloat16"), ("stablelm-tiny-parallel", "float16")])
 def test_transformers_holds_on_stressed_inputs(name: str, dtype: str, number: int) -> None:
     inputs = stressed(token_ids(reference(name, dtype), 24))[number]
@@ -194,6 +195,7 @@ def port(scale: float = 1.0, taps: bool = True, dtype: str = "float32") -> Calla
         with torch.no_grad():
             out = model(torch.from_numpy(input_ids), output_hidden_states=True)
         if taps:
+            tap("model.embed_tokens", out.hidden_states[0])
             for i, hidden in enumerate(out.hidden_states[1:-1]):
                 tap(f"model.layers.{i}", hidden)
         return out.logits
@@ -205,8 +207,8 @@ def test_port_that_is_right_passes_in_one_line() -> None:
     assert_matches(golden.path("llama-tiny"), port(), dtype="float32")
 
 
-def test_values_that_prove_nothing_are_named_in_a_warning() -> None:
-    with pytest.warns(UserWarning, match="untested"):
+def test_values_that_prove_nothing_are_no_pass() -> None:
+    with pytest.raises(AssertionError, match=r"incomplete(.|\n)*untested .*times 1.01 would hold"):
         assert_matches(golden.path("llama-tiny"), port(dtype="bfloat16"), dtype="bfloat16", policy="hf-sdpa")
 
 
@@ -217,6 +219,17 @@ def test_port_that_is_wrong_fails_with_the_report(taps: bool) -> None:
     assert ("model.layers.1" if taps else "lm_head") in str(failure.value)
 
 
+def test_a_transformers_that_is_broken_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("from torch import no_such_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    with pytest.raises(
+        MissingExtraError, match=r"cannot be imported \(cannot import name 'no_such_name'.*install again"
+    ):
+        quiet_transformers()
+
+
 def test_transformers_model_object_is_taken_as_it_is() -> None:
     import torch
     import transformers
@@ -225,7 +238,7 @@ def test_transformers_model_object_is_taken_as_it_is() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     reports = compare(folder, model, input_ids=list(range(5, 60)), stress=True)
     assert {report.verdict for report in reports} == {"holds"}
-    assert len(reports) == 6
+    assert len(reports) == 7
 
 
 def test_unknown_tap_names_and_shapes_are_refused_by_name() -> None:

@@ -75,6 +75,15 @@ def test_figures_of_a_difference_are_its_size_its_place_and_its_count() -> None:
     assert f"first difference: {NAMES[1]} at [4, 1, 3]" in text
 
 
+def test_what_is_exactly_one_ulp_off_is_not_over_one_ulp() -> None:
+    first, second = trace("bfloat16"), trace("bfloat16")
+    second.taps[NAMES[0]][0, :2] += 2.0**-6  # one ulp of 2
+    second.taps[NAMES[0]][0, 2, 0] += 2.0**-5
+    embed = diff(first, second).taps[0]
+    assert (embed.differing, sum(embed.ulps[3:])) == (9, 1)
+    assert "1       9" in shown(diff(first, second))
+
+
 def test_names_that_one_lacks_are_counted() -> None:
     found = diff(trace(), trace(source="yours", names=(NAMES[2], "model.norm")))
     assert (found.only_first, found.only_second) == ([*NAMES[:2]], ["model.norm"])

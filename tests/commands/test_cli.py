@@ -329,7 +329,7 @@ def test_low_memory_generates_the_same(refllm: Run, checkpoint: Path) -> None:
     assert refllm(*command)[1] == refllm(*command, "--low-memory")[1]
 
 
-def test_check_holds_and_says_so_in_json(refllm: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_check_holds_and_says_so_in_json(warm_python: None, refllm: Run, checkpoint: Path, tmp_path: Path) -> None:
     ids = ",".join(str((7 * i) % 40) for i in range(60))
     code, out, err = refllm("check", checkpoint, "--ids", ids, "--json", tmp_path / "check.json")
     assert (code, err) == (0, ""), out
@@ -339,6 +339,22 @@ def test_check_holds_and_says_so_in_json(refllm: Run, checkpoint: Path, tmp_path
     assert "2 checked: 2 holds" in out
 
 
+@pytest.mark.parametrize(("command", "advice"), [("score", "input or --low-memory"), ("check", "input")])
+def test_advice_names_no_option_that_the_command_lacks(
+    command: str, advice: str, refllm: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from refllm.check import run
+    from refllm.commands import score
+
+    def all_gone(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(run, "folders_to_check", all_gone)
+    monkeypatch.setattr(score, "score_source", all_gone)
+    code, _, err = refllm(command, checkpoint, "--ids", "1,2")
+    assert (code, err) == (2, f"refllm: not enough memory: try a smaller {advice}\n")
+
+
 # ------------------------------------------------------------------ what the README shows
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
@@ -346,7 +362,7 @@ README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 
 # Not the benchmark, and not the lines in which CHECKPOINT or FILE.PY stands for the reader's own.
 @pytest.mark.parametrize("line", re.findall(r"^    refllm ((?!bench|.*CHECKPOINT|.*FILE).*)$", README, re.MULTILINE))
-def test_command_of_the_readme_runs(line: str, refllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_of_the_readme_runs(line: str, warm_python: None, refllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     code, out, _ = refllm(*shlex.split(line))
     assert code == 0
@@ -410,7 +426,6 @@ def test_the_help_says_what_it_is_and_lists_every_command() -> None:
     assert [c for c in ("check", "trace", "diff", "generate", "score", "info", "audit") if c not in shown] == []
 
 
-@pytest.mark.filterwarnings("ignore:.*untested")
 def test_port_shown_in_the_readme_is_checked(tmp_path: Path) -> None:
     """The forward pass and the test of the README, around a model of somebody else's that is right."""
     from refllm import golden
@@ -442,11 +457,11 @@ def _port(checkpoint: str, ids: Any) -> Any:
     import transformers
 
     whole = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.bfloat16, attn_implementation="eager"
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
     ).requires_grad_(requires_grad=False)
     backbone, length = whole.model, ids.shape[1]
-    rotary = backbone.rotary_emb(torch.zeros(1, dtype=torch.bfloat16), torch.arange(length)[None])
-    mask = torch.full((length, length), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16).triu(1)[None, None]
+    rotary = backbone.rotary_emb(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
+    mask = torch.full((length, length), torch.finfo(torch.float32).min, dtype=torch.float32).triu(1)[None, None]
     layers = [partial(layer, attention_mask=mask, position_embeddings=rotary) for layer in backbone.layers]
     embed = lambda given: backbone.embed_tokens(torch.from_numpy(given))  # noqa: E731
     return SimpleNamespace(embed=embed, layers=layers, norm=backbone.norm, lm_head=whole.lm_head)

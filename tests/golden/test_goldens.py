@@ -361,7 +361,9 @@ def test_a_changed_manifest_is_named_and_nothing_counts_that_it_says(
     sentence = one_finding(refllm, copy, "swiglu")
     assert sentence.startswith(f"{copy / manifest.MANIFEST}: changed; the sha256 of its content is ")
     code, out, _ = refllm("verify", "--dtype", "bfloat16", "--folder", copy, "--json", "-")
-    (result,) = json.loads(out)["results"]
+    told = json.loads(out)
+    assert (told["schema"], told["verdict"]) == (2, "fails")
+    (result,) = told["results"]
     assert (code, result["cases"]) == (1, 0)
     code, out, err = refllm("make", "relu2", "--folder", copy, "--yes")
     assert (code, out) == (2, "")

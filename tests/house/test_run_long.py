@@ -25,7 +25,7 @@ def test_not_drawn():
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_it_stops_at_a_failure_and_names_the_seed(tmp_path: Path, fails: bool) -> None:
+def test_it_stops_at_a_failure_and_names_the_seed(warm_python: None, tmp_path: Path, fails: bool) -> None:
     (tmp_path / "test_toy.py").write_text(TOY.replace("LIMIT", "100" if fails else "float('inf')"))
     command = [sys.executable, str(RUN_LONG), "--tests", str(tmp_path), "--seed", "5", "--rounds", "2"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -40,16 +40,18 @@ def test_it_stops_at_a_failure_and_names_the_seed(tmp_path: Path, fails: bool) -
         assert "never run" not in result.stdout
 
 
-def test_the_time_ends_a_round(tmp_path: Path) -> None:
+def test_the_time_ends_a_round(warm_python: None, tmp_path: Path) -> None:
     (tmp_path / "test_toy.py").write_text(TOY.replace("assert x < LIMIT", "__import__('time').sleep(60)"))
     command = [sys.executable, str(RUN_LONG), "--tests", str(tmp_path), "--minutes", "0.03"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120
+    )  # what does not hear is killed
     assert result.returncode == 0, result.stdout + result.stderr
     assert "no failure" in result.stdout
 
 
 @pytest.mark.parametrize(("option", "words"), [("--minutes=0", "above 0"), ("--minutes=long", "invalid float")])
-def test_wrong_use_is_a_sentence(option: str, words: str) -> None:
+def test_wrong_use_is_a_sentence(warm_python: None, option: str, words: str) -> None:
     result = subprocess.run([sys.executable, str(RUN_LONG), option], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert words in result.stderr

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from refllm import kernels  # noqa: E402
 from refllm.errors import InputError  # noqa: E402
 from refllm.kernels import plain  # noqa: E402
-from refllm.kernels.calls import FIRST_POSITION, LAYERS, MOST_WORDS, REDUCED, Source, call, cases  # noqa: E402
+from refllm.kernels.calls import FIRST_POSITION, LAYERS, MOST_WORDS, REDUCED, Source, call, calls  # noqa: E402
 
 B, S, T, N, LAYER = 2, 3, 5, 7, REDUCED[1]
 E, F, H, K, D, R, V = (getattr(LAYER, axis) for axis in "EFHKDRV")
@@ -81,28 +81,28 @@ def test_tables_begin_far_from_the_first_position() -> None:
 
 
 @pytest.mark.parametrize("layer", REDUCED)
-def test_every_case_can_be_computed_and_has_a_name_of_its_own(layer: Any) -> None:
-    made = list(cases(layer, "float32", "cpu", tokens=4))
-    assert {case.operator for case in made} == set(kernels.OPERATORS)
-    assert len({(case.operator, case.name) for case in made}) == len(made)
-    for case in made:
-        out = getattr(plain, case.operator)(*case.arguments, **case.keywords)
+def test_every_call_can_be_computed_and_has_a_name_of_its_own(layer: Any) -> None:
+    made = list(calls(layer, "float32", "cpu", tokens=4))
+    assert {one.operator for one in made} == set(kernels.OPERATORS)
+    assert len({(one.operator, one.name) for one in made}) == len(made)
+    for one in made:
+        out = getattr(plain, one.operator)(*one.arguments, **one.keywords)
         for y in out if isinstance(out, tuple) else (out,):
-            assert torch.isfinite(y).all(), (case.operator, case.name)
+            assert torch.isfinite(y).all(), (one.operator, one.name)
 
 
-def test_cases_are_what_their_names_say() -> None:
-    named = {(case.operator, case.name): case for case in cases(REDUCED[0], "float32", "cpu", tokens=6)}
+def test_calls_are_what_their_names_say() -> None:
+    named = {(one.operator, one.name): one for one in calls(REDUCED[0], "float32", "cpu", tokens=6)}
     for operator in ("layer_norm", "add_layer_norm"):
-        case = named[operator, "mean 1000"]
-        assert float(case.arguments[0].mean()) == pytest.approx(1000, rel=0.01)
-        assert None in case.arguments
+        one = named[operator, "mean 1000"]
+        assert float(one.arguments[0].mean()) == pytest.approx(1000, rel=0.01)
+        assert None in one.arguments
     assert named["rms_norm_qkv_rope", "1 token"].arguments[0].shape[1] == 1
     assert None in named["rms_norm_qkv_rope", "1 token"].arguments
     for tokens in (1, 3):
-        case = named["decode_attention", f"{tokens} token{'s' * (tokens > 1)}"]
-        assert case.arguments[0].shape[2] == tokens
-        assert case.arguments[-1].tolist() == [19, 6]
+        one = named["decode_attention", f"{tokens} token{'s' * (tokens > 1)}"]
+        assert one.arguments[0].shape[2] == tokens
+        assert one.arguments[-1].tolist() == [19, 6]
     for operator, reduction in (("cross_entropy", "mean"), ("linear_cross_entropy", "none")):
         labels, keywords = named[operator, reduction].arguments[-1], named[operator, reduction].keywords
         assert keywords["reduction"] == reduction
@@ -120,14 +120,14 @@ def test_cases_are_what_their_names_say() -> None:
 def test_a_vocabulary_is_cut_where_a_matrix_would_be_too_large() -> None:
     widest = max(LAYERS, key=lambda layer: layer.V)
     assert widest.V > MOST_WORDS
-    made = {case.operator: case.arguments for case in cases(widest, "float16", "meta", tokens=2)}
+    made = {one.operator: one.arguments for one in calls(widest, "float16", "meta", tokens=2)}
     assert made["cross_entropy"][0].shape == (4, widest.V)
     assert made["linear_cross_entropy"][1].shape == (MOST_WORDS, widest.E)
 
 
 def test_layers_are_possible_and_other_dtypes_are_refused() -> None:
     with pytest.raises(InputError, match="float64"):
-        next(cases(LAYER, "float64", "cpu", tokens=2))
+        next(calls(LAYER, "float64", "cpu", tokens=2))
     for layer in (*LAYERS, *REDUCED):
         assert layer.H % layer.K == 0
         assert 0 < layer.R <= layer.D

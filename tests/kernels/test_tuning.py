@@ -142,24 +142,6 @@ def test_tiles_to_be_judged_are_in_the_table_only_meanwhile() -> None:
     assert (tuning.entries(), tuning.tile("rope", "R = D", SM_90)) == (before, tile)
 
 
-def test_a_tile_never_depends_on_the_batch() -> None:
-    """Through plan itself: one sequence and 64 of them."""
-
-    def constants(B: int) -> list[Any]:
-        q, kv = (torch.empty(B, 300, heads, 80, dtype=BF16, device="meta").transpose(1, 2) for heads in (8, 2))
-        lengths = torch.empty(B, dtype=torch.int64, device="meta")
-        found = [module("attention").plan(q, kv, kv, 0.1, True, None)[0]]
-        found += module("decode_attention").plan(q[:, :, :2], kv, kv, lengths, 0.1)[0]
-        table = torch.empty(300, 10, device="meta")
-        found += [module("rope").plan(q, kv, table, table, False)[0]]
-        x, w = torch.empty(B, 300, 640, dtype=BF16, device="meta"), torch.empty(960, 640, dtype=BF16, device="meta")
-        given = (x, w[0], w, None, torch.empty(300, 40, device="meta"), torch.empty(300, 40, device="meta"), 1e-5)
-        found += [module("rms_norm_qkv_rope").plan(*given, 8, 2, False)[0]]
-        return [(launch.constants, launch.num_warps, launch.num_stages) for launch in found]
-
-    assert constants(1) == constants(64)
-
-
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

@@ -306,7 +306,7 @@ def test_calls_that_were_not_looked_at_do_not_pass() -> None:
     )
 
 
-LATE = Call("rms_norm", "bfloat16", (Array((2, 1025), "bfloat16"), Array((1025,), "bfloat16"), 1e-5), family="late")
+LATE = Call("rms_norm", "bfloat16", (Array((2, 1025), "bfloat16"), Array((1025,), "bfloat16"), 1e-5), kind="late")
 
 
 def test_a_run_in_flight_is_cut_off_when_all_time_is_up_and_that_is_no_pass() -> None:
@@ -327,7 +327,9 @@ def test_a_hang_that_is_found_late_is_made_small_in_the_time_that_is_left() -> N
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_json_exit_codes_and_the_reproduction_as_a_program(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+def test_json_exit_codes_and_the_reproduction_as_a_program(
+    warm_python: None, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
     program, written = tmp_path / "repro.py", tmp_path / "result.json"
     candidate = f"{HERE / 'opcheck_candidates.py'}:tail"
     words = ["rms_norm", "--candidate", candidate, "--dtype", "float32", "--dtype", "bfloat16"]

@@ -1,12 +1,11 @@
 """What holds for operators whatever the numbers are, on all three backends: definition, plain Torch, Triton."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from properties import (
     DTYPES,
@@ -17,15 +16,16 @@ from properties import (
     Chosen,
     agree,
     for_every_backend,
+    how_many,
     known_call,
-    lies_apart,
     same,
     some_calls,
 )
 
 from refllm.inputs import to_numpy
 from refllm.kernels import OPERATORS
-from refllm.strategies import Array, Call, families
+from refllm.opcheck.inputs import row_alone, rows_of
+from refllm.strategies import Call, kinds
 
 NORMS = ("rms_norm", "layer_norm")
 SUMS = ("add_rms_norm", "add_layer_norm")
@@ -45,104 +45,33 @@ def arrays_of(backend: Backend, call: Call) -> tuple[list[Any], dict[str, Any]]:
     return arguments, keywords
 
 
-# ------------------------------------------------------------------------------------------------ what all operators do
+# ---------------------------------------------------------------------------------------------- what all definitions do
 
 
-def quiet(operator: str, where: Callable[[Call], bool] = lambda _: True) -> Any:
-    """Calls of every family without NaN, with two or more rows of a batch."""
-    kept = [f for f in families(operator) if "NaN" not in f and "infinity" not in f and "subnormal" not in f]
-    return some_calls(operator, *kept, where=lambda c: isinstance(c.arguments[0], Array) and batch(c) > 1 and where(c))
+def quiet(operator: str) -> Any:
+    """Calls of every kind without NaN, with two or more rows of a batch."""
+    kept = [f for f in kinds(operator) if "NaN" not in f and "infinity" not in f and "subnormal" not in f]
+    return some_calls(operator, *kept, where=lambda call: rows_of(call) > 1)
 
 
-def batch(call: Call) -> int:
-    """The rows that an operator treats alone: the first axis of its first argument, unless that is all there is."""
-    shape = call.arguments[0].shape
-    return shape[0] if len(shape) > 1 else 1
+@pytest.mark.hypothesis
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_definition_treats_rows_alone(operator: str) -> None:
+    """Of plain Torch and Triton, tests/kernels/test_operators.py asks that."""
 
+    @how_many(5)
+    @given(call=quiet(operator), data=st.data())
+    def holds(call: Call, data: Any) -> None:
+        backend = Backend(NUMPY, call.dtype)
+        arguments, keywords = arrays_of(backend, call)
+        keywords |= {"reduction": "none"} if "entropy" in operator else {}
+        b = data.draw(st.integers(0, rows_of(call) - 1), "row")
+        alone, options = row_alone(call, arguments, keywords, b)
+        whole, one = backend(operator, *arguments, **keywords), backend(operator, *alone, **options)
+        for x, y, sigma in zip(whole, one, backend.sigma(operator, *alone, **options), strict=True):
+            agree(x[b : b + 1], y, sigma, sigma)
 
-def row(call: Call, arguments: list[Any], keywords: dict[str, Any], b: int) -> tuple[list[Any], dict[str, Any]]:
-    """The call of batch row b alone."""
-    of, B = slice(b, b + 1), batch(call)
-    per_batch = {
-        "rms_norm_qkv_rope": lambda i, x: i == 0 or (i in (4, 5) and x.ndim == 3),
-        "rope": lambda i, x: i < 2 or x.ndim == 3,
-        "norm_rope": lambda i, x: i < 2 or (i in (4, 5) and x.ndim == 3),
-        "linear_cross_entropy": lambda i, x: i != 1,
-    }.get(call.operator, lambda i, x: x.shape[0] == B and (x.ndim > 1 or x.dtype == np.int64))
-    alone = [x[of] if isinstance(x, np.ndarray) and per_batch(i, x) else x for i, x in enumerate(arguments)]
-    return alone, {name: x[of] if isinstance(x, np.ndarray) else x for name, x in keywords.items()}
-
-
-BITWISE = {"numpy": (), "plain": ("relu2", "rope"), "triton": OPERATORS}
-"""Where a row alone has the bits of the row in a batch. Matrix libraries add in another order for another shape."""
-
-
-def row_alone_is_row_in_batch(backend: Backend, call: Call, data: Any) -> None:
-    arguments, keywords = arrays_of(backend, call)
-    if "entropy" in call.operator:
-        keywords["reduction"] = "none"
-    b = data.draw(st.integers(0, batch(call) - 1), "row")
-    alone, options = row(call, arguments, keywords, b)
-    whole, one = backend(call.operator, *arguments, **keywords), backend(call.operator, *alone, **options)
-    sigmas = backend.sigma(call.operator, *alone, **options)
-    for a, c, sigma in zip(whole, one, sigmas, strict=True):
-        bitwise = call.operator in BITWISE[backend.name]
-        same(a[b : b + 1], c) if bitwise else agree(a[b : b + 1], c, sigma, sigma)
-
-
-def layout_does_not_matter(backend: Backend, call: Call) -> None:
-    tensors, keywords = call.tensors()
-    if backend.name == NUMPY:
-        lying = [_as_it_lies(x) if isinstance(x, torch.Tensor) else x for x in tensors]
-        found = backend(call.operator, *lying, **call.arrays()[1])
-        expected = backend(call.operator, *arrays_of(backend, call)[0], **call.arrays()[1])
-    else:
-        found = backend.on_tensors(call.operator, tensors, keywords)
-        dense = [x.contiguous().clone() if isinstance(x, torch.Tensor) else x for x in tensors]
-        expected = backend.on_tensors(call.operator, dense, keywords)
-    sigmas = backend.sigma(call.operator, *call.arrays()[0], **call.arrays()[1])
-    for a, b, sigma in zip(found, expected, sigmas, strict=True):
-        # A sum in another order moves all of a row, at most by one rounding per number; then also those near 0.
-        longest = max(max(x.shape, default=1) for x in tensors if isinstance(x, torch.Tensor))
-        order = longest * 2.0**-53 * np.nan_to_num(np.abs(b), posinf=0).max(initial=0) if backend.name == NUMPY else 0.0
-        same(a, b) if backend.name == "triton" else agree(a, b, sigma, sigma, order / LARGEST)
-
-
-def _as_it_lies(x: torch.Tensor) -> np.ndarray:
-    """An array with the strides of the tensor, in float64 where it holds floating values."""
-    wide = x.double() if x.is_floating_point() else x
-    places = tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())  # of an expanded axis one entry
-    out = torch.empty_strided(x.shape, x.stride(), dtype=wide.dtype)
-    out[places] = wide[places]
-    return out.numpy()
-
-
-def inputs_stay_and_a_second_run_is_the_same(backend: Backend, call: Call) -> None:
-    arguments, keywords = arrays_of(backend, call)
-    if backend.name == NUMPY:
-        before = [np.array(x) for x in arguments]
-        runs = [backend(call.operator, *arguments, **keywords) for _ in range(2)]
-        after = arguments
-    else:
-        after, options = call.tensors()
-        before = [x.clone() if isinstance(x, torch.Tensor) else x for x in after]
-        runs = [backend.on_tensors(call.operator, after, options) for _ in range(2)]
-    for a, b in zip(*runs, strict=True):
-        same(a, b)
-    for x, y in zip(before, after, strict=True):
-        same(to_numpy(x), to_numpy(y))
-
-
-for _operator in OPERATORS:
-    globals()[f"test_row_alone_is_row_in_batch_{_operator}"] = for_every_backend(
-        examples=5, interpreted=2, call=quiet(_operator), data=st.data()
-    )(row_alone_is_row_in_batch)
-    globals()[f"test_layout_does_not_matter_{_operator}"] = for_every_backend(
-        examples=4, interpreted=2, call=quiet(_operator, where=lies_apart)
-    )(layout_does_not_matter)
-    globals()[f"test_inputs_stay_and_a_second_run_is_the_same_{_operator}"] = for_every_backend(
-        examples=3, interpreted=2, call=quiet(_operator)
-    )(inputs_stay_and_a_second_run_is_the_same)
+    holds()
 
 
 # ---------------------------------------------------------------------------------------------------------------- norms

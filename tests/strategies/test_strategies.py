@@ -1,4 +1,4 @@
-"""Inputs that operators are checked with: each family occurs, is valid, is what it says, shrinks to the plainest."""
+"""Inputs that operators are checked with: each kind occurs, is valid, is what it says, shrinks to the plainest."""
 
 import math
 import pickle
@@ -22,13 +22,14 @@ from refllm.extras import install_command
 from refllm.inputs import to_numpy
 from refllm.kernels import OPERATORS, plain
 from refllm.opcheck.without import is_mixed
-from refllm.strategies import Array, Call, calls, corners, families
-from refllm.strategies.arrays import FAMILIES, FLOATS, LAYOUTS
+from refllm.ops.contracts import CONTRACTS
+from refllm.strategies import Array, Call, calls, corners, kinds
+from refllm.strategies.arrays import FLOATS, LAYOUTS, VALUES
 from refllm.strategies.models import FAMILIES as MODEL_FAMILIES
 from refllm.strategies.models import configs, cuts, packed_positions, paddings, whole_inputs
 
 DTYPES = ("bfloat16", "float16", "float32")
-EVERY_FAMILY = [(operator, family) for operator in OPERATORS for family in families(operator)]
+EVERY_KIND = [(operator, kind) for operator in OPERATORS for kind in kinds(operator)]
 
 
 def few(examples: int) -> settings:
@@ -48,13 +49,13 @@ SHRINK = settings(max_examples=500, phases=(Phase.generate, Phase.shrink), deran
 
 @cache
 def drawn(
-    operator: str, family: str | None, dtype: str = "bfloat16", policy: str = "fused", count: int = examples(100, 200)
+    operator: str, kind: str | None, dtype: str = "bfloat16", policy: str = "fused", count: int = examples(100, 200)
 ) -> tuple[Call, ...]:
-    """Eight calls of one family, or `count` of any, the same on every run."""
+    """Eight calls of one kind, or `count` of any, the same on every run."""
     found: list[Call] = []
 
-    @settings(few(8 if family else count), derandomize=True)
-    @given(calls(operator, dtype=dtype, policy=policy, family=family))
+    @settings(few(8 if kind else count), derandomize=True)
+    @given(calls(operator, dtype=dtype, policy=policy, kind=kind))
     def collect(call: Call) -> None:
         found.append(call)
 
@@ -66,9 +67,9 @@ MANY = examples(500, 800)
 """Calls in which the rarest of sizes, one in about 60, occurs; Hypothesis draws some calls twice."""
 
 
-def of(operator: str, family: str, **options: Any) -> Iterator[tuple[Call, list[Any], dict[str, Any]]]:
-    """The calls of a family in which nothing has size 0, with their arrays."""
-    for call in drawn(operator, family, **options):
+def of(operator: str, kind: str, **options: Any) -> Iterator[tuple[Call, list[Any], dict[str, Any]]]:
+    """The calls of a kind in which nothing has size 0, with their arrays."""
+    for call in drawn(operator, kind, **options):
         arguments, keywords = call.arrays()
         if not any(isinstance(x, np.ndarray) and not x.size for x in arguments):
             yield call, arguments, keywords
@@ -91,7 +92,7 @@ def accepted(call: Call) -> None:
 @pytest.mark.parametrize("dtype", [*FLOATS, "int64", "bool"])
 def test_values_tensor_and_code_are_one(dtype: str) -> None:
     assert len({*LAYOUTS} - {"far"}) > 5
-    for values, layout in product(FAMILIES, LAYOUTS):
+    for values, layout in product(VALUES, LAYOUTS):
         planted = () if layout == "expanded" else (((0, (1, None)), 7.0), (((None, None, 2), 2), -0.25))
         scale = 0.37 if values == "normal" else 3.0
         if layout != "far":
@@ -172,11 +173,11 @@ ASKED += [(operator, "hf-eager") for operator in ("attention", "decode_attention
 
 @pytest.mark.parametrize(("operator", "policy"), ASKED)
 def test_every_call_is_accepted(operator: str, policy: str) -> None:
-    assert len(families(operator, policy)) > 2
-    for family in families(operator, policy):
-        assert drawn(operator, family, policy=policy)
-        for call in drawn(operator, family, policy=policy):
-            assert (call.operator, call.family) == (operator, family)
+    assert len(kinds(operator, policy)) > 2
+    for kind in kinds(operator, policy):
+        assert drawn(operator, kind, policy=policy)
+        for call in drawn(operator, kind, policy=policy):
+            assert (call.operator, call.kind) == (operator, kind)
             accepted(call)
 
 
@@ -186,16 +187,16 @@ def test_every_corner_is_accepted(operator: str, dtype: str) -> None:
     for policy in ("fused", "hf-eager"):
         fixed = corners(operator, dtype, policy)
         assert 6 <= len(fixed) <= 25
-        assert len({call.family for call in fixed}) >= len(fixed) - 1
+        assert len({call.kind for call in fixed}) >= len(fixed) - 1
         for call in fixed:
-            if "past 2^31" not in call.family or operator == "rms_norm":
+            if "past 2^31" not in call.kind or operator == "rms_norm":
                 accepted(call)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_code_makes_the_same_tensors(operator: str) -> None:
-    some = [*(drawn(operator, family)[-1] for family in families(operator)), *corners(operator)]
-    some = [call for call in some if "past 2^31" not in call.family]
+    some = [*(drawn(operator, kind)[-1] for kind in kinds(operator)), *corners(operator)]
+    some = [call for call in some if "past 2^31" not in call.kind]
     assert len(some) > 5
     for call in some:
         scope: dict[str, Any] = {"np": np, "torch": torch}
@@ -214,8 +215,8 @@ def test_code_makes_the_same_tensors(operator: str) -> None:
 @pytest.mark.parametrize("operator", ["rms_norm", "rope", "attention", "cross_entropy"])
 def test_nearly_every_family_comes_without_being_asked_for(operator: str) -> None:
     """Hypothesis likes some choices better than others, so that a few of 200 calls may lack one."""
-    found = {call.family for call in drawn(operator, None, count=200)}
-    assert len(found) >= len(families(operator)) - 2, set(families(operator)) - found
+    found = {call.kind for call in drawn(operator, None, count=200)}
+    assert len(found) >= len(kinds(operator)) - 2, set(kinds(operator)) - found
 
 
 def test_dtypes_and_names_that_are_not_known_are_refused() -> None:
@@ -223,7 +224,7 @@ def test_dtypes_and_names_that_are_not_known_are_refused() -> None:
         ({"operator": "softmax"}, "softmax"),
         ({"dtype": "int8"}, "int8"),
         ({"policy": "eager"}, "eager"),
-        ({"family": "unheard of"}, "unheard of"),
+        ({"kind": "unheard of"}, "unheard of"),
     ):
         with pytest.raises(InputError, match=words):
             calls(**({"operator": "rms_norm"} | mistake))
@@ -243,16 +244,17 @@ def test_fixed_calls_need_no_hypothesis_and_drawn_ones_say_what_is_missing() -> 
     assert said + install_command("hypothesis") in result.stderr
 
 
-# ------------------------------------------------------------------------------------ what the families say they are
+# ------------------------------------------------------------------------------------ what the kinds say they are
 
 
-ON_ROWS = [operator for operator in OPERATORS if "mean 1000" in families(operator)]
+ON_ROWS = [operator for operator in OPERATORS if "mean 1000" in kinds(operator)]
 
 
 @pytest.mark.parametrize("operator", ON_ROWS)
 def test_families_of_values(operator: str) -> None:
     of_heads = operator in ("attention", "decode_attention")
-    count = 3 if of_heads else 2 if operator in ("swiglu", "rope", "norm_rope") else 1  # one of so many is special
+    several = sum(kind in ("halves", "heads") for kind in CONTRACTS[operator].kinds.values())
+    count = 3 if of_heads else max(1, several)  # one of so many is special
     tests: dict[str, Callable[[np.ndarray], bool]] = {
         "mean 1000": lambda a: abs(a.mean() - 1000) < 20,
         "outlier 10000": lambda a: 9000 < np.abs(a).max() < 11000 and (np.abs(a) > 100).sum() >= 1,
@@ -262,12 +264,12 @@ def test_families_of_values(operator: str) -> None:
         "all equal": lambda a: (a == 2).all(),
         "zero rows": lambda a: (a == 0).all(-1).any(),
     }
-    assert len(tests.keys() & families(operator)) > 3
-    for family, right in tests.items():
-        if family in families(operator) and not (of_heads and family in ("NaN", "infinity")):  # where one is visible
-            found = list(of(operator, family))
-            assert found, family
-            assert all(any(right(np.float64(x)) for x in args[:count]) for _, args, _ in found), family
+    assert len(tests.keys() & kinds(operator)) > 3
+    for kind, right in tests.items():
+        if kind in kinds(operator) and not (of_heads and kind in ("NaN", "infinity")):  # where one is visible
+            found = list(of(operator, kind))
+            assert found, kind
+            assert all(any(right(np.float64(x)) for x in args[:count]) for _, args, _ in found), kind
 
 
 WITH_WEIGHTS = ("rms_norm", "add_layer_norm", "rope", "norm_rope", "rms_norm_qkv_rope")
@@ -305,10 +307,10 @@ def visible(call: Call, keywords: dict[str, Any]) -> np.ndarray:
     return keywords["key_mask"] if "key_mask" in keywords else np.ones((B, T), bool)
 
 
-@pytest.mark.parametrize(("family", "is_poison"), [("NaN", np.isnan), ("10000", lambda x: x > 9000)])
-def test_poison_lies_exactly_behind_the_mask(family: str, is_poison: Any) -> None:
+@pytest.mark.parametrize(("kind", "is_poison"), [("NaN", np.isnan), ("10000", lambda x: x > 9000)])
+def test_poison_lies_exactly_behind_the_mask(kind: str, is_poison: Any) -> None:
     seen = 0
-    for call, (_, k, v), keywords in of("attention", f"masked values hold {family}"):
+    for call, (_, k, v), keywords in of("attention", f"masked values hold {kind}"):
         hidden = ~visible(call, keywords)
         for x in (k, v):
             assert (is_poison(x).all((1, 3)) == hidden).all(), call
@@ -317,10 +319,10 @@ def test_poison_lies_exactly_behind_the_mask(family: str, is_poison: Any) -> Non
     assert seen >= 3
 
 
-@pytest.mark.parametrize(("family", "is_poison"), [("NaN", np.isnan), ("10000", lambda x: x > 9000)])
-def test_poison_lies_exactly_past_the_lengths(family: str, is_poison: Any) -> None:
+@pytest.mark.parametrize(("kind", "is_poison"), [("NaN", np.isnan), ("10000", lambda x: x > 9000)])
+def test_poison_lies_exactly_past_the_lengths(kind: str, is_poison: Any) -> None:
     seen = 0
-    for call, (_, k, v, lengths), _ in of("decode_attention", f"slots past the length hold {family}"):
+    for call, (_, k, v, lengths), _ in of("decode_attention", f"slots past the length hold {kind}"):
         past = np.arange(k.shape[2]) >= lengths[:, None]
         for x in (k, v):
             assert (is_poison(x).all((1, 3)) == past).all(), call
@@ -375,7 +377,7 @@ def test_labels(operator: str) -> None:
         ends |= {"last"} if (arguments[-1] == classes - 1).any() else set()
         ends |= {"class ignored"} if "ignore_index" in keywords else set()
     assert ends == {"first", "last", "class ignored"}
-    reductions = {c.keywords[0][1] if c.keywords else "mean" for f in families(operator) for c in drawn(operator, f)}
+    reductions = {c.keywords[0][1] if c.keywords else "mean" for f in kinds(operator) for c in drawn(operator, f)}
     assert {"mean", "sum", "none"} <= reductions
 
 
@@ -422,9 +424,9 @@ def test_relu2_reaches_the_end_of_the_format() -> None:
 
 def test_eager_code_gets_no_nan_behind_a_mask_and_a_key_for_every_row() -> None:
     for operator in ("attention", "decode_attention"):
-        assert len(families(operator, "hf-eager")) > 2
-        for family in families(operator, "hf-eager"):
-            for call in drawn(operator, family, policy="hf-eager"):
+        assert len(kinds(operator, "hf-eager")) > 2
+        for kind in kinds(operator, "hf-eager"):
+            for call in drawn(operator, kind, policy="hf-eager"):
                 arguments, keywords = call.arrays()
                 assert all(np.isfinite(x).all() for x in arguments)
                 options = {"return_lse": True} if operator == "attention" else {}
@@ -462,7 +464,7 @@ def test_sizes_and_layouts_at_edges_occur(operator: str, of_call: Any, wanted: s
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_shrinking_reaches_the_plainest_call(operator: str) -> None:
     call = find(calls(operator), lambda _: True, settings=SHRINK)
-    assert call.family == "plain"
+    assert call.kind == "plain"
     arrays = [x for x in (*call.arguments, *dict(call.keywords).values()) if isinstance(x, Array)]
     assert all(x.layout == "dense" for x in arrays)
     assert all(not x.planted for x in arrays if x.dtype != "int64")
@@ -479,7 +481,7 @@ def test_a_wrong_tail_shrinks_to_one_row_and_a_block_and_one(block: int) -> None
 
     call = find(calls("rms_norm"), broken, settings=SHRINK)
     assert call.arguments[0].shape == (1, block + 1)
-    assert call.family == "plain"
+    assert call.kind == "plain"
 
 
 def test_a_batch_that_is_needed_shrinks_to_two_rows_of_one_key() -> None:
@@ -497,7 +499,7 @@ def test_a_batch_that_is_needed_shrinks_to_two_rows_of_one_key() -> None:
 @pytest.mark.filterwarnings("ignore:.*factor=.* is used")
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_configs_are_of_the_family_and_whole_inputs_fit(family: str) -> None:
-    kinds = set()
+    seen = set()
 
     @settings(few(60), derandomize=True)
     @given(configs(family).flatmap(whole_inputs))
@@ -510,10 +512,10 @@ def test_configs_are_of_the_family_and_whole_inputs_fit(family: str) -> None:
         for name in ("attention_mask", "position_ids"):
             value = getattr(given_input, name)
             assert value is None or value.shape == (B, S)
-            kinds.add(name if value is not None else "plain")
+            seen.add(name if value is not None else "plain")
 
     collect()
-    assert kinds == {"attention_mask", "position_ids", "plain"}
+    assert seen == {"attention_mask", "position_ids", "plain"}
 
 
 @settings(few(30), derandomize=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from refllm.apart import Process
 from refllm.errors import InputError, TokenizerError
 from refllm.text import chat_template, template_process, template_worker
 from refllm.text.template_process import Limits, NoProcessError, TemplateProcess
@@ -83,7 +84,7 @@ def tried(process, names):
     return told
 
 print(json.dumps([
-    (tried(TemplateProcess(Limits(cpu_seconds=0.05, memory=120_000_000)), BOMBS), peak()),
+    (tried(TemplateProcess(Limits(cpu_seconds=0.03, memory=80_000_000)), BOMBS), peak()),
     (tried(TemplateProcess(), ["format: named width, many", "search: count", CRASH]), peak()),
 ]))
 """
@@ -91,7 +92,7 @@ print(json.dumps([
 
 @pytest.fixture(scope="module")
 def bombs() -> Any:
-    """What came of each, and the largest memory of a process: with a twentieth of the time, and a few as usual."""
+    """What came of each, and the largest memory of a process: with a 30th of the time, and a few as usual."""
     here = os.path.dirname(__file__)
     result = subprocess.run(
         [sys.executable, "-c", _ALL_BOMBS, here], capture_output=True, text=True, check=False, timeout=200
@@ -103,7 +104,7 @@ def bombs() -> Any:
 def test_a_hundred_bombs_are_each_refused_in_one_sentence(bombs: Any) -> None:
     told, _ = bombs[0]
     assert len(told) == 100
-    reasons = ("takes more than 0.05 s of CPU time", "needs more than 120 MB of memory", "recurses without end")
+    reasons = ("takes more than 0.03 s of CPU time", "needs more than 80 MB of memory", "recurses without end")
     reasons += ("crashes the interpreter (SIG", "has no attribute", "too many", "Exceeds the limit")
     for name, (seconds, said) in told.items():
         assert said.startswith("chat template"), (name, said)
@@ -118,7 +119,7 @@ def test_a_hundred_bombs_are_each_refused_in_one_sentence(bombs: Any) -> None:
 
 def test_no_bomb_takes_more_memory_than_it_may(bombs: Any) -> None:
     (_, low), (_, real) = bombs
-    assert low <= 120_000_000
+    assert low <= 80_000_000
     assert real <= 400_000_000
 
 
@@ -279,14 +280,14 @@ def test_a_process_that_is_ended_again_and_again_is_said(
     make: Callable[..., TemplateProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = make()
-    ask = template_process.AnsweringProcess.ask
+    ask = Process.ask
 
-    def killed(worker: Any, request: bytes | None, seconds: float, most: int) -> bytes:
+    def killed(worker: Process, request: bytes | None, limit: float, most: int) -> bytes:
         if request is not None:
             os.kill(worker.pid, signal.SIGKILL)
-        return ask(worker, request, seconds, most)
+        return ask(worker, request, limit, most)
 
-    monkeypatch.setattr(template_process.AnsweringProcess, "ask", killed)
+    monkeypatch.setattr(Process, "ask", killed)
     with pytest.raises(TokenizerError, match=r"^chat template: its process was ended \(SIGKILL\)$"):
         process.render("x", {})
 
@@ -358,7 +359,7 @@ def test_without_a_process_work_is_counted_and_that_is_said_once(monkeypatch: py
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(chat_template, "_PROCESS", TemplateProcess())
-    monkeypatch.setattr(template_process.subprocess, "Popen", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     template_process.warn_of_weaker_limits.cache_clear()
     with pytest.warns(UserWarning, match=r"it does not start \(Operation not permitted\)\. Their work is counted"):
         assert chat_template.render(HELLO, chat("Hi")["messages"]) == "Hi"
@@ -372,7 +373,7 @@ def test_a_program_that_is_no_python_is_tried_once(monkeypatch: pytest.MonkeyPat
     process = TemplateProcess()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     for _ in range(2):
-        with pytest.raises(NoProcessError, match=r"Python does not start there \(exit code 1\)"):
+        with pytest.raises(NoProcessError, match=r"Python does not start there \(its process ended: exit code 1"):
             process.render("x", {})
         monkeypatch.setattr(sys, "executable", "/bin/this-is-not-asked-for")
 
@@ -400,13 +401,16 @@ def test_a_limit_of_memory_that_the_system_refuses_is_none(monkeypatch: pytest.M
 def test_where_memory_cannot_be_limited_work_is_counted_in_the_process(
     make: Callable[..., TemplateProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = template_process.AnsweringProcess.__init__
+    start = Process.program
 
-    def without_limits(worker: Any, arguments: list[str]) -> None:
-        *options, program = arguments
-        start(worker, [*options, f"import resource; resource.setrlimit = lambda *_: None; {program}"])
+    def without_limits(arguments: Callable[..., list[str]]) -> Process:
+        def changed(*fds: int) -> list[str]:
+            *options, program = arguments(*fds)
+            return [*options, f"import resource; resource.setrlimit = lambda *_: None; {program}"]
 
-    monkeypatch.setattr(template_process.AnsweringProcess, "__init__", without_limits)
+        return start(changed)
+
+    monkeypatch.setattr(Process, "program", without_limits)
     template_process.warn_of_weaker_limits.cache_clear()
     process = make()
     with pytest.warns(UserWarning, match="this system does not limit the memory of one"):

@@ -8,9 +8,10 @@ import numpy as np
 
 from refllm import extras
 from refllm.check.adapters.transformers_taps import hooks
-from refllm.check.candidates import must_not_have_changed
 from refllm.check.inputs import Inputs
+from refllm.check.misbehaviour import must_not_have_changed
 from refllm.check.taps import Sink
+from refllm.errors import MissingExtraError
 
 _AUTO_CLASS = {
     "base": "AutoModel",
@@ -21,16 +22,19 @@ _AUTO_CLASS = {
 }
 
 
-def require_transformers() -> None:
-    """Raises MissingExtraError, naming the command that helps, if Torch or Transformers is not installed."""
+def quiet_transformers() -> Any:
+    """The package, which says no more than errors. Raises MissingExtraError without it, without Torch, and where it is
+    there but cannot be imported."""
+    what = "a candidate of Transformers"
+    extras.require(what, "torch", "transformers")
     try:
-        import torch  # noqa: F401
         import transformers
     except ImportError as error:
-        missing = extras.not_installed(("torch", "transformers")) or ["transformers"]
-        raise extras.missing_extra("a candidate of Transformers", *missing) from error
+        again = extras.install_command("transformers")
+        raise MissingExtraError(f"{what}: transformers cannot be imported ({error}); install again: {again}") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    return transformers
 
 
 class TransformersCandidate:
@@ -40,9 +44,8 @@ class TransformersCandidate:
     """
 
     def __init__(self, model: Any, attention: str | None = None) -> None:
-        require_transformers()
+        transformers = quiet_transformers()
         import torch
-        import transformers
 
         self.model = model.eval()
         self.attention = attention or getattr(model.config, "_attn_implementation", "eager")
@@ -57,9 +60,8 @@ class TransformersCandidate:
     @classmethod
     def load(cls, folder: Path, *, head: str, dtype: str, attention: str = "eager") -> "TransformersCandidate":
         """The model in a checkpoint folder. attention: Transformers' `attn_implementation`."""
-        require_transformers()
+        transformers = quiet_transformers()
         import torch
-        import transformers
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

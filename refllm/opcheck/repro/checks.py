@@ -2,12 +2,12 @@
 
 from refllm.accuracy.expected import remembered
 from refllm.opcheck.poison import FILLINGS
-from refllm.opcheck.repro.case import Case, indented, listed, made, number
+from refllm.opcheck.repro.shown import Shown, indented, listed, made, number
 from refllm.opcheck.repro.unread import between_changed, unread_changed
 from refllm.opcheck.repro.values import values
 
 
-def check(case: Case) -> list[str]:
+def check(shown: Shown) -> list[str]:
     """Lines that print what is wrong and exit with 1 if it is."""
     ways = {
         "outright": _outright,
@@ -18,13 +18,13 @@ def check(case: Case) -> list[str]:
         "reuse": _reuse,
         "result": _result,
     }
-    return ways.get(case.kind, values)(case)
+    return ways.get(shown.way, values)(shown)
 
 
-def _outright(case: Case) -> list[str]:
+def _outright(shown: Shown) -> list[str]:
     return [
         "try:",
-        *indented(case.called()),
+        *indented(shown.called()),
         "except BaseException as error:",
         '    print(f"{type(error).__name__}: {error}")',
         "    sys.exit(1)",
@@ -32,22 +32,22 @@ def _outright(case: Case) -> list[str]:
     ]
 
 
-def _hangs(case: Case) -> list[str]:
-    seconds = max(1, round(case.limit))
+def _hangs(shown: Shown) -> list[str]:
+    seconds = max(1, round(shown.limit))
     return [
         f"faulthandler.dump_traceback_later({seconds}, exit=True)  # exits with 1, and says where it was",
-        *case.called(),
+        *shown.called(),
         'print("it returned")',
     ]
 
 
-def _crashes(case: Case) -> list[str]:
+def _crashes(shown: Shown) -> list[str]:
     # Its process may end with exit code 0 as well: what counts is that it said so when the candidate had returned.
     return [
         "read, write = os.pipe()",
         "child = os.fork()",
         "if child == 0:",
-        *indented([*made(case), *case.called()]),
+        *indented([*made(shown), *shown.called()]),
         '    os.write(write, b"returned")',
         "    os._exit(0)",
         "os.close(write)",
@@ -58,21 +58,21 @@ def _crashes(case: Case) -> list[str]:
     ]
 
 
-def _pair(case: Case) -> list[str]:
-    if case.finding.property == "determinism":
+def _pair(shown: Shown) -> list[str]:
+    if shown.finding.property == "determinism":
         return [
-            f"runs = [run(*make()) for _ in range({20 if 'now and then' not in case.finding.text else 200})]",
+            f"runs = [run(*make()) for _ in range({20 if 'now and then' not in shown.finding.text else 200})]",
             "different = [max(int((a != b).sum()) for b in outputs) for a, *outputs in zip(*runs)]",
             'print("elements that differ between runs on the same input, by output:", different)',
             "sys.exit(int(any(different)))",
         ]
     changes: list[str] = []
-    if not case.fills:
-        between = "between the elements" in case.finding.text
-        changes = between_changed(case.numpy) if between else unread_changed(case.call, case.numpy)
+    if not shown.fills:
+        between = "between the elements" in shown.finding.text
+        changes = between_changed(shown.numpy) if between else unread_changed(shown.call, shown.numpy)
     fillings = ([f"filling, integer = {number(x)}, {n}"] for x, n in zip(FILLINGS, (100, 3), strict=True))
-    first, second = fillings if case.fills else ([], [])
-    unread = "memory that nobody wrote" if case.fills else "what is not read"
+    first, second = fillings if shown.fills else ([], [])
+    unread = "memory that nobody wrote" if shown.fills else "what is not read"
     return [
         *first,
         "first = run(*make())",
@@ -113,29 +113,31 @@ before = [memory(x) for x in arrays]
 """.strip().splitlines()
 
 
-def _purity(case: Case) -> list[str]:
-    pairs = "arrays, before)) if memory(x) != b" if case.numpy else "tensors, before)) if not torch.equal(memory(x), b)"
+def _purity(shown: Shown) -> list[str]:
+    pairs = (
+        "arrays, before)) if memory(x) != b" if shown.numpy else "tensors, before)) if not torch.equal(memory(x), b)"
+    )
     return [
-        *(_MEMORY_NUMPY if case.numpy else _MEMORY),
-        *case.called(),
+        *(_MEMORY_NUMPY if shown.numpy else _MEMORY),
+        *shown.called(),
         f"changed = [i for i, (x, b) in enumerate(zip({pairs}]",
         'print("inputs that changed, counted from 0:", changed)',
         "sys.exit(int(bool(changed)))",
     ]
 
 
-def _reuse(case: Case) -> list[str]:
-    other = "(x * (i + 2)).astype(x.dtype)" if case.numpy else "x * (i + 2)"
-    floats = 'x.dtype.kind not in "biu"' if case.numpy else "x.is_floating_point()"
+def _reuse(shown: Shown) -> list[str]:
+    other = "(x * (i + 2)).astype(x.dtype)" if shown.numpy else "x * (i + 2)"
+    floats = 'x.dtype.kind not in "biu"' if shown.numpy else "x.is_floating_point()"
     return [
-        *case.called(),
-        f"held, before = got, [{case.read('x')}.copy() for x in got]",
+        *shown.called(),
+        f"held, before = got, [{shown.read('x')}.copy() for x in got]",
         "arguments = [  # other numbers",
-        f"    {other} if isinstance(x, {'np.ndarray' if case.numpy else 'torch.Tensor'}) and {floats} else x",
+        f"    {other} if isinstance(x, {'np.ndarray' if shown.numpy else 'torch.Tensor'}) and {floats} else x",
         "    for i, x in enumerate(arguments)",
         "]",
-        *case.called(),
-        f"now = [{case.read('x')} for x in held]",
+        *shown.called(),
+        f"now = [{shown.read('x')} for x in held]",
         "changed = [i for i, (a, b) in enumerate(zip(now, before)) if not np.array_equal(a, b, equal_nan=True)]",
         'print("results that a later call overwrote, counted from 0:", changed)',
         "sys.exit(int(bool(changed)))",
@@ -159,13 +161,13 @@ got = [(tuple(x.shape), str(x.dtype)[6:]) if d else getattr(x, "layout", type(x)
 """.strip().splitlines()
 
 
-def _result(case: Case) -> list[str]:
-    expected = [repr((tuple(e.exact.shape), e.dtype)) for e in remembered(case.call, case.policy)]
-    place = "" if case.numpy else ", on {devices}"
-    wrong = "" if case.numpy else f" or devices != {{{case.candidate.device.partition(':')[0]!r}}}"
+def _result(shown: Shown) -> list[str]:
+    expected = [repr((tuple(e.exact.shape), e.dtype)) for e in remembered(shown.call, shown.policy)]
+    place = "" if shown.numpy else ", on {devices}"
+    wrong = "" if shown.numpy else f" or devices != {{{shown.candidate.device.partition(':')[0]!r}}}"
     return [
-        *case.called(),
-        *(_SEEN_NUMPY if case.numpy else _SEEN_TORCH),
+        *shown.called(),
+        *(_SEEN_NUMPY if shown.numpy else _SEEN_TORCH),
         *listed("expected", expected),
         f'print(f"returned {{got}}\\nexpected {{expected}}\\nshares memory with an input: {{shared}}{place}")',
         f"sys.exit(int(got != expected or any(shared){wrong}))",

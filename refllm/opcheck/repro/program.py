@@ -4,8 +4,8 @@ import textwrap
 
 from refllm.opcheck.candidate import Candidate
 from refllm.opcheck.examine import Finding
-from refllm.opcheck.repro.case import WIDTH, Case, indented, made
 from refllm.opcheck.repro.checks import check
+from refllm.opcheck.repro.shown import WIDTH, Shown, indented, made
 from refllm.opcheck.repro.source import candidate_code
 from refllm.opcheck.repro.unread import filled_memory
 from refllm.ops.contracts import CONTRACTS
@@ -14,7 +14,7 @@ from refllm.strategies.arrays import Array
 
 def reproduction(finding: Finding, candidate: Candidate, policy: str, limit: float) -> str:
     """The program. limit: seconds after which it hangs."""
-    case = Case(finding, candidate, policy, limit)
+    shown = Shown(finding, candidate, policy, limit)
     said = textwrap.fill(f"{finding.text}.", WIDTH).replace("\\", "/").replace('"""', "'''")
     lines = [
         f'"""{finding.call.operator}: {candidate.name}, {finding.property}.',
@@ -23,40 +23,40 @@ def reproduction(finding: Finding, candidate: Candidate, policy: str, limit: flo
         "",
         'Written by refllm check-op. Exit code 1: the failure is there."""',
         "",
-        *_imports(case),
+        *_imports(shown),
         "",
-        *_helpers(case),
-        *([] if case.kind in ("pair", "crashes") else [*made(case), ""]),
-        *check(case),
+        *_helpers(shown),
+        *([] if shown.way in ("pair", "crashes") else [*made(shown), ""]),
+        *check(shown),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _imports(case: Case) -> list[str]:
-    own, needs = candidate_code(case.candidate)
-    special = {"hangs": {"faulthandler"}, "crashes": {"os"}}.get(case.finding.property, set())
+def _imports(shown: Shown) -> list[str]:
+    own, needs = candidate_code(shown.candidate)
+    special = {"hangs": {"faulthandler"}, "crashes": {"os"}}.get(shown.finding.property, set())
     lines = [f"import {name}" for name in sorted({"sys"} | special | needs)]
-    lines += ["", *(["import ml_dtypes"] if _bfloat16_arrays(case) else []), "import numpy as np"]
-    lines += [] if case.numpy else ["import torch"]
-    if case.candidate.interpreted:
+    lines += ["", *(["import ml_dtypes"] if _bfloat16_arrays(shown) else []), "import numpy as np"]
+    lines += [] if shown.numpy else ["import torch"]
+    if shown.candidate.interpreted:
         lines.append("from refllm.kernels import interpreted")
     # Before the candidate, which may import torch.empty by name.
-    return [*lines, *(["", *filled_memory(case.numpy)] if case.fills else []), "", *own]
+    return [*lines, *(["", *filled_memory(shown.numpy)] if shown.fills else []), "", *own]
 
 
-def _bfloat16_arrays(case: Case) -> bool:
+def _bfloat16_arrays(shown: Shown) -> bool:
     """Whether there are NumPy arrays of a type that NumPy does not have."""
-    given = (*case.call.arguments, *(x for _, x in case.call.keywords))
-    return case.numpy and any(isinstance(x, Array) and x.dtype == "bfloat16" for x in given)
+    given = (*shown.call.arguments, *(x for _, x in shown.call.keywords))
+    return shown.numpy and any(isinstance(x, Array) and x.dtype == "bfloat16" for x in given)
 
 
-def _helpers(case: Case) -> list[str]:
+def _helpers(shown: Shown) -> list[str]:
     lines = []
-    if case.whole:
-        lines += ["", *CONTRACTS[case.call.operator].program.splitlines(), "", ""]
-    if case.kind == "pair":
-        made_here = [*made(case), "return arguments, keywords"]
-        run = [*case.called(), f"return [{case.read('x')} for x in got]"]
+    if shown.whole:
+        lines += ["", *CONTRACTS[shown.call.operator].program.splitlines(), "", ""]
+    if shown.way == "pair":
+        made_here = [*made(shown), "return arguments, keywords"]
+        run = [*shown.called(), f"return [{shown.read('x')} for x in got]"]
         lines += [
             "",
             "def make():",

@@ -1,5 +1,6 @@
 """Lines that change what nobody may read: memory never written, what lies between elements, and masked elements."""
 
+from refllm.ops.contracts import contract_of
 from refllm.strategies.call import Call
 
 _FILLED = """
@@ -98,17 +99,19 @@ for x, where in ((k, beyond), (v, beyond)):
 
 def unread_changed(call: Call, numpy: bool = False) -> list[str]:
     """Lines that change the elements of `arguments` that the contract does not read."""
-    if numpy and call.operator == "attention":
+    known = contract_of(call.operator)
+    kinds = known.kinds.values()
+    if numpy and "mask" in kinds:
         masked = _MASKED_NUMPY.splitlines() if dict(call.keywords).get("key_mask") is not None else []
         return ["q, k, v = arguments", *masked, *_BLIND_NUMPY.splitlines()]
-    if numpy and call.operator == "decode_attention":
+    if numpy and "lengths" in kinds:
         return _BEYOND_NUMPY.splitlines()
-    if call.operator == "attention":
+    if "mask" in kinds:
         masked = _MASKED.splitlines() if dict(call.keywords).get("key_mask") is not None else []
         return ["q, k, v = arguments", *masked, *_BLIND.splitlines()]
-    if call.operator == "decode_attention":
+    if "lengths" in kinds:
         return _BEYOND.splitlines()
-    labels = 1 if call.operator == "cross_entropy" else 2
+    labels = list(known.parameters).index("labels")
     return [
         f'x, where = arguments[0], arguments[{labels}] == keywords.get("ignore_index", -100)',
         "x[where] = 1 - x[where]",

@@ -6,19 +6,19 @@ import numpy as np
 from refllm.accuracy import limits
 from refllm.accuracy.expected import Expected, remembered
 from refllm.accuracy.judge import Judgement, rms
-from refllm.opcheck.repro.case import Case, number
+from refllm.opcheck.repro.shown import Shown, number
 from refllm.ops.contracts import contract_of
 
 
-def values(case: Case) -> list[str]:
+def values(shown: Shown) -> list[str]:
     """Lines that compare values."""
-    i = list(contract_of(case.call.operator).outputs).index(case.finding.output)
-    judgement = case.finding.judgement
+    i = list(contract_of(shown.call.operator).outputs).index(shown.finding.output)
+    judgement = shown.finding.judgement
     if judgement is None:
-        return _bits(case, i)
-    lines = [*case.called(), f"y = {case.read(f'got[{i}]')}"]
-    if case.whole:
-        return [*lines, *_whole(case, judgement, i)]
+        return _bits(shown, i)
+    lines = [*shown.called(), f"y = {shown.read(f'got[{i}]')}"]
+    if shown.whole:
+        return [*lines, *_whole(shown, judgement, i)]
     return [*lines, *_element(judgement)]
 
 
@@ -54,17 +54,17 @@ named = keywords
 """.strip().splitlines()
 
 
-def _whole(case: Case, judgement: Judgement, i: int) -> list[str]:
-    e = remembered(case.call, case.policy)[i]
+def _whole(shown: Shown, judgement: Judgement, i: int) -> list[str]:
+    e = remembered(shown.call, shown.policy)[i]
     rules = {f.rule for f in judgement.faults}
     lines = [
-        *(_EXACT_NUMPY if case.numpy else _EXACT),
+        *(_EXACT_NUMPY if shown.numpy else _EXACT),
         f"exact = definition(*values, **named)[{i}]",
         "finite = np.isfinite(y) & np.isfinite(exact)",
         "error = np.abs(y - exact)[finite]",
     ]
     if "rms" in rules or "row" in rules:
-        size = rms(_error(case.finding.results[i].value, e))
+        size = rms(_error(shown.finding.results[i].value, e))
         allowed = size * judgement.limit / judgement.ratio if "rms" in rules else 0.999 * size
         return [
             *lines,
@@ -75,7 +75,7 @@ def _whole(case: Case, judgement: Judgement, i: int) -> list[str]:
     share = limits.misrounded_limit(judgement.wrong.size)
     return [
         *lines,
-        f"rounded = {_rounded(case, e.dtype)}",
+        f"rounded = {_rounded(shown, e.dtype)}",
         "share = np.mean((y != rounded)[finite])",
         "binade = np.floor(np.log2(np.maximum(np.abs(exact[finite]), 1e-45)))",
         f"worst = (error / (2.0**binade * {float(ml_dtypes.finfo(e.dtype).eps)!r})).max()",
@@ -85,26 +85,26 @@ def _whole(case: Case, judgement: Judgement, i: int) -> list[str]:
     ]
 
 
-def _rounded(case: Case, dtype: str) -> str:
+def _rounded(shown: Shown, dtype: str) -> str:
     """An expression for the exact values, rounded once."""
-    if not case.numpy:
+    if not shown.numpy:
         return f"torch.from_numpy(np.array(exact)).float().to(torch.{dtype}).double().numpy()"
     kind = "ml_dtypes.bfloat16" if dtype == "bfloat16" else f"np.{dtype}"
     return f"np.array(exact, np.float32).astype({kind}).astype(np.float64)"
 
 
-def _bits(case: Case, i: int) -> list[str]:
+def _bits(shown: Shown, i: int) -> list[str]:
     """The lines that compare the bits of a row alone with those that it has in its batch."""
-    assert case.finding.row_alone is not None
-    part = f"{case.finding.row_alone}:{case.finding.row_alone + 1}"
-    masked = any(name == "key_mask" for name, _ in case.call.keywords)
+    assert shown.finding.row_alone is not None
+    part = f"{shown.finding.row_alone}:{shown.finding.row_alone + 1}"
+    masked = any(name == "key_mask" for name, _ in shown.call.keywords)
     return [
-        *case.called(),
-        f"alone = {case.read(f'got[{i}]')}",
+        *shown.called(),
+        f"alone = {shown.read(f'got[{i}]')}",
         "arguments = whole",
         *(['keywords = {**keywords, "key_mask": key_mask}'] if masked else []),
-        *case.called(),
-        f"batch = {case.read(f'got[{i}]')}",
+        *shown.called(),
+        f"batch = {shown.read(f'got[{i}]')}",
         f"different = alone != batch[{part}]",
         'print("elements with other bits:", int(different.sum()))',
         "sys.exit(int(different.any()))",

@@ -15,7 +15,7 @@ WIDTH = 118
 
 
 @dataclass(frozen=True)
-class Case:
+class Shown:
     """A finding, the candidate, the policy under which it was judged, and the seconds after which it hangs."""
 
     finding: Finding
@@ -38,7 +38,7 @@ class Case:
         return self.finding.row_alone is not None
 
     @property
-    def kind(self) -> str:
+    def way(self) -> str:
         """How it is shown: by an exception ("outright"), two runs that differ ("pair"), or as its property needs."""
         p = self.finding.property
         if p in _OUTRIGHT or (p == "unwritten" and self.finding.where is None):
@@ -50,7 +50,7 @@ class Case:
     @property
     def fills(self) -> bool:
         """Whether it shows with what new memory holds, which the program then has to set."""
-        return self.finding.property == "unwritten" and self.kind == "pair"
+        return self.finding.property == "unwritten" and self.way == "pair"
 
     @property
     def whole(self) -> bool:
@@ -72,18 +72,18 @@ class Case:
         return f"np.array({x}, np.float64)" if self.numpy else f"{x}.detach().double().cpu().numpy()"
 
 
-def made(case: Case) -> list[str]:
+def made(shown: Shown) -> list[str]:
     """Lines that make `arguments` and `keywords`; one row of them where that is what fails."""
-    lines, row = case.call.code(case.candidate.device, case.numpy), case.finding.row_alone
+    lines, row = shown.call.code(shown.candidate.device, shown.numpy), shown.finding.row_alone
     if row is not None:
-        arguments = case.call.placed()[0]
-        cut = inputs.row_alone(case.call, arguments, {}, row)[0]
+        arguments = shown.call.placed()[0]
+        cut = inputs.row_alone(shown.call, arguments, {}, row)[0]
         which = [i for i, (a, b) in enumerate(zip(arguments, cut, strict=True)) if a is not b]
         lines += [
             f"whole, cut = list(arguments), {which}",
             f"arguments = [x[{row}:{row + 1}] if i in cut else x for i, x in enumerate(whole)]  # one row alone",
         ]
-        if any(n == "key_mask" and v is not None for n, v in case.call.keywords):
+        if any(n == "key_mask" and v is not None for n, v in shown.call.keywords):
             lines.append(f'keywords = {{**keywords, "key_mask": keywords["key_mask"][{row}:{row + 1}]}}')
     return lines
 

@@ -1,0 +1,120 @@
+"""A forward pass that somebody wrote, as a candidate: what it is given, and what is taken of what it returns."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refllm.check.inputs import Inputs
+from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
+from refllm.check.taps import Sink, as_array, cannot_run, is_array
+from refllm.errors import InputError
+from refllm.forward.taps import HEAD_TAPS
+from refllm.precision.dtype_names import dtype_name
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Forward = Callable[..., Any]
+"""A user's forward pass: f(checkpoint, input_ids, attention_mask, position_ids, tap) -> logits.
+
+checkpoint: the folder. The next three are int64 arrays [B, S]; mask: 1 = a token, 0 = padding. tap(name, value) hands
+over a named value (`refllm.forward.taps`) and returns it; call it for whatever is at hand, or not at all. A function
+that has an argument `dtype` is told in which format to compute, "float32", "bfloat16" or "float16". One that has an
+argument `cache` returns (logits, cache) and is given what it returned as second value at its last call, None at first;
+then input_ids and position_ids [B, S] are those of the new tokens, and attention_mask [B, T] is of all so far.
+
+What it returns may also be an object with `logits` (and `past_key_values`), as those of Transformers are; without a
+head, the last norm's result or an object with `last_hidden_state`.
+"""
+
+_TAKES = ("dtype", "cache")
+_IN_ORDER = 5  # arguments that are given by their place
+
+
+class FunctionCandidate:
+    """A `Forward` as a candidate. takes: "dtype" and "cache", if the function has arguments of that name."""
+
+    def __init__(self, function: Forward, folder: Path, *, head: str, dtype: str, name: str | None = None) -> None:
+        dtype = dtype_name(dtype)
+        if dtype not in DTYPES:
+            raise InputError(f"dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
+        self.function, self.folder, self.head, self.dtype = function, folder, head, dtype
+        self.name = str(name or getattr(function, "__name__", type(function).__name__))
+        self.details: dict[str, str] = {}
+        self.takes = _named(function)
+
+    def run(self, inputs: Inputs, sink: Sink) -> None:
+        """See `Candidate.run`. Raises InputError for inputs that `cannot_run` has a reason for."""
+        if reason := cannot_run(self, inputs):
+            raise InputError(f"{self.name}: {inputs.label}: {reason}")
+        cache = None
+        for piece in inputs.pieces():
+            given = {
+                "input_ids": inputs.input_ids[:, piece],
+                "attention_mask": inputs.mask[:, : piece.stop],
+                "position_ids": inputs.positions[:, piece],
+            }
+            cache = self._call(given, cache, sink)
+            if inputs.chunks and cache is None:
+                raise misbehaves("result", "it takes a cache and returns none; expected (logits, cache)")
+
+    def _call(self, given: dict[str, np.ndarray], cache: Any, sink: Sink) -> Any:
+        """One pass. Returns its cache."""
+        last, shown = HEAD_TAPS.get(self.head, "model.norm"), {}
+
+        def tap(name: str, value: Any) -> Any:
+            sink(name, value)
+            if name == last:
+                shown[name] = value
+            return value
+
+        copies = {name: np.array(value) for name, value in given.items()}
+        named = {"dtype": self.dtype, "cache": cache}
+        try:
+            out = self.function(str(self.folder), *copies.values(), tap, **{name: named[name] for name in self.takes})
+        except (KeyboardInterrupt, EnoughError):
+            raise
+        except BaseException as error:  # of our own kinds too: it may be made of refllm
+            raise raised(error) from None
+        must_not_have_changed(given, copies)
+        result, cache = _parts(out)
+        if result is not None and last not in shown:
+            sink(last, result)
+        elif result is not None and not _same(last, result, shown[last]):
+            raise misbehaves("result", f"{last} is named as one value and returned as another")
+        return cache
+
+
+def _named(function: Forward) -> tuple[str, ...]:
+    """Which of `_TAKES` are arguments of a function, beside those that are given by their place."""
+    try:
+        arguments = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some of those that are written in C
+        return ()
+    only, either = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [a.name for i, a in enumerate(arguments) if a.kind == only or (a.kind == either and i >= _IN_ORDER)]
+    return tuple(name for name in _TAKES if name in names)
+
+
+def _parts(out: Any) -> tuple[Any, Any]:
+    """The result and the cache in what a function returned."""
+    if isinstance(out, tuple):
+        return (out + (None, None))[:2]
+    if is_array(out):
+        return out, None
+    fields = out if isinstance(out, Mapping) else {name: getattr(out, name, None) for name in _FIELDS}
+    found = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
+    if {"start_logits", "end_logits"} <= found.keys():
+        pair = [as_array(found[name]) for name in ("start_logits", "end_logits")]
+        return np.stack(pair, axis=-1), found.get("past_key_values")
+    result = found.get("logits", found.get("last_hidden_state"))
+    return (out if result is None else result), found.get("past_key_values")
+
+
+_FIELDS = ("logits", "last_hidden_state", "start_logits", "end_logits", "past_key_values")
+
+
+def _same(name: str, result: Any, shown: Any) -> bool:
+    return result is shown or np.array_equal(floats(name, result), floats(name, shown), equal_nan=True)
