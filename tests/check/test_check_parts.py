@@ -478,3 +478,15 @@ def test_a_check_keeps_no_weights() -> None:
     kept = refllm.load(folder, dtype="bfloat16").weights
     assert model.weights.low_memory
     assert all(np.array_equal(model.weights[name], kept[name]) for name in kept)
+
+
+def test_embeddings_are_those_of_the_table_times_their_scale() -> None:
+    model = refllm.load(Path(golden.path("llama-tiny")), dtype="float32")
+    ids, seen = np.array([[7, 300, 4]]), dict[str, np.ndarray]()
+    ReferenceCandidate(model).run(Inputs(ids, embeds_scale=0.3), lambda name, value: seen.__setitem__(name, value))
+    table = np.asarray(model.weights["embed_tokens.weight"], np.float32)
+    np.testing.assert_array_equal(seen["model.embed_tokens"], table[ids] * np.float32(0.3))
+
+
+def test_what_was_not_rounded_is_not_misrounded() -> None:
+    assert measured(np.ones((4, 16))).misrounded == 0.0

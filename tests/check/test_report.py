@@ -341,7 +341,12 @@ def test_of_many_flips_those_are_listed_that_are_farthest_from_being_explained()
 
 def test_summary_names_the_first_failure_of_what_fails_alone() -> None:
     said = [printed(show_summary([report])) for report in (holding(), untested(), wrong_tokens(), failing())]
-    for text, first in zip(said, ("holds", "incomplete", "fails: next tokens", "fails: layer 1 k_proj"), strict=True):
+    assert said[0].split()[:4] == ["own", "end", "checkpoint", "dtype"]
+    assert said[0].splitlines()[1].split() == ["checkpoint", "dtype", "input", "inputs", "to", "end", "flips"]
+    assert re.search(r" 4/40 fails", " ".join(said[3].split()))
+    for text, first in zip(
+        said, ("holds", "incomplete: 1 value untested", "fails: next tokens", "fails: layer 1 k_proj"), strict=True
+    ):
         assert text.splitlines()[-1].rstrip().endswith(first), text
 
 
