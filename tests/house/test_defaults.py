@@ -58,7 +58,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "tools": None, "documents": None, "add_generation_prompt": False, "continue_final_message": False,
     },
     "refllm.check.inputs:Inputs": {
-        "attention_mask": None, "position_ids": None, "chunks": (), "embeds_scale": None, "label": "tokens", "until": "",
+        "attention_mask": None, "position_ids": None, "chunks": (), "embeds_scale": None, "label": "tokens",
+        "until": "",
     },
     "refllm.accuracy.measure:Measure": {"nonfinite_at": (), "misrounded": 0.0, "honest": 0.0},
     "refllm.golden.verify:Verified": {"cases": 0, "ratio": 0.0, "largest": 0.0, "worst": ""},
