@@ -28,14 +28,14 @@ from refllm.check import check_op  # noqa: E402
 from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
 from refllm.opcheck import api, poison  # noqa: E402
 from refllm.opcheck.candidate import Candidate, uses_triton  # noqa: E402
-from refllm.opcheck.examine import Finding  # noqa: E402
+from refllm.opcheck.examine import Examiner, Finding  # noqa: E402
 from refllm.opcheck.guess import guess  # noqa: E402
-from refllm.opcheck.observe import Result  # noqa: E402
+from refllm.opcheck.observe import Result, Task  # noqa: E402
 from refllm.opcheck.repro import reproduction  # noqa: E402
 from refllm.opcheck.repro.unread import filled_memory, unread_changed  # noqa: E402
 from refllm.opcheck.shrink import axis_lengths, resized, shrink  # noqa: E402
 from refllm.opcheck.tile import begin, tile  # noqa: E402
-from refllm.opcheck.worker import TimeIsUpError  # noqa: E402
+from refllm.opcheck.worker import InProcess, TimeIsUpError  # noqa: E402
 from refllm.ops.contracts import CONTRACTS, contract_of  # noqa: E402
 from refllm.precision import FUSED, rounding  # noqa: E402
 from refllm.strategies import Array, Call, corners  # noqa: E402
@@ -545,3 +545,18 @@ def test_of_a_hang_the_small_call_is_told_only_where_it_hangs_as_long(monkeypatc
     made[0] = first
     assert told(none := Waiting(100.0, again)) is first
     assert none.limits == []
+
+
+def test_the_score_of_a_call_is_its_error_over_what_is_allowed() -> None:
+    call = corners("rms_norm", "float32")[0]
+    for factor, least, most in ((1.0, 0.0, 1.0), (1.001, 10.0, np.inf)):
+
+        def scaled(x: Any, weight: Any, eps: float, factor: float = factor) -> Any:
+            return candidates.right(x, weight, eps) * factor
+
+        named = Candidate("scaled", scaled, "", "torch", "cpu", triton=False)
+        task = Task(call, "cpu", "torch", False, "fused", True, False)
+        examine = Examiner(InProcess(named), task, 10.0, time.monotonic() + 100)
+        assert (examine(call) is None) == (factor == 1)
+        assert least <= examine.score < most
+        assert (examine.examples, examine.slowest > 0) == (1, True)
