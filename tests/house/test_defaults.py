@@ -64,6 +64,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.accuracy.measure:Measure": {"nonfinite_at": (), "misrounded": 0.0, "honest": 0.0},
     "refllm.golden.verify:Verified": {"cases": 0, "ratio": 0.0, "largest": 0.0, "worst": ""},
     "refllm.kernels.calls:call": {"bias": True},
+    "refllm.kernels.launch:Launch": {
+        "num_warps": 4, "num_stages": 3, "tensor_cores": False, "async_copies": False, "wide_loads": False,
+        "narrow": "",
+    },
 }  # fmt: skip
 """module:name -> what stands for each argument that is not given; functions and lists made anew are left out."""
 
