@@ -39,6 +39,7 @@ def _distinct(configs: list[Any]) -> list[Any]:
 
 
 def _compare(tuner: Any, configs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    __tracebackhide__ = True
     first: dict[str, torch.Tensor] = {}
     for config in configs:
         copies = _Copies()

@@ -1,6 +1,7 @@
 """What `check` is made of: distances in ulp, next tokens, answers that would pass, and the taps before a finding."""
 
 import math
+import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.verdicts import verdict, worst
 from refllm.accuracy.wrong_answers import undetected, wrong_answers
 from refllm.check import findings, html
+from refllm.check.adapters.transformers import require_transformers
 from refllm.check.candidates import FunctionCandidate, ReferenceCandidate, record
 from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
@@ -28,6 +30,7 @@ from refllm.check.oracle import Report, TapReport, judge
 from refllm.check.run import load
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.taps import as_array
+from refllm.errors import MissingExtraError
 from refllm.precision import HF_EAGER
 
 # -- next tokens -------------------------------------------------------------------------------------------------------
@@ -478,3 +481,21 @@ def test_a_check_keeps_no_weights() -> None:
     kept = refllm.load(folder, dtype="bfloat16").weights
     assert model.weights.low_memory
     assert all(np.array_equal(model.weights[name], kept[name]) for name in kept)
+
+
+def test_embeddings_are_those_of_the_table_times_their_scale() -> None:
+    model = refllm.load(Path(golden.path("llama-tiny")), dtype="float32")
+    ids, seen = np.array([[7, 300, 4]]), dict[str, np.ndarray]()
+    ReferenceCandidate(model).run(Inputs(ids, embeds_scale=0.3), lambda name, value: seen.__setitem__(name, value))
+    table = np.asarray(model.weights["embed_tokens.weight"], np.float32)
+    np.testing.assert_array_equal(seen["model.embed_tokens"], table[ids] * np.float32(0.3))
+
+
+def test_what_was_not_rounded_is_not_misrounded() -> None:
+    assert measured(np.ones((4, 16))).misrounded == 0.0
+
+
+def test_a_candidate_of_transformers_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError, match="a candidate of Transformers needs transformers, which is not installed"):
+        require_transformers()

@@ -152,6 +152,43 @@ def test_every_tap_of_every_family_has_a_formula_and_a_convention(family: str) -
         assert formulas.formula(tap.name).operator in (formula.operator, "rms_norm", "glu")
 
 
+OPERATORS = {
+    "embed_tokens": "embedding",
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"), "linear"),
+    **dict.fromkeys(("q_rope", "k_rope"), "rope"),
+    **dict.fromkeys(("scores", "probs", "context"), "attention"),
+    **dict.fromkeys(("residual_mid", "0", "1"), "add"),
+}
+"""By the last part of a value's name; a norm and an activation are the family's own."""
+
+
+@pytest.mark.parametrize("family", ["Helium", "Llama", "StableLm", "Arcee"])
+def test_a_formula_has_the_operator_the_biases_and_the_sizes_of_its_model(family: str) -> None:
+    model, report = model_of(family, "bfloat16"), run(family)
+    config, norm = model.config, "layer_norm" if family == "StableLm" else "rms_norm"
+    gated, eps = family != "Arcee", getattr(model.config, "rms_norm_eps", None) or model.config.layer_norm_eps
+    activation = "glu" if gated else "activation"
+    for name in [tap.name for tap in report.taps]:
+        formula, last = formulas.formula(name, config), name.rpartition(".")[2]
+        assert formula.operator == OPERATORS.get(last, activation if last == "act" else norm), name
+        if formula.operator == "linear":
+            assert (" + b" in formula.text) == (f"{name.removeprefix('model.')}.bias" in model.weights), name
+        if formula.operator == norm:
+            assert f" + {eps:g})" in formula.text, name
+            read = [other for other in ("q_proj", "gate_proj", "up_proj") if f" {other}" in formula.convention]
+            parallel = family == "StableLm"  # the tiny one
+            first, second = ["q_proj"], ["gate_proj", "up_proj"] if gated else ["up_proj"]
+            expected = {"input_layernorm": first + second * parallel, "post_attention_layernorm": second}
+            assert read == expected.get(last, []), name
+        if formula.operator == "rope":
+            R = int(HEAD_DIM * (0.5 if family == "StableLm" else 1))
+            assert f"R = {R} of D = {HEAD_DIM}: " in formula.convention
+            assert ("every dim is rotated" in formula.convention) == (R == HEAD_DIM)
+            assert ("(2i, 2i+1)" in formula.text) == (family == "Helium")
+    (act,) = {formulas.formula(f"model.layers.{i}.mlp.act", config).text for i in range(2)}
+    assert act == ("h = g / (1 + e^-g) * u" if gated else "h = max(u, 0)^2")
+
+
 def test_source_of_a_formula_is_the_line_that_defines_its_operator() -> None:
     root = Path(refllm.__file__).parent.parent
     for tap in holding().taps:
@@ -304,6 +341,9 @@ def test_of_many_flips_those_are_listed_that_are_farthest_from_being_explained()
 
 def test_summary_names_the_first_failure_and_what_was_not_seen() -> None:
     said = [printed(show_summary([report])) for report in (holding(), untested(), wrong_tokens(), failing())]
+    assert said[0].split()[:4] == ["own", "end", "checkpoint", "dtype"]
+    assert said[0].splitlines()[1].split() == ["checkpoint", "dtype", "input", "inputs", "to", "end", "flips"]
+    assert re.search(r" 4/40 fails", " ".join(said[3].split()))
     ends = ("holds", "incomplete: 1 value untested", "fails: next tokens", "fails: layer 1 k_proj")
     for text, first in zip(said, ends, strict=True):
         assert text.splitlines()[-1].rstrip().endswith(first), text

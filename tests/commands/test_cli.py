@@ -302,7 +302,37 @@ def test_trace_and_diff_tell_what_they_hold(refllm: Run, checkpoint: Path, tmp_p
     assert (code, "identical, bit for bit" in out) == (0, True)
     code, out, _ = refllm("diff", one, two, "--json", tmp_path / "diff.json")
     assert (code, "first difference: " in out) == (1, True)
-    assert not json.loads((tmp_path / "diff.json").read_text())["identical"]
+    told = json.loads((tmp_path / "diff.json").read_text())
+    assert not told["identical"]
+    assert f"first difference: {told['first_difference']} at [" in out
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (InputError("so it is"), 2, "refllm: so it is\n"),
+        (FileNotFoundError(2, "No such file", "a.json"), 2, "refllm: a.json: No such file\n"),
+        (OSError("first line\nsecond"), 2, "refllm: first line\n"),
+        (OSError(28, "No space left"), 2, "refllm: No space left\n"),
+        (BrokenPipeError(), 0, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (ModuleNotFoundError(name="no_such_module"), None, ""),
+        (ZeroDivisionError(), None, ""),
+        (SystemExit(3), 3, ""),
+    ],
+)
+def test_what_a_command_raises_is_a_sentence_and_an_exit_code(
+    raised: BaseException, code: int | None, said: str, refllm: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def app(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "app", app)
+    if code is None:
+        with pytest.raises(type(raised)):
+            cli._run()
+    else:
+        assert refllm("info") == (code, "", said)
 
 
 def test_no_switch_is_on_by_itself() -> None:

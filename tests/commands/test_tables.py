@@ -44,6 +44,8 @@ def test_an_audit_names_operators_survivors_and_false_alarms_with_their_counts()
             outcome("relu2", "bug two", False),
             outcome("relu2", "bug three", True),
             outcome("swiglu", "bug four", True),
+            outcome("swiglu", "bug five", True),
+            outcome("swiglu", "not seen", False, "nor is this"),
             outcome("swiglu", "no bug", True, "it is the same"),
             outcome("swiglu", "unseen", False, "so is this"),
         ),
@@ -57,12 +59,12 @@ def test_an_audit_names_operators_survivors_and_false_alarms_with_their_counts()
         "mine.py:test against known bugs",
         "operator mutants killed kill rate",
         "relu2 3 2 67 %",
-        "swiglu 1 1 100 %",
+        "swiglu 2 2 100 %",
         "survived:",
         "relu2, torch, float32: bug two (somewhere)",
         "not wrong, and rejected all the same:",
         "swiglu, torch, float32: no bug (somewhere) [no bug: it is the same]",
-        "3 of 4 bugs found; 2 changes that nobody can see are not counted",
+        "4 of 5 bugs found; 3 changes that nobody can see are not counted",
     ]
     console = Console(file=StringIO(), width=200)
     audit.show(AuditReport("mine", report.outcomes[:1]), console)

@@ -462,6 +462,7 @@ def test_partial_factor_without_effect_is_reported() -> None:
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5 of rope_type linear is below 1"),
         ({"rope_scaling": YARN | {"original_max_position_embeddings": 8}}, "factor=4.0 is used, although"),
         ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "beta_fast=0.5 is below beta_slow=1"),
+        ({"rope_scaling": YARN | {"beta_slow": 32.5}}, "beta_fast=32 is below beta_slow=32.5"),
         ({"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor=-1.0 is negative"),
     ],
 )

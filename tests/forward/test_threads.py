@@ -1,5 +1,6 @@
 """What is cut into pieces for several threads gives the numbers that it gives in one piece."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any
@@ -13,6 +14,7 @@ from refllm.precision import EXACT, FUSED, Arithmetic
 
 attention = import_module("refllm.ops.attention")  # the operator of that name hides it
 THREADS = 3
+THREADS_OF_THE_SYSTEM = parallel.threads.__wrapped__  # what is not remembered
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +99,24 @@ def test_blocks_of_attention_cover_everything_once(
         assert len(blocks) >= min(THREADS, B * K)
     else:
         assert len(blocks) == B * -(-S // attention._QUERIES_PER_BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("named", "count"),
+    [
+        ({"OPENBLAS_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, 3),
+        ({"OMP_NUM_THREADS": "5"}, 5),
+        ({"OPENBLAS_NUM_THREADS": "0", "OMP_NUM_THREADS": "5"}, 5),
+        ({"OPENBLAS_NUM_THREADS": "all", "OMP_NUM_THREADS": "-1"}, 7),
+        ({}, 7),
+    ],
+)
+def test_the_number_of_threads_is_the_one_that_is_asked_for_or_that_of_the_cores(
+    named: dict[str, str], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in named.items():
+        monkeypatch.setenv(variable, value)
+    assert THREADS_OF_THE_SYSTEM() == count

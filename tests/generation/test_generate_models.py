@@ -73,6 +73,17 @@ def test_own_models_generate_what_transformers_generates(pair: tuple[Any, Any], 
     np.testing.assert_array_equal(found, expected.numpy())
 
 
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_a_static_cache_has_room_for_a_prompt_of_embeddings(pair: tuple[Any, Any], with_ids: bool) -> None:
+    own = pair[0]
+    given: dict[str, Any] = {"input_ids": IDS[:, -1:]} if with_ids else {}
+    given |= {"inputs_embeds": own.weights.rows("embed_tokens.weight", IDS), "attention_mask": np.ones(IDS.shape, int)}
+    given |= {"max_new_tokens": 5, "do_sample": False}
+    expected = own.generate(**given)
+    assert expected.shape[1] > with_ids
+    np.testing.assert_array_equal(own.generate(cache_implementation="static", **given), expected)
+
+
 def test_static_cache_and_float64_give_the_same_text(pair: tuple[Any, Any], tmp_path: Path) -> None:
     own, _ = pair
     for num_beams in (1, 3):

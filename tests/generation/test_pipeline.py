@@ -11,7 +11,7 @@ import transformers
 from refllm import golden
 from refllm.errors import InputError, RefllmError, TokenizerError
 from refllm.generation.config import GenerationConfig
-from refllm.generation.pipelines import TextGenerationPipeline, pipeline
+from refllm.generation.pipelines import DEFAULTS, TextGenerationPipeline, pipeline
 from refllm.models.auto import load
 from refllm.text.tokenizer import AutoTokenizer
 
@@ -235,6 +235,12 @@ def test_a_wrong_call_is_one_sentence(prompt: Any, options: dict[str, Any], expe
 def test_a_batch_without_a_pad_token_is_said() -> None:
     with pytest.raises(InputError, match="needs a pad token"):
         ours("llama-tiny")(["a b c", "d"], batch_size=2, max_new_tokens=2)
+
+
+def test_settings_that_nobody_gives_are_those_of_transformers() -> None:
+    theirs = transformers.TextGenerationPipeline._default_generation_config
+    assert {name: getattr(theirs, name) for name in DEFAULTS} == DEFAULTS
+    assert theirs.to_diff_dict().keys() - {"transformers_version"} <= DEFAULTS.keys()
 
 
 def test_a_chat_without_a_template_is_said() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from refllm import golden, ops
 from refllm.commands import cli
+from refllm.errors import InputError
 from refllm.golden import cases, exact, make_vectors, manifest, model_cases, run, store, verify
 from refllm.golden.cases import OperatorCase
 from refllm.golden.exact import Golden
@@ -395,6 +396,13 @@ def test_a_manifest_that_lacks_something_is_wrong_use(
         assert len(err.splitlines()) == 1
 
 
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_PACKAGES", ("numpy", "no-such-package"))
+    assert {**manifest.versions(), "refllm": ""} == {
+        "refllm": "", "numpy": np.__version__, "no-such-package": "not installed",
+    }  # fmt: skip
+
+
 def test_other_versions_are_named_and_what_holds_holds(copy: Path, refllm: Run) -> None:
     assert not manifest.other_versions({"cases": {"a": {"versions": manifest.versions()}}})
 
@@ -676,3 +684,9 @@ def test_what_a_run_returns_at_the_positions_that_count() -> None:
     np.testing.assert_array_equal(run.by_position(values, rows), values.reshape(6, 4)[1:])
     heads = values.reshape(2, 3, 2, 2).transpose(0, 2, 1, 3)
     np.testing.assert_array_equal(run.by_position(heads, rows), values.reshape(6, 2, 2)[1:])
+
+
+@pytest.mark.parametrize(("dtype", "also"), [("float64", r" \(float64 is numpy's alone\)$"), ("int8", "float32$")])
+def test_a_dtype_that_a_backend_lacks_is_refused_with_those_that_it_has(dtype: str, also: str) -> None:
+    with pytest.raises(InputError, match=f"--dtype {dtype} cannot be verified with torch: use .*{also}"):
+        run.check("torch", dtype)

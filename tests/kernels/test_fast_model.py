@@ -1,5 +1,6 @@
 """The fast models: every family and head on Torch and on (interpreted) Triton, against the reference."""
 
+import copy
 import os
 import weakref
 from functools import cache
@@ -199,6 +200,54 @@ def test_recorded_step_of_decoding_is_the_ordinary_call(causal: tuple[Model, Fas
     assert step.fits(stepped)
     stepped.batch_repeat_interleave(2)
     assert not step.fits(stepped)
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [
+        ({}, True),
+        ({"attention_mask": np.ones((2, 5))}, True),
+        ({"position_ids": np.full((2, 1), 4)}, True),
+        ({"use_cache": True, "logits_to_keep": 1}, True),
+        ({"attention_mask": np.array([[1] * 5, [0, 1, 1, 1, 1]])}, False),
+        ({"attention_mask": np.ones((2, 1, 1, 5), bool)}, False),
+        ({"use_cache": False}, False),
+        ({"output_attentions": True}, False),
+        ({"input_ids": ids(2, 2)}, False),
+        ({"past_key_values": None}, False),
+        ({"past_key_values": "empty"}, False),
+    ],
+)
+def test_one_token_after_a_cache_is_a_recorded_step_and_gives_what_a_call_gives(
+    given: dict[str, Any], recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fast = pair("LlamaForCausalLM", "torch")
+    steps: list[int] = []
+    right = DecodeStep.run
+    monkeypatch.setattr(DecodeStep, "run", lambda self, *rest: steps.append(1) or right(self, *rest))
+    logits = []
+    for records in (False, True):
+        monkeypatch.setattr(fast, "records_decoding", records)
+        store = fast.new_cache(8)
+        fast(input_ids=ids(2, 4), past_key_values=store)
+        call: dict[str, Any] = {"input_ids": ids(2, 1, seed=5), "past_key_values": store, **given}
+        if call["past_key_values"] == "empty":
+            call["past_key_values"] = fast.new_cache(8)
+        logits.append(fast(**call).logits)
+    assert len(steps) == recorded
+    close(logits[1], logits[0])
+
+
+def test_a_copy_of_a_model_has_its_weights_and_no_recorded_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = pair("LlamaForCausalLM", "torch")
+    monkeypatch.setattr(fast, "records_decoding", True)
+    store = fast.new_cache(8)
+    for count in (3, 1):
+        fast(input_ids=ids(1, count), past_key_values=store)
+    twin = copy.deepcopy(fast)
+    assert (len(fast._steps), len(twin._steps)) == (1, 0)
+    assert type(twin) is type(fast)
+    close(twin(input_ids=ids(1, 3)).logits, fast(input_ids=ids(1, 3)).logits)
 
 
 def test_a_recorded_step_goes_when_its_cache_goes_and_serves_it_until_then(monkeypatch: pytest.MonkeyPatch) -> None:

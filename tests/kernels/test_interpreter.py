@@ -385,6 +385,54 @@ def test_the_other_atomics() -> None:
     assert out.tolist() == [0, 1, 2, 3, 4, 5]
 
 
+@triton.jit
+def atomics_of_lanes(p, x, old, N: tl.constexpr, OP: tl.constexpr, MASKED: tl.constexpr):
+    i = tl.arange(0, N)
+    at, value = p + i // 2, tl.load(x + i)
+    if OP == "cas":
+        before = tl.atomic_cas(at, tl.full([N], 4, tl.int32), value)
+    elif OP == "xchg":
+        before = tl.atomic_xchg(at, value, mask=i < MASKED)
+    elif OP == "max":
+        before = tl.atomic_max(at, value, mask=i < MASKED)
+    elif OP == "min":
+        before = tl.atomic_min(at, value, mask=i < MASKED)
+    elif OP == "and":
+        before = tl.atomic_and(at, value, mask=i < MASKED)
+    elif OP == "or":
+        before = tl.atomic_or(at, value, mask=i < MASKED)
+    elif OP == "xor":
+        before = tl.atomic_xor(at, value, mask=i < MASKED)
+    else:
+        before = tl.atomic_add(at, value, mask=i < MASKED)
+    tl.store(old + i, before)
+
+
+ATOMICS: dict[str, Any] = {
+    "cas": lambda held, new: new if held == 4 else held,
+    "xchg": lambda held, new: new,
+    "max": max,
+    "min": min,
+    "and": lambda held, new: held & new,
+    "or": lambda held, new: held | new,
+    "xor": lambda held, new: held ^ new,
+    "add": lambda held, new: held + new,
+}
+
+
+@pytest.mark.parametrize("masked", [8, 5, 0])
+@pytest.mark.parametrize("op", ATOMICS)
+def test_atomics_of_lanes_take_turns_and_return_what_was_there(op: str, masked: int) -> None:
+    p, x = torch.tensor([3, 4, 5, 6], dtype=torch.int32), torch.tensor([4, 9, -2, 6, 5, 12, 7, 1], dtype=torch.int32)
+    held, before, old = p.tolist(), [0] * 8, torch.full((8,), -1, dtype=torch.int32)
+    for i in range(8 if op == "cas" else masked):
+        before[i] = held[i // 2]
+        held[i // 2] = ATOMICS[op](held[i // 2], int(x[i]))
+    atomics_of_lanes[(1,)](p, x, old, N=8, OP=op, MASKED=masked)
+    assert p.tolist() == held
+    assert old.tolist() == before
+
+
 # -- the language ------------------------------------------------------------------------------------------------------
 
 

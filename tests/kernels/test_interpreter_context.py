@@ -226,6 +226,49 @@ def test_a_wrong_configuration_is_found() -> None:
         assert interpreter.unwritten(y).all()  # the comparison ran on copies
 
 
+def test_pytest_shows_the_launch_that_failed_and_nothing_of_the_interpreter() -> None:
+    x, short = torch.arange(12.0), torch.zeros(8)
+    for configs, kernel in (("first", tuned), ("all", tuned), ("first", tuned.fn)):
+        how = {} if kernel is tuned else {"BLOCK": 4}
+        with interpreted(configs=configs), pytest.raises(KernelError) as caught:
+            kernel[(3,)](x, short, 12, **how)
+        own = [frame.frame.f_globals["__name__"] for frame in caught.traceback.filter(caught)]
+        assert __name__ in own
+        assert [name for name in own if name.startswith("refllm.kernels.interpreter")] == []
+
+
+@triton.autotune([triton.Config({"BLOCK": 4}, pre_hook=lambda named: seen.append(named))], key=["n"])
+@triton.jit
+def hooked(x, y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at, mask=at < n, other=0.0), mask=at < n)
+
+
+seen: list[dict[str, Any]] = []
+
+
+def test_hooks_see_the_arguments_by_their_names() -> None:
+    seen.clear()
+    x, y, before = torch.arange(4.0), torch.zeros(4), list[tuple[Any, ...]]()
+    with interpreted():
+        hooked[(1,)](x, y, n=4)
+        hook = lambda *args, **kwargs: before.append((args, kwargs))  # noqa: E731
+        hooked.fn.add_pre_run_hook(hook)
+        try:
+            hooked.fn[(1,)](x, y, 4, BLOCK=4)
+        finally:
+            hooked.fn.pre_run_hooks.remove(hook)
+    ((args, kwargs),) = before
+    assert args[0] is x
+    assert args[2] == 4
+    assert kwargs["BLOCK"] == 4
+    (named,) = seen
+    assert named["x"] is x
+    assert named["y"] is y
+    assert (named["n"], named["BLOCK"]) == (4, 4)
+    assert torch.equal(x, y)
+
+
 # -- Torch -------------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Both sides of the check of operators: every known bug is found, and no right implementation is rejected."""
 
 import contextlib
+import inspect
 import io
 import itertools
 import json
@@ -26,6 +27,8 @@ from typer.testing import CliRunner  # noqa: E402
 
 from refllm import kernels  # noqa: E402
 from refllm.commands import cli  # noqa: E402
+from refllm.commands.audit import audit as audit_command  # noqa: E402
+from refllm.commands.operators import check_op as check_op_command  # noqa: E402
 from refllm.errors import InputError, RefllmError  # noqa: E402
 from refllm.kernels import plain  # noqa: E402
 from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
@@ -407,6 +410,15 @@ def test_wrong_use_is_one_sentence(
     assert isinstance(done.exception, RefllmError), done.output
     assert sentence in str(done.exception)
     assert "\n" not in str(done.exception)
+
+
+@pytest.mark.parametrize(("command", "function"), [(audit_command, audit), (check_op_command, check_op)])
+def test_a_command_leaves_out_what_its_function_leaves_out(command: Any, function: Any) -> None:
+    asked, taken = (inspect.signature(one).parameters for one in (command, function))
+    shared = {name: (asked[name].default, taken[name].default) for name in asked if name in taken}
+    assert len(shared) > 5
+    assert {name: both for name, both in shared.items() if both[0] is not None and both[0] != both[1]} == {}
+    assert {"max_examples", "seed", "time_limit"} <= {name for name, both in shared.items() if both[0] == both[1]}
 
 
 def test_a_report_counts_bugs_alone() -> None:

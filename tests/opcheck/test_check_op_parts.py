@@ -26,15 +26,16 @@ from refllm.accuracy.judge import judge  # noqa: E402
 from refllm.accuracy.operator import predict  # noqa: E402
 from refllm.check import check_op  # noqa: E402
 from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
-from refllm.opcheck import poison  # noqa: E402
+from refllm.opcheck import api, poison  # noqa: E402
 from refllm.opcheck.candidate import Candidate, uses_triton  # noqa: E402
-from refllm.opcheck.examine import Finding  # noqa: E402
+from refllm.opcheck.examine import Examiner, Finding  # noqa: E402
 from refllm.opcheck.guess import guess  # noqa: E402
-from refllm.opcheck.observe import Result  # noqa: E402
+from refllm.opcheck.observe import Result, Task  # noqa: E402
 from refllm.opcheck.repro import reproduction  # noqa: E402
 from refllm.opcheck.repro.unread import filled_memory, unread_changed  # noqa: E402
 from refllm.opcheck.shrink import axis_lengths, resized, shrink  # noqa: E402
 from refllm.opcheck.tile import begin, tile  # noqa: E402
+from refllm.opcheck.worker import InProcess, TimeIsUpError  # noqa: E402
 from refllm.ops.contracts import CONTRACTS, contract_of  # noqa: E402
 from refllm.precision import FUSED, rounding  # noqa: E402
 from refllm.strategies import Array, Call, corners  # noqa: E402
@@ -511,3 +512,51 @@ def test_where_nothing_is_rounded_no_sigma_is_told() -> None:
     off[0, 2] = 0.5
     text = next(f.text for f in judge(off, e).faults if f.rule == "element")
     assert text.startswith("an element is 0.5, and has to be 0 exactly (limit"), text
+
+
+class Waiting:
+    """An examiner of a candidate that hangs. left: seconds of the search. answer: what the last look at it gives."""
+
+    def __init__(self, left: float, answer: Finding | Exception | None, limit: float = 10.0) -> None:
+        self.limit, self.until, self.slowest, self.answer = limit, time.monotonic() + left, 0.01, answer
+        self.limits: list[float] = []
+
+    def __call__(self, call: Call, limit: float) -> Finding | None:
+        self.limits.append(limit)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def test_of_a_hang_the_small_call_is_told_only_where_it_hangs_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, small = (Finding("hangs", f"it hangs {name}", corners("relu2", "float32")[i]) for i, name in enumerate("ab"))
+    again, other = replace(small, text="for long"), replace(small, property="crashes")
+    made: list[Finding] = [small]
+    monkeypatch.setattr(api, "_made_small", lambda *_: made[0])
+
+    def told(examine: Waiting) -> Finding:
+        return api._smallest_that_hangs(examine, first, lambda *_: None)  # type: ignore[arg-type]
+
+    for left, answer in ((100.0, None), (100.0, other), (100.0, TimeIsUpError("")), (0.2, again)):
+        assert told(Waiting(left, answer)) is first
+    assert told(whole := Waiting(100.0, again)) is again
+    assert whole.limits == [10.0]
+    assert told(Waiting(5.0, again)).text == "for long; the first call: it hangs a"
+    made[0] = first
+    assert told(none := Waiting(100.0, again)) is first
+    assert none.limits == []
+
+
+def test_the_score_of_a_call_is_its_error_over_what_is_allowed() -> None:
+    call = corners("rms_norm", "float32")[0]
+    for factor, least, most in ((1.0, 0.0, 1.0), (1.001, 10.0, np.inf)):
+
+        def scaled(x: Any, weight: Any, eps: float, factor: float = factor) -> Any:
+            return candidates.right(x, weight, eps) * factor
+
+        named = Candidate("scaled", scaled, "", "torch", "cpu", triton=False)
+        task = Task(call, "cpu", "torch", False, "fused", True, False)
+        examine = Examiner(InProcess(named), task, 10.0, time.monotonic() + 100)
+        assert (examine(call) is None) == (factor == 1)
+        assert least <= examine.score < most
+        assert (examine.examples, examine.slowest > 0) == (1, True)

@@ -364,6 +364,15 @@ def test_only_unfinished_files_of_writers_that_are_gone_are_swept(tmp_path: Path
     assert (tmp_path / "a").read_text() == "a"
 
 
+def test_a_link_or_a_pipe_with_the_name_of_an_unfinished_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a user's")
+    (tmp_path / f"{output_file._PREFIX}link{output_file._SUFFIX}").symlink_to(tmp_path / "data")
+    os.mkfifo(tmp_path / f"{output_file._PREFIX}pipe{output_file._SUFFIX}")
+    output_file.replace(tmp_path / "c", "c")
+    assert len(leftovers(tmp_path)) == 2
+    assert (tmp_path / "data").read_text() == "a user's"
+
+
 def test_text_that_no_encoding_holds_is_written_as_json_escapes_it(tmp_path: Path) -> None:
     output_file.write("--json", tmp_path / "F", json.dumps({"text": "é\udcff"}, ensure_ascii=False))
     assert json.loads((tmp_path / "F").read_text(encoding="utf-8")) == {"text": "é\udcff"}

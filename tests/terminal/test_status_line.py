@@ -43,3 +43,11 @@ def test_same_step_is_not_redrawn_at_once() -> None:
 @given(st.floats(-1, 2))
 def test_bar_has_one_width(share: float) -> None:
     assert len(bar(share).split("]")[0]) == len(bar(0.0).split("]")[0])
+
+
+def test_another_step_is_shown_at_once_whatever_it_is_called() -> None:
+    stream = Terminal()
+    step = StatusLine(stream)
+    for text in ("b", "c", "a", "a"):
+        step(text)
+    assert [part.removeprefix("\x1b[2K") for part in stream.getvalue().split("\r")[1:]] == ["b", "c", "a"]

@@ -1,5 +1,6 @@
 """The tokenizer agrees with Transformers on the embedded tokenizers and on others of every make, whatever the files."""
 
+import inspect
 import json
 import shutil
 import unicodedata
@@ -607,3 +608,19 @@ def test_encoding_has_attributes() -> None:
     assert encoding.input_ids == encoding["input_ids"]
     with pytest.raises(AttributeError, match="no 'labels', only input_ids, attention_mask"):
         _ = encoding.labels
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "__call__", "encode", "decode", "batch_decode", "tokenize", "convert_ids_to_tokens", "get_chat_template",
+        "apply_chat_template", "num_special_tokens_to_add",
+    ],
+)  # fmt: skip
+def test_what_a_caller_leaves_out_is_what_it_is_in_transformers(method: str) -> None:
+    ours, theirs = (
+        inspect.signature(getattr(cls, method)).parameters for cls in (Tokenizer, transformers.PreTrainedTokenizerFast)
+    )
+    shared = [name for name in ours if name in theirs and ours[name].default is not inspect.Parameter.empty]
+    assert shared
+    assert {name: ours[name].default for name in shared} == {name: theirs[name].default for name in shared}
