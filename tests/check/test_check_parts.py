@@ -497,5 +497,5 @@ def test_what_was_not_rounded_is_not_misrounded() -> None:
 
 def test_a_candidate_of_transformers_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtraError, match="a candidate of Transformers needs transformers, which is not installed"):
+    with pytest.raises(MissingExtraError, match="Transformers needs transformers, which is not installed"):
         require_transformers()
