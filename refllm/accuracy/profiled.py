@@ -55,7 +55,8 @@ class Profiled(Propagation):
 
     def tap(self, name: str, x: Any) -> Uncertain:
         if isinstance(x, Made):
-            x = self.choose(self.scope + name, x, self)
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is judged, and told
+                x = self.choose(self.scope + name, x, self)
         if x.before is not None:
             x = replace(x, before=x.before.named(self.scope + name))
         return super().tap(name, x)

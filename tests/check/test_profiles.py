@@ -178,6 +178,11 @@ PLANTED: dict[str, tuple[Callable[..., None], str, str]] = {
     "eps times 10": (at("input_layernorm", put(eps=lambda eps: eps * 10)), "input_layernorm", "eps is 10 times"),
     "factor": (at("o_proj", put(w=lambda w: w * 1.01)), "self_attn.o_proj", "on its own inputs"),
     "scale": (at("attention", put(scale=lambda s: s * 0.99)), "self_attn.context", "on its own inputs"),
+    "v rounded once more": (
+        at("attention", put(v=lambda v: (v * 0.7).to(v.dtype) / 0.7)),
+        "self_attn.context",
+        "it rounds as no honest code does",
+    ),
     "positions": (
         at("q_rope", put(cos=lambda t: t.roll(-1, 1), sin=lambda t: t.roll(-1, 1))),
         "self_attn.q_rope",
@@ -190,6 +195,7 @@ PLANTED: dict[str, tuple[Callable[..., None], str, str]] = {
     ),
 }
 PLACES = {
+    "v rounded once more": (HF.but(rotation="float32"), STABLE, "bfloat16"),
     "swapped": (HF.but(act="once"), LLAMA, "bfloat16"),
     "root rounded": (FUSED, LLAMA, "bfloat16"),
     "eps times 10": (HF.but(norm="once"), LLAMA, "bfloat16"),
