@@ -338,3 +338,17 @@ def test_every_form_of_the_report_has_the_profile() -> None:
     assert words in html.render([report])
     assert words in " ".join(told(report).split())
     assert "as Transformers: rms_norm, linear, rope, attention, add" in " ".join(told(report).split())
+
+
+def test_hints_say_what_helps_and_nothing_else() -> None:
+    plant = PLANTED["v rounded once more"][0]
+    assert "is about sqrt(2): one rounding too many" in told(run(LLAMA, FUSED.but(plant=plant), "bfloat16"))
+    report = run(LLAMA, FUSED.but(plant=PLANTED["factor"][0]), "bfloat16")
+    wrong = tap(report, "model.layers.1.self_attn.o_proj")
+    assert wrong.zmap is not None
+    wrong.zmap[...] = 0
+    wrong.zmap[:, ::2] = 100  # in every other block of channels: no range is worth a word
+    assert "only part of it" not in told(report)
+    wrong.zmap[:, ::2] = 0
+    wrong.zmap[:, -1] = 100
+    assert "only part of it is wrong: channel" in told(report)
