@@ -13,7 +13,9 @@ from refllm.check.oracle import Report, judge
 from refllm.check.taps import EVERYTHING, Candidate, cannot_run
 from refllm.check.trace import Trace
 from refllm.check.unseen import EMBEDDING, Rows, read_rows
+from refllm.config import ModelConfig
 from refllm.forward.model import Model
+from refllm.forward.rotary import RotaryEmbedding
 from refllm.precision import Policy, rounding
 
 _FEWEST = 64  # numbers other than 0 that tell a format
@@ -85,7 +87,10 @@ class Runs:
     def _possible(self) -> tuple[list[Inputs], list[str]]:
         """The stressed inputs that the candidate can run, and a sentence on those that it cannot."""
         wanted = stressed(self.plain.input_ids) if self.stress else []
-        why = {inputs.label: cannot_run(self.candidate, inputs) for inputs in wanted}
+        config = self._model.config
+        why = {
+            inputs.label: cannot_run(self.candidate, inputs) or changes_on_the_way(config, inputs) for inputs in wanted
+        }
         skipped = [f"{label} ({reason})" for label, reason in why.items() if reason]
         said = [f"not run: {', '.join(skipped)}"] if skipped else []
         return [inputs for inputs in wanted if not why[inputs.label]], said
@@ -143,6 +148,18 @@ class Runs:
 
 def _hangs(found: Trace | Misbehaviour) -> bool:
     return isinstance(found, Misbehaviour) and found.kind == "hangs"
+
+
+def changes_on_the_way(config: ModelConfig, inputs: Inputs) -> str:
+    """Why inputs in pieces have no one answer: a clause, "" if they have. The frequencies of some types of RoPE follow
+    the length of a call, and a piece has another than the whole."""
+    rotary, found = RotaryEmbedding(config, exact=True), []
+    for columns in (slice(None), *inputs.pieces()):
+        rotary.reset()
+        rotary.tables(inputs.positions[:, columns])
+        found.append(rotary.inv_freq)
+    same = all(np.array_equal(found[0], frequencies) for frequencies in found)
+    return "" if same else "its rotary frequencies change with the length of a call"
 
 
 def format_of(trace: Trace) -> str:

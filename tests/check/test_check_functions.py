@@ -15,20 +15,24 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
 from rich.console import Console
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 
 import refllm
 from refllm.check import assert_matches, compare, unseen
-from refllm.check.candidates import record
+from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.functions import FunctionCandidate
-from refllm.check.inputs import Inputs, stressed
+from refllm.check.inputs import Inputs, every_token, stressed
 from refllm.check.misbehaviour import floats
 from refllm.check.oracle import Report, judge
 from refllm.check.report import closing_line, show_report, show_summary
 from refllm.check.run import Settings, check_all
+from refllm.check.runs import changes_on_the_way
 from refllm.commands import cli
 from refllm.precision import FUSED
+from refllm.strategies import small_models
+from refllm.strategies.models import WholeInput, whole_inputs
 
 VOCAB = 97
 IDS = np.random.default_rng(3).integers(4, 40, (1, 40))
@@ -377,6 +381,46 @@ def test_a_fault_that_plain_inputs_hide_is_found_under_stress(plant: Any, folder
 def test_no_stressed_input_is_called_wrong_by_its_logits(folder: Path) -> None:
     for label in ("rows padded differently", *CACHED):
         assert judged(folder, lambda given: given, label, shown=False).verdict == "holds"
+
+
+def test_inputs_under_stress_are_what_they_are_called() -> None:
+    by_label = {inputs.label: inputs for inputs in stressed(IDS)}
+    rows = by_label["rows padded differently"]
+    assert len({tuple(row) for row in rows.mask}) == len(rows.mask) == 4
+    alone = np.flatnonzero(rows.valid.all(axis=1))
+    assert np.array_equal(rows.input_ids[alone], IDS[:, : rows.input_ids.shape[1]])  # alone in the plain run
+    for positions, valid in zip(rows.positions, rows.valid, strict=True):
+        assert positions[valid].tolist() == list(range(valid.sum()))
+    for label in CACHED:
+        assert {1, 3} <= set(by_label[label].chunks[1:])
+    for shape in ((1, 1), (1, 2), (1, 5), (3, 300)):
+        assert all(inputs.valid.any(axis=1).all() for inputs in stressed(np.ones(shape, int)))
+    every = every_token(VOCAB, 40)
+    assert every is not None
+    assert set(every.input_ids.ravel().tolist()) == set(range(VOCAB))
+    assert every_token(50_000, 40) is None
+
+
+def test_pieces_are_not_run_where_the_length_of_a_call_changes_the_frequencies() -> None:
+    """Of type dynamic: a call of 20 tokens has other frequencies than one of 40, and both are right."""
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+    config = partial(tiny_config, "Llama", rope_parameters=rope)
+    pieces = Inputs(IDS, chunks=(20, 20))
+    said = "its rotary frequencies change with the length of a call"
+    assert changes_on_the_way(config(max_position_embeddings=16), pieces) == said
+    assert changes_on_the_way(config(max_position_embeddings=40), pieces) == ""
+    assert changes_on_the_way(config(max_position_embeddings=16), Inputs(IDS)) == ""
+
+
+@given(whole_inputs())
+@settings(max_examples=10)
+def test_a_right_run_is_never_called_wrong_whatever_mask_positions_and_pieces(drawn: WholeInput) -> None:
+    """Holes in the mask, packed sequences, positions in any order, all families, and a cache in any pieces."""
+    chunks = tuple(piece.stop - piece.start for piece in drawn.pieces)
+    inputs = Inputs(drawn.ids, drawn.attention_mask, drawn.position_ids, chunks if len(chunks) > 1 else ())
+    assume(inputs.valid.any() and not changes_on_the_way(drawn.config, inputs))
+    model = small_models.build(small_models.model_class(drawn.config.model_type), drawn.config, 7, "bfloat16", "fused")
+    assert judge(model, record(ReferenceCandidate(model), model, inputs), FUSED).verdict != "fails"
 
 
 # -- rows of the embedding ---------------------------------------------------------------------------------------------

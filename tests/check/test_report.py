@@ -339,14 +339,13 @@ def test_of_many_flips_those_are_listed_that_are_farthest_from_being_explained()
     assert re.findall(r"position (\d+): token 4 became 7", printed(show_report(report))) == ["13", "11", "12"]
 
 
-def test_summary_names_the_first_failure_of_what_fails_alone() -> None:
+def test_summary_names_the_first_failure_and_what_was_not_seen() -> None:
     said = [printed(show_summary([report])) for report in (holding(), untested(), wrong_tokens(), failing())]
     assert said[0].split()[:4] == ["own", "end", "checkpoint", "dtype"]
     assert said[0].splitlines()[1].split() == ["checkpoint", "dtype", "input", "inputs", "to", "end", "flips"]
     assert re.search(r" 4/40 fails", " ".join(said[3].split()))
-    for text, first in zip(
-        said, ("holds", "incomplete: 1 value untested", "fails: next tokens", "fails: layer 1 k_proj"), strict=True
-    ):
+    ends = ("holds", "incomplete: 1 value untested", "fails: next tokens", "fails: layer 1 k_proj")
+    for text, first in zip(said, ends, strict=True):
         assert text.splitlines()[-1].rstrip().endswith(first), text
 
 
