@@ -28,12 +28,17 @@ _LEAST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126}
 _MEAN_SQUARE_ULP = 0.541
 _CHAIN = 256
 _FLOAT32_ULP = 2.0**-23
+_ONE_ADDITION = _MEAN_SQUARE_ULP * _FLOAT32_ULP**2 / 12  # relative variance
 _AT_ONCE = 1 << 19  # numbers of a weight: 4 MiB as float64, which stay in cache from one product to the next
 _LANES = 16  # partial sums that every vectorised reduction keeps
 _ONE_PLUS_NOTHING = 17.4  # -log of half a float32 ulp of 1
 _VANISHED = 2.0**-121  # about the largest |silu(x)| for which e^-x is beyond float32, so that the result is 0
 _ROOT_STEPS = 4  # float32 roundings of a norm's mean, of eps added, of the root and of its reciprocal
 
+
+BLOCKS, ONE_CHAIN, ONE_PASS = "in blocks", "in one chain", "in one chain, the variance in one pass"
+"""Orders in which the float32 sums inside an operator are added: the ends of what honest code does, and the variance
+of a LayerNorm as E x^2 - (E x)^2."""
 
 HERE = ""
 """The key in `Uncertain.shares` of what was added since the last named value."""
@@ -48,12 +53,17 @@ class Uncertain:
     rounded: what an implementation has that rounds where the policy says, to the bit. It is known in the narrow formats
     after operators whose float32 arithmetic is too exact to matter (norms, RoPE, activations, sums of two), as long as
     their inputs are known; None elsewhere.
+    before: the same value before its last rounding, where a reader may find that instead (`refllm.accuracy.profiled`).
+    sum_of: of a sum, its two terms. spoilt: the candidate has an infinity or NaN in it, or in what it was made of.
     """
 
     value: np.ndarray
     variance: np.ndarray
     shares: dict[str, float] = field(default_factory=dict)
     rounded: np.ndarray | None = None
+    before: "Uncertain | None" = None
+    sum_of: "tuple[Uncertain, Uncertain] | None" = None
+    spoilt: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +75,8 @@ class Uncertain:
     def map(self, view: Callable[[np.ndarray], np.ndarray]) -> "Uncertain":
         """The same numbers, moved: `view` is applied to values and variances."""
         rounded = None if self.rounded is None else view(self.rounded)
-        return Uncertain(view(self.value), view(self.variance), self.shares, rounded)
+        before = None if self.before is None else self.before.map(view)
+        return Uncertain(view(self.value), view(self.variance), self.shares, rounded, before, spoilt=self.spoilt)
 
     def named(self, name: str) -> "Uncertain":
         """The same value; what was added since the last name is attributed to this one."""
@@ -146,6 +157,9 @@ class Propagation:
     predicted error, and it can put a candidate's own value there, so that the next operator is judged alone.
     """
 
+    order: str = BLOCKS
+    """The order in which float32 sums are added."""
+
     width: type[np.floating] = np.float32
     """What variances are held in. float32 is enough for the values of a model; the square of a float32 ulp of 1e-20 is
     not a float32 any more (`refllm.accuracy.operator`)."""
@@ -198,7 +212,7 @@ class Propagation:
         return self._accumulated(terms, value, square_sum())
 
     def _accumulated(self, terms: np.ndarray, value: np.ndarray, square_sum: np.ndarray) -> np.ndarray:
-        chain = np.minimum(terms, _CHAIN)
+        chain = np.minimum(terms, _CHAIN) if self.order == BLOCKS else terms
         chains = terms / chain
         square = np.square(value, dtype=self.width)
         drift, spread = square / 3, np.maximum(square_sum - square / terms, 0) / 6
@@ -273,12 +287,15 @@ class Propagation:
         value = x.value + y.value
         added: Any = 0.0
         if self._rounds("add"):
-            u, v, w = (self._ulp(a, self.dtype) for a in (value, x.value, y.value))
-            g = np.minimum(v, w)
-            smaller = np.minimum(np.abs(x.value), np.abs(y.value))
-            added = np.where(u > g, np.minimum(u**2 / 12 + g**2 / 6, np.square(smaller)), 0)
+            added = self._sum_rounding(value, x.value, y.value)
         out = self._result(value, [(x, x.variance), (y, y.variance)], added)
         return replace(out, rounded=self._to_the_bit(ops.add, x, y))
+
+    def _sum_rounding(self, value: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        u, v, w = (self._ulp(a, self.dtype) for a in (value, x, y))
+        g = np.minimum(v, w)
+        smaller = np.minimum(np.abs(x), np.abs(y))
+        return np.where(u > g, np.minimum(u**2 / 12 + g**2 / 6, np.square(smaller)), 0)
 
     def split_heads(self, x: Uncertain, heads: int) -> Uncertain:
         return x.map(lambda a: ops.split_heads(a, heads))
@@ -293,7 +310,7 @@ class Propagation:
         scale = 1 / np.sqrt(np.mean(x.value**2, axis=-1, keepdims=True) + eps)
         y = x.value * scale
         handed_on = self._projected(x.variance, y, scale, centred=False)
-        added = self._noise(y, "rms_norm.normalized") + self._inside(y, _ROOT_STEPS)
+        added = self._noise(y, "rms_norm.normalized") + self._inside(y, _ROOT_STEPS) + self._root_of_one_chain(y)
         out = self._weighted(x, y, handed_on, added, weight, None, "rms_norm")
         return replace(out, rounded=self._to_the_bit(partial(ops.rms_norm, weight=weight, eps=eps), x))
 
@@ -305,6 +322,7 @@ class Propagation:
         y = centred * scale
         handed_on = self._projected(x.variance, y, scale, centred=True)
         added = self._inside(y, _ROOT_STEPS) + np.square(scale) * self._mean_noise(x.value, mean)
+        added = added + self._root_of_one_chain(y) + self._moments_of_one_chain(y, mean, scale)
         out = self._weighted(x, y, handed_on, added, weight, bias, "layer_norm")
         return replace(out, rounded=self._to_the_bit(partial(ops.layer_norm, weight=weight, bias=bias, eps=eps), x))
 
@@ -316,6 +334,25 @@ class Propagation:
         spread = np.square(x - mean).sum(axis=-1, keepdims=True) - np.square(far - mean)
         summed = sum_noise(n, mean * n, far, spread) / n**2
         return np.asarray(summed + self._ulp(mean, "float32") ** 2 / 12, self.width)
+
+    def _root_of_one_chain(self, y: np.ndarray) -> np.ndarray | float:
+        """What a mean of squares adds whose n terms are added one after another: its k-th addition rounds at k / n of
+        the sum, and the root halves the error."""
+        if self.order == BLOCKS or self.dtype != "float32":
+            return 0.0
+        return np.square(y) * (y.shape[-1] / 12) * _ONE_ADDITION
+
+    def _moments_of_one_chain(self, y: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray | float:
+        """The same of the mean, and of a variance made of E x^2 and (E x)^2, whose difference keeps their errors."""
+        if self.order == BLOCKS or self.dtype != "float32":
+            return 0.0
+        n, square, variance = y.shape[-1], np.square(mean), 1 / np.square(scale)
+        added = n * (square / 3 + variance / 6) / variance * _ONE_ADDITION
+        if self.order == ONE_PASS:
+            lanes, relative = 8 + n / 64, (square + variance) / variance
+            added = added + np.square(y * relative) / 4 * (5 * lanes + 4) * _ONE_ADDITION
+            added = added + square / variance * (lanes + 2) * _ONE_ADDITION
+        return np.asarray(added)
 
     @staticmethod
     def _projected(variance: np.ndarray, y: np.ndarray, scale: np.ndarray, *, centred: bool) -> np.ndarray:
@@ -436,13 +473,23 @@ class Propagation:
         square_q, square_k = (np.square(x.value).astype(self.width) for x in (q, k))
         product = scores / (scale or 1.0)
         added = self._sum_noise(_terms(q.value), product, lambda: square_q @ square_k.T, "attention.scores")
-        added = scale**2 * (added + self._noise(product, "attention.scores"))
+        added = scale**2 * (
+            added + self._noise(product, "attention.scores") + self._query_noise(q.value, square_k, scale)
+        )
         # What exp is taken of: the score less the largest one that the row sees.
         largest = np.maximum(probs.max(axis=-1, keepdims=True, initial=0), np.finfo(np.float64).tiny)
         below = np.log(np.where(probs > 0, probs / largest, 1))
-        added = added + self._noise(scores, "attention.scaled") + self._inside(below)
+        twice = self.dtype != "float32" and "attention.scores" in self.policy.points and np.frexp(scale)[0] == 0.5
+        scaled = 0.0 if twice else self._noise(scores, "attention.scaled")  # a power of two moves no digit
+        added = added + scaled + self._inside(below)
         added = np.broadcast_to(np.asarray(added, self.width), scores.shape)
         return scale**2 * (q.variance @ square_k.T), scale**2 * (square_q @ k.variance.T), added
+
+    def _query_noise(self, q: np.ndarray, square_k: np.ndarray, scale: float) -> np.ndarray | float:
+        """What rounding q times the scale does to q k; nothing where the scale is a power of two."""
+        if self.dtype == "float32" or "attention.query" not in self.policy.points or np.frexp(scale)[0] == 0.5:
+            return 0.0
+        return (self._ulp(q * scale, self.dtype) ** 2 / (12 * scale**2)) @ square_k.T
 
     def _weight_noise(self, probs: np.ndarray) -> np.ndarray:
         """Noise of rounding the softmax weights. What is 1 is exact, and what is close to it goes no further than 1.
@@ -469,7 +516,8 @@ class Propagation:
             return 0.0
         total = 1 / np.maximum(probs.max(axis=-1, keepdims=True, initial=0), np.finfo(self.width).tiny)
         additions = probs.shape[-1] / _LANES + np.log2(_LANES)
-        return additions * (self._ulp(total, "float32") / total) ** 2 / 12
+        chain = 0.0 if self.order == BLOCKS else probs.shape[-1] / 3 * _ONE_ADDITION
+        return additions * (self._ulp(total, "float32") / total) ** 2 / 12 + chain
 
     def _log_noise(self, probs: np.ndarray, lse: np.ndarray) -> np.ndarray:
         """The noise of log(sum e^below) + largest score in float32, whatever the format: of the sum, of the logarithm,

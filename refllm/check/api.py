@@ -26,20 +26,23 @@ def compare(
     stress: bool = False,
     isolate: bool = True,
     time_limit: float | None = None,
+    splits: int = 1,
+    tf32: bool = False,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
 
     candidate: "transformers", "numpy", "module:function", a Transformers model object, or a function (see
     `refllm.check`). dtype: of its weights and activations; None takes that of a model, or finds that of a function that
-    is not told one, else it is "float32". policy: where it is expected to round, "hf-eager", "hf-sdpa" or "fused"; None
-    is hf-eager (or hf-sdpa) for Transformers and fused for a function. input_ids: [S] or [B, S]; or a prompt; or
-    neither, for a text of our own. attention_mask: of the same shape, 1 = a token, 0 = padding, which is not compared;
-    None is all tokens. position_ids: of the same shape; None is 0 .. S-1, padding counted. The stressed inputs are made
-    of input_ids alone. Raises RefllmError for what cannot be run.
+    is not told one, else it is "float32". policy: where it has to round, "hf-eager", "hf-sdpa" or "fused"; None is
+    hf-eager (or hf-sdpa) for Transformers, fused for the fast models, and for a function wherever honest code may
+    round. input_ids: [S] or [B, S]; or a prompt; or neither, for a text of our own. attention_mask: of the same shape,
+    1 = a token, 0 = padding, which is not compared; None is all tokens. position_ids: of the same shape; None is
+    0 .. S-1, padding counted. The stressed inputs are made of input_ids alone. splits, tf32: products of so many parts,
+    each rounded, and float32 products of 11-bit factors are meant. Raises RefllmError for what cannot be run.
 
-    A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`) or a wrong answer would hold as
-    well (`TapReport.untested`).
+    A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
+    and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
 
     What a name stands for runs in a process of its own (unless isolate=False), where each run has time_limit seconds
     (None: `refllm.check.process.time_limit`). A live function or model cannot be moved: it runs in this process, on
@@ -51,7 +54,7 @@ def compare(
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     with Processes(time_limit) as processes:
         return _compare(Path(checkpoint), candidate, dtype, policy, attention, given, prompt, stress,
-                        processes if isolate else None)  # fmt: skip
+                        processes if isolate else None, splits, tf32)  # fmt: skip
 
 
 def _compare(
@@ -64,21 +67,23 @@ def _compare(
     prompt: str | None,
     stress: bool,
     processes: "Processes | None",
+    splits: int,
+    tf32: bool,
 ) -> "list[Report]":
-    from refllm.check.run import close, find_policy, load
+    from refllm.check.asked import Asked
+    from refllm.check.run import close, load, rounding_of
     from refllm.check.runs import Runs
 
     found = _candidate(candidate, folder, dtype, attention, processes)
     inputs, notes = _inputs(folder, given, prompt)
-    if policy is None:
-        named = getattr(found, "attention", None if callable(candidate) else attention)
-        policy = "fused" if named is None else None
-        attention = named or attention
+    attention = getattr(found, "attention", attention)  # of a Transformers model object: its own
+    kind = candidate if isinstance(candidate, str) else "transformers" if hasattr(found, "attention") else ""
+    rules = rounding_of(kind, policy, attention if attention in ("eager", "sdpa") else "sdpa")
     runs = Runs(
         lambda dtype: load(folder, dtype),
         found,
         inputs,
-        find_policy(policy, attention if attention in ("eager", "sdpa") else "sdpa"),
+        Asked(rules, splits, tf32),
         checkpoint=folder.name,
         stress=stress,
         said=dtype is not None,

@@ -1,6 +1,7 @@
 """What a report says, in words: the sentences that the terminal and the page share."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,13 @@ from refllm.check import formulas
 from refllm.check.error_map import column_edges, row_edges
 from refllm.check.oracle import Report, TapReport
 from refllm.config import ModelConfig
+from refllm.precision import largest
 
 _LAST_AXIS = {"lm_head": "token id", "score": "class", "qa_outputs": "output", "scores": "key", "probs": "key"}
 _MOSTLY = 0.5  # of the squared error: from here on a common factor is worth naming
 _CLEAR_BIAS = 5.0  # standard errors
+_SQRT2 = (1.33, 1.5)
+_RANGES = 3  # of what is wrong in so many places, none is worth naming
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,10 @@ def broken_in_words(tap: TapReport) -> list[str]:
     """A sentence for each rule that the tap breaks, with the measured figure and the limit."""
     said = []
     isolated, end_to_end = tap.isolated, tap.end_to_end
-    for rule in tap.broken:
-        if rule == "NaN or infinity":
+    for rule in _worth_saying(tap.broken):
+        if rule in _RECOGNISED:
+            said.append(_RECOGNISED[rule](tap))
+        elif rule == "NaN or infinity":
             found = isolated if isolated is not None and isolated.nonfinite else end_to_end
             are = "is" if found.nonfinite == 1 else "are"
             said.append(
@@ -138,7 +144,7 @@ def broken_in_words(tap: TapReport) -> list[str]:
         elif rule == "rounding points" and isolated is not None:
             limit = limits.misrounded_limit(isolated.elements)
             said.append(
-                f"{percent(isolated.misrounded)} of its elements are not what the policy's rounding points give (limit "
+                f"{percent(isolated.misrounded)} of its elements are not what {_expected(tap)} (limit "
                 f"{100 * limit:.2g}%): a rounding too many, or one that is missing"
             )
         elif rule == "error end to end":
@@ -150,17 +156,49 @@ def broken_in_words(tap: TapReport) -> list[str]:
     return said
 
 
+def _overflow(tap: TapReport) -> str:
+    return (
+        f"overflow: the exact value reaches {tap.overflow:.4g}, past {largest(tap.dtype):g}, the largest number of "
+        f"{tap.dtype}; what reads it cannot be right"
+    )
+
+
+_RECOGNISED: dict[str, Callable[[TapReport], str]] = {
+    "overflow": _overflow,
+    "named": lambda tap: tap.named,
+    "another profile": lambda tap: f"it rounds otherwise than in the other layers: {tap.another}",
+    "unrecognised": lambda tap: "it rounds as no honest code does, and otherwise than in the other layers",
+}
+"""Rule -> its sentence: those that know where the candidate rounds."""
+
+
+def _worth_saying(rules: list[str]) -> list[str]:
+    """Not what follows from another rule: what has a name, or a large error, is of course not rounded as elsewhere."""
+    stronger = {"overflow", "named", "error", "NaN or infinity"} & set(rules)
+    return [rule for rule in rules if not (stronger and rule in ("unrecognised", "another profile"))]
+
+
+def _expected(tap: TapReport) -> str:
+    return "the policy's rounding points give" if tap.place or not tap.profiled else "its profile gives"
+
+
 def hints(tap: TapReport, config: ModelConfig | None = None) -> list[str]:
     """What is peculiar about the error of a tap that fails on its own inputs: where it lies, and whether it has a
     common factor or sign."""
     found = tap.isolated
     if not tap.defect_here or found is None:
         return []
-    if tap.broken == ["rounding points"]:
+    if not {"error", "one row", "NaN or infinity"} & set(tap.broken):
         return []
     said = [f"largest single error: {place(tap.name, found.at)}, {figure(found.largest)} sigma", *_where(tap, config)]
-    said += _character(found)
-    return said
+    return said + (_one_too_many(found) or _character(found))
+
+
+def _one_too_many(found: Measure) -> list[str]:
+    """Two roundings of one size have sqrt(2) times the error of one."""
+    if _SQRT2[0] <= found.ratio <= _SQRT2[1] and found.row_ratio < limits.ROW["bfloat16"]:
+        return [f"{figure(found.ratio)} is about sqrt(2): one rounding too many"]
+    return []
 
 
 def _character(found: Measure) -> list[str]:
@@ -192,7 +230,7 @@ def _where(tap: TapReport, config: ModelConfig | None) -> list[str]:
     ]
     said = []
     for edges, bad, noun in axes:
-        if 0 < bad.sum() <= len(bad) / 2:
+        if 0 < bad.sum() <= len(bad) / 2 and len(_spans(bad)) <= _RANGES:
             said.append(f"{noun}{_ranges(edges, bad)}")
             if noun == "channel" and config is not None and formulas.short(tap.name) in ("q_proj", "k_proj", "v_proj"):
                 inside = np.flatnonzero(np.repeat(bad, np.diff(edges))) // config.head_dim
@@ -202,13 +240,17 @@ def _where(tap: TapReport, config: ModelConfig | None) -> list[str]:
 
 def _ranges(edges: np.ndarray, bad: np.ndarray) -> str:
     """ "s 0-3 and 8-11" of 16, for the blocks that are bad."""
-    changes = np.flatnonzero(np.diff(np.concatenate([[0], bad.astype(int), [0]])))
-    spans = [(int(edges[a]), int(edges[b]) - 1) for a, b in changes.reshape(-1, 2)]
+    spans = [(int(edges[a]), int(edges[b]) - 1) for a, b in _spans(bad)]
     words = [f"{a}" if a == b else f"{a}-{b}" for a, b in spans]
     if len(words) > 3:
         words = [*words[:2], f"{len(words) - 2} more ranges"]
     plural = "" if len(spans) == 1 and spans[0][0] == spans[0][1] else "s"
     return f"{plural} {' and '.join(words)} of {int(edges[-1])}"
+
+
+def _spans(bad: np.ndarray) -> np.ndarray:
+    """[n, 2]: where runs of what is bad begin and end."""
+    return np.flatnonzero(np.diff(np.concatenate([[0], bad.astype(int), [0]]))).reshape(-1, 2)
 
 
 def before(report: Report, tap: TapReport) -> list[TapReport]:
@@ -219,15 +261,30 @@ def before(report: Report, tap: TapReport) -> list[TapReport]:
     return earlier or (found[at - 1].taps if at else [])
 
 
+def span(tap: TapReport) -> str:
+    """The shown values between which a failure lies, where values in between are not shown; else ""."""
+    if not tap.hidden:
+        return ""
+    since = formulas.spoken(tap.since) if tap.since else "the token ids"
+    return f"between {since} and {formulas.spoken(tap.name)}; {count(len(tap.hidden), 'value')} not shown"
+
+
 def other_defects(report: Report) -> list[TapReport]:
-    """The operators, besides the first failure, that are wrong on their own inputs; not those that hand a NaN on."""
-    first = report.first_failure
-    handed_on = first is not None and first.end_to_end.nonfinite
-    return [
-        tap
-        for tap in report.taps
-        if tap.defect_here and tap is not first and not (handed_on and broken_alone(tap) == ["NaN or infinity"])
-    ]
+    """The operators, besides the first failure, that are wrong on their own inputs; not those that an infinity or NaN
+    came into."""
+    return [tap for tap in report.taps if tap.cause == "defect" and tap is not report.first_failure]
+
+
+def elsewhere(report: Report) -> list[TapReport]:
+    """The values, besides the first failure, that are right but do not round where the named policy says."""
+    return [tap for tap in report.taps if tap.cause == "place" and tap is not report.first_failure]
+
+
+def habits_in_words(report: Report) -> list[str]:
+    """Where the candidate rounds: a line for each operator that is not as in Transformers, and one for the others."""
+    other = [str(habit) for habit in report.habits if habit.expected or habit.values]
+    same = [habit.operator for habit in report.habits if not habit.expected and not habit.values]
+    return other + [f"as Transformers: {', '.join(same)}"] * bool(same and report.dtype != "float32")
 
 
 def broken_alone(tap: TapReport) -> list[str]:
@@ -237,8 +294,7 @@ def broken_alone(tap: TapReport) -> list[str]:
 
 def consequences(report: Report) -> int:
     """How many taps fail though their operators hold."""
-    wrong = [report.first_failure, *other_defects(report)]
-    return sum(tap.verdict == "fails" and not any(tap is other for other in wrong) for tap in report.taps)
+    return sum(tap.cause == "consequence" and tap is not report.first_failure for tap in report.taps)
 
 
 def untested(report: Report) -> list[str]:

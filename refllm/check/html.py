@@ -11,7 +11,7 @@ from refllm.accuracy.measure import ULP_BINS, Measure
 from refllm.accuracy.verdicts import worst
 from refllm.check import charts, findings, formulas
 from refllm.check.oracle import Report, TapReport
-from refllm.check.report import context
+from refllm.check.report import context, why
 from refllm.storage import output_file
 
 _TEMPLATE = "page.html"
@@ -90,6 +90,7 @@ def _section(index: int, report: Report, reports: int, token_text: TokenText | N
         "values": values,
         "groups": _groups(report),
         "untested": findings.untested(report),
+        "habits": findings.habits_in_words(report),
     }
 
 
@@ -100,17 +101,15 @@ def _failure(report: Report) -> dict[str, Any] | None:
         return None
     if report.misbehaviour is not None:
         found = report.misbehaviour
-        return {"name": found.name, "formula": None, "text": f"{found.text}.", "said": [], "context": []}
+        return {"name": found.name, "span": "", "formula": None, "text": f"{found.text}.", "said": [], "context": []}
     if first is None:
         text = "Every value holds, but rounding does not explain the next tokens below."
-        return {"name": "next tokens", "formula": None, "text": text, "said": [], "context": []}
-    said = findings.broken_in_words(first) + findings.hints(first, report.config)
-    if not first.defect_here:
-        said.append("no operator is wrong on its own inputs: the error is built up by the values before")
+        return {"name": "next tokens", "span": "", "formula": None, "text": text, "said": [], "context": []}
     return {
         "name": first.name,
+        "span": findings.span(first),
         "formula": formulas.formula(first.name, report.config),
-        "said": said,
+        "said": why(report, first),
         "context": context(report, first),
     }
 
@@ -176,7 +175,7 @@ def _row(index: int, tap: TapReport, report: Report) -> Row:
         tap=tap,
         short=formulas.short(tap.name),
         formula=formula,
-        rounds_at=formula.rounds_at(report.policy, report.config),
+        rounds_at=formula.rounds_at(report.policy or "", report.config),
         isolated=_figure(alone, "ratio"),
         isolated_fails="error" in tap.broken or bool(alone and alone.nonfinite),
         row=_figure(alone, "row_ratio"),

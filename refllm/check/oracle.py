@@ -7,31 +7,56 @@ after.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from refllm.accuracy import tables
 from refllm.accuracy.judge import broken, broken_isolated
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.page import predict_page
-from refllm.accuracy.propagation import Uncertain
+from refllm.accuracy.profiled import Profiled
+from refllm.accuracy.profiles import ONCE, Profile, in_words, most, of_policy
+from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, ONE_PASS, Uncertain, ulp
+from refllm.accuracy.recognise import NOT_ASKED, Made, Recogniser
 from refllm.accuracy.verdicts import ValueVerdict, Verdict, verdict
 from refllm.accuracy.wrong_answers import undetected
+from refllm.check.asked import Asked
 from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
+from refllm.check.record import Habit, Record, chosen
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
 from refllm.check.unseen import never_shown
 from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
+from refllm.config.traits import traits_of
 from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
-from refllm.precision import FUSED, Policy, largest
+from refllm.precision import FUSED, HF_EAGER, Policy, largest
+
+_LAYERS_OF_TABLES = 8  # layers whose rotations are averaged for the tables
+_TF32_AT_LEAST = 0.2  # sigma of TF32 products; what errs less has other reasons
+_NOTHING = Measure(0, (0, 0, 0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (), 0.0, 0.0, (), 0.0, 0.0, 0)
+
+
+def _to_no_bit(x: Uncertain) -> Uncertain:
+    """x, of which nobody knows where it is rounded."""
+    return replace(x, rounded=None, before=None)
+
+
+def _orders(operator: str) -> list[Profile]:
+    """The orders of float32 sums, from the smallest error to the largest."""
+    orders = [BLOCKS, ONE_CHAIN, *([ONE_PASS] if operator == "layer_norm" else [])]
+    if operator in ("rope", "glu", "activation", "add"):
+        orders = [BLOCKS]
+    found = [ONCE if order == BLOCKS else Profile(order=order) for order in orders]
+    return [*found, Profile(tf32=True)] if operator in ("linear", "attention") else found
 
 
 @dataclass
@@ -40,6 +65,12 @@ class TapReport:
 
     Indices in the measures are [batch row, position, channel] or [batch row, position, head, channel]. zmap: where the
     error lies that the value's own operator made (`refllm.check.error_map`).
+    named: a defect that predicts it to the bit, or an error that its elements share, in one clause. another: the honest
+    profile that it has in this layer and not in the others. unrecognised: it rounds as no honest code does, in this
+    layer. place: it is right, but does not round where the named policy says; its profile in words.
+    overflow: the largest exact number that the format does not hold, where the candidate has an infinity. fed: an
+    infinity or NaN came in. hidden: values that were not shown, between the ones before, the last of them `since`, and
+    this one.
     """
 
     name: str
@@ -49,11 +80,37 @@ class TapReport:
     ulps: list[int] = field(default_factory=list)
     dtype: str = "float32"
     zmap: np.ndarray | None = None
+    named: str = ""
+    another: str = ""
+    unrecognised: bool = False
+    place: str = ""
+    overflow: float = 0.0
+    fed: bool = False
+    hidden: tuple[str, ...] = ()
+    since: str = ""
+    profiled: bool = False
+
+    @property
+    def cause(self) -> str:
+        """defect, place, consequence (of an infinity that came in, or of what came before), or "" where it holds."""
+        if self.verdict != "fails":
+            return ""
+        return "defect" if self.defect_here else "place" if self.place and not self.fed else "consequence"
 
     @property
     def broken(self) -> list[str]:
         """The rules that this value breaks; empty if it holds."""
-        return broken(self.end_to_end, self.isolated, self.dtype)
+        return list(dict.fromkeys([*self._recognised, *broken(self.end_to_end, self.isolated, self.dtype)]))
+
+    @property
+    def _recognised(self) -> list[str]:
+        rules = {
+            "overflow": self.overflow,
+            "named": self.named,
+            "another profile": self.another,
+            "unrecognised": self.unrecognised,
+        }
+        return [rule for rule, said in rules.items() if said]
 
     @property
     def verdict(self) -> ValueVerdict:
@@ -62,9 +119,14 @@ class TapReport:
         return "untested" if self.untested else "holds"
 
     @property
+    def wrong_here(self) -> bool:
+        """Whether the operator that makes this value breaks a rule, whatever it was given."""
+        return self.isolated is not None and bool(self._recognised or broken_isolated(self.isolated, self.dtype))
+
+    @property
     def defect_here(self) -> bool:
-        """Whether the operator that makes this value is wrong, whatever it was given."""
-        return self.isolated is not None and bool(broken_isolated(self.isolated, self.dtype))
+        """Whether it is wrong, and does not only round elsewhere than the named policy."""
+        return self.wrong_here and not self.place and not self.fed
 
 
 def predict(
@@ -87,66 +149,249 @@ def predict(
 
 
 class Judge:
-    """Collects the two runs over one trace."""
+    """Collects the two runs over one trace. asked.policy: where the candidate has to round; None: wherever it may."""
 
-    def __init__(self, model: Model, trace: Trace, policy: Policy) -> None:
+    def __init__(self, model: Model, trace: Trace, asked: Asked) -> None:
         _require_same(model, trace)
-        self.model, self.trace, self.policy = model, trace, policy
+        self.model, self.trace, self.asked, self.policy = model, trace, asked, asked.policy
         self.valid = trace.inputs.valid
         self.places = np.argwhere(self.valid)
         self.overflow = largest(trace.dtype)
+        self.narrow = trace.dtype != "float32"
         self.reports: dict[str, TapReport] = {}
+        self.isolated: dict[str, TapReport] = {}
         self.next_tokens: TokenReport | None = None
         self.shares: dict[str, float] = {}
+        self.record = Record(self.narrow)
+        self.tables: tables.Tables | None = None
+        self._recognise = Recogniser(trace.dtype, self.places)
+        self._last: tuple[Made, Profiled, Profile] | None = None
+        self._measured: tuple[str, Measure] = "", _NOTHING
+        self._names: dict[str, bool] = {}
+        self._spoilt: set[str] = set()
 
     def run(self, step: Callable[[str], None] = lambda text: None) -> list[TapReport]:
         """Both runs; the reports are in order of computation, for the values that the candidate recorded."""
-        known: set[str] = set()
-        step("predicting, end to end")
-        output = predict(self.model, self.trace.inputs, self.trace.dtype, self.policy, self._end_to_end(known))
-        foreign = [name for name in self.trace.taps if name not in known]
+        step("predicting, each operator alone")
+        positions = self.trace.inputs.positions
+        self.tables = tables.solve(self.model.config, positions, self._turned(), self.trace.dtype)
+        self._predict(self._isolated, self._work_out_alone, bits=True)
+        foreign = [name for name in self.trace.taps if name not in self._names]
         if foreign:
             raise InputError(f"trace: {foreign[0]!r} is no name of a value of this model ({len(foreign)} such names)")
+        self._compare_layers()
+        step("predicting, end to end")
+        output = self._predict(self._end_to_end, self._work_out_in_line, bits=False)
         self.shares = output.shares
         name = HEAD_TAPS.get(self.model.head)
         if name == "lm_head" and name in self.trace.taps:
             exact, variance, candidate = map(self._rows, (output.value, output.variance, self.trace.taps[name]))
             self.next_tokens = compare_tokens(exact, variance, candidate, self.places)
-            del exact, variance, candidate
-        del output  # the logits of a whole prompt, not held during the second run
-        step("predicting, each operator alone")
-        predict(self.model, self.trace.inputs, self.trace.dtype, self.policy, self._isolated)
         return list(self.reports.values())
 
-    def _end_to_end(self, known: set[str]) -> Callable[[str, Uncertain], Uncertain]:
-        def at(name: str, x: Uncertain) -> Uncertain:
-            known.add(name)
-            candidate = self._candidate(name, x)
-            if candidate is not None:
-                exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
-                rows = self._rows(candidate)
-                found = self._measure(rows, exact, variance)
-                ulps = ulp_histogram(rows, exact, self.trace.dtype)
-                self.reports[name] = TapReport(name, found, ulps=ulps, dtype=self.trace.dtype)
-            return x
+    def _predict(
+        self,
+        at_tap: Callable[[str, Uncertain], Uncertain],
+        work_out: Callable[[str, Made, Profiled], Uncertain],
+        bits: bool,
+    ) -> Uncertain:
+        inputs, assumed = self.trace.inputs, (self.policy or FUSED).without(self.model.page.NOT_ROUNDED)
+        op = Profiled(self.trace.dtype, assumed, at_tap, lambda name: True, work_out, bits)
+        assert self.tables is not None
+        return predict_page(
+            self.model,
+            inputs.input_ids,
+            inputs.positions,
+            inputs.mask,
+            self.trace.dtype,
+            assumed,
+            at_tap,
+            embeds_scale=inputs.embeds_scale,
+            op=op,
+            tables=self.tables.uncertain,
+        )
 
-        return at
+    def _turned(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Heads before and after the rotation, as far as the candidate shows both: (positions, before, after)."""
+        c: Any = self.model.config
+        interleaved, layers = traits_of(c).interleaved, range(c.num_hidden_layers)
+        for layer in list(layers)[:: max(1, len(layers) // _LAYERS_OF_TABLES)]:
+            for letter in "qk":
+                at = f"model.layers.{layer}.self_attn.{letter}_"
+                after = self.trace.taps.get(f"{at}rope")
+                before = self.trace.taps.get(f"{at}layernorm" if getattr(c, "qk_layernorm", False) else f"{at}proj")
+                if after is None or before is None or after.ndim != 4:
+                    continue
+                heads = after.shape[1]
+                if before.ndim == 3 and before.shape[-1] == heads * c.head_dim:
+                    before = before.reshape(*before.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+                if before.shape[:3] != after.shape[:3] or after.shape[-1] < c.rotary_dim:
+                    continue
+                rows = (tables.in_pairs(self._rows(x), c.rotary_dim, interleaved) for x in (before, after))
+                yield (self.trace.inputs.positions[self.valid], *rows)
+
+    # --------------------------------------------------------------------------------------------- each operator alone
+
+    def _work_out_alone(self, name: str, made: Made, op: Profiled) -> Uncertain:
+        candidate = self.trace.taps.get(name)
+        if any(i.spoilt for i in made.inputs):
+            self._spoilt.add(name)
+        if candidate is None:
+            return self._not_shown(name, made, op)
+        if not self.narrow:
+            return self._in_an_order(name, made, op, self._fitted(name, candidate, made))
+        found = NOT_ASKED
+        if np.isfinite(candidate).all():
+            found = self._recognise(made, self._fitted(name, candidate, made), self.record.tried_first(name))
+        self.record.keep(name, made.operator, found)
+        if self.policy is not None:
+            profile = of_policy(made.operator, op.policy)
+            self._last = made, op, profile
+            return op.under(made, profile)
+        profile = chosen(found.profile or self.record.profile_of(name, made.operator), made.operator, self.narrow)
+        if found.asked and not found.fits:
+            profile = most(made.operator)
+        # What is held in float32 is judged by the format all the same: float32 noise has no such sharp limit.
+        profile = replace(profile, stored=True)
+        self._last = made, op, profile
+        x = op.under(made, profile, certain_inputs=bool(found.fits))
+        x = x if found.profile is None or found.profile.stored else replace(x, rounded=None)
+        return x if found.fits else _to_no_bit(x)
+
+    def _not_shown(self, name: str, made: Made, op: Profiled) -> Uncertain:
+        """A value that may exist only inside a kernel. What was rounded there is known of sums, or by the policy."""
+        if self.policy is not None:
+            x = op.under(made, of_policy(made.operator, op.policy))
+            return _to_no_bit(x) if self.policy.name == FUSED.name else x
+        profile = self.record.profile_of(name, made.operator)
+        if made.operator == "add":  # three terms have no sum of two
+            return op.under(made, ONCE if profile is None or profile.together else profile)
+        return _to_no_bit(op.under(made, chosen(profile, made.operator, self.narrow)))
+
+    def _in_an_order(self, name: str, made: Made, op: Profiled, candidate: np.ndarray) -> Uncertain:
+        """The value in that order of float32 sums which has the smallest error that holds."""
+        first: Uncertain | None = None
+        for profile in _orders(made.operator):
+            x = op.under(made, profile)
+            first = first or x
+            rows = self._rows(candidate)
+            found = self._measure(rows, self._rows(x.value, candidate), self._rows(x.variance, candidate))
+            if not broken_isolated(found, self.trace.dtype) and (not profile.tf32 or found.ratio > _TF32_AT_LEAST):
+                self.record.keep_order(name, made.operator, profile)
+                self._measured = name, found
+                return x
+        assert first is not None
+        return first
 
     def _isolated(self, name: str, x: Uncertain) -> Uncertain:
         candidate = self._candidate(name, x)
+        self._names[name] = candidate is not None
         if candidate is None:
-            # A value that is not shown may exist only inside a kernel: whether it was rounded there is not known.
-            return replace(x, rounded=None) if self.policy.name == FUSED.name else x
-        exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
-        report, rows = self.reports[name], self._rows(candidate)
-        report.isolated = replace(
-            self._measure(rows, exact, variance), misrounded=self._misrounded(candidate, x.rounded)
-        )
+            return replace(x, spoilt=name in self._spoilt)
+        report = self.isolated[name] = TapReport(name, _NOTHING, dtype=self.trace.dtype)
+        rows, shown = self._rows(candidate), self._shown_rounded(name, x, candidate)
+        exact, variance = self._rows(x.value, candidate), self._rows(shown.variance, candidate)
+        misrounded = self._misrounded(candidate, x.rounded)
+        measured = self._measured[1] if self._measured[0] == name else self._measure(rows, exact, variance)
+        report.isolated = replace(measured, misrounded=misrounded)
+        found = self.record.found.get(name)
+        if found is not None:
+            report.profiled = self.policy is None and bool(found.fits)
+            report.named = f"{found.defect}: that predicts it to the bit" if found.defect else found.shared
+            if self.policy is not None and broken_isolated(report.isolated, self.trace.dtype) and not report.named:
+                report.place = self._elsewhere(name, candidate)
         report.zmap = error_map(rows, exact, variance, self.overflow)
         report.untested = undetected(exact, variance, self.trace.dtype)
+        report.fed, report.overflow = name in self._spoilt, self._overflow(rows, exact)
+        report.hidden = tuple(hidden for hidden in self._names if hidden in x.shares and hidden != name)
+        if report.hidden:
+            earlier = list(self._names)[: list(self._names).index(report.hidden[0])]
+            report.since = next((n for n in reversed(earlier) if self._names[n]), "")
         taken = x.value.copy()
         np.copyto(taken[..., : candidate.shape[-1]], candidate, where=np.isfinite(candidate))
-        return Uncertain(taken, np.zeros(x.shape, np.float32))
+        spoilt = report.fed or not np.isfinite(rows).all()
+        return Uncertain(taken, np.zeros(x.shape, np.float32), before=x.before, sum_of=x.sum_of, spoilt=spoilt)
+
+    def _overflow(self, rows: np.ndarray, exact: np.ndarray) -> float:
+        """The largest exact number past what the format holds, where the candidate has an infinity for it."""
+        if not np.isinf(rows).any():
+            return 0.0
+        beyond = np.isinf(rows) & np.isfinite(exact) & (np.abs(exact) > self.overflow)
+        return float(np.abs(exact[beyond]).max()) if beyond.any() else 0.0
+
+    def _elsewhere(self, name: str, candidate: np.ndarray) -> str:
+        """The profile of a value that does not round where the named policy says, if it is right under its own."""
+        found = self.record.found[name]
+        if not found.fits or self._last is None:
+            return ""
+        made, op, _ = self._last
+        x = op.under(made, found.fits[0], certain_inputs=True)
+        measured = self._measure(
+            self._rows(candidate), self._rows(x.value, candidate), self._rows(x.variance, candidate)
+        )
+        measured = replace(measured, misrounded=self._misrounded(candidate, x.rounded))
+        right = not broken_isolated(measured, self.trace.dtype)
+        return in_words(made.operator, found.fits[0]) if right else ""
+
+    def _shown_rounded(self, name: str, x: Uncertain, candidate: np.ndarray) -> Uncertain:
+        """Scores and weights may be shown rounded by a kernel that does not round them."""
+        if not self.narrow or self.policy is not None or not name.endswith((".scores", ".probs")):
+            return x
+        return replace(x, variance=x.variance + ulp(x.value, self.trace.dtype) ** 2 / 12)
+
+    def _compare_layers(self) -> None:
+        """What only all layers together say: where one differs from the others, and where none is recognised."""
+        for name, report in self.isolated.items():
+            if self.policy is not None or name not in self.record.found:
+                continue
+            another = self.record.another(name)
+            if another is not None:
+                report.another = in_words(self.record.operators[name], another)
+            report.unrecognised = self.record.unrecognised(name) and not self.record.nowhere(name)
+
+    # ------------------------------------------------------------------------------------------------------ end to end
+
+    def _work_out_in_line(self, name: str, made: Made, op: Profiled) -> Uncertain:
+        if self.policy is not None and self.narrow:
+            return op.under(made, of_policy(made.operator, op.policy))
+        return op.under(made, chosen(self.record.profile_of(name, made.operator), made.operator, self.narrow))
+
+    def _end_to_end(self, name: str, x: Uncertain) -> Uncertain:
+        candidate = self._candidate(name, x)
+        if candidate is None:
+            return x
+        exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
+        rows = self._rows(candidate)
+        report = self.isolated.get(name) or TapReport(name, _NOTHING, dtype=self.trace.dtype)
+        report.end_to_end = self._measure(rows, exact, variance)
+        report.ulps = ulp_histogram(rows, exact, self.trace.dtype)
+        self.reports[name] = report
+        return x
+
+    def nearest_policy(self) -> Policy:
+        """The policy of the candidate: the named one, else the one that rounds about as often as its profiles."""
+        if self.policy is not None:
+            return self.policy
+        often = self.record.profile_of("self_attn.context", "attention")
+        return HF_EAGER if self.narrow and (often is None or "scores" in often.points) else FUSED
+
+    def unsaid(self) -> list[str]:
+        """What the candidate does that it should do on purpose only, and nobody said so."""
+        said = [f"{values}: {words}" for values, words in self.record.unknown_places()]
+        for values, parts in self.record.split_products():
+            if parts != self.asked.splits:
+                said.append(f"{values}: products of {parts} parts, each rounded; say --splits {parts} if that is meant")
+        tf32 = [short for short, profile in self.record.orders.items() if profile.tf32]
+        if tf32 and not self.asked.tf32:
+            said.append(f"{', '.join(tf32)}: products of 11-bit factors (TF32); say --tf32 if that is meant")
+        return said
+
+    def habits(self) -> list[Habit]:
+        """Where the candidate rounds, in words."""
+        exact_scale = np.frexp(self.model.config.head_dim**-0.5)[0] == 0.5
+        found = self.record.habits(self.model.page.NOT_ROUNDED, bool(exact_scale))
+        assert self.tables is not None
+        return [*found, Habit("rope", "tables", self.tables.name)] if self.tables.solved else found
 
     def _measure(self, rows: np.ndarray, exact: np.ndarray, variance: np.ndarray) -> Measure:
         """The measure, with indices that name the batch row and the position, padding counted."""
@@ -163,15 +408,26 @@ class Judge:
     def _place(self, index: tuple[int, ...]) -> tuple[int, ...]:
         return (*(int(i) for i in self.places[index[0]]), *index[1:]) if index else ()
 
+    def _fitted(self, name: str, candidate: np.ndarray, made: Made) -> np.ndarray:
+        """What was shown, if it has the shape of what the operator makes."""
+        first = made.inputs[0].shape
+        last = len(made.how["weight"]) if made.operator == "linear" else first[-1]
+        return self._of_shape(name, candidate, (*first[:-1], last))
+
     def _candidate(self, name: str, x: Uncertain) -> np.ndarray | None:
         candidate = self.trace.taps.get(name)
         if candidate is None:
             return None
-        partial = name.endswith("_rope") and candidate.shape[:-1] == x.shape[:-1] and candidate.shape[-1] <= x.shape[-1]
-        if candidate.shape != x.shape and not partial:
-            raise InputError(f"trace: {name} has shape {list(candidate.shape)}, expected {list(x.shape)}")
+        candidate = self._of_shape(name, candidate, x.shape)
         if name.endswith(".scores") and not self.valid.all():  # against keys of padding, which nobody attends to
             candidate = np.where(self.valid[:, None, None, :], candidate, x.value)
+        return candidate
+
+    @staticmethod
+    def _of_shape(name: str, candidate: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        partial = name.endswith("_rope") and candidate.shape[:-1] == shape[:-1] and candidate.shape[-1] <= shape[-1]
+        if candidate.shape != shape and not partial:
+            raise InputError(f"trace: {name} has shape {list(candidate.shape)}, expected {list(shape)}")
         return candidate
 
     def _rows(self, values: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
@@ -202,14 +458,14 @@ class Report:
 
     attribution: named value -> part of the predicted variance of the last value that comes from making it; the parts
     sum to 1. notes: sentences a reader should know. config: of the model, for the formulas in a report. misbehaviour:
-    what the candidate did in place of a forward pass; then nothing was measured. unseen: sentences on what the run does
-    not show.
+    what the candidate did in place of a forward pass; then nothing was measured. habits: where it rounds. unsaid: what
+    it may do on purpose only, and nobody said that it does. unseen: sentences on what the run does not show.
     """
 
     checkpoint: str
     candidate: str
     dtype: str
-    policy: str
+    policy: str | None
     inputs: str
     tokens: int
     taps: list[TapReport]
@@ -218,6 +474,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     config: ModelConfig | None = None
     misbehaviour: Misbehaviour | None = None
+    habits: list[Habit] = field(default_factory=list)
+    unsaid: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
 
     @property
@@ -226,13 +484,17 @@ class Report:
         that something was not seen of, is incomplete."""
         values = {tap.verdict for tap in self.taps}
         wrong = self.misbehaviour or "fails" in values or (self.next_tokens and self.next_tokens.defects)
-        return verdict(wrong, missing=self.unseen or "untested" in values)
+        return verdict(wrong, missing=self.unseen or self.unsaid or "untested" in values)
 
     @property
     def first_failure(self) -> TapReport | None:
         """Where to look: the first operator that is wrong on its own inputs, else the first value over its budget."""
-        defects = (tap for tap in self.taps if tap.defect_here)
-        return next(defects, None) or next((tap for tap in self.taps if tap.verdict == "fails"), None)
+        ranks = (
+            lambda tap: tap.defect_here,
+            lambda tap: tap.verdict == "fails" and not tap.place,
+            lambda tap: tap.place,
+        )
+        return next((tap for rank in ranks for tap in self.taps if rank(tap)), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, verdicts included. Infinities and NaN are strings: float() reads every figure back."""
@@ -247,10 +509,13 @@ class Report:
             "verdict": self.verdict,
             "first_failure": None if first is None else first.name,
             "misbehaviour": None if self.misbehaviour is None else asdict(self.misbehaviour),
+            "habits": [str(habit) for habit in self.habits],
+            "unsaid": self.unsaid,
             "unseen": self.unseen,
             "taps": [
                 {
                     "name": tap.name,
+                    "cause": tap.cause,
                     "verdict": tap.verdict,
                     "broken": tap.broken,
                     "untested": tap.untested,
@@ -280,7 +545,7 @@ def _plain(value: Any) -> Any:
 
 def _ask_again(model: Model, trace: Trace, policy: Policy, taps: list[TapReport], step: Callable[[str], None]) -> None:
     """Measure an honest run where a value is over its end-to-end budget and no operator is wrong by itself."""
-    if any(tap.defect_here for tap in taps):
+    if any(tap.wrong_here for tap in taps):
         return
     over = {tap.name: tap.end_to_end for tap in taps if tap.verdict == "fails" and not tap.end_to_end.nonfinite}
     if not over:
@@ -295,7 +560,7 @@ def _ask_again(model: Model, trace: Trace, policy: Policy, taps: list[TapReport]
 def judge(
     model: Model,
     trace: Trace,
-    policy: Policy,
+    policy: Policy | Asked | None = None,
     *,
     checkpoint: str = "",
     step: Callable[[str], None] = lambda text: None,
@@ -304,19 +569,22 @@ def judge(
 
     Raises InputError where trace and model do not fit: another config, unknown names, other shapes.
     """
-    collected = Judge(model, trace, policy)
+    asked = Asked.of(policy)
+    collected = Judge(model, trace, asked)
     taps = collected.run(step)
-    _ask_again(model, trace, policy, taps, step)
+    _ask_again(model, trace, collected.nearest_policy(), taps, step)
     return Report(
         checkpoint=checkpoint,
         candidate=trace.source,
         dtype=trace.dtype,
-        policy=policy.name,
+        policy=asked.name,
         inputs=trace.inputs.label,
         tokens=int(trace.inputs.valid.sum()),
         taps=taps,
         next_tokens=collected.next_tokens,
         attribution=dict(sorted(collected.shares.items(), key=lambda item: -item[1])),
         config=model.config,
+        habits=collected.habits(),
+        unsaid=collected.unsaid(),
         unseen=never_shown(model.head, trace),
     )

@@ -30,7 +30,7 @@ def show_report(report: Report, verbose: bool = False) -> RenderableType:
         parts.append(_failure(report))
     parts += [_tap_table(report) if verbose else _layer_table(report), ""]
     remarks = Table.grid(padding=(0, 2, 0, 0))
-    for label, said in [*_tokens(report), *_attribution(report), *_cautions(report)]:
+    for label, said in [*_tokens(report), *_habits(report), *_attribution(report), *_cautions(report)]:
         remarks.add_row(Text(label, style="dim"), said)
     return Group(*parts, remarks, "")
 
@@ -77,7 +77,7 @@ def legend() -> list[tuple[str, str]]:
     )
     same = f"the same of the worst position or head. Limit {row:g} (float32: {wide_row:g}), and more as above"
     return [
-        ("sigma", "predicted rounding error of a correct implementation that rounds where the policy says"),
+        ("sigma", "predicted rounding error of a correct implementation that rounds where this one does, or has to"),
         ("own inputs", own),
         ("worst row", same),
         ("end to end", end),
@@ -87,7 +87,8 @@ def legend() -> list[tuple[str, str]]:
 
 
 def _title(report: Report) -> Text:
-    about = f"  {report.candidate}, {report.dtype}, policy {report.policy}, {report.inputs}, "
+    policy = f"policy {report.policy}, " if report.policy else ""
+    about = f"  {report.candidate}, {report.dtype}, {policy}{report.inputs}, "
     about += f"{count(report.tokens, 'token')}: "
     return Text.assemble((report.checkpoint, "bold"), about, (report.verdict, STYLE[report.verdict]))
 
@@ -108,18 +109,26 @@ def _failure(report: Report) -> RenderableType:
     if first is None:
         body = Text("every value holds, but rounding does not explain the next tokens below")
         return _panel("first failure: next tokens", [body])
-    formula = formulas.formula(first.name, report.config)
+    formula, span = formulas.formula(first.name, report.config), findings.span(first)
     lines: list[RenderableType] = [
         Text.assemble((formula.text, "bold"), f"    {formula.operator}, {formula.source}"),
         Text(formula.convention, style="dim"),
     ]
-    lines += [Text(said) for said in findings.broken_in_words(first)]
-    if first.defect_here:
-        lines += [Text(said) for said in findings.hints(first, report.config)]
-    else:
-        lines.append(Text("no operator is wrong on its own inputs: the error is built up by the values before"))
+    if span:  # it is one of several operators
+        lines = [Text(f"in one of {', '.join(formulas.short(name) for name in (*first.hidden, first.name))}")]
+    lines += [Text(said) for said in why(report, first)]
     lines += [Text.assemble((f"{label}  ", "dim"), said) for label, said in context(report, first)]
-    return _panel(f"first failure: {first.name}", lines)
+    return _panel(f"first failure: {first.name}" + (f" ({span})" if span else ""), lines)
+
+
+def why(report: Report, first: TapReport) -> list[str]:
+    """What is wrong with the first failure, sentence by sentence."""
+    said = findings.broken_in_words(first)
+    if first.place:
+        return [f"right, but not rounded where policy {report.policy} says: {first.place}", *said]
+    if first.defect_here:
+        return said + findings.hints(first, report.config)
+    return [*said, "no operator is wrong on its own inputs: the error is built up by the values before"]
 
 
 def _panel(title: str, lines: list[RenderableType]) -> Panel:
@@ -140,10 +149,18 @@ def context(report: Report, first: TapReport) -> list[tuple[str, str]]:
         names = [f"{formulas.spoken(tap.name)} {_isolated_figure(tap)}" for tap in others[:3]]
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         said.append(("also wrong on own inputs:", ", ".join(names) + more))
+    elsewhere = findings.elsewhere(report)
+    if elsewhere:
+        names = [formulas.spoken(tap.name) for tap in elsewhere[:3]]
+        more = f" and {len(elsewhere) - 3} more" if len(elsewhere) > 3 else ""
+        said.append((f"rounded elsewhere than {report.policy}:", ", ".join(names) + more))
     consequences = findings.consequences(report)
     if first.defect_here and consequences:
         said.append(
-            ("consequences:", f"{count(consequences, 'later value')} over a limit, though their own operators hold")
+            (
+                "consequences:",
+                f"{count(consequences, 'value')} over a limit, though their own operators hold, or an infinity came in",
+            )
         )
     return said
 
@@ -275,6 +292,11 @@ def flip_in_words(flip: Flip) -> str:
     return f"{where}: token {flip.exact} became {flip.candidate}, margin {figure(flip.sigmas)} sigma"
 
 
+def _habits(report: Report) -> list[tuple[str, Text]]:
+    """Where the candidate rounds."""
+    return [("rounds" if i == 0 else "", Text(said)) for i, said in enumerate(findings.habits_in_words(report))]
+
+
 def _attribution(report: Report) -> list[tuple[str, Text]]:
     """Where the predicted error of the last value comes from."""
     if not report.attribution or not report.taps:
@@ -289,7 +311,7 @@ def _attribution(report: Report) -> list[tuple[str, Text]]:
 
 def _cautions(report: Report) -> list[tuple[str, Text]]:
     """What is untested, and what a reader should know."""
-    said = [("not seen", said) for said in report.unseen]
+    said = [("incomplete", said) for said in report.unsaid] + [("not seen", said) for said in report.unseen]
     said += [("untested", said) for said in findings.untested(report)] + [("note", note) for note in report.notes]
     return [(label, Text(text, style=STYLE["untested"])) for label, text in said]
 

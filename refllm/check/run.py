@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from refllm import extras
+from refllm.check.asked import Asked
 from refllm.check.candidates import FAST, KNOWN, open_candidate, record
 from refllm.check.functions import DTYPES
 from refllm.check.inputs import Inputs
@@ -47,10 +48,10 @@ class Settings:
 
     candidate: "torch", "triton", "transformers", "numpy", or a function as module:function. dtypes: () takes
     `DEFAULT_DTYPES`, or that of a function that has one of its own. attention: of Transformers.
-    policy: where the candidate is expected to round; None is fused for torch and triton, else follows the attention.
+    policy: where the candidate has to round; None: see `rounding_of`.
     stress: check the stressed inputs too (`refllm.check.inputs.stressed`). tokens: the arguments prompt, ids and
     ids_file of `read_tokens`. seconds: for each run of the candidate; None: `refllm.check.process.time_limit`.
-    isolate: run it in a process of its own.
+    isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`.
     """
 
     candidate: str = "transformers"
@@ -61,6 +62,8 @@ class Settings:
     tokens: dict[str, Any] = field(default_factory=lambda: {"prompt": None, "ids": None, "ids_file": None})
     seconds: float | None = None
     isolate: bool = True
+    splits: int = 1
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
@@ -69,14 +72,26 @@ class Settings:
                 raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
         if self.attention not in POLICY_OF_ATTENTION:
             raise InputError(f"--attn {self.attention} is not known: use {' or '.join(POLICY_OF_ATTENTION)}")
-        find_policy(self.policy, self.attention)
+        _ = self.rounding  # refuses what is not known
         if self.seconds is not None and not self.seconds > 0:
             raise InputError(f"--time {self.seconds:g}: expected more than 0 seconds")
 
     @property
-    def rounding(self) -> Policy:
-        """Where the candidate is expected to round."""
-        return find_policy(self.policy or ("fused" if self.candidate in FAST else None), self.attention)
+    def rounding(self) -> Asked:
+        """Where the candidate has to round, and what is known of it."""
+        return Asked(rounding_of(self.candidate, self.policy, self.attention), self.splits, self.tf32)
+
+
+def rounding_of(candidate: str, policy: str | None, attention: str = "eager") -> Policy | None:
+    """Where a candidate is asked to round: as the named policy says; else Transformers' models and the reference as
+    their attention does, the fast models as fused kernels do, and whatever is foreign wherever honest code may.
+
+    candidate: a name of `refllm.check.candidates.KNOWN`; any other one is foreign. Raises InputError for an unknown
+    policy.
+    """
+    if policy is None and candidate in FAST:
+        policy = "fused"
+    return None if policy is None and candidate not in KNOWN else find_policy(policy, attention)
 
 
 def find_policy(name: str | None, attention: str = "eager") -> Policy:
@@ -226,7 +241,7 @@ def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: No
         ids, notes = tokens_for(folder, settings.tokens)
         step(f"{folder.name}: {settings.candidate}")
         trace = record(candidate, load(folder, candidate.dtype), Inputs(ids))
-    policy = settings.rounding.name
+    policy = settings.rounding.name or ""
     trace.details |= {"checkpoint": folder.name, "policy": policy, "notes": "; ".join(notes)}
     return trace
 

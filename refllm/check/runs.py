@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from refllm.check.asked import Asked
 from refllm.check.candidates import record
 from refllm.check.inputs import Inputs, every_token, stressed
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
@@ -32,7 +33,7 @@ class Runs:
     load: Callable[[str], Model]
     candidate: Candidate
     plain: Inputs
-    policy: Policy
+    policy: Asked | Policy
     checkpoint: str = ""
     stress: bool = False
     said: bool = True

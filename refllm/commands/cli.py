@@ -63,7 +63,11 @@ Candidate = Annotated[str, typer.Option("--candidate", help=_CANDIDATES)]
 Attention = Annotated[str, typer.Option("--attn", help="Transformers' attention: eager or sdpa.")]
 Rounding = Annotated[
     str | None,
-    typer.Option("--policy", help="Where the candidate is expected to round: hf-eager, hf-sdpa or fused."),
+    typer.Option(
+        "--policy",
+        help="Where the candidate has to round: hf-eager, hf-sdpa or fused. Default for a forward pass of yours: "
+        "wherever honest code may, which the report then says.",
+    ),
 ]
 Time = Annotated[
     float | None,
@@ -111,6 +115,10 @@ def check(
     ids: Ids = None,
     ids_file: IdsFile = None,
     time: Time = None,
+    splits: Annotated[
+        int, typer.Option("--splits", metavar="N", help="Products of N parts, each rounded, are meant.")
+    ] = 1,
+    tf32: Annotated[bool, typer.Option("--tf32", help="Float32 products of 11-bit factors are meant.")] = False,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -128,7 +136,10 @@ def check(
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     names, left_out = run.candidates_to_check(candidate, checkpoint)
-    settings = [run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time) for name in names]
+    settings = [
+        run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, splits=splits, tf32=tf32)
+        for name in names
+    ]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
     with StatusLine(sys.stderr) as step:

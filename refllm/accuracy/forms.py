@@ -1,0 +1,257 @@
+"""The operators once more, each as the order of steps in which people write it, with a name for every place to round.
+
+    y = FORMS["glu"](Stores({"silu", OUT}, "bfloat16"), (gate, up), {"name": "silu"})
+
+`refllm.ops` defines what an operator is; here is where code may put a value of its own into the format: `store(x,
+"point")` rounds x if the point is in the set. Some points are not admissible, because what is rounded there is shared
+by a row or is no rounding at all (`refllm.accuracy.profiles`). Float64 inside, so that the result is a prediction to
+the bit wherever the order of float32 sums cannot matter. Arrays are rows [N, ...] of what the operators take as
+[B, ..., S, ...]: samples of a value, or all of it.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+
+from refllm import ops
+from refllm.accuracy.propagation import ulp
+from refllm.precision import rounding
+
+OUT = "out"
+"""The point at which the result itself is stored."""
+
+_ONE_PART = (1, "")
+
+
+class Stores:
+    """Rounds at the points in the set: `x in store` asks, `store(x, point)` does."""
+
+    def __init__(self, points: Collection[str], dtype: str) -> None:
+        self.points, self.dtype = frozenset(points), dtype
+
+    def __contains__(self, point: str) -> bool:
+        return point in self.points
+
+    def __call__(self, x: np.ndarray, point: str) -> np.ndarray:
+        return self._put(x) if point in self.points else x
+
+    def _put(self, x: np.ndarray) -> np.ndarray:
+        return on_grid(x, self.dtype)
+
+
+class Nudges(Stores):
+    """Rounds nowhere, but adds at one point the standard deviation of the rounding there, so that the change of the
+    result is what that rounding does to it. Points that choose another order of the steps still do."""
+
+    def __init__(self, points: Collection[str], dtype: str, at: str = "") -> None:
+        super().__init__(points, dtype)
+        self.at = at
+
+    def __call__(self, x: np.ndarray, point: str) -> np.ndarray:
+        if point != self.at or point not in self.points:
+            return x
+        return x + ulp(x, self.dtype, x.dtype.type) * x.dtype.type(12**-0.5)
+
+
+def on_grid(x: np.ndarray, dtype: str) -> np.ndarray:
+    """x, rounded to float32 and then to the format, as float64."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return rounding(dtype)(np.asarray(x).astype(np.float32)).astype(np.float64)
+
+
+Form = Callable[[Stores, tuple[np.ndarray, ...], dict[str, Any]], np.ndarray]
+
+# ---------------------------------------------------------------------------------------------------------------- norms
+
+
+def _row_sum(x: np.ndarray, store: Stores) -> np.ndarray:
+    """Kept sums over the last axis; at "partial sums" the running sum of 128 numbers at a time is rounded."""
+    if "partial sums" not in store:
+        return x.sum(axis=-1, keepdims=True)
+    n = x.shape[-1]
+    step = max(1, min(128, n // 4))
+    total = np.zeros((*x.shape[:-1], 1))
+    for start in range(0, n, step):
+        total = store(total + x[..., start : start + step].sum(axis=-1, keepdims=True), "partial sums")
+    return total
+
+
+def _reciprocal_root(variance: np.ndarray, n: int, eps: float, store: Stores) -> np.ndarray:
+    if "n - 1" in store:
+        variance = variance * (n / max(1, n - 1))
+    variance = store(variance, "variance")
+    eps = eps * 10 if "eps times 10" in store else eps
+    root = np.sqrt(variance) + eps if "eps outside the root" in store else np.sqrt(variance + eps)
+    return store(1 / root, "reciprocal root")
+
+
+def _rms_norm(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any]) -> np.ndarray:
+    (x,), weight, n = arrays, how["weight"], arrays[0].shape[-1]
+    scale = _reciprocal_root(_row_sum(store(x * x, "squares"), store) / n, n, how["eps"], store)
+    if "times weight" in store:
+        return store(store(x * weight, "times weight") * scale, OUT)
+    return store(weight * store(x * scale, "normalized"), OUT)
+
+
+def _layer_norm(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any]) -> np.ndarray:
+    (x,), n = arrays, arrays[0].shape[-1]
+    centred = x - store(_row_sum(x, store) / n, "mean")
+    scale = _reciprocal_root(np.square(centred).sum(axis=-1, keepdims=True) / n, n, how["eps"], store)
+    y = store(store(store(centred, "centred") * scale, "normalized") * how["weight"], "weighted")
+    return store(y if how["bias"] is None else y + how["bias"], OUT)
+
+
+# ----------------------------------------------------------------------------------------------------------------- RoPE
+
+
+def _rope(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any]) -> np.ndarray:
+    """x [N, H, D], cos and sin [N, 1, R/2]."""
+    x, cos, sin = arrays
+    cos, sin = store(cos, "tables"), store(sin, "tables")
+    half = cos.shape[-1]
+    first, second = slice(0, half), slice(half, 2 * half)
+    if how["interleaved"]:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    a, b, out = x[..., first], x[..., second], x.copy()
+
+    def together(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return store(store(u, "products") + store(store(v, "products"), "second product"), OUT)
+
+    out[..., first], out[..., second] = together(a * cos, -b * sin), together(b * cos, a * sin)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------------ MLP
+
+
+def _sigmoid(g: np.ndarray, store: Stores) -> np.ndarray:
+    if "mirrored" in store:  # 1 - 1 / (1 + e^x) for x > 0: exponentials of positive numbers only
+        part = store(1 / store(1 + store(np.exp(np.abs(g)), "exp"), "1 + exp"), "sigmoid of -|x|")
+        return store(np.where(g < 0, part, 1 - part), "sigmoid")
+    return store(1 / store(1 + store(np.exp(-g), "exp"), "1 + exp"), "sigmoid")
+
+
+def _glu(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any]) -> np.ndarray:
+    gate, up = arrays
+    if "gate and up swapped" in store:
+        gate, up = up, gate
+    if how["name"] not in ("silu", "swish"):
+        return store(store(ops.activation(gate, how["name"]), "activation") * up, OUT)
+    with np.errstate(over="ignore"):
+        sigmoid = _sigmoid(gate, store)
+    if "gate times up" in store:
+        return store(store(gate * up, "gate times up") * sigmoid, OUT)
+    return store(store(gate * sigmoid, "activation") * up, OUT)
+
+
+def _activation(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any]) -> np.ndarray:
+    return store(ops.activation(arrays[0], how["name"]), OUT)
+
+
+# ---------------------------------------------------------------------------------------------------- sums and products
+
+
+def _add(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any]) -> np.ndarray:
+    """x + y; or, of three terms, x + (y + z)."""
+    x, y, *rest = arrays
+    return store(x + (store(y + rest[0], "attention and MLP") if rest else y), OUT)
+
+
+def _linear(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any]) -> np.ndarray:
+    (x,), weight, bias = arrays, how["weight"], how["bias"]
+    parts, adding = how.get("parts", _ONE_PART)
+    y = store(summed_parts(x, weight, parts, adding, store), "product")
+    return store(y if bias is None else y + bias, OUT)
+
+
+def summed_parts(x: np.ndarray, weight: np.ndarray, parts: int, adding: str, store: Stores) -> np.ndarray:
+    """x W^T as so many products of equal parts of the row, each rounded at "part" and added: "one after another" and
+    "in pairs" round every sum, "in float32" none."""
+    if parts == 1:
+        return x @ weight.T
+    cuts = np.array_split(np.arange(x.shape[-1]), parts)
+    each = [store(x[..., cut] @ weight[:, cut].T, "part") for cut in cuts]
+    if adding == "in float32":
+        return np.sum(each, axis=0)
+    if adding == "in pairs":
+        while len(each) > 1:
+            each = [store(a + b, "part") for a, b in zip(each[::2], each[1::2], strict=True)]
+        return each[0]
+    total = each[0]
+    for part in each[1:]:
+        total = store(total + part, "part")
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+def scores(store: Stores, q: np.ndarray, k: np.ndarray, how: dict[str, Any]) -> np.ndarray:
+    """q [N, H, D], k [K, T, D] -> [N, H, T], scaled."""
+    scale = how["scale"]
+    if "scale" in store:
+        scale = store(np.asarray(scale), "scale")
+    if "root of the scale" in store:
+        root = store(np.sqrt(np.asarray(scale)), "root of the scale")
+        q, k, scale = store(q * root, "scaled q"), store(k * root, "scaled q"), np.float64(1)
+    elif "scaled q" in store:
+        q, scale = store(q * scale, "scaled q"), np.float64(1)
+    N, H, D = q.shape
+    K, T = k.shape[:2]
+    grouped = q.reshape(N, K, H // K, D).transpose(1, 0, 2, 3).reshape(K, -1, D)
+    raw = (grouped @ k.transpose(0, 2, 1)).reshape(K, N, H // K, T).transpose(1, 0, 2, 3).reshape(N, H, T)
+    return store(raw if "scaled q" in store else store(raw, "raw scores") * scale, "scores")
+
+
+def context(store: Stores, s: np.ndarray, v: np.ndarray, how: dict[str, Any]) -> np.ndarray:
+    """Scaled scores [N, H, T], of which a query sees how["visible"] [N, T]; v [K, T, D] -> [N, H, D]."""
+    s = np.where(how["visible"][:, None], s, -np.inf)
+    T, K = s.shape[-1], v.shape[0]
+    tile = next((t for t in (16, 32, 64, 128) if f"exp in tiles of {t}" in store), 0)
+    top = s.max(axis=-1, keepdims=True)
+    if not tile:
+        e = np.exp(s - top)
+        total = store(e.sum(axis=-1, keepdims=True), "denominator")
+        if "exp" in store:
+            e = store(e, "exp")
+            total = e.sum(axis=-1, keepdims=True) if "sum of rounded" in store else total
+            return store(_weighted(e, v, K) / total, OUT)
+        return store(_weighted(store(e / total, "probs"), v, K), OUT)
+    top, o, total = np.full_like(top, -np.inf), np.zeros(1), np.zeros(1)
+    for start in range(0, T, tile):
+        part = s[..., start : start + tile]
+        new = np.maximum(top, part.max(axis=-1, keepdims=True))
+        seen = np.where(np.isneginf(new), 0, new)
+        again, e = np.exp(top - seen), np.exp(part - seen)
+        p = store(e, f"exp in tiles of {tile}")
+        total = total * again + (p if "sum of rounded" in store else e).sum(axis=-1, keepdims=True)
+        o = store(o * again + _weighted(p, v[:, start : start + tile], K), "accumulator")
+        top = new
+    return store(o / store(total, "denominator"), OUT)
+
+
+def _weighted(p: np.ndarray, v: np.ndarray, K: int) -> np.ndarray:
+    N, H, T = p.shape
+    grouped = p.reshape(N, K, H // K, T).transpose(1, 0, 2, 3).reshape(K, -1, T)
+    return (grouped @ v).reshape(K, N, H // K, -1).transpose(1, 0, 2, 3).reshape(N, H, -1)
+
+
+def _attention(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any]) -> np.ndarray:
+    q, k, v = arrays
+    if "scale off by 1%" in store:
+        how = how | {"scale": how["scale"] * 1.01}
+    return context(store, scores(store, q, k, how), v, how)
+
+
+FORMS: dict[str, Form] = {
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "rope": _rope,
+    "glu": _glu,
+    "activation": _activation,
+    "add": _add,
+    "linear": _linear,
+    "attention": _attention,
+}
+"""Operator of a page -> its form."""

@@ -1,0 +1,150 @@
+"""Where a candidate rounds, over all layers: the profile of every operator, and the layers that differ.
+
+An implementation runs the same code in every layer, so an operator has one profile. Where one layer has another, that
+layer is different: a finding, though the profile may be an honest one.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from refllm.accuracy.profiles import ONCE, Profile, in_words, most, of_policy
+from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, ONE_PASS
+from refllm.accuracy.recognise import Recognition
+from refllm.check import formulas
+from refllm.precision import HF_EAGER
+
+_ORDERS = ("", BLOCKS, ONE_CHAIN, ONE_PASS)
+
+
+@dataclass(frozen=True)
+class Habit:
+    """What one operator does. values: the short names of its values; "" all that have this operator. words: the
+    profile. expected: that of Transformers' eager code, where it is another."""
+
+    operator: str
+    values: str
+    words: str
+    expected: str = ""
+
+    def __str__(self) -> str:
+        where = self.operator if not self.values else f"{self.operator} ({self.values})"
+        return f"{where}: {self.words}" + (f" (Transformers: {self.expected})" if self.expected else "")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was recognised, value by value. narrow: whether the format is one in which it can be."""
+
+    narrow: bool
+    found: dict[str, Recognition] = field(default_factory=dict)
+    operators: dict[str, str] = field(default_factory=dict)
+    orders: dict[str, Profile] = field(default_factory=dict)
+
+    def keep(self, name: str, operator: str, found: Recognition) -> None:
+        """What a value has shown."""
+        self.found[name], self.operators[name] = found, operator
+
+    def keep_order(self, name: str, operator: str, profile: Profile) -> None:
+        """What float32 has to say: the order of sums that fits, the one of the largest error over the layers."""
+        key, self.operators[name] = formulas.short(name), operator
+        before = self.orders.get(key)
+        if before is None or _rank(profile) > _rank(before):
+            self.orders[key] = profile
+
+    def tried_first(self, name: str) -> tuple[Profile, ...]:
+        """The profiles that earlier layers had, the most frequent first."""
+        counts = Counter(p for r in self._of(formulas.short(name)) for p in r.fits[:1])
+        return tuple(profile for profile, _ in counts.most_common())
+
+    def profile_of(self, name: str, operator: str) -> Profile | None:
+        """That of a value over all layers, else of another one of the same operator; None if nothing was recognised."""
+        short = formulas.short(name)
+        if not self.narrow:
+            return self.orders.get(short)
+        found = self._common(short)
+        if found is None and operator != "linear":
+            others = {formulas.short(n) for n, o in self.operators.items() if o == operator}
+            found = next((p for other in sorted(others) if (p := self._common(other)) is not None), None)
+        return found
+
+    def another(self, name: str) -> Profile | None:
+        """The profile of a value that is not that of the same value in most layers."""
+        here, common = self.found[name], self._common(formulas.short(name))
+        if not here.fits or common is None or common in here.fits or self.operators[name] == "attention":
+            return None
+        return here.fits[0]
+
+    def unrecognised(self, name: str) -> bool:
+        """Whether a value fits no profile."""
+        here = self.found.get(name)
+        return here is not None and here.asked and not here.fits
+
+    def nowhere(self, name: str) -> bool:
+        """Whether no layer fits any profile: it rounds in a place that nobody listed, rather than wrongly in one layer.
+        What there is but once is compared with the other values of its operator."""
+        alike = self._of(formulas.short(name))
+        if len(alike) == 1:
+            alike = [r for n, r in self.found.items() if self.operators[n] == self.operators[name]]
+        return all(r.asked and not r.fits for r in alike)
+
+    def unknown_places(self) -> list[tuple[str, str]]:
+        """(values, words) of what rounds in a place that no profile has, in every layer."""
+        found = dict.fromkeys(formulas.short(name) for name in self.found if self.nowhere(name))
+        words = "rounds in a place that is not known, in every layer; judged by the largest error of honest code"
+        return [(", ".join(found), words)] if found else []
+
+    def split_products(self) -> list[tuple[str, int]]:
+        """(values, parts) of the products that are sums of products of parts, each rounded."""
+        parts: dict[int, list[str]] = {}
+        for short in dict.fromkeys(formulas.short(name) for name in self.found):
+            profile = self._common(short)
+            if profile is not None and profile.parts[0] > 1:
+                parts.setdefault(profile.parts[0], []).append(short)
+        return [(", ".join(values), n) for n, values in parts.items()]
+
+    def _of(self, short: str) -> list[Recognition]:
+        return [r for n, r in self.found.items() if formulas.short(n) == short]
+
+    def _common(self, short: str, rather: Profile | None = None) -> Profile | None:
+        """The profile that fits in most layers; of those that do, `rather` if it is one."""
+        counts: Counter[Profile] = Counter()
+        for recognition in self._of(short):
+            counts.update(recognition.fits)
+        if not counts:
+            return None
+        first = Counter(r.fits[0] for r in self._of(short) if r.fits)
+        return min(counts, key=lambda p: (-counts[p], p != rather, -first[p], p.size()))
+
+    def habits(self, not_rounded: frozenset[str], exact_scale: bool) -> list[Habit]:
+        """A line per operator, or per value where they differ. not_rounded: of the family's page. exact_scale: scores
+        are scaled by a power of two, which rounds nothing."""
+        by_operator: dict[str, dict[str, list[str]]] = {}
+        policy = HF_EAGER.without(not_rounded)
+        for short, operator in {formulas.short(n): o for n, o in self.operators.items()}.items():
+            profile = self._common(short, of_policy(operator, policy)) if self.narrow else self.orders.get(short)
+            if profile is None or not (words := in_words(operator, profile)):
+                continue
+            if self.narrow or profile != ONCE:
+                by_operator.setdefault(operator, {}).setdefault(words, []).append(short)
+        said = []
+        for operator, found in by_operator.items():
+            as_eager = of_policy(operator, policy)
+            if operator == "attention" and exact_scale:
+                as_eager = replace(as_eager, points=as_eager.points - {"scores"})
+            eager = in_words(operator, as_eager) if self.narrow else ""
+            usual = max(found, key=lambda words: len(found[words]))
+            for words, values in found.items():
+                where = "" if (words == usual and len(found[words]) > 1) or len(found) == 1 else ", ".join(values)
+                said.append(Habit(operator, where, words, eager if eager != words else ""))
+        return said
+
+
+def _rank(profile: Profile) -> tuple[bool, int]:
+    return profile.tf32, _ORDERS.index(profile.order)
+
+
+def chosen(found: Profile | None, operator: str, narrow: bool) -> Profile:
+    """found, or what errs most of what is admissible."""
+    if found is not None:
+        return found
+    return most(operator) if narrow else ONCE

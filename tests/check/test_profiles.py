@@ -1,0 +1,334 @@
+"""Right ports hold wherever they round, and say so; a mistake on top of any of them is named first."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from honest import FUSED, HF, Honest
+from rich.console import Console
+
+from refllm import golden
+from refllm.accuracy.measure import measure
+from refllm.accuracy.profiled import Profiled
+from refllm.accuracy.profiles import DEFECTS, Profile, in_words
+from refllm.accuracy.propagation import ONE_CHAIN, Uncertain
+from refllm.accuracy.recognise import Made
+from refllm.check import html
+from refllm.check.api import compare
+from refllm.check.asked import Asked
+from refllm.check.candidates import record
+from refllm.check.inputs import Inputs
+from refllm.check.oracle import Report, TapReport, judge
+from refllm.check.report import show_report
+from refllm.errors import InputError
+from refllm.forward.model import Model
+from refllm.models.auto import load
+from refllm.precision import FUSED as FUSED_POLICY
+from refllm.precision import HF_EAGER, Policy
+
+FOLDERS = {name: Path(path) for name, path in golden.checkpoints().items()}
+LLAMA, STABLE, STABLE_TWO, HELIUM, ARCEE = (
+    "llama-tiny",
+    "stablelm-tiny-parallel",
+    "stablelm-tiny-sequential",
+    "helium-tiny",
+    "arcee-tiny",
+)
+TOKENS = 61
+
+
+@functools.cache
+def model_of(name: str, dtype: str) -> Model:
+    return load(FOLDERS[name], head="causal_lm", dtype=dtype)
+
+
+def run(
+    name: str, how: Honest, dtype: str, asked: Asked | Policy | None = None, first: int = 0, tokens: int = TOKENS
+) -> Report:
+    """The report on a port. first: the position of the first token."""
+    model = model_of(name, dtype)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens))
+    inputs = Inputs(ids, None, np.arange(first, first + tokens)[None])
+    return judge(model, record(Port(how, FOLDERS[name], dtype), model, inputs), asked)
+
+
+class Port:
+    """An honest decoder as a candidate."""
+
+    name, details = "port", dict[str, str]()
+
+    def __init__(self, how: Honest, folder: Path, dtype: str) -> None:
+        self.how, self.folder, self.dtype = how, folder, dtype
+
+    def run(self, inputs: Inputs, sink: Any) -> None:
+        forward = self.how.in_dtype(self.dtype)
+        sink("lm_head", forward(str(self.folder), inputs.input_ids, inputs.mask, inputs.positions, sink))
+
+
+def told(report: Report) -> str:
+    console = Console(width=200, no_color=True)
+    with console.capture() as captured:
+        console.print(show_report(report))
+    return captured.get()
+
+
+def tap(report: Report, name: str) -> TapReport:
+    return next(tap for tap in report.taps if tap.name == name)
+
+
+# --------------------------------------------------------------------------------------------------- right ports hold
+
+RIGHT = {  # each with a checkpoint and a format: all families and formats have their turn
+    "as Transformers": (HF, LLAMA, "bfloat16", ()),
+    "float32 inside": (FUSED, HELIUM, "float16", ("attention: float32 inside",)),
+    "float32 SwiGLU": (HF.but(act="once"), LLAMA, "bfloat16", ("glu: float32 inside (Transformers: ",)),
+    "float32 rotation": (HF.but(rotation="float32"), STABLE_TWO, "bfloat16", ("rope: float32 inside (Transformers: ",)),
+    "norms once": (HF.but(norm="once"), ARCEE, "bfloat16", ("rms_norm: once (Transformers: twice",)),
+    "float32 stream": (HF.but(stream="float32"), LLAMA, "bfloat16", ("read unrounded",)),
+    "float32 stream, parallel": (HF.but(stream="float32"), STABLE, "float16", ("read unrounded",)),
+    "sums shown rounded": (FUSED.but(stream="read unrounded"), ARCEE, "bfloat16", ("read unrounded",)),
+    "attention and MLP first": (HF.but(stream="together"), STABLE, "bfloat16", ("attention and MLP added first",)),
+    "float32 head": (FUSED.but(head="float32"), LLAMA, "float16", ("linear (lm_head): not at all",)),
+    "scale folded into q": (HF.but(attention="scale in q"), ARCEE, "float16", ()),
+    "scale rounded": (FUSED.but(attention="scale rounded"), STABLE, "bfloat16", ("attention: rounds the scale",)),
+    "one kernel for attention": (HF.but(attention="sdpa"), HELIUM, "bfloat16", ()),
+    "exact tables": (FUSED.but(tables="exact"), LLAMA, "float32", ("rope (tables): exact tables",)),
+    "exp2": (FUSED.but(tables="exp2"), HELIUM, "float32", ("float32 ulp of the exact frequencies",)),
+    "one chain": (FUSED.but(sums="chain", tables="products"), STABLE_TWO, "float32", ()),
+}
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_a_right_port_holds_and_says_where_it_rounds(case: str) -> None:
+    how, checkpoint, dtype, words = RIGHT[case]
+    report = run(checkpoint, how, dtype)
+    said = "\n".join(str(habit) for habit in report.habits)
+    assert report.verdict in ("holds", "incomplete"), told(report)
+    assert not report.unsaid
+    assert not any(tap.broken for tap in report.taps)
+    assert [word for word in words if word not in said] == []
+    assert all(habit in " ".join(told(report).split()) for habit in words)
+    # The sigma is that of its own profile: not only below a limit.
+    found = [tap.isolated.ratio for tap in report.taps if tap.isolated and tap.isolated.ratio > 0.01]
+    assert 0.55 < min(found) <= max(found) < 1.3
+
+
+@pytest.mark.parametrize("case", ["exact tables", "exp2"])
+def test_far_positions_hold_with_better_tables_than_those_of_transformers(case: str) -> None:
+    how, checkpoint, dtype, _ = RIGHT[case]
+    report = run(checkpoint, how, dtype, first=30000)
+    assert not any(tap.broken for tap in report.taps), told(report)
+
+
+def test_only_a_named_policy_makes_a_habit_a_finding() -> None:
+    report = run(LLAMA, HF.but(act="once"), "bfloat16", HF_EAGER)
+    first = report.first_failure
+    assert first is not None
+    assert (first.name, first.cause) == ("model.layers.0.mlp.act", "place")
+    assert "right, but not rounded where policy hf-eager says: float32 inside" in told(report)
+    assert run(LLAMA, HF, "bfloat16", HF_EAGER).first_failure is None
+
+
+@pytest.mark.parametrize("policy", [None, "hf-eager"])
+def test_one_default_whoever_asks(policy: str | None) -> None:
+    """As a function or by its name; in Python or on the command line."""
+    from refllm.check.run import Settings
+
+    ids, how = list(range(5, 50)), HF.but(act="once", norm="once")
+    function = compare(FOLDERS[LLAMA], how.in_dtype("bfloat16"), dtype="bfloat16", input_ids=ids, policy=policy)[0]
+    assert (function.verdict == "fails") is (policy is not None)
+    assert Settings("port.py:forward", policy=policy).rounding == Asked(HF_EAGER if policy else None)
+    assert function.policy == policy
+
+
+# -------------------------------------------------------------------------------------------------- mistakes are named
+
+
+def at(operator: str, change: Callable[[dict[str, Any]], None], layer: int = 1) -> Callable[..., None]:
+    def plant(where: str, index: int, arguments: dict[str, Any]) -> None:
+        if (where, index) == (operator, layer):
+            change(arguments)
+
+    return plant
+
+
+def put(**changes: Callable[[Any], Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda a: a.update({name: change(a[name]) for name, change in changes.items()})
+
+
+def narrow(x: Any) -> Any:
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def swapped(a: dict[str, Any]) -> None:
+    a["gate"], a["up"] = a["up"], a["gate"]
+
+
+PLANTED: dict[str, tuple[Callable[..., None], str, str]] = {
+    "swapped": (at("act", swapped), "mlp.act", "gate and up are swapped"),
+    "root rounded": (
+        at("input_layernorm", put(narrow=lambda _: narrow)),
+        "input_layernorm",
+        "1 / root, which a row shares",
+    ),
+    "eps times 10": (at("input_layernorm", put(eps=lambda eps: eps * 10)), "input_layernorm", "eps is 10 times"),
+    "factor": (at("o_proj", put(w=lambda w: w * 1.01)), "self_attn.o_proj", "on its own inputs"),
+    "scale": (at("attention", put(scale=lambda s: s * 0.99)), "self_attn.context", "on its own inputs"),
+    "positions": (
+        at("q_rope", put(cos=lambda t: t.roll(-1, 1), sin=lambda t: t.roll(-1, 1))),
+        "self_attn.q_rope",
+        "on its own inputs",
+    ),
+    "hidden rounding": (
+        at("act", put(up=lambda u: (u * 0.7).to(u.dtype) / 0.7)),
+        "mlp.act",
+        "it rounds as no honest code does",
+    ),
+}
+PLACES = {
+    "swapped": (HF.but(act="once"), LLAMA, "bfloat16"),
+    "root rounded": (FUSED, LLAMA, "bfloat16"),
+    "eps times 10": (HF.but(norm="once"), LLAMA, "bfloat16"),
+    "factor": (FUSED.but(stream="read unrounded"), ARCEE, "bfloat16"),
+    "scale": (HF.but(stream="float32"), STABLE, "bfloat16"),
+    "positions": (FUSED.but(tables="exact"), HELIUM, "float32"),
+    "hidden rounding": (HF.but(stream="float32"), HELIUM, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_a_mistake_on_top_of_a_habit_is_named_first(mistake: str) -> None:
+    plant, value, words = PLANTED[mistake]
+    how, checkpoint, dtype = PLACES[mistake]
+    report = run(checkpoint, how.but(plant=plant), dtype)
+    first, text = report.first_failure, told(report)
+    assert first is not None
+    assert (first.name, first.cause) == (f"model.layers.1.{value}", "defect"), text
+    assert words in text
+    assert f"model.layers.1.{value}" in text.split("\n")[1]
+    if "rounds  " in text:  # the habits come after it
+        assert text.index("rounds  ") > text.index(words)
+    assert all(tap.cause != "defect" for tap in report.taps if tap is not first)
+
+
+def test_a_mistake_comes_before_habits_under_a_named_policy_too() -> None:
+    report = run(LLAMA, HF.but(act="once", plant=PLANTED["swapped"][0]), "bfloat16", HF_EAGER)
+    assert report.first_failure is tap(report, "model.layers.1.mlp.act")
+    assert "rounded elsewhere than hf-eager:" in told(report)
+
+
+def test_another_honest_profile_in_one_layer_is_a_finding() -> None:
+    report = run(LLAMA, HF.but(plant=at("act", lambda a: a.update(kind="once"))), "bfloat16")
+    assert tap(report, "model.layers.1.mlp.act").another == "float32 inside"
+    assert "it rounds otherwise than in the other layers" in told(report)
+
+
+def test_values_that_are_not_shown_make_a_span() -> None:
+    shown = ("layers.0", "layers.1", "layers.2", "lm_head")
+    report = run(LLAMA, FUSED.but(names=shown, plant=PLANTED["swapped"][0]), "bfloat16")
+    assert "between layer 0 output and layer 1 output; 14 values not shown" in told(report)
+
+
+# ---------------------------------------------------------------------------------------------- on purpose, or not so
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_split_products_are_recognised_and_hold_where_they_were_said(parts: int) -> None:
+    how = HF.but(splits=parts)
+    report = run(LLAMA, how, "bfloat16")
+    assert report.verdict == "incomplete"
+    assert report.unsaid == [
+        f"o_proj, down_proj: products of {parts} parts, each rounded; say --splits {parts} if that is meant"
+    ]
+    assert not run(LLAMA, how, "bfloat16", Asked(splits=parts)).unsaid
+    assert run(LLAMA, HF, "bfloat16", Asked(splits=parts)).verdict == run(LLAMA, HF, "bfloat16").verdict
+
+
+def test_tf32_is_recognised_and_holds_where_it_was_said() -> None:
+    how = FUSED.but(tf32=True)
+    report = run(LLAMA, how, "float32")
+    assert not any(tap.broken for tap in report.taps), told(report)
+    assert "TF32" in report.unsaid[0]
+    assert not run(LLAMA, how, "float32", Asked(tf32=True)).unsaid
+    with pytest.raises(InputError, match="--splits 0"):
+        Asked(splits=0)
+
+
+def test_words_of_profiles() -> None:
+    assert in_words("rms_norm", Profile()) == "once"
+    assert in_words("glu", Profile(frozenset({"activation"}))) == "twice: the activation, and the result"
+    assert all(points for known in DEFECTS.values() for points in known)
+
+
+def test_an_unknown_place_in_every_layer_is_incomplete_and_in_one_layer_wrong() -> None:
+    def rounded_first(where: str, index: int, a: dict[str, Any]) -> None:
+        if where == "act":
+            a["up"] = (a["up"] * 0.7).to(a["up"].dtype) / 0.7
+
+    report = run(HELIUM, HF.but(plant=rounded_first), "bfloat16")
+    assert report.first_failure is None
+    assert report.unsaid == [
+        "act: rounds in a place that is not known, in every layer; judged by the largest error of honest code"
+    ]
+    assert report.verdict == "incomplete"
+
+
+# -------------------------------------------------------------------------------------------------- overflow, any order
+
+
+def test_an_overflow_is_named_and_what_reads_it_is_not_accused(tmp_path: Path) -> None:
+    """Stock code in float16, with weights that make one product pass 65504."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(FOLDERS[LLAMA], tmp_path / "large")
+    file = next((tmp_path / "large").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 2e5 / 20
+    save_file(tensors, file, {"format": "pt"})
+    model = load(tmp_path / "large", head="causal_lm", dtype="float16")
+    inputs = Inputs(np.random.default_rng(0).integers(0, 640, (1, 30)))
+    report = judge(model, record(Port(HF, tmp_path / "large", "float16"), model, inputs), HF_EAGER)
+    first = report.first_failure
+    assert first is not None
+    assert first.name == "model.layers.1.mlp.down_proj"
+    assert "past 65504, the largest number of float16" in told(report)
+    assert {tap.cause for tap in report.taps if tap is not first} == {"", "consequence"}
+
+
+def test_a_layer_norm_in_one_float32_chain_holds_and_a_wrong_one_does_not() -> None:
+    """Its error is that of n additions, which is twice that of sums in blocks."""
+    rng = np.random.default_rng(2)
+    n, weight, bias = 4096, rng.standard_normal(4096) + 2, rng.standard_normal(4096)
+    x = Uncertain(np.float64(np.float32(rng.standard_normal((1, 16, n)) + 0.5)), np.zeros((1, 16, n), np.float32))
+    made = Made("layer_norm", (x,), {"weight": weight, "bias": bias, "eps": 1e-5})
+    op = Profiled("float32", FUSED_POLICY, lambda _, value: value, lambda _: True, lambda *_: x, bits=False)
+
+    def normed(n_minus: int = 0) -> np.ndarray:
+        a = x.value.astype(np.float32)
+        centred = a - np.cumsum(a, axis=-1, dtype=np.float32)[..., -1:] / np.float32(n)
+        squares = np.cumsum(centred * centred, axis=-1, dtype=np.float32)[..., -1:]
+        scale = 1 / np.sqrt(squares / np.float32(n - n_minus) + np.float32(1e-5))
+        return (centred * scale * weight.astype(np.float32) + bias.astype(np.float32)).astype(np.float64)
+
+    in_blocks, in_one_chain = (op.under(made, Profile(order=order)) for order in ("", ONE_CHAIN))
+    ratios = [measure(normed()[0], u.value[0], u.variance[0]).ratio for u in (in_blocks, in_one_chain)]
+    assert ratios[0] > 1.8 > 1.3 > ratios[1] > 0.3
+    assert measure(normed(1)[0], in_one_chain.value[0], in_one_chain.variance[0]).ratio > 5
+
+
+# ------------------------------------------------------------------------------------------------------- in the reports
+
+
+def test_every_form_of_the_report_has_the_profile() -> None:
+    report = run(LLAMA, HF.but(act="once"), "bfloat16")
+    words = "glu: float32 inside (Transformers: twice: the activation, and the result)"
+    assert words in report.to_dict()["habits"]
+    assert words in html.render([report])
+    assert words in " ".join(told(report).split())
+    assert "as Transformers: rms_norm, linear, rope, attention, add" in " ".join(told(report).split())
