@@ -376,7 +376,7 @@ class _Attention:
         # No reading is told from another by a few elements, where none predicts nearly all.
         best = min(tried, key=lambda p: (-tried[p] + (_CLEARLY if p.unrounded else 0), p.size()))
         if tried[best] < _ATTENTION_KNOWN:
-            return NOT_ASKED
+            return Recognition(True, (), 1 - tried[best], self.candidate.size)
         fits = tuple(
             sorted((p for p in tried if tried[p] >= tried[best] - _AS_GOOD), key=lambda p: (p != best, p.size()))
         )

@@ -249,7 +249,7 @@ class Judge:
             self._last = made, op, profile
             return op.under(made, profile)
         profile = chosen(found.profile or self.record.profile_of(name, made.operator), made.operator, self.narrow)
-        if found.asked and not found.fits:
+        if found.asked and not found.fits and made.operator != "attention":
             profile = most(made.operator)
         # What is held in float32 is judged by the format all the same: float32 noise has no such sharp limit.
         profile = replace(profile, stored=True)

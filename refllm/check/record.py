@@ -7,11 +7,17 @@ layer is different: a finding, though the profile may be an honest one.
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from refllm.accuracy.profiles import ONCE, Profile, in_words, most, of_policy
 from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, ONE_PASS
 from refllm.accuracy.recognise import Recognition
 from refllm.check import formulas
 from refllm.precision import HF_EAGER
+
+_EXACTLY, _NEARLY, _FAR_WORSE = 0.01, 0.03, 0.1
+"""Mismatches of a context. What attention computes is known to the bit only where there are neither tiles nor
+approximate exponentials; a profile that fits so well in most layers is the candidate's in all."""
 
 _ORDERS = ("", BLOCKS, ONE_CHAIN, ONE_PASS)
 
@@ -70,14 +76,24 @@ class Record:
     def another(self, name: str) -> Profile | None:
         """The profile of a value that is not that of the same value in most layers."""
         here, common = self.found[name], self._common(formulas.short(name))
-        if not here.fits or common is None or common in here.fits or self.operators[name] == "attention":
+        if not here.fits or common is None or common in here.fits:
             return None
+        if self.operators[name] == "attention" and max(here.mismatch, self._usual_mismatch(name)) > _EXACTLY:
+            return None  # nothing that is told by the best of several approximate agreements
         return here.fits[0]
 
     def unrecognised(self, name: str) -> bool:
-        """Whether a value fits no profile."""
+        """Whether a value fits no profile; of a context, whether it does so far worse than in the other layers."""
         here = self.found.get(name)
+        if here is not None and self.operators[name] == "attention":
+            return here.asked and here.mismatch > _FAR_WORSE and self._usual_mismatch(name) <= _NEARLY
         return here is not None and here.asked and not here.fits
+
+    def _usual_mismatch(self, name: str) -> float:
+        """The median over the other layers; 1 where there are none."""
+        short = formulas.short(name)
+        others = [r.mismatch for n, r in self.found.items() if formulas.short(n) == short and n != name and r.asked]
+        return float(np.median(others)) if others else 1.0
 
     def nowhere(self, name: str) -> bool:
         """Whether no layer fits any profile: it rounds in a place that nobody listed, rather than wrongly in one layer.
@@ -85,7 +101,7 @@ class Record:
         alike = self._of(formulas.short(name))
         if len(alike) == 1:
             alike = [r for n, r in self.found.items() if self.operators[n] == self.operators[name]]
-        return all(r.asked and not r.fits for r in alike)
+        return self.operators[name] != "attention" and all(r.asked and not r.fits for r in alike)
 
     def unknown_places(self) -> list[tuple[str, str]]:
         """(values, words) of what rounds in a place that no profile has, in every layer."""
