@@ -61,7 +61,7 @@ def quick(name: str) -> Callable[[Any, Any], Tensor | None]:
                 made = Handle(function(a.data, b.data), result)
         except ValueError:  # the shapes do not fit, which Triton's layer says better
             return None
-        if checks and result is tl.int32 and BUILDER.check_overflow:
+        if checks and result is tl.int32 and BUILDER.settings.overflow:
             made.span = check_overflow(a, b, name, tl.int32)
         if scalar and other_is_scalar:
             return Tensor(made, result, result)

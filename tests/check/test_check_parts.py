@@ -495,7 +495,16 @@ def test_what_was_not_rounded_is_not_misrounded() -> None:
     assert measured(np.ones((4, 16))).misrounded == 0.0
 
 
-def test_a_candidate_of_transformers_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_that_is_not_there_or_broken_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtraError, match="Transformers needs transformers, which is not installed"):
+    with pytest.raises(
+        MissingExtraError, match="a candidate of Transformers needs transformers, which is not installed"
+    ):
+        quiet_transformers()
+    monkeypatch.delitem(sys.modules, "transformers")
+    (tmp_path / "transformers.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        MissingExtraError, match=r"transformers cannot be imported \(No module named 'no_such_module'\)"
+    ):
         quiet_transformers()

@@ -47,7 +47,7 @@ def test_fixed_calls_are_examined_in_order_until_one_is_wrong() -> None:
     assert search.fixed(all_ := Examine(), CALLS, SOON, lambda *said: told.append(said)) == Searched(None, "", True)
     assert all_.calls == CALLS
     assert [said[1:] for said in told] == [(i, len(CALLS)) for i in range(len(CALLS))]
-    assert told[2][0] == f"relu2, float32: {CALLS[2].family}"
+    assert told[2][0] == f"relu2, float32: {CALLS[2].kind}"
     assert search.fixed(some := Examine(found_third), CALLS, SOON, lambda *_: None) == Searched(FINDING)
     assert some.calls == CALLS[:3]
 
