@@ -45,8 +45,9 @@ class Recognition:
     """What one value says of the profile of its operator.
 
     asked: whether the inputs are known to the bit, so that it can say anything. fits: the profiles within the limit,
-    best first; none is a finding. mismatch: of the best, over `elements` elements. defect, shared: one clause each, ""
-    for none.
+    best first; none is a finding. blurred: the shown inputs do not explain it, and what they were before they were
+    rounded is not known to the bit, so that nothing can be said. mismatch: of the best, over `elements` elements.
+    defect, shared: one clause each, "" for none.
     """
 
     asked: bool = False
@@ -55,6 +56,7 @@ class Recognition:
     elements: int = 0
     defect: str = ""
     shared: str = ""
+    blurred: bool = False
 
     @property
     def profile(self) -> Profile | None:
@@ -74,6 +76,11 @@ class Made:
     operator: str
     inputs: tuple[Uncertain, ...]
     how: dict[str, Any]
+
+    @property
+    def blurred(self) -> bool:
+        """Whether an input may be read as it was before it was rounded, which is not known to the bit."""
+        return any(x.before is not None and known(x.before) is None for x in self.inputs)
 
     @property
     def terms(self) -> tuple[Uncertain, ...] | None:
@@ -127,7 +134,10 @@ class Recogniser:
                 break  # what reads the shown values explains it
         if not tried:
             return NOT_ASKED
-        return self._decided(made, sampled, tried)
+        found = self._decided(made, sampled, tried)
+        if not found.fits and not found.defect and made.blurred:
+            return Recognition(blurred=True)
+        return found
 
     def _decided(self, made: Made, sampled: "_Samples", tried: dict[Profile, float]) -> Recognition:
         ordered = sorted(tried, key=lambda p: (-tried[p], p.size()))

@@ -84,6 +84,18 @@ def unknown(config: ModelConfig, positions: np.ndarray) -> Tables:
     return Tables(positions, np.asarray(exact.inv_freq), False, exact.attention_factor, "not shown", solved=False)
 
 
+def guesses(config: ModelConfig, positions: np.ndarray) -> list[Tables]:
+    """What a candidate that does not show the turning may have used, the most frequent first; `unknown` at last."""
+    exact, as_torch = (RotaryEmbedding(config, exact=flag) for flag in (True, False))
+    exact.tables(positions), as_torch.tables(positions)
+    torch_like = np.asarray(as_torch.inv_freq, np.float64)
+    return [
+        Tables(positions, torch_like, True, exact.attention_factor, f"{_AS_TORCH}, explain the rest"),
+        Tables(positions, np.asarray(exact.inv_freq), False, exact.attention_factor, f"{_EXACT} explain the rest"),
+        unknown(config, positions),
+    ]
+
+
 Turned = tuple[np.ndarray, np.ndarray, np.ndarray]
 """(positions [N], before [N, H, R], after [N, H, R]): rows before and after the turning, the two dims of each pair side
 by side (`in_pairs`)."""

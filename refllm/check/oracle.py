@@ -20,7 +20,7 @@ from refllm.accuracy.page import predict_page
 from refllm.accuracy.profiled import Profiled
 from refllm.accuracy.profiles import ONCE, Profile, in_words, most, of_policy
 from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, ONE_PASS, Uncertain, ulp
-from refllm.accuracy.recognise import NOT_ASKED, Made, Recogniser
+from refllm.accuracy.recognise import NOT_ASKED, Made, Recogniser, known
 from refllm.accuracy.verdicts import ValueVerdict, Verdict, verdict
 from refllm.accuracy.wrong_answers import undetected
 from refllm.check.asked import Asked
@@ -47,7 +47,7 @@ _NOTHING = Measure(0, (0, 0, 0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (), 0.0, 0.0, (),
 
 def _to_no_bit(x: Uncertain) -> Uncertain:
     """x, of which nobody knows where it is rounded."""
-    return replace(x, rounded=None, before=None)
+    return replace(x, rounded=None, before=None if x.before is None else replace(x.before, rounded=None))
 
 
 def _orders(operator: str) -> list[Profile]:
@@ -151,7 +151,7 @@ def predict(
 class Judge:
     """Collects the two runs over one trace. asked.policy: where the candidate has to round; None: wherever it may."""
 
-    def __init__(self, model: Model, trace: Trace, asked: Asked) -> None:
+    def __init__(self, model: Model, trace: Trace, asked: Asked, guess: tables.Tables | None = None) -> None:
         _require_same(model, trace)
         self.model, self.trace, self.asked, self.policy = model, trace, asked, asked.policy
         self.valid = trace.inputs.valid
@@ -163,7 +163,7 @@ class Judge:
         self.next_tokens: TokenReport | None = None
         self.shares: dict[str, float] = {}
         self.record = Record(self.narrow)
-        self.tables: tables.Tables | None = None
+        self.tables = guess
         self._recognise = Recogniser(trace.dtype, self.places)
         self._last: tuple[Made, Profiled, Profile] | None = None
         self._measured: tuple[str, Measure] = "", _NOTHING
@@ -173,8 +173,9 @@ class Judge:
     def run(self, step: Callable[[str], None] = lambda text: None) -> list[TapReport]:
         """Both runs; the reports are in order of computation, for the values that the candidate recorded."""
         step("predicting, each operator alone")
-        positions = self.trace.inputs.positions
-        self.tables = tables.solve(self.model.config, positions, self._turned(), self.trace.dtype)
+        if self.tables is None:
+            positions = self.trace.inputs.positions
+            self.tables = tables.solve(self.model.config, positions, self._turned(), self.trace.dtype)
         self._predict(self._isolated, self._work_out_alone, bits=True)
         foreign = [name for name in self.trace.taps if name not in self._names]
         if foreign:
@@ -188,6 +189,12 @@ class Judge:
             exact, variance, candidate = map(self._rows, (output.value, output.variance, self.trace.taps[name]))
             self.next_tokens = compare_tokens(exact, variance, candidate, self.places)
         return list(self.reports.values())
+
+    def guesses(self) -> list[tables.Tables | None]:
+        """The tables to try in float32, where they count, if the turning is not shown."""
+        if self.narrow or next(self._turned(), None) is not None:
+            return [None]
+        return [*tables.guesses(self.model.config, self.trace.inputs.positions)]
 
     def _predict(
         self,
@@ -253,10 +260,18 @@ class Judge:
             profile = most(made.operator)
         # What is held in float32 is judged by the format all the same: float32 noise has no such sharp limit.
         profile = replace(profile, stored=True)
+        if found.blurred:
+            made = replace(made, inputs=tuple(self._before_rounding(i) for i in made.inputs))
         self._last = made, op, profile
         x = op.under(made, profile, certain_inputs=bool(found.fits))
         x = x if found.profile is None or found.profile.stored else replace(x, rounded=None)
         return x if found.fits else _to_no_bit(x)
+
+    def _before_rounding(self, x: Uncertain) -> Uncertain:
+        """x with the rounding that may have come after what is read."""
+        if x.before is None or known(x.before) is not None:
+            return x
+        return replace(x, variance=x.variance + ulp(x.value, self.trace.dtype) ** 2 / 12)
 
     def _not_shown(self, name: str, made: Made, op: Profiled) -> Uncertain:
         """A value that may exist only inside a kernel. What was rounded there is known of sums, or by the policy."""
@@ -543,6 +558,22 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _explained_best(
+    model: Model, trace: Trace, asked: Asked, step: Callable[[str], None]
+) -> tuple[Judge, list[TapReport]]:
+    """The judgement with the first tables under which everything holds; under none, with those of the least error."""
+    tried: list[tuple[float, int, Judge, list[TapReport]]] = []
+    for guess in Judge(model, trace, asked).guesses():
+        collected = Judge(model, trace, asked, guess)
+        taps = collected.run(step)
+        if not any(tap.broken for tap in taps):
+            return collected, taps
+        if guess is None or guess.solved:  # beside what may be anything, every error is small
+            tried.append((max(tap.end_to_end.ratio for tap in taps), len(tried), collected, taps))
+    _, _, collected, taps = min(tried, key=lambda entry: entry[:2])
+    return collected, taps
+
+
 def _ask_again(model: Model, trace: Trace, policy: Policy, taps: list[TapReport], step: Callable[[str], None]) -> None:
     """Measure an honest run where a value is over its end-to-end budget and no operator is wrong by itself."""
     if any(tap.wrong_here for tap in taps):
@@ -570,8 +601,7 @@ def judge(
     Raises InputError where trace and model do not fit: another config, unknown names, other shapes.
     """
     asked = Asked.of(policy)
-    collected = Judge(model, trace, asked)
-    taps = collected.run(step)
+    collected, taps = _explained_best(model, trace, asked, step)
     _ask_again(model, trace, collected.nearest_policy(), taps, step)
     return Report(
         checkpoint=checkpoint,

@@ -124,6 +124,21 @@ def test_far_positions_hold_with_better_tables_than_those_of_transformers(case: 
     assert not any(tap.broken for tap in report.taps), told(report)
 
 
+@pytest.mark.parametrize("tables", ["torch", "exact"])
+def test_tables_that_are_not_shown_are_those_that_explain_the_logits(tables: str) -> None:
+    """Were their error only allowed for, every error in float32 would be small beside it."""
+    report = run(LLAMA, FUSED.but(tables=tables, names=()), "float32", first=4000)
+    assert report.verdict == "holds", told(report)
+    assert 0.7 < report.taps[-1].end_to_end.ratio < 1.3
+
+
+def test_a_stream_read_unrounded_holds_though_its_terms_are_not_shown() -> None:
+    shown = ("residual_mid", "layernorm", "layers.0", "layers.1", "layers.2", "norm")
+    report = run(LLAMA, FUSED.but(stream="float32", names=shown), "bfloat16")
+    assert not any(tap.broken for tap in report.taps), told(report)
+    assert not report.unsaid
+
+
 def test_only_a_named_policy_makes_a_habit_a_finding() -> None:
     report = run(LLAMA, HF.but(act="once"), "bfloat16", HF_EAGER)
     first = report.first_failure
