@@ -40,6 +40,19 @@ ROW_FLOOR = 0.05
 """A row whose predicted variance is far below the tensor's (its values happen to be tiny) is judged by this part of the
 tensor's, and an element by this part of its row's or tensor's: a hidden rounding elsewhere is of that size."""
 
+SHARED, SHARED_BESIDES, SHARED_FLOOR = 1.3, 0.3, 1e-3
+"""What errors of a row or column have in common is a fault from this factor on, and this number more, over the largest
+value that any admissible profile's own prediction has: honest errors are not independent in a format of 128 mantissas.
+Measured over 286 honest runs. An element's variance counts as at least this part of the mean."""
+
+NAMED_VOTES, NAMED_SHARE, NAMED_LEFT = 10, 0.8, 0.5
+"""A defect is named to the bit if, where it and the best habit differ, it is right in so many elements more, in at
+least this share of them, and leaves at most this part of the habit's mismatches."""
+
+CONTEXT_EXACTLY, CONTEXT_NEARLY, CONTEXT_FAR_WORSE = 0.01, 0.03, 0.1
+"""Shares of a context that a profile does not explain. What attention computes is known to the bit only where there are
+neither tiles nor approximate exponentials; a profile that fits so well in most layers is the candidate's in all."""
+
 DEVIATIONS = 5.0
 """Standard deviations by which the size of an error may be larger than expected by chance."""
 

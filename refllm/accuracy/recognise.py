@@ -33,7 +33,6 @@ MOST_ELEMENTS = 1 << 14
 _COLUMNS = 256  # of a product
 _QUERY_ELEMENTS = 1 << 12
 _ROWS = 64
-_VOTES, _CLEAR, _LEFT = 10, 0.8, 0.5  # of a defect: votes more than the habit, their share, what is left unexplained
 _FLOAT32 = 2.0**-16  # what float32 arithmetic may move a result by that is not rounded, beside its row
 _ATTENTION_KNOWN = 0.5  # agreement from which on the profile of attention means anything
 _NEAR_RECORD = 0.03
@@ -128,7 +127,7 @@ class Recogniser:
             if agreed is None:
                 continue
             tried[profile] = agreed
-            if profile in record and sampled.fits(profile, agreed) and sampled.missed(agreed) < _VOTES:
+            if profile in record and sampled.fits(profile, agreed) and sampled.missed(agreed) < limits.NAMED_VOTES:
                 break  # as before
             if _is_last_shown(made, profile) and any(sampled.fits(p, a) for p, a in tried.items()):
                 break  # what reads the shown values explains it
@@ -145,7 +144,7 @@ class Recogniser:
         fits = _alike(made, tuple(p for p in ordered if sampled.fits(p, tried[p])))
         fits = fits if sampled.stored else tuple(replace(p, stored=False) for p in fits)
         found = Recognition(True, fits, 1 - tried[best], sampled.elements)
-        if sampled.missed(tried[best]) < _VOTES:
+        if sampled.missed(tried[best]) < limits.NAMED_VOTES:
             return found
         defect = self._named(made, sampled, fits[:1] or ordered, best)
         if defect or not fits:
@@ -166,8 +165,8 @@ class Recogniser:
                 differ = bits != habit
                 votes = int(np.sum((bits == c) & differ))
                 ahead = votes - int(np.sum(~wrong & differ))
-                enough = ahead >= _VOTES and votes >= _CLEAR * differ.sum()
-                if enough and np.sum(bits != c) <= _LEFT * wrong.sum() and ahead > most_votes:
+                enough = ahead >= limits.NAMED_VOTES and votes >= limits.NAMED_SHARE * differ.sum()
+                if enough and np.sum(bits != c) <= limits.NAMED_LEFT * wrong.sum() and ahead > most_votes:
                     most_votes, said = ahead, words
         return said
 
@@ -452,8 +451,8 @@ class _Attention:
                 differ = y != habit
                 votes = int(np.sum((y == self.candidate) & differ))
                 ahead = votes - int(np.sum(~wrong & differ))
-                enough = ahead >= _VOTES and votes >= _CLEAR * differ.sum()
-                if enough and np.sum(y != self.candidate) <= _LEFT * wrong.sum() and ahead > most_votes:
+                enough = ahead >= limits.NAMED_VOTES and votes >= limits.NAMED_SHARE * differ.sum()
+                if enough and np.sum(y != self.candidate) <= limits.NAMED_LEFT * wrong.sum() and ahead > most_votes:
                     most_votes, said = ahead, words
         return said
 

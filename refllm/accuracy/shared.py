@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_MORE, _BESIDES = 1.3, 0.3
-"""Over the largest value that any admissible profile's own prediction has. [Measured over 286 honest runs.]"""
-_FLOOR = 1e-3  # of the mean variance
+from refllm.accuracy.limits import SHARED, SHARED_BESIDES, SHARED_FLOOR
+
 _LEAST = 1e-300
 _SAID = ("the elements of a row have an error in common (a factor)", "a column has an error in common (a factor)",
          "the elements of a row have an error in common (an offset)")  # fmt: skip
@@ -23,14 +22,14 @@ def shared_error(error: np.ndarray, exact: np.ndarray, variance: np.ndarray, hon
         return ""
     found = _scores(error, exact, variance)
     allowed = np.max([_scores(e, exact, variance) for e in honest if np.isfinite(e).all()], axis=0, initial=0)
-    over = found > _MORE * allowed + _BESIDES
-    return _SAID[int(np.argmax(over))] if over.any() and (found[over] > 1 + _BESIDES).any() else ""
+    over = found > SHARED * allowed + SHARED_BESIDES
+    return _SAID[int(np.argmax(over))] if over.any() and (found[over] > 1 + SHARED_BESIDES).any() else ""
 
 
 def _scores(error: np.ndarray, exact: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """RMS z-scores of the common factor of rows, of columns, and of the common offset of rows."""
     e, y, V = (a.reshape(-1, a.shape[-1]) for a in (error, exact, variance))
-    V = np.maximum(V, _FLOOR * V.mean() + _LEAST)
+    V = np.maximum(V, SHARED_FLOOR * V.mean() + _LEAST)
 
     def z(along: np.ndarray, axis: int) -> float:
         over = (e * along / V).sum(axis=axis) ** 2 / ((along**2 / V).sum(axis=axis) + _LEAST)

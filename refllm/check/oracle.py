@@ -392,7 +392,9 @@ class Judge:
 
     def unsaid(self) -> list[str]:
         """What the candidate does that it should do on purpose only, and nobody said so."""
-        said = [f"{values}: {words}" for values, words in self.record.unknown_places()]
+        # Where a policy was named, its own rules say whether that is kept; nothing else has to be known.
+        places = self.record.unknown_places() if self.policy is None else []
+        said = [f"{values}: {words}" for values, words in places]
         for values, parts in self.record.split_products():
             if parts != self.asked.splits:
                 said.append(f"{values}: products of {parts} parts, each rounded; say --splits {parts} if that is meant")

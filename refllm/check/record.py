@@ -9,15 +9,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from refllm.accuracy.limits import CONTEXT_EXACTLY, CONTEXT_FAR_WORSE, CONTEXT_NEARLY
 from refllm.accuracy.profiles import ONCE, Profile, in_words, most, of_policy
 from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, ONE_PASS
 from refllm.accuracy.recognise import Recognition
 from refllm.check import formulas
 from refllm.precision import HF_EAGER
-
-_EXACTLY, _NEARLY, _FAR_WORSE = 0.01, 0.03, 0.1
-"""Mismatches of a context. What attention computes is known to the bit only where there are neither tiles nor
-approximate exponentials; a profile that fits so well in most layers is the candidate's in all."""
 
 _ORDERS = ("", BLOCKS, ONE_CHAIN, ONE_PASS)
 
@@ -78,7 +75,7 @@ class Record:
         here, common = self.found[name], self._common(formulas.short(name))
         if not here.fits or common is None or common in here.fits:
             return None
-        if self.operators[name] == "attention" and max(here.mismatch, self._usual_mismatch(name)) > _EXACTLY:
+        if self.operators[name] == "attention" and max(here.mismatch, self._usual_mismatch(name)) > CONTEXT_EXACTLY:
             return None  # nothing that is told by the best of several approximate agreements
         return here.fits[0]
 
@@ -86,7 +83,7 @@ class Record:
         """Whether a value fits no profile; of a context, whether it does so far worse than in the other layers."""
         here = self.found.get(name)
         if here is not None and self.operators[name] == "attention":
-            return here.asked and here.mismatch > _FAR_WORSE and self._usual_mismatch(name) <= _NEARLY
+            return here.asked and here.mismatch > CONTEXT_FAR_WORSE and self._usual_mismatch(name) <= CONTEXT_NEARLY
         return here is not None and here.asked and not here.fits
 
     def _usual_mismatch(self, name: str) -> float:

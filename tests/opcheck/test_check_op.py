@@ -344,7 +344,7 @@ def test_json_exit_codes_and_the_reproduction_as_a_program(
     assert result["counterexample"]["where"] == "column 256 (of 257) of row 0"
     assert result["counterexample"]["output"] == result["worst"]["output"] == "y"
     assert result["counterexample"]["call"].startswith("rms_norm: x [1, 257] float32")
-    assert result["counterexample"]["first_call"].startswith(f"rms_norm ({result['counterexample']['family']}): x [")
+    assert result["counterexample"]["first_call"].startswith(f"rms_norm ({result['counterexample']['kind']}): x [")
     assert result["reports"][0]["repro"] == program.read_text()
     assert result["worst"]["ratio"] > 2
     assert [r["dtype"] for r in result["reports"]] == ["float32", "bfloat16"]
