@@ -15,6 +15,7 @@ import numpy as np
 
 from refllm.accuracy import tables
 from refllm.accuracy.judge import broken, broken_isolated
+from refllm.accuracy.limits import TF32_AT_LEAST
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.page import predict_page
 from refllm.accuracy.profiled import Profiled
@@ -41,7 +42,6 @@ from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
 _LAYERS_OF_TABLES = 8  # layers whose rotations are averaged for the tables
-_TF32_AT_LEAST = 0.2  # sigma of TF32 products; what errs less has other reasons
 _NOTHING = Measure(0, (0, 0, 0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (), 0.0, 0.0, (), 0.0, 0.0, 0)
 
 
@@ -291,7 +291,7 @@ class Judge:
             first = first or x
             rows = self._rows(candidate)
             found = self._measure(rows, self._rows(x.value, candidate), self._rows(x.variance, candidate))
-            if not broken_isolated(found, self.trace.dtype) and (not profile.tf32 or found.ratio > _TF32_AT_LEAST):
+            if not broken_isolated(found, self.trace.dtype) and (not profile.tf32 or found.ratio > TF32_AT_LEAST):
                 self.record.keep_order(name, made.operator, profile)
                 self._measured = name, found
                 return x
