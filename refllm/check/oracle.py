@@ -41,6 +41,7 @@ from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
 _LAYERS_OF_TABLES = 8  # layers whose rotations are averaged for the tables
+_CANCELS = 3  # mean over standard deviation of a row, from where the difference of two squares is mostly their error
 _TF32_AT_LEAST = 0.2  # sigma of TF32 products; what errs less has other reasons
 _NOTHING = Measure(0, (0, 0, 0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (), 0.0, 0.0, (), 0.0, 0.0, 0)
 
@@ -169,6 +170,7 @@ class Judge:
         self._measured: tuple[str, Measure] = "", _NOTHING
         self._names: dict[str, bool] = {}
         self._spoilt: set[str] = set()
+        self._cancels: dict[str, str] = {}
 
     def run(self, step: Callable[[str], None] = lambda text: None) -> list[TapReport]:
         """Both runs; the reports are in order of computation, for the values that the candidate recorded."""
@@ -294,9 +296,22 @@ class Judge:
             if not broken_isolated(found, self.trace.dtype) and (not profile.tf32 or found.ratio > _TF32_AT_LEAST):
                 self.record.keep_order(name, made.operator, profile)
                 self._measured = name, found
+                if profile.order == ONE_PASS:
+                    self._cancels[name] = self._cancellation(made.inputs[0].value)
                 return x
         assert first is not None
         return first
+
+    def _cancellation(self, read: np.ndarray) -> str:
+        """What to say of a variance in one pass over such rows; "" where their means are small enough for it."""
+        rows = self._rows(read)
+        largest_mean = float(np.max(np.abs(rows.mean(axis=-1)) / np.maximum(rows.std(axis=-1), 1e-30)))
+        if largest_mean < _CANCELS:
+            return ""
+        return (
+            "the variance is computed in one pass, as E x^2 - (E x)^2, which cancels: the mean of a row is "
+            f"{largest_mean:.3g} of its standard deviations; take the mean off first"
+        )
 
     def _isolated(self, name: str, x: Uncertain) -> Uncertain:
         candidate = self._candidate(name, x)
@@ -309,6 +324,7 @@ class Judge:
         misrounded = self._misrounded(candidate, x.rounded)
         measured = self._measured[1] if self._measured[0] == name else self._measure(rows, exact, variance)
         report.isolated = replace(measured, misrounded=misrounded)
+        report.named = self._cancels.get(name, "")
         found = self.record.found.get(name)
         if found is not None:
             report.profiled = self.policy is None and bool(found.fits)
