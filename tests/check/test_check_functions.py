@@ -30,6 +30,7 @@ from refllm.check.report import closing_line, show_report, show_summary
 from refllm.check.run import Settings, check_all
 from refllm.check.runs import changes_on_the_way
 from refllm.commands import cli
+from refllm.errors import InputError
 from refllm.precision import FUSED, rounding
 from refllm.strategies import small_models
 from refllm.strategies.models import WholeInput, whole_inputs
@@ -174,6 +175,17 @@ def test_a_wrong_eps_shows_in_small_embeddings_which_a_function_may_take(factor:
             "model.layers.0.input_layernorm",
             "eps is 10 times what the config says",
         )
+
+
+def test_a_wrong_name_and_a_wrong_shape_are_told_of_the_function_with_what_was_meant(folder: Path) -> None:
+    def misnamed(checkpoint: str, ids: Any, mask: Any, positions: Any, tap: Any) -> Any:
+        return plain(checkpoint, ids, mask, positions, lambda name, value: tap(name.replace("self_", ""), value))
+
+    with pytest.raises(InputError, match=r"^misnamed: .*layers.0.attn.q_proj.*mean 'model.layers.0.self_attn.q_proj'"):
+        compare(folder, misnamed, input_ids=IDS)
+    short = lambda *given: plain(*given)[:, 1:]  # noqa: E731
+    with pytest.raises(InputError, match=r"^<lambda>: lm_head has shape \[1, 39, 97\], expected \[1, 40, 97\]"):
+        compare(folder, short, input_ids=IDS)
 
 
 def test_a_cache_that_is_not_returned_is_a_finding(folder: Path) -> None:

@@ -229,8 +229,8 @@ def test_a_mistake_on_top_of_a_habit_is_named_first(mistake: str) -> None:
     first, text = report.first_failure, told(report)
     assert first is not None
     assert (first.name, first.cause) == (f"model.layers.1.{value}", "defect"), text
-    assert words in text
-    assert f"model.layers.1.{value}" in text.split("\n")[1]
+    assert f"model.layers.1.{value} (" in text.split("\n")[1]
+    assert words in text.split("\n")[2]
     if "rounds  " in text:  # the habits come after it
         assert text.index("rounds  ") > text.index(words)
     assert all(tap.cause != "defect" for tap in report.taps if tap is not first)
@@ -391,6 +391,10 @@ def test_every_form_of_the_report_has_the_profile() -> None:
 def test_hints_say_what_helps_and_nothing_else() -> None:
     plant = PLANTED["v rounded once more"][0]
     assert "is about sqrt(2): one rounding too many" in told(run(LLAMA, FUSED.but(plant=plant), "bfloat16"))
+    heads = at("attention", put(v=lambda v: v.roll(1, 1)))
+    assert "sees itself alone, is wrong too: look at v" in told(run(LLAMA, FUSED.but(plant=heads), "bfloat16"))
+    scaled = at("attention", put(scale=lambda s: 0.4 * s))
+    assert "sees itself alone, is right: look at the scores" in told(run(LLAMA, FUSED.but(plant=scaled), "bfloat16"))
     report = run(LLAMA, FUSED.but(plant=PLANTED["factor"][0]), "bfloat16")
     wrong = tap(report, "model.layers.1.self_attn.o_proj")
     assert wrong.zmap is not None
