@@ -72,6 +72,10 @@ TABLES_NEARLY_ALL, TABLES_NO_FEWER, TABLES_NO_WORSE = 0.998, 0.0005, 6.0
 """A table with a name explains at least this share of the elements to the bit, at most so much less than the best; and
 of N errors its fit is at most so many parts of N worse than the best: another has to be better than by chance."""
 
+CANCELS = 3
+"""Mean over standard deviation of a row, from where a variance in one pass, the difference of two squares, is mostly
+their error."""
+
 DEVIATIONS = 5.0
 """Standard deviations by which the size of an error may be larger than expected by chance."""
 
