@@ -40,6 +40,10 @@ class Stores:
         return on_grid(x, self.dtype)
 
 
+_MAY_BE_EXACT = ("products", "second product")
+"""Points at which many values are on the grid before they are stored: a number of the format times a table of 1."""
+
+
 class Nudges(Stores):
     """Rounds nowhere, but adds at one point the standard deviation of the rounding there, so that the change of the
     result is what that rounding does to it. Points that choose another order of the steps still do."""
@@ -51,7 +55,8 @@ class Nudges(Stores):
     def __call__(self, x: np.ndarray, point: str) -> np.ndarray:
         if point != self.at or point not in self.points:
             return x
-        return x + ulp(x, self.dtype, x.dtype.type) * x.dtype.type(12**-0.5)
+        by = ulp(x, self.dtype, x.dtype.type) * x.dtype.type(12**-0.5)
+        return x + (np.where(on_grid(x, self.dtype) == x, 0, by) if point in _MAY_BE_EXACT else by)
 
 
 def on_grid(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -140,9 +140,7 @@ class Profiled(Propagation):
         if made.operator == "rope":
             x, cos, sin = inputs
             if "tables" in profile.points:
-                cos, sin = (
-                    replace(t, variance=t.variance + self._ulp(t.value, self.dtype) ** 2 / 12) for t in (cos, sin)
-                )
+                cos, sin = (replace(t, variance=t.variance + self._of_a_table(t)) for t in (cos, sin))
             return inner.rope(x, x[:, :1], cos, sin, **how)[0]
         if made.operator == "add" and len(inputs) == 3:
             return inner.add(inputs[0], inner.add(inputs[1], inputs[2]))
@@ -150,6 +148,12 @@ class Profiled(Propagation):
             how["scale"] = self._rounded_scale(profile, inputs[0].shape[-1], how.get("scale"))
         out = getattr(inner, made.operator)(*inputs, **how)
         return replace(out, rounded=None)
+
+    def _of_a_table(self, table: Uncertain) -> np.ndarray:
+        """The square of what rounding a table does, which is known where the table is; near position 0 it is little."""
+        step = np.asarray(self._ulp(table.value, self.dtype))
+        error = on_grid(table.value, self.dtype) - table.value
+        return np.where(table.variance < np.square(step / 8), np.square(error), np.square(step) / 12)
 
     def _rounded_scale(self, profile: Profile, head_dim: int, scale: float | None) -> float:
         given = np.asarray(head_dim**-0.5 if scale is None else scale)

@@ -124,9 +124,9 @@ ORDERING = frozenset({"times weight", "mirrored", "gate times up", "sum of round
 
 SPLITS = tuple(
     (n, how)
-    for n in (2, 4, 8)
+    for n in (2, 3, 4, 6, 8, 16)
     for how in ("one after another", "in pairs", "in float32")
-    if (n, how) != (2, "in pairs")
+    if how != "in pairs" or n in (4, 8, 16)  # of two there is but one sum
 )
 """Products of parts: how many, and how they are added."""
 

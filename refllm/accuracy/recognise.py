@@ -339,6 +339,8 @@ def noise(operator: str, arrays: Arrays, how: dict[str, Any], profile: Profile, 
     """
     form: Callable[..., np.ndarray] = FORMS[operator]
     points = profile.points - GIVEN - ORDERING
+    if operator == "rope" and "tables" in profile.points:
+        arrays = (arrays[0], *(on_grid(table, dtype).astype(table.dtype) for table in arrays[1:]))
     with np.errstate(all="ignore"):
         base = form(Nudges(profile.points, dtype), arrays, how)
         total = np.zeros(base.shape)

@@ -192,6 +192,8 @@ def hints(tap: TapReport, config: ModelConfig | None = None) -> list[str]:
     if not {"error", "one row", "NaN or infinity"} & set(tap.broken):
         return []
     said = [f"largest single error: {place(tap.name, found.at)}, {figure(found.largest)} sigma", *_where(tap, config)]
+    if tap.named:  # it has its reason
+        return said
     return said + (_one_too_many(found) or _of_the_first(tap) or _character(found))
 
 

@@ -124,6 +124,15 @@ def test_far_positions_hold_with_better_tables_than_those_of_transformers(case: 
     assert not any(tap.broken for tap in report.taps), told(report)
 
 
+@pytest.mark.parametrize(("dtype", "first", "tokens"), [("bfloat16", 0, 8), ("float16", 0, 8), ("bfloat16", 4000, 40)])
+def test_the_sigma_of_a_narrow_rotation_is_right_at_small_positions_too(dtype: str, first: int, tokens: int) -> None:
+    """There many tables round to 1, whose products are not rounded at all: it was 0.6 of what was predicted."""
+    report = run(LLAMA, HF, dtype, first=first, tokens=tokens)
+    found = [t.isolated.ratio for t in report.taps if t.isolated and t.name.endswith("_rope")]
+    assert 0.75 < min(found) <= max(found) < 1.25  # few tables of few tokens: by chance
+    assert 0.93 < sum(found) / len(found) < 1.07
+
+
 @pytest.mark.parametrize("tables", ["torch", "exact"])
 def test_tables_that_are_not_shown_are_those_that_explain_the_logits(tables: str) -> None:
     """Were their error only allowed for, every error in float32 would be small beside it."""
@@ -231,6 +240,7 @@ def test_a_mistake_on_top_of_a_habit_is_named_first(mistake: str) -> None:
     assert (first.name, first.cause) == (f"model.layers.1.{value}", "defect"), text
     assert f"model.layers.1.{value} (" in text.split("\n")[1]
     assert words in text.split("\n")[2]
+    assert "the error has a sign" not in text or not first.named
     if "rounds  " in text:  # the habits come after it
         assert text.index("rounds  ") > text.index(words)
     assert all(tap.cause != "defect" for tap in report.taps if tap is not first)
@@ -257,7 +267,7 @@ def test_values_that_are_not_shown_make_a_span() -> None:
 # ---------------------------------------------------------------------------------------------- on purpose, or not so
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, 3, 16])
 def test_split_products_are_recognised_and_hold_where_they_were_said(parts: int) -> None:
     how = HF.but(splits=parts)
     report = run(LLAMA, how, "bfloat16")
