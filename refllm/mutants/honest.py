@@ -61,7 +61,7 @@ class Honest:
 
 
 HF = Honest()
-"""As Transformers' eager code."""
+"""Rounded as in Transformers' eager code."""
 FUSED = Honest(norm="once", act="once", rotation="float32", attention="float32")
 """Everything in float32 inside an operator."""
 
@@ -329,7 +329,7 @@ def _transformers_config(c: dict[str, Any]) -> tuple[Tensor, float]:
 
 
 def _frequencies(p: dict[str, Any], R: int, longest: int) -> tuple[Tensor, float]:
-    """In float64, from the papers: default, llama3 and yarn."""
+    """The frequencies and the factor in float64, from the papers: default, llama3 and yarn."""
     import torch
 
     theta, kind = p.get("rope_theta", 1e4), p.get("rope_type", "default")
