@@ -53,6 +53,29 @@ CONTEXT_EXACTLY, CONTEXT_NEARLY, CONTEXT_FAR_WORSE = 0.01, 0.03, 0.1
 """Shares of a context that a profile does not explain. What attention computes is known to the bit only where there are
 neither tiles nor approximate exponentials; a profile that fits so well in most layers is the candidate's in all."""
 
+ATTENTION_KNOWN, NEAR_RECORD, CLEARLY, AS_GOOD = 0.5, 0.03, 0.02, 0.005
+"""Shares of the elements of a context: which a profile explains at least, or says nothing; which it may explain less
+than `MISROUNDED` asks where earlier layers had it; by which one that reads unrounded values has to be better than one
+that reads what is shown; and by which profiles are equally good."""
+
+FLOAT32_INSIDE = 2.0**-16
+"""What float32 arithmetic may move a result by that is not rounded, beside the size of its row."""
+
+TF32_AT_LEAST = 0.2
+"""Sigma of products of 11-bit factors: what errs less has other reasons."""
+
+TABLES_WITHIN = 16
+"""Float32 ulp around the exact frequency in which honest ones lie. Of the stacks that were measured (float32 powers and
+exponentials of three libraries, exp2, repeated products) the farthest is 12.6 x 2^-24 off, 7 ulp."""
+
+TABLES_NEARLY_ALL, TABLES_NO_FEWER, TABLES_NO_WORSE = 0.998, 0.0005, 6.0
+"""A table with a name explains at least this share of the elements to the bit, at most so much less than the best; and
+of N errors its fit is at most so many parts of N worse than the best: another has to be better than by chance."""
+
+CANCELS = 3
+"""Mean over standard deviation of a row, from where a variance in one pass, the difference of two squares, is mostly
+their error."""
+
 DEVIATIONS = 5.0
 """Standard deviations by which the size of an error may be larger than expected by chance."""
 

@@ -33,10 +33,6 @@ MOST_ELEMENTS = 1 << 14
 _COLUMNS = 256  # of a product
 _QUERY_ELEMENTS = 1 << 12
 _ROWS = 64
-_FLOAT32 = 2.0**-16  # what float32 arithmetic may move a result by that is not rounded, beside its row
-_ATTENTION_KNOWN = 0.5  # agreement from which on the profile of attention means anything
-_NEAR_RECORD = 0.03
-_CLEARLY, _AS_GOOD = 0.02, 0.005  # shares of the elements of a context
 
 
 @dataclass(frozen=True)
@@ -282,7 +278,7 @@ class _Samples:
             return (bits == self.candidate) | (np.isnan(bits) & np.isnan(self.candidate))
         with np.errstate(invalid="ignore"):
             scale = np.sqrt(np.mean(np.square(bits), axis=-1, keepdims=True))
-            return np.abs(bits - self.candidate) <= _FLOAT32 * scale
+            return np.abs(bits - self.candidate) <= limits.FLOAT32_INSIDE * scale
 
     def missed(self, agreement: float) -> int:
         return round((1 - agreement) * self.elements)
@@ -370,12 +366,12 @@ class _Attention:
         for profile in self.record:
             agreed = self._agreements(profile.reads, [profile])
             tried |= agreed
-            if agreed and 1 - agreed[profile] <= limits.MISROUNDED + _NEAR_RECORD:
+            if agreed and 1 - agreed[profile] <= limits.MISROUNDED + limits.NEAR_RECORD:
                 return self._decided(tried)
         every = habits("attention", 3)
         for reads in dict.fromkeys(p.reads for p in every):
             tried |= self._agreements(reads, [p for p in every if p.reads == reads])
-            if tried and max(tried.values()) > 1 - limits.MISROUNDED - _NEAR_RECORD:
+            if tried and max(tried.values()) > 1 - limits.MISROUNDED - limits.NEAR_RECORD:
                 break
         return self._decided(tried)
 
@@ -383,11 +379,11 @@ class _Attention:
         if not tried:
             return NOT_ASKED
         # No reading is told from another by a few elements, where none predicts nearly all.
-        best = min(tried, key=lambda p: (-tried[p] + (_CLEARLY if p.unrounded else 0), p.size()))
-        if tried[best] < _ATTENTION_KNOWN:
+        best = min(tried, key=lambda p: (-tried[p] + (limits.CLEARLY if p.unrounded else 0), p.size()))
+        if tried[best] < limits.ATTENTION_KNOWN:
             return Recognition(True, (), 1 - tried[best], self.candidate.size)
         fits = tuple(
-            sorted((p for p in tried if tried[p] >= tried[best] - _AS_GOOD), key=lambda p: (p != best, p.size()))
+            sorted((p for p in tried if tried[p] >= tried[best] - limits.AS_GOOD), key=lambda p: (p != best, p.size()))
         )
         return Recognition(True, fits, 1 - tried[best], self.candidate.size, defect=self._named(best, tried[best]))
 
@@ -434,7 +430,9 @@ class _Attention:
         if self.stored:
             return (y == self.candidate) | (np.isnan(y) & np.isnan(self.candidate))
         with np.errstate(invalid="ignore"):
-            return np.abs(y - self.candidate) <= _FLOAT32 * np.sqrt(np.mean(np.square(y), axis=-1, keepdims=True))
+            return np.abs(y - self.candidate) <= limits.FLOAT32_INSIDE * np.sqrt(
+                np.mean(np.square(y), axis=-1, keepdims=True)
+            )
 
     def _named(self, best: Profile, agreed: float) -> str:
         if 1 - agreed <= limits.MISROUNDED or not self.stored:

@@ -14,22 +14,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from refllm.accuracy import limits
 from refllm.accuracy.forms import FORMS, OUT, Stores
 from refllm.accuracy.profiles import HABITS
 from refllm.accuracy.propagation import Propagation, Uncertain
 from refllm.config import ModelConfig
 from refllm.forward.rotary import RotaryEmbedding
 
-WITHIN = 16
-"""Float32 ulp around the exact frequency in which honest ones lie. Of the stacks that were measured (float32 powers and
-exponentials of three libraries, exp2, repeated products) the farthest is 12.6 x 2^-24 off, 7 ulp."""
-
 _UNKNOWN = 4.0  # standard deviation, in units of 2^-24 of the angle, of a frequency somewhere within 7 ulp
 _SAMPLE = 1 << 14  # elements that are compared to the bit
-_NEARLY_ALL, _NO_FEWER = 0.998, 0.0005  # of the elements
 _EXACT, _AS_TORCH = "exact tables", "tables of float32 angles, as Transformers"
 _EITHER = "tables exact, or of float32 angles as Transformers: these positions do not tell"
-_NO_WORSE = 6.0  # a table that has a name is taken unless another is better than by chance, by this many parts of N
 
 Angles = Callable[[np.ndarray], np.ndarray]
 
@@ -130,11 +125,11 @@ def solve(config: ModelConfig, positions: np.ndarray, turned: Iterable[Turned], 
     found = [(float(misfit(f, narrow).sum()), tables(name, f, narrow)) for name, f, narrow in known]
     for narrow in (False, True):
         each = misfit(near_JR, narrow)
-        as_good = each <= each.min(axis=0) * (1 + _NO_WORSE / len(places)) + 1e-30
+        as_good = each <= each.min(axis=0) * (1 + limits.TABLES_NO_WORSE / len(places)) + 1e-30
         best = near_JR[as_good.argmax(axis=0), np.arange(len(truth))]  # the nearest of them
         found.append((float(each.min(axis=0).sum()), tables("", best, narrow)))
     least = min(fit for fit, _ in found)
-    fitting = [t for fit, t in found if fit <= least * (1 + _NO_WORSE / len(places)) + 1e-30]
+    fitting = [t for fit, t in found if fit <= least * (1 + limits.TABLES_NO_WORSE / len(places)) + 1e-30]
     if dtype == "float32":
         return _one_of(fitting, fitting[:1])
     return _to_the_bit(fitting, near_JR, rows, dtype, tables)
@@ -171,13 +166,13 @@ def _to_the_bit(
     ]
     agreed, index, points = max(tried, key=lambda entry: entry[:2])
     best = fitting[-index]
-    if agreed >= _NEARLY_ALL:
-        as_good = [t for share, i, _ in tried if share >= agreed - _NO_FEWER for t in [fitting[-i]]]
+    if agreed >= limits.TABLES_NEARLY_ALL:
+        as_good = [t for share, i, _ in tried if share >= agreed - limits.TABLES_NO_FEWER for t in [fitting[-i]]]
         return _one_of(as_good, [best])
     found = [(best.frequencies, best.narrow, agreement(best.frequencies, best.narrow, best.factor, points))]
     for narrow in (False, True):
         shares = np.stack([agreement(f, narrow, best.factor, points) for f in near_JR])
-        nearest = (shares >= shares.max(axis=0) - _NO_FEWER).argmax(axis=0)
+        nearest = (shares >= shares.max(axis=0) - limits.TABLES_NO_FEWER).argmax(axis=0)
         frequencies = near_JR[nearest, np.arange(near_JR.shape[1])]
         found.append((frequencies, narrow, shares.max(axis=0)))
     frequencies, narrow, shares = max(found, key=lambda entry: entry[2].mean())
@@ -221,7 +216,7 @@ def _averaged(turned: Sequence[Turned]) -> tuple[np.ndarray, np.ndarray]:
 def _neighbours(truth: np.ndarray) -> np.ndarray:
     """[33, R/2]: the float32 numbers around each exact frequency, nearest first."""
     middle = truth.astype(np.float32)
-    steps = sorted(range(-WITHIN, WITHIN + 1), key=abs)
+    steps = sorted(range(-limits.TABLES_WITHIN, limits.TABLES_WITHIN + 1), key=abs)
     return np.stack([(middle + step * np.spacing(middle)).astype(np.float64) for step in steps])
 
 

@@ -17,7 +17,8 @@ from refllm.config import ModelConfig
 from refllm.precision import largest
 
 _LAST_AXIS = {"lm_head": "token id", "score": "class", "qa_outputs": "output", "scores": "key", "probs": "key"}
-_MOSTLY = 0.5  # of the squared error: from here on a common factor is worth naming
+_FAR = 5.0  # sigma: no rounding
+_MOSTLY = 0.75  # of the squared error: from here on a common factor is worth naming
 _CLEAR_BIAS = 5.0  # standard errors
 _SQRT2 = (1.33, 1.5)
 _RANGES = 3  # of what is wrong in so many places, none is worth naming
@@ -191,7 +192,18 @@ def hints(tap: TapReport, config: ModelConfig | None = None) -> list[str]:
     if not {"error", "one row", "NaN or infinity"} & set(tap.broken):
         return []
     said = [f"largest single error: {place(tap.name, found.at)}, {figure(found.largest)} sigma", *_where(tap, config)]
-    return said + (_one_too_many(found) or _character(found))
+    return said + (_one_too_many(found) or _of_the_first(tap) or _character(found))
+
+
+def _of_the_first(tap: TapReport) -> list[str]:
+    """What the first token tells of a context: it sees itself alone, with a weight of 1."""
+    if tap.alone is None or tap.hidden or tap.isolated is None or not tap.isolated.ratio > _FAR:
+        return []
+    if tap.alone > _FAR:
+        why = "wrong too: look at v, at which head reads which, or whether it sees others; no scale explains it"
+    else:
+        why = "right: look at the scores (scale, mask, q, k)"
+    return [f"the first token, which sees itself alone, is {why}"]
 
 
 def _one_too_many(found: Measure) -> list[str]:

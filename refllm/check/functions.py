@@ -12,6 +12,7 @@ from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_
 from refllm.check.taps import Sink, as_array, cannot_run, is_array
 from refllm.errors import InputError
 from refllm.forward.taps import HEAD_TAPS
+from refllm.precision import rounding
 from refllm.precision.dtype_names import dtype_name
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,18 +24,21 @@ checkpoint: the folder. The next three are int64 arrays [B, S]; mask: 1 = a toke
 over a named value (`refllm.forward.taps`) and returns it; call it for whatever is at hand, or not at all. A function
 that has an argument `dtype` is told in which format to compute, "float32", "bfloat16" or "float16". One that has an
 argument `cache` returns (logits, cache) and is given what it returned as second value at its last call, None at first;
-then input_ids and position_ids [B, S] are those of the new tokens, and attention_mask [B, T] is of all so far.
+then input_ids and position_ids [B, S] are those of the new tokens, and attention_mask [B, T] is of all so far. One that
+has an argument `inputs_embeds` is given None, or a float32 array [B, S, hidden_size], on the grid of the dtype: what to
+take instead of the rows of the embedding.
 
 What it returns may also be an object with `logits` (and `past_key_values`), as those of Transformers are; without a
 head, the last norm's result or an object with `last_hidden_state`.
 """
 
-_TAKES = ("dtype", "cache")
+_TAKES = {"dtype": "dtype", "cache": "cache", "inputs_embeds": "embeddings"}
+"""Argument -> what a function takes that has it (`Candidate.takes`)."""
 _IN_ORDER = 5  # arguments that are given by their place
 
 
 class FunctionCandidate:
-    """A `Forward` as a candidate. takes: "dtype" and "cache", if the function has arguments of that name."""
+    """A `Forward` as a candidate. takes: "dtype", "cache" and "embeddings", if the function has such arguments."""
 
     def __init__(self, function: Forward, folder: Path, *, head: str, dtype: str, name: str | None = None) -> None:
         dtype = dtype_name(dtype)
@@ -49,18 +53,28 @@ class FunctionCandidate:
         """See `Candidate.run`. Raises InputError for inputs that `cannot_run` has a reason for."""
         if reason := cannot_run(self, inputs):
             raise InputError(f"{self.name}: {inputs.label}: {reason}")
-        cache = None
+        cache, embeds = None, self._embeds(inputs)
         for piece in inputs.pieces():
             given = {
                 "input_ids": inputs.input_ids[:, piece],
                 "attention_mask": inputs.mask[:, : piece.stop],
                 "position_ids": inputs.positions[:, piece],
             }
-            cache = self._call(given, cache, sink)
+            cache = self._call(given, cache, None if embeds is None else embeds[:, piece], sink)
             if inputs.chunks and cache is None:
                 raise misbehaves("result", "it takes a cache and returns none; expected (logits, cache)")
 
-    def _call(self, given: dict[str, np.ndarray], cache: Any, sink: Sink) -> Any:
+    def _embeds(self, inputs: Inputs) -> np.ndarray | None:
+        """The scaled rows of the checkpoint's embedding, on the grid of the dtype; None where ids are fed."""
+        if inputs.embeds_scale is None:
+            return None
+        from refllm.models.auto import load
+
+        weights = load(self.folder, head=self.head, dtype=self.dtype, low_memory=True).weights
+        rows = as_array(weights.rows("embed_tokens.weight", inputs.input_ids))
+        return np.asarray(rounding(self.dtype)(rows * rows.dtype.type(inputs.embeds_scale)), np.float32)
+
+    def _call(self, given: dict[str, np.ndarray], cache: Any, embeds: np.ndarray | None, sink: Sink) -> Any:
         """One pass. Returns its cache."""
         last, shown = HEAD_TAPS.get(self.head, "model.norm"), {}
 
@@ -71,9 +85,10 @@ class FunctionCandidate:
             return value
 
         copies = {name: np.array(value) for name, value in given.items()}
-        named = {"dtype": self.dtype, "cache": cache}
+        named = {"dtype": self.dtype, "cache": cache, "embeddings": embeds}
+        more = {argument: named[what] for argument, what in _TAKES.items() if what in self.takes}
         try:
-            out = self.function(str(self.folder), *copies.values(), tap, **{name: named[name] for name in self.takes})
+            out = self.function(str(self.folder), *copies.values(), tap, **more)
         except (KeyboardInterrupt, EnoughError):
             raise
         except BaseException as error:  # of our own kinds too: it may be made of refllm
@@ -88,14 +103,14 @@ class FunctionCandidate:
 
 
 def _named(function: Forward) -> tuple[str, ...]:
-    """Which of `_TAKES` are arguments of a function, beside those that are given by their place."""
+    """What of `_TAKES` a function has arguments for, beside those that are given by their place."""
     try:
         arguments = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some of those that are written in C
         return ()
     only, either = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = [a.name for i, a in enumerate(arguments) if a.kind == only or (a.kind == either and i >= _IN_ORDER)]
-    return tuple(name for name in _TAKES if name in names)
+    return tuple(what for argument, what in _TAKES.items() if argument in names)
 
 
 def _parts(out: Any) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ every name, so that each operator is judged on the candidate's own inputs, and a
 after.
 """
 
+import difflib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +16,7 @@ import numpy as np
 
 from refllm.accuracy import tables
 from refllm.accuracy.judge import broken, broken_isolated
+from refllm.accuracy.limits import CANCELS, TF32_AT_LEAST
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.page import predict_page
 from refllm.accuracy.profiled import Profiled
@@ -41,7 +43,6 @@ from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
 _LAYERS_OF_TABLES = 8  # layers whose rotations are averaged for the tables
-_TF32_AT_LEAST = 0.2  # sigma of TF32 products; what errs less has other reasons
 _NOTHING = Measure(0, (0, 0, 0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (), 0.0, 0.0, (), 0.0, 0.0, 0)
 
 
@@ -68,6 +69,7 @@ class TapReport:
     named: a defect that predicts it to the bit, or an error that its elements share, in one clause. another: the honest
     profile that it has in this layer and not in the others. unrecognised: it rounds as no honest code does, in this
     layer. place: it is right, but does not round where the named policy says; its profile in words.
+    alone: of a context, the error in sigma of the first token of every sequence, which sees itself alone.
     overflow: the largest exact number that the format does not hold, where the candidate has an infinity. fed: an
     infinity or NaN came in. hidden: values that were not shown, between the ones before, the last of them `since`, and
     this one.
@@ -83,6 +85,7 @@ class TapReport:
     named: str = ""
     another: str = ""
     unrecognised: bool = False
+    alone: float | None = None
     place: str = ""
     overflow: float = 0.0
     fed: bool = False
@@ -169,6 +172,7 @@ class Judge:
         self._measured: tuple[str, Measure] = "", _NOTHING
         self._names: dict[str, bool] = {}
         self._spoilt: set[str] = set()
+        self._cancels: dict[str, str] = {}
 
     def run(self, step: Callable[[str], None] = lambda text: None) -> list[TapReport]:
         """Both runs; the reports are in order of computation, for the values that the candidate recorded."""
@@ -179,7 +183,7 @@ class Judge:
         self._predict(self._isolated, self._work_out_alone, bits=True)
         foreign = [name for name in self.trace.taps if name not in self._names]
         if foreign:
-            raise InputError(f"trace: {foreign[0]!r} is no name of a value of this model ({len(foreign)} such names)")
+            raise InputError(self._no_name(foreign))
         self._compare_layers()
         step("predicting, end to end")
         output = self._predict(self._end_to_end, self._work_out_in_line, bits=False)
@@ -189,6 +193,12 @@ class Judge:
             exact, variance, candidate = map(self._rows, (output.value, output.variance, self.trace.taps[name]))
             self.next_tokens = compare_tokens(exact, variance, candidate, self.places)
         return list(self.reports.values())
+
+    def _no_name(self, foreign: list[str]) -> str:
+        close = difflib.get_close_matches(foreign[0], self._names, 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        said = f"{foreign[0]!r} is no name of a value of this model ({len(foreign)} such names)"
+        return f"{self.trace.source}: {said}{meant}"
 
     def guesses(self) -> list[tables.Tables | None]:
         """The tables to try in float32, where they count, if the turning is not shown."""
@@ -291,12 +301,25 @@ class Judge:
             first = first or x
             rows = self._rows(candidate)
             found = self._measure(rows, self._rows(x.value, candidate), self._rows(x.variance, candidate))
-            if not broken_isolated(found, self.trace.dtype) and (not profile.tf32 or found.ratio > _TF32_AT_LEAST):
+            if not broken_isolated(found, self.trace.dtype) and (not profile.tf32 or found.ratio > TF32_AT_LEAST):
                 self.record.keep_order(name, made.operator, profile)
                 self._measured = name, found
+                if profile.order == ONE_PASS:
+                    self._cancels[name] = self._cancellation(made.inputs[0].value)
                 return x
         assert first is not None
         return first
+
+    def _cancellation(self, read: np.ndarray) -> str:
+        """What to say of a variance in one pass over such rows; "" where their means are small enough for it."""
+        rows = self._rows(read)
+        largest_mean = float(np.max(np.abs(rows.mean(axis=-1)) / np.maximum(rows.std(axis=-1), 1e-30)))
+        if largest_mean < CANCELS:
+            return ""
+        return (
+            "the variance is computed in one pass, as E x^2 - (E x)^2, which cancels: the mean of a row is "
+            f"{largest_mean:.3g} of its standard deviations; take the mean off first"
+        )
 
     def _isolated(self, name: str, x: Uncertain) -> Uncertain:
         candidate = self._candidate(name, x)
@@ -309,6 +332,7 @@ class Judge:
         misrounded = self._misrounded(candidate, x.rounded)
         measured = self._measured[1] if self._measured[0] == name else self._measure(rows, exact, variance)
         report.isolated = replace(measured, misrounded=misrounded)
+        report.named = self._cancels.get(name, "")
         found = self.record.found.get(name)
         if found is not None:
             report.profiled = self.policy is None and bool(found.fits)
@@ -316,6 +340,9 @@ class Judge:
             if self.policy is not None and broken_isolated(report.isolated, self.trace.dtype) and not report.named:
                 report.place = self._elsewhere(name, candidate)
         report.zmap = error_map(rows, exact, variance, self.overflow)
+        if name.endswith(".context"):
+            first = np.unique(self.places[:, 0], return_index=True)[1]
+            report.alone = self._measure(rows[first], exact[first], variance[first]).ratio
         report.untested = undetected(exact, variance, self.trace.dtype)
         report.fed, report.overflow = name in self._spoilt, self._overflow(rows, exact)
         report.hidden = tuple(hidden for hidden in self._names if hidden in x.shares and hidden != name)
@@ -440,11 +467,10 @@ class Judge:
             candidate = np.where(self.valid[:, None, None, :], candidate, x.value)
         return candidate
 
-    @staticmethod
-    def _of_shape(name: str, candidate: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    def _of_shape(self, name: str, candidate: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         partial = name.endswith("_rope") and candidate.shape[:-1] == shape[:-1] and candidate.shape[-1] <= shape[-1]
         if candidate.shape != shape and not partial:
-            raise InputError(f"trace: {name} has shape {list(candidate.shape)}, expected {list(shape)}")
+            raise InputError(f"{self.trace.source}: {name} has shape {list(candidate.shape)}, expected {list(shape)}")
         return candidate
 
     def _rows(self, values: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:

@@ -111,7 +111,7 @@ class ApartCandidate:
         """See `Candidate.run`. Raises MisbehavesError for whatever goes wrong there, InputError for wrong use."""
         self.open()
         process, end = self._processes.process(self), time.monotonic() + self.seconds
-        process.send(("run", vars(inputs)))
+        process.send(("run", {"inputs": vars(inputs), "dtype": self.dtype}))
         keep = getattr(sink, "keep", sink)  # it was checked and copied there
         late = f"it did not return within {self.seconds:g} s"
         while (answer := self._receive(process, end, late)).word != "done":
@@ -200,7 +200,8 @@ def serve(channel: Channel) -> None:
                 channel.answer("opened", {"name": candidate.name, "details": candidate.details, "takes": takes})
             else:
                 assert candidate is not None
-                _run(candidate, Inputs(**given), channel)
+                candidate.dtype = given["dtype"]  # as was found in what it showed
+                _run(candidate, Inputs(**given["inputs"]), channel)
                 channel.answer("done")
         except MisbehavesError as error:
             channel.answer("misbehaves", vars(error.found))

@@ -111,14 +111,15 @@ def _failure(report: Report) -> RenderableType:
         return _panel("first failure: next tokens", [body])
     formula, span = formulas.formula(first.name, report.config), findings.span(first)
     lines: list[RenderableType] = [
-        Text.assemble((formula.text, "bold"), f"    {formula.operator}, {formula.source}"),
+        Text.assemble((formula.text, "bold"), f"    {formula.source}"),
         Text(formula.convention, style="dim"),
     ]
     if span:  # it is one of several operators
         lines = [Text(f"in one of {', '.join(formulas.short(name) for name in (*first.hidden, first.name))}")]
-    lines += [Text(said) for said in why(report, first)]
+    reason, *more = why(report, first)
+    lines = [Text(reason, style=STYLE["fails"]), *lines, *(Text(said) for said in more)]
     lines += [Text.assemble((f"{label}  ", "dim"), said) for label, said in context(report, first)]
-    return _panel(f"first failure: {first.name}" + (f" ({span})" if span else ""), lines)
+    return _panel(f"first failure: {first.name} ({span or formula.operator})", lines)
 
 
 def why(report: Report, first: TapReport) -> list[str]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from refllm import golden, ops
-from refllm.accuracy.tables import WITHIN, angles, in_pairs, solve
+from refllm.accuracy.limits import TABLES_WITHIN
+from refllm.accuracy.tables import angles, in_pairs, solve
 from refllm.config import AutoConfig
 from refllm.forward.rotary import RotaryEmbedding
 from refllm.precision import rounding
@@ -40,7 +41,7 @@ def test_honest_frequencies_are_found(dtype: str, first: int, ulp: int) -> None:
     off = np.abs(angles(positions, found.frequencies, found.narrow) - angles(positions, used, True))
     spacing = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
     assert off.max() < 0.5 * spacing
-    assert found.farthest <= WITHIN
+    assert found.farthest <= TABLES_WITHIN
 
 
 def test_tables_that_have_a_name_are_named() -> None:

@@ -30,7 +30,8 @@ from refllm.check.report import closing_line, show_report, show_summary
 from refllm.check.run import Settings, check_all
 from refllm.check.runs import changes_on_the_way
 from refllm.commands import cli
-from refllm.precision import FUSED
+from refllm.errors import InputError
+from refllm.precision import FUSED, rounding
 from refllm.strategies import small_models
 from refllm.strategies.models import WholeInput, whole_inputs
 
@@ -140,8 +141,51 @@ def test_arguments_given_by_place_are_no_dtype_and_no_cache() -> None:
 
     def last(a: Any, b: Any, c: Any, d: Any, tap: Any, cache: Any = None) -> None: ...
 
-    takes = [FunctionCandidate(f, Path(), head="base", dtype="bf16").takes for f in (by_place, anything, named, last)]
-    assert takes == [(), (), ("dtype",), ("cache",)]
+    def embeds(*given: Any, inputs_embeds: Any = None) -> None: ...
+
+    functions = (by_place, anything, named, last, embeds)
+    takes = [FunctionCandidate(f, Path(), head="base", dtype="bf16").takes for f in functions]
+    assert takes == [(), (), ("dtype",), ("cache",), ("embeddings",)]
+
+
+@pytest.mark.parametrize("factor", [1, 10])
+def test_a_wrong_eps_shows_in_small_embeddings_which_a_function_may_take(factor: int, tmp_path: Path) -> None:
+    """1e-7 for 1e-8 changes no element of what has a scale of 1. The precision is found: the rows lie on its grid."""
+    given: list[np.ndarray | None] = []
+    for folder, eps in (("right", 1e-8), ("wrong", factor * 1e-8)):
+        model = tiny_model("HeliumForCausalLM", vocab_size=VOCAB, rms_norm_eps=eps)
+        model.save_pretrained(tmp_path / folder, dtype="float32")
+    port = loaded(str(tmp_path / "wrong"), "bfloat16")
+
+    def forward(_: str, ids: Any, mask: Any, positions: Any, tap: Any, *, inputs_embeds: Any) -> Any:
+        given.append(inputs_embeds)
+        fed = {"input_ids": ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        return port(**fed, attention_mask=mask, position_ids=positions, recorder=Shown(tap)).logits
+
+    reports = compare(tmp_path / "right", forward, input_ids=IDS[:, :12], stress=True)
+    wrong = "small embeddings" if factor > 1 else None
+    assert {name for name, verdict in verdicts(reports).items() if verdict == "fails"} == ({wrong} - {None})
+    assert {"small embeddings", "large embeddings"} <= verdicts(reports).keys()
+    assert [rows.shape for rows in given if rows is not None] == [(1, 12, port.config.hidden_size)] * 2
+    assert all((rounding("bfloat16")(rows) == rows).all() for rows in given if rows is not None)
+    if wrong is not None:
+        first = next(report for report in reports if report.inputs == wrong).first_failure
+        assert first is not None
+        assert (first.name, first.named.partition(":")[0]) == (
+            "model.layers.0.input_layernorm",
+            "eps is 10 times what the config says",
+        )
+
+
+def test_a_wrong_name_and_a_wrong_shape_are_told_of_the_function_with_what_was_meant(folder: Path) -> None:
+    def misnamed(checkpoint: str, ids: Any, mask: Any, positions: Any, tap: Any) -> Any:
+        return plain(checkpoint, ids, mask, positions, lambda name, value: tap(name.replace("self_", ""), value))
+
+    with pytest.raises(InputError, match=r"^misnamed: .*layers.0.attn.q_proj.*mean 'model.layers.0.self_attn.q_proj'"):
+        compare(folder, misnamed, input_ids=IDS)
+    short = lambda *given: plain(*given)[:, 1:]  # noqa: E731
+    with pytest.raises(InputError, match=r"^<lambda>: lm_head has shape \[1, 39, 97\], expected \[1, 40, 97\]"):
+        compare(folder, short, input_ids=IDS)
 
 
 def test_a_cache_that_is_not_returned_is_a_finding(folder: Path) -> None:

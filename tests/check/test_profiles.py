@@ -229,8 +229,8 @@ def test_a_mistake_on_top_of_a_habit_is_named_first(mistake: str) -> None:
     first, text = report.first_failure, told(report)
     assert first is not None
     assert (first.name, first.cause) == (f"model.layers.1.{value}", "defect"), text
-    assert words in text
-    assert f"model.layers.1.{value}" in text.split("\n")[1]
+    assert f"model.layers.1.{value} (" in text.split("\n")[1]
+    assert words in text.split("\n")[2]
     if "rounds  " in text:  # the habits come after it
         assert text.index("rounds  ") > text.index(words)
     assert all(tap.cause != "defect" for tap in report.taps if tap is not first)
@@ -343,6 +343,39 @@ def test_a_layer_norm_in_one_float32_chain_holds_and_a_wrong_one_does_not() -> N
     assert measure(normed(1)[0], in_one_chain.value[0], in_one_chain.variance[0]).ratio > 5
 
 
+@pytest.mark.parametrize("mean", [0.5, 20.0])
+def test_a_variance_in_one_pass_is_honest_until_the_means_are_large(mean: float, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(FOLDERS[STABLE_TWO], tmp_path / "shifted")
+    file = next((tmp_path / "shifted").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"] += mean * tensors["model.embed_tokens.weight"].std()
+    save_file(tensors, file, {"format": "pt"})
+
+    def in_one_pass(a: dict[str, Any]) -> None:
+        read: list[Any] = []
+
+        def mean_of(x: Any) -> Any:
+            read.append(x)
+            mean = read[0].mean(-1, keepdim=True)
+            return mean if len(read) == 1 else (read[0] * read[0]).mean(-1, keepdim=True) - mean * mean
+
+        a["mean"] = mean_of
+
+    model = load(tmp_path / "shifted", head="causal_lm", dtype="float32")
+    inputs = Inputs(np.random.default_rng(0).integers(0, 640, (1, 30)))
+    for plant in (None, at("input_layernorm", in_one_pass, layer=0)):
+        report = judge(model, record(Port(FUSED.but(plant=plant), tmp_path / "shifted", "float32"), model, inputs))
+        first = report.first_failure
+        assert (first is None) is (plant is None or mean < 3), told(report)
+        if first is not None:
+            assert first.name == "model.layers.0.input_layernorm"
+            assert "E x^2 - (E x)^2, which cancels: the mean of a row is 2" in " ".join(told(report).split())
+
+
 # ------------------------------------------------------------------------------------------------------- in the reports
 
 
@@ -358,6 +391,10 @@ def test_every_form_of_the_report_has_the_profile() -> None:
 def test_hints_say_what_helps_and_nothing_else() -> None:
     plant = PLANTED["v rounded once more"][0]
     assert "is about sqrt(2): one rounding too many" in told(run(LLAMA, FUSED.but(plant=plant), "bfloat16"))
+    heads = at("attention", put(v=lambda v: v.roll(1, 1)))
+    assert "sees itself alone, is wrong too: look at v" in told(run(LLAMA, FUSED.but(plant=heads), "bfloat16"))
+    scaled = at("attention", put(scale=lambda s: 0.4 * s))
+    assert "sees itself alone, is right: look at the scores" in told(run(LLAMA, FUSED.but(plant=scaled), "bfloat16"))
     report = run(LLAMA, FUSED.but(plant=PLANTED["factor"][0]), "bfloat16")
     wrong = tap(report, "model.layers.1.self_attn.o_proj")
     assert wrong.zmap is not None

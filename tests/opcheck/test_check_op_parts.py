@@ -159,7 +159,7 @@ def test_no_number_of_a_verdict_stands_outside_the_table() -> None:
     root = Path(str(package.__file__)).parent
     files = [*root.glob("check/**/*.py"), *root.glob("opcheck/**/*.py"), *root.glob("accuracy/*.py")]
     files += [Path(str(kernels.__file__)).parent / "verify.py", *Path(str(golden.__file__)).parent.glob("*.py")]
-    names = "LIMIT|CHANCE|ISOLATED|ROW|ELEMENT|MISROUNDED|FLIP|FLOOR|SIGMA"
+    names = "LIMIT|CHANCE|ISOLATED|ROW|ELEMENT|MISROUNDED|FLIP|FLOOR|SIGMA|WITHIN|VOTES|NEARLY|WORSE|CLEARLY"
     number = re.compile(rf"^(?!TIME)\w*(?:{names}) = [\d.]", re.MULTILINE)
     found = {file.name: number.findall(file.read_text()) for file in files}
     assert len(found.pop("limits.py")) > 5
