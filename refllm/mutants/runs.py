@@ -41,13 +41,15 @@ class Run:
     ratios: dict[str, tuple[float, float]] = field(default_factory=dict)
     closest: dict[str, float] = field(default_factory=dict)
     elsewhere: bool = False
+    tokens: int = 0
 
 
 def run_of(report: Report, model: str, attention: str, *, threads: int, seed: int, elsewhere: bool = False) -> Run:
     """What is kept of the report on a run without a defect."""
     first = report.first_failure
     said = "; ".join(report.unsaid) if first is None else f"{first.name}: {', '.join(first.broken)}"
-    run = Run(model, report.dtype, attention, report.inputs, threads, seed, report.verdict, said, elsewhere=elsewhere)
+    run = Run(model, report.dtype, attention, report.inputs, threads, seed, report.verdict, said)
+    run.elsewhere, run.tokens = elsewhere, report.tokens
     for tap in report.taps:
         if tap.isolated is not None and tap.end_to_end.rms_sigma > 0 and tap.isolated.rms_sigma > 0:
             run.ratios[tap.name] = (tap.end_to_end.ratio, tap.isolated.ratio)

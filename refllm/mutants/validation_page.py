@@ -92,8 +92,9 @@ def _head(found: "Validation") -> list[str]:
         "",
         "The check predicts the rounding error of every named value (`refllm/accuracy/propagation.py`) and compares a",
         "run with it twice: end to end from the token ids, and isolated, each operator on the run's own inputs. The",
-        "rules are in `refllm/accuracy/judge.py`, the reason for each number in `refllm/accuracy/limits.py`; none of",
-        "them was fitted to these models.",
+        "rules are in `refllm/accuracy/judge.py`, the reason for each number in `refllm/accuracy/limits.py`. Limits of",
+        "errors were not fitted to these models; the rules on profiles were written while mistakes like those below",
+        "were planted, which therefore are not held out.",
         "",
     ]
 
