@@ -1,4 +1,4 @@
-"""Defects of attention. Each entry: name -> the fields of `refllm.mutants.models.Mutant`."""
+"""Defects and places of attention. Each entry: name -> the fields of `refllm.mutants.models.Mutant`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,6 +141,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
         "taps": ("self_attn.context",),
         "plant": fused_attention_is(_rounded_scores),
         "attention": "sdpa",
+        "place": ("scaled scores", "q k"),
     },
     "mask one too wide": {
         "taps": _ATTENTION,

@@ -1,6 +1,7 @@
-"""Defects of norms, MLPs, residual streams and heads. Each entry: name -> the fields of `refllm.mutants.models.Mutant`.
+"""Defects and places of norms, MLPs, residual streams and heads.
 
-The functions that take a module return what to run in place of its forward. Torch is imported when they run.
+Each entry: name -> the fields of `refllm.mutants.models.Mutant`. The functions that take a module return what to run
+in place of its forward. Torch is imported when they run.
 """
 
 from collections.abc import Callable
@@ -152,12 +153,14 @@ NORM: dict[str, dict[str, Any]] = {
         "plant": forward_of("input_layernorm", _cast_after_weight),
         "applies": lambda config: traits_of(config).rounds_before_weight,
         "source": "vllm-project/vllm#42379",
+        "place": ("once",),
     },
     "rounded before the norm's weight too": {
         "taps": _NORM,
         "plant": forward_of("input_layernorm", _cast_before_weight),
         "applies": lambda config: not traits_of(config).rounds_before_weight,
         "source": "sgl-project/sglang#22931",
+        "place": ("before the weight",),
     },
 }
 
@@ -245,6 +248,7 @@ MLP: dict[str, dict[str, Any]] = {
         "taps": _ACT,
         "plant": forward_of("mlp", _mlp(_silu_of_rounded_sigmoid)),
         "applies": gated,
+        "place": ("sigmoid",),
     },
     "last tile of the activation zero in the last row": {
         "taps": _ACT,
@@ -255,7 +259,12 @@ MLP: dict[str, dict[str, Any]] = {
         "plant": forward_of("mlp.down_proj", _short_product),
         "source": "ROCm/aiter#4244",
     },
-    "partial sums rounded": {"taps": ("mlp.down_proj",), "plant": forward_of("mlp.down_proj", _product_in_two)},
+    "partial sums rounded": {
+        "taps": ("mlp.down_proj",),
+        "plant": forward_of("mlp.down_proj", _product_in_two),
+        "place": ("2 parts, each rounded",),
+        "splits": 2,
+    },
     "up_proj bias dropped": {
         "taps": ("mlp.up_proj",),
         "plant": forward_of("mlp.up_proj", _without_bias),

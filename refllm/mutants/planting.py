@@ -116,7 +116,7 @@ def fused_attention_is(function: Attention) -> Plant:
         try:
             yield
         finally:
-            del interfaces["sdpa"]
+            interfaces["sdpa"] = original
 
     return plant
 

@@ -1,4 +1,4 @@
-"""Defects of rotary position embedding. Each entry: name -> the fields of `refllm.mutants.models.Mutant`."""
+"""Defects and places of rotary embedding. Each entry: name -> the fields of `refllm.mutants.models.Mutant`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,7 +145,11 @@ ROPE: dict[str, dict[str, Any]] = {
         "plant": rotation_is(_factor_once),
         "applies": lambda config: config.rope_parameters["rope_type"] == "yarn",
     },
-    "products not rounded": {"taps": _ROPE, "plant": rotation_is(_unrounded)},
+    "products not rounded": {
+        "taps": _ROPE,
+        "plant": rotation_is(_unrounded),
+        "place": ("rounds tables and the result",),
+    },
     "all positions one later": {
         "taps": _ROPE,
         "plant": tables_are(_all_late),

@@ -1,8 +1,10 @@
 """Is the check sharp, and does it raise no false alarm? `python -m refllm.mutants.validation` measures both.
 
 *Sharpness*: every defect of `refllm.mutants.models` is planted in the middle layer of every embedded checkpoint that
-can host it, in a Transformers model; the check must report it, in that layer and at that operator. *False alarms*: runs
-without a defect, over prompts, precisions, attention implementations, threads and stressed inputs; every one must hold.
+can host it, in a Transformers model; the check must report it, in that layer and at that operator. Every place is
+planted in all layers; the check must hold and say so, and report it where a policy was named. *False alarms*: runs
+without a defect, over prompts, precisions, attention implementations, threads and stressed inputs, and right ports that
+round elsewhere (`refllm.mutants.profiles`); every one must hold. *Mistakes on top*: planted into those ports.
 *Calibration*: over the same runs, the measured error over the predicted one, value by value.
 
 Needs Torch and Transformers. The results are committed as docs/validation.md and docs/validation.json.
@@ -10,27 +12,32 @@ Needs Torch and Transformers. The results are committed as docs/validation.md an
 
 import argparse
 import json
+import multiprocessing
+import os
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refllm.accuracy import limits
-from refllm.accuracy.measure import Measure
 from refllm.accuracy.verdicts import verdict
 from refllm.check.adapters.transformers import TransformersCandidate
+from refllm.check.asked import Asked
 from refllm.check.candidates import record
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.losses import MUTANTS as LOSS_MUTANTS
 from refllm.check.losses import compare_loss, correct
 from refllm.check.oracle import Report, judge
+from refllm.check.trace import Trace
 from refllm.forward.model import Model
 from refllm.mutants.models import Mutant, catalogue
+from refllm.mutants.profiles import Planted, planted_runs, right_runs
+from refllm.mutants.runs import Outcome, Run, run_of
 from refllm.ops import IGNORE_INDEX
 from refllm.precision import HF_EAGER, HF_SDPA
 from refllm.storage import output_file
@@ -43,20 +50,10 @@ Log = Callable[[str], None]
 
 
 @dataclass
-class Outcome:
-    """What the check said of one mutant. reported: the first failure, "" if everything held. right: it is one of those
-    expected. inputs: the input that showed it (stressed inputs are tried only where the plain one does not)."""
-
-    reported: str
-    layer_right: bool
-    right: bool
-    rules: list[str]
-    inputs: str
-
-
-@dataclass
 class Case:
-    """One mutant in one checkpoint."""
+    """One mutant in one checkpoint. kind: defect, place or equivalent. layer: where it is planted; a place is in all.
+    plain, stressed: what is said where no policy is named. named: plain inputs, where the model's own policy is named.
+    """
 
     mutant: str
     area: str
@@ -68,30 +65,17 @@ class Case:
     expected: tuple[str, ...]
     equivalent: str
     plain: Outcome
+    kind: str
+    named: Outcome
     stressed: Outcome | None = None
     result_holds: bool | None = None
     """Whether the logits are within the predicted error, for equivalent mutants."""
 
     @property
     def found(self) -> bool:
+        if self.kind == "place":
+            return self.plain.right and self.named.right
         return self.plain.right or (self.stressed is not None and self.stressed.right)
-
-
-@dataclass
-class Run:
-    """One run without a defect. ratios: value -> (end to end, isolated), where an error is predicted. closest: rule ->
-    the largest share of its limit that any value reached."""
-
-    model: str
-    dtype: str
-    attention: str
-    inputs: str
-    threads: int
-    seed: int
-    verdict: str
-    reported: str
-    ratios: dict[str, tuple[float, float]] = field(default_factory=dict)
-    closest: dict[str, float] = field(default_factory=dict)
 
 
 class Pair:
@@ -105,9 +89,12 @@ class Pair:
         self.candidate = TransformersCandidate.load(folder, head="causal_lm", dtype=dtype, attention=attention)
 
     def check(self, inputs: Inputs) -> Report:
-        """The report on the Transformers model as it is now."""
-        trace = record(self.candidate, self.model, inputs)
-        return judge(self.model, trace, POLICY[self.attention])
+        """The report on the Transformers model as it is now, which has to round where its policy says."""
+        return judge(self.model, self.trace(inputs), POLICY[self.attention])
+
+    def trace(self, inputs: Inputs) -> Trace:
+        """The values of the Transformers model as it is now."""
+        return record(self.candidate, self.model, inputs)
 
     def tokens(self, seed: int, batch: int = 1, length: int = TOKENS) -> np.ndarray:
         """Random ids [batch, length]."""
@@ -138,19 +125,18 @@ def sharpness(folders: dict[str, Path], mutants: list[Mutant], log: Log = lambda
 def _case(checkpoint: str, mutant: Mutant, pair: Pair) -> Case:
     layer = pair.model.config.num_hidden_layers // 2
     ids = pair.tokens(seed=0)
-    expected = mutant.reported_at(layer)
 
-    def outcome(inputs: Inputs) -> tuple[Outcome, Report]:
-        with mutant.planted(pair.candidate.model, layer):
-            report = pair.check(inputs)
-        first = report.first_failure
-        name = "" if first is None else first.name
-        place = f"model.layers.{layer}"
-        in_layer = name == place or name.startswith(f"{place}.")
-        right_layer = name in expected or (in_layer and expected[0].startswith(place))
-        return Outcome(name, right_layer, name in expected, [] if first is None else first.broken, inputs.label), report
+    def traced(inputs: Inputs) -> Trace:
+        model = pair.candidate.model
+        with mutant.everywhere(model) if mutant.place else mutant.planted(model, layer):
+            return pair.trace(inputs)
 
-    plain, report = outcome(Inputs(ids))
+    def judged(trace: Trace) -> tuple[Outcome, Report]:
+        report = judge(pair.model, trace, Asked(splits=mutant.splits))
+        return _outcome(mutant, layer, report), report
+
+    trace = traced(Inputs(ids))
+    plain, report = judged(trace)
     case = Case(
         mutant=mutant.name,
         area=mutant.area,
@@ -159,18 +145,38 @@ def _case(checkpoint: str, mutant: Mutant, pair: Pair) -> Case:
         layer=layer,
         dtype=mutant.dtype,
         attention=mutant.attention,
-        expected=expected,
+        expected=mutant.reported_at(0 if mutant.place else layer),
         equivalent=mutant.equivalent,
+        kind=mutant.kind,
         plain=plain,
+        named=_outcome(mutant, layer, judge(pair.model, trace, POLICY[pair.attention])),
     )
     if mutant.equivalent:
         case.result_holds = _result_holds(report)
-    elif not plain.right:
+    elif not (plain.right or mutant.place):
         for inputs in stressed(ids):
-            case.stressed, _ = outcome(inputs)
+            case.stressed, _ = judged(traced(inputs))
             if case.stressed.right:
                 break
     return case
+
+
+def _outcome(mutant: Mutant, layer: int, report: Report) -> Outcome:
+    """What a report says of a mutant. A place is in every layer, so the first one is where it has to be reported."""
+    layer = 0 if mutant.place else layer
+    expected, place = mutant.reported_at(layer), f"model.layers.{layer}"
+    first = report.first_failure
+    name, rules, cause = ("", [], "") if first is None else (first.name, first.broken, first.cause)
+    in_layer = name == place or name.startswith(f"{place}.")
+    right_layer = name in expected or (in_layer and expected[0].startswith(place))
+    right = name in expected
+    elsewhere = [habit for habit in report.habits if habit.expected]
+    said = [str(habit) for habit in elsewhere if any(words in habit.words for words in mutant.place)]
+    if mutant.place and report.policy is None:
+        right = report.verdict == "holds" and bool(said)
+    elif mutant.place:
+        right = right and cause == "place"
+    return Outcome(name, right_layer, right, rules, report.inputs, cause, said)
 
 
 def _result_holds(report: Report) -> bool:
@@ -257,26 +263,7 @@ def deep_model(family: str) -> Model:
 
 
 def _run(name: str, pair: Pair, inputs: Inputs, *, threads: int, seed: int) -> Run:
-    report = pair.check(inputs)
-    first = report.first_failure
-    said = "" if first is None else f"{first.name}: {', '.join(first.broken)}"
-    run = Run(name, report.dtype, pair.attention, inputs.label, threads, seed, report.verdict, said)
-    for tap in report.taps:
-        if tap.isolated is not None and tap.end_to_end.rms_sigma > 0 and tap.isolated.rms_sigma > 0:
-            run.ratios[tap.name] = (tap.end_to_end.ratio, tap.isolated.ratio)
-        if tap.isolated is not None:
-            for rule, share in _shares_of_limits(tap.end_to_end, tap.isolated, tap.dtype):
-                run.closest[rule] = max(run.closest.get(rule, 0.0), share)
-    flips = report.next_tokens.flips if report.next_tokens else []
-    run.closest["next token"] = max((flip.sigmas / limits.FLIP for flip in flips), default=0.0)
-    return run
-
-
-def _shares_of_limits(end_to_end: Measure, isolated: Measure, dtype: str) -> Iterator[tuple[str, float]]:
-    yield "error end to end", end_to_end.ratio / limits.end_to_end_limit(end_to_end)
-    yield "error", isolated.ratio / limits.isolated_limit(isolated, dtype)
-    yield "one row", isolated.row_ratio / limits.row_limit(isolated, dtype)
-    yield "rounding points", isolated.misrounded / limits.misrounded_limit(isolated.elements)
+    return run_of(pair.check(inputs), name, pair.attention, threads=threads, seed=seed)
 
 
 class _threads:
@@ -300,25 +287,39 @@ class _threads:
 
 # ------------------------------------------------------------------------------------------------------------- command
 
+NAMED_FIRST = 0.97
+"""The share of the mistakes on top of profiles that plain inputs have to name."""
+PLAIN = 0.95
+"""The same of the catalogue in Transformers models."""
+
 
 @dataclass
 class Validation:
-    """Everything that was measured."""
+    """Everything that was measured. ports: right ones that round elsewhere. planted: mistakes on top of them. asked:
+    the options, that say how much was drawn."""
 
     cases: list[Case]
     losses: list[dict[str, Any]]
     runs: list[Run]
     seconds: float
     versions: dict[str, str]
+    ports: list[Run] = field(default_factory=list)
+    planted: list[Planted] = field(default_factory=list)
+    asked: dict[str, int] = field(default_factory=dict)
 
     @property
     def false_alarms(self) -> list[Run]:
-        return [run for run in self.runs if run.verdict != "holds"]
+        return [run for run in [*self.runs, *self.ports] if run.verdict != "holds"]
 
     @property
     def defects(self) -> list[Case]:
-        """Cases whose mutant is no equivalent one."""
-        return [case for case in self.cases if not case.equivalent]
+        """Cases whose mutant is one that has to be reported."""
+        return [case for case in self.cases if case.kind == "defect"]
+
+    @property
+    def places(self) -> list[Case]:
+        """Cases whose mutant has to be said, and is a finding under a named policy only."""
+        return [case for case in self.cases if case.kind == "place"]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Of the runs only the extremes of each operator are kept, and what failed."""
@@ -327,45 +328,86 @@ class Validation:
         return {
             "versions": self.versions,
             "seconds": round(self.seconds),
+            "asked": self.asked,
             "mutants": [asdict(case) for case in self.cases],
             "losses": self.losses,
             "runs": len(self.runs),
+            "ports": len(self.ports),
+            "ports_that_round_elsewhere": sum(run.elsewhere for run in self.ports),
             "false_alarms": [asdict(run) for run in self.false_alarms],
+            "planted": len(self.planted),
+            "planted_not_named_by_plain_inputs": [asdict(case) for case in self.planted if not case.plain.right],
             "closest_to_limits": closest_rows(self.runs),
             "calibration": calibration_rows(self.runs),
+            "calibration_of_ports": calibration_rows(self.ports),
         }
 
     @property
     def holds(self) -> bool:
-        """No false alarm, every mutant found and named, 95 % of them by plain inputs, every loss judged rightly."""
+        """No false alarm, every mutant found or said, nearly all by plain inputs, every loss judged rightly."""
         plain = sum(case.plain.right for case in self.defects)
+        on_top = sum(case.plain.right for case in self.planted)
         return (
             not self.false_alarms
-            and all(case.found for case in self.defects)
-            and plain >= 0.95 * len(self.defects)
+            and all(case.found for case in self.cases if case.kind != "equivalent")
+            and plain >= PLAIN * len(self.defects)
+            and all(case.found for case in self.planted)
+            and on_top >= NAMED_FIRST * len(self.planted)
             and all(case.result_holds for case in self.cases if case.equivalent)
             and all(row["holds"] == (row["loss"] == "correct") for row in self.losses)
         )
 
 
-def validate(seeds: int = 2, log: Log = lambda text: None) -> Validation:
-    """All three measurements on the embedded checkpoints."""
+def validate(
+    seeds: int = 2, port_seeds: int = 2, every: int = 1, jobs: int = 1, log: Log = lambda text: None
+) -> Validation:
+    """All measurements on the embedded checkpoints, in so many processes. seeds: prompts of Transformers runs.
+    port_seeds: of every right port. every: of so many pairs of a mistake and a port, one is planted."""
     import torch
     import transformers
 
     from refllm import golden
+
+    start = time.perf_counter()
+    folders = {name: Path(path) for name, path in golden.checkpoints().items()}
+    found = Validation([], [], [], 0.0, {"torch": torch.__version__, "transformers": transformers.__version__})
+    found.versions["numpy"] = np.__version__
+    found.asked = {"seeds": seeds, "port_seeds": port_seeds, "every": every}
+    parts = ("sharpness", "losses", "legitimate", "deep", "ports", "planted")
+    tasks = [(part, turn) for part in parts for turn in range(1 if part in ("losses", "deep") else len(folders))]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = [pool.submit(_part, part, turn, folders, found.asked) for part, turn in tasks]
+        for (part, _), future in zip(tasks, done, strict=True):
+            where, values, said = future.result()
+            getattr(found, where).extend(values)
+            log(f"{time.perf_counter() - start:.0f} s, {part}: {said}")
+    return replace(found, seconds=time.perf_counter() - start)
+
+
+def _part(part: str, turn: int, folders: dict[str, Path], asked: dict[str, int]) -> tuple[str, list[Any], str]:
+    """One of the measurements, of one checkpoint where it goes by checkpoints: (its field of `Validation`, what was
+    found, in words)."""
     from refllm.check.adapters.transformers import quiet_transformers
 
     quiet_transformers()
-    start = time.perf_counter()
-    folders = {name: Path(path) for name, path in golden.checkpoints().items()}
+    name, said = list(folders)[turn], list[str]()
+    one = {name: folders[name]}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as temporary, _threads(1):
         warnings.simplefilter("ignore")
-        cases = sharpness(folders, catalogue(), log)
-        losses = loss_cases(folders)
-        runs = [*legitimate(folders, seeds, log), *deep(Path(temporary), log)]
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
-    return Validation(cases, losses, runs, time.perf_counter() - start, versions)
+        if part == "sharpness":
+            return "cases", sharpness(one, catalogue(), said.append), said[0]
+        if part == "losses":
+            rows = loss_cases(folders)
+            return "losses", rows, f"{len(rows)} losses"
+        if part == "legitimate":
+            return "runs", legitimate(one, asked["seeds"], said.append), said[0]
+        if part == "deep":
+            return "runs", deep(Path(temporary), said.append), said[0]
+        if part == "ports":
+            runs = right_runs(name, folders[name], DTYPES, range(asked["port_seeds"]))
+            return "ports", runs, f"{name}: {len(runs)} right ports"
+        planted = planted_runs(name, folders[name], "bfloat16", asked["every"], turn)
+        return "planted", planted, f"{name}: {len(planted)} mistakes on top of profiles"
 
 
 def _files(arguments: argparse.Namespace, found: Validation) -> Iterator[tuple[Path, str]]:
@@ -381,10 +423,15 @@ def main() -> int:
     """The command. Exit code 1 where the check misses a mutant or raises a false alarm."""
     parser = argparse.ArgumentParser(description="Measure how sharp the check is, and that it raises no false alarm.")
     parser.add_argument("--seeds", type=int, default=2, help="prompts per checkpoint, precision and attention")
+    parser.add_argument("--port-seeds", type=int, default=2, help="inputs per checkpoint, precision and right port")
+    parser.add_argument("--every", type=int, default=1, help="plant one of so many pairs of a mistake and a port")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     arguments = parser.parse_args()
-    found = validate(arguments.seeds, log=lambda text: print(text, flush=True))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on tiny products its threads wait longer than they work
+    numbers = (arguments.seeds, arguments.port_seeds, arguments.every, arguments.jobs)
+    found = validate(*numbers, log=lambda text: print(text, flush=True))
     for path, text in _files(arguments, found):
         path.parent.mkdir(parents=True, exist_ok=True)
         output_file.replace(path, text)

@@ -12,12 +12,13 @@ from refllm.accuracy import limits
 if TYPE_CHECKING:
     from refllm.mutants.validation import Case, Run, Validation
 
-LOW, HIGH = 0.6, 1.8
+LOW, HIGH = 0.6, 1.3
 """The bounds between which measured over predicted error should lie."""
 _PERCENTILES = (0, 1, 50, 99, 100)
 
 REASONS = {
     "self_attn.probs": "softmax of few keys: the errors of a row are so correlated that a small tensor has few of them",
+    "lm_head": "a float32 head rounds nothing, and is judged by the sigma of the format",
     "mlp.down_proj": "relu^2 leaves few large terms, whose sum needs fewer roundings than predicted",
 }
 """Why the prediction of an operator may be further off."""
@@ -71,24 +72,29 @@ def closest_rows(runs: Sequence["Run"]) -> list[dict[str, Any]]:
 
 def page(found: "Validation") -> str:
     """The page in Markdown."""
-    return "\n".join([*_head(found), *_sharpness(found), *_losses(found), *_alarms(found), *_calibration(found)]) + "\n"
+    from refllm.mutants.profiles_page import aims, places, ports
+
+    parts = (_head, aims, _sharpness, places, _losses, ports, _alarms, _calibration)
+    return "\n".join(line for part in parts for line in part(found)) + "\n"
 
 
 def _head(found: "Validation") -> list[str]:
+    options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in found.asked.items())
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     return [
         "# How far the check can be trusted",
         "",
-        "Written by a command, which takes some minutes on one core and fails if the aims below are not reached:",
+        "Written by a command, which takes some minutes on one core and exits with 1 where an aim below is missed:",
         "",
-        "    python -m refllm.mutants.validation --markdown docs/validation.md --json docs/validation.json",
+        "    python -m refllm.mutants.validation --markdown docs/validation.md --json docs/validation.json" + options,
         "",
         f"Measured with {versions}, in {found.seconds:.0f} s.",
         "",
         "The check predicts the rounding error of every named value (`refllm/accuracy/propagation.py`) and compares a",
         "run with it twice: end to end from the token ids, and isolated, each operator on the run's own inputs. The",
-        "rules are in `refllm/accuracy/judge.py`, the reason for each number in `refllm/accuracy/limits.py`; none of",
-        "them was fitted to these models.",
+        "rules are in `refllm/accuracy/judge.py`, the reason for each number in `refllm/accuracy/limits.py`. Limits of",
+        "errors were not fitted to these models; the rules on profiles were written while mistakes like those below",
+        "were planted, which therefore are not held out.",
         "",
     ]
 
@@ -98,19 +104,23 @@ def _sharpness(found: "Validation") -> list[str]:
     plain = sum(case.plain.right for case in defects)
     layers = sum(case.plain.layer_right for case in defects)
     stressed = sum(case.found for case in defects)
+    named = sum(case.named.right for case in defects)
     return [
         "## Sharpness: defects planted on purpose",
         "",
         "Each defect of `refllm/mutants/models.py` is planted in the middle layer of a Transformers model, in every",
         "embedded checkpoint in which it changes anything. It counts as found if the *first* value that the check",
         "reports is the one that the defect is in. Plain inputs are 61 random tokens; stressed inputs (far positions,",
-        "small and large embeddings, padding, cached decoding) are tried where plain ones do not suffice.",
+        "small and large embeddings, padding, cached decoding) are tried where plain ones do not suffice. No policy is",
+        "named: the check asks whether the run is right. *named*: the same plain run where the policy of the model is",
+        "named (`hf-eager`, or `hf-sdpa` for sdpa).",
         "",
         f"- plain inputs: {plain} of {len(defects)} found in the right operator ({100 * plain / len(defects):.1f} %),"
         f" {layers} in the right layer",
         f"- with stressed inputs: {stressed} of {len(defects)} ({100 * stressed / len(defects):.1f} %)",
+        f"- plain inputs under the named policy: {named} of {len(defects)} ({100 * named / len(defects):.1f} %)",
         "",
-        *_table(
+        *table(
             (
                 "area",
                 "defect",
@@ -118,11 +128,12 @@ def _sharpness(found: "Validation") -> list[str]:
                 "format",
                 "plain",
                 "stressed",
+                "named",
                 "reported at",
                 "rules that broke",
                 "seen in",
             ),
-            (_mutant_row(cases) for cases in _by_mutant(defects)),
+            (_mutant_row(cases) for cases in by_mutant(defects)),
         ),
         "",
         "*format*: bfloat16, unless its rounding hides the defect in principle: a wrong eps of 1e-6 for 1e-5 changes a",
@@ -136,9 +147,9 @@ def _sharpness(found: "Validation") -> list[str]:
         "",
         "They change values without making anything wrong. Measured: all logits stay within the predicted error.",
         "",
-        *_table(
+        *table(
             ("mutant", "why", "checkpoints", "logits hold", "first value reported"),
-            (_equivalent_row(cases) for cases in _by_mutant([case for case in found.cases if case.equivalent])),
+            (_equivalent_row(cases) for cases in by_mutant([case for case in found.cases if case.equivalent])),
         ),
         "",
         "Left out where they are the same model: key and value heads tiled where there is one head per group or one",
@@ -147,7 +158,8 @@ def _sharpness(found: "Validation") -> list[str]:
     ]
 
 
-def _by_mutant(cases: Sequence["Case"]) -> list[list["Case"]]:
+def by_mutant(cases: Sequence["Case"]) -> list[list["Case"]]:
+    """The cases of each mutant."""
     grouped: dict[str, list[Case]] = {}
     for case in cases:
         grouped.setdefault(case.mutant, []).append(case)
@@ -169,6 +181,7 @@ def _mutant_row(cases: list["Case"]) -> tuple[str, ...]:
         first.dtype + (", sdpa" if first.attention == "sdpa" else ""),
         f"{sum(case.plain.right for case in cases)} of {len(cases)}",
         f"{len(caught)} of {len(retried)}: {inputs}" if retried else "",
+        f"{sum(case.named.right for case in cases)} of {len(cases)}",
         ", ".join(reported),
         ", ".join(rules),
         first.source,
@@ -190,7 +203,7 @@ def _losses(found: "Validation") -> list[str]:
         "",
         f"A loss is compared with the exact loss of the same logits; it holds up to {limits.LOSS:g} sigma of float32.",
         "",
-        *_table(
+        *table(
             ("loss", "checkpoints", "rejected", "sigmas, least", "most"),
             (
                 (
@@ -209,31 +222,32 @@ def _losses(found: "Validation") -> list[str]:
 
 def _alarms(found: "Validation") -> list[str]:
     counts: dict[tuple[str, str], int] = defaultdict(int)
+    alarms = [run for run in found.runs if run.verdict != "holds"]
     for run in found.runs:
         counts[run.model, run.dtype] += 1
     models, dtypes = (sorted({key[i] for key in counts}) for i in (0, 1))
     lines = [
-        "## False alarms: runs without a defect",
+        "## False alarms: Transformers without a defect",
         "",
         "Transformers as it is, eager and sdpa, one thread and two, several prompts of random length and batch, plain",
-        "and stressed inputs.",
+        "and stressed inputs. The model's own policy is named.",
         "",
-        f"- {len(found.runs)} runs, {len(found.false_alarms)} of them reported as failing or untested",
+        f"- {len(found.runs)} runs, {len(alarms)} of them reported as failing or untested",
         "",
-        *_table(("runs", *dtypes), ((model, *(str(counts[model, dtype]) for dtype in dtypes)) for model in models)),
+        *table(("runs", *dtypes), ((model, *(str(counts[model, dtype]) for dtype in dtypes)) for model in models)),
         "",
     ]
     lines += [
         "How close these runs came to each limit: the largest share of it that any value reached.",
         "",
-        *_table(
+        *table(
             ("rule", *dtypes), ((row["rule"], *(f"{row[d]:.2f}" for d in dtypes)) for row in closest_rows(found.runs))
         ),
         "",
     ]
     return lines + [
         f"- {run.model} {run.dtype} {run.attention} {run.inputs}, seed {run.seed}: {run.verdict} {run.reported}"
-        for run in found.false_alarms
+        for run in alarms
     ]
 
 
@@ -248,18 +262,19 @@ def _calibration(found: "Validation") -> list[str]:
         f"error than predicted. The aim is {LOW} to {HIGH}. The limits are {limits.END_TO_END:g} end to end, isolated",
         f"{limits.ISOLATED['bfloat16']:g} in the narrow formats and {limits.ISOLATED['float32']:g} in float32.",
         "",
-        *_ratio_table(overall, with_operator=False),
+        *ratio_table(overall, with_operator=False),
         "",
-        *_outliers(by_operator),
+        *outliers(by_operator),
         "",
         *_NOTES,
         "### By operator",
         "",
-        *_ratio_table(sorted(by_operator, key=lambda row: (row["way"], row["operator"], row["dtype"]))),
+        *ratio_table(sorted(by_operator, key=lambda row: (row["way"], row["operator"], row["dtype"]))),
     ]
 
 
-def _ratio_table(rows: list[dict[str, Any]], *, with_operator: bool = True) -> list[str]:
+def ratio_table(rows: list[dict[str, Any]], *, with_operator: bool = True) -> list[str]:
+    """A row of percentiles per operator and precision."""
     columns = ("way", "operator", "dtype", "values") if with_operator else ("way", "dtype", "values")
     names = {"way": "", "dtype": "format"}
     header = (*(names.get(c, c) for c in columns), "least", "1 %", "median", "99 %", "most", "outside")
@@ -267,10 +282,11 @@ def _ratio_table(rows: list[dict[str, Any]], *, with_operator: bool = True) -> l
         (*(str(row[c]) for c in columns), *(f"{row[f'p{p}']:.2f}" for p in _PERCENTILES), str(row["outside"]))
         for row in rows
     )
-    return _table(header, cells)
+    return table(header, cells)
 
 
-def _outliers(rows: list[dict[str, Any]]) -> list[str]:
+def outliers(rows: list[dict[str, Any]]) -> list[str]:
+    """What lies outside the aim."""
     outside = [row for row in rows if row["outside"]]
     if not outside:
         return [f"No value lies outside {LOW} to {HIGH}."]
@@ -281,6 +297,7 @@ def _outliers(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]

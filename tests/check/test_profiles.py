@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from honest import FUSED, HF, Honest
 from rich.console import Console
 
 from refllm import golden
@@ -27,6 +26,7 @@ from refllm.check.report import show_report
 from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.models.auto import load
+from refllm.mutants.honest import FUSED, HF, Honest
 from refllm.precision import FUSED as FUSED_POLICY
 from refllm.precision import HF_EAGER, Policy
 

@@ -145,9 +145,10 @@ CHANGED_LATER = {
     "refllm.golden.verify.Verified",
     "refllm.kernels.interpreter.memory.Access",  # made at every load; a frozen one takes twice as long
     "refllm.kernels.interpreter.memory.Storage",
+    "refllm.mutants.profiles.Planted",
+    "refllm.mutants.runs.Outcome",
+    "refllm.mutants.runs.Run",
     "refllm.mutants.validation.Case",
-    "refllm.mutants.validation.Outcome",
-    "refllm.mutants.validation.Run",
     "refllm.mutants.validation.Validation",
     "refllm.storage.load_report.LoadReport",
     "refllm.strategies.models.Ids",

@@ -5,6 +5,7 @@ The whole table is made by `python -m refllm.mutants.validation`; every kind, on
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import transformers
 
 from refllm import golden
 from refllm.check.inputs import Inputs
+from refllm.check.oracle import judge
 from refllm.config import AutoConfig
 from refllm.mutants.models import Mutant, catalogue
-from refllm.mutants.validation import Pair, Run, Validation, sharpness
+from refllm.mutants.profiles import MISTAKES, PROFILES, Planted, planted_runs
+from refllm.mutants.runs import Outcome, Run
+from refllm.mutants.validation import Pair, Validation, sharpness
 from refllm.mutants.validation_page import calibration_rows, page
 
 CHECKPOINTS = {name: Path(path) for name, path in golden.checkpoints().items()}
@@ -58,6 +62,11 @@ def test_a_plant_is_taken_out_again_bit_for_bit(name: str, mutant: Mutant) -> No
         planted = logits(model, ids)
     np.testing.assert_array_equal(logits(model, ids), before)
     assert state(model) == shape
+    if mutant.place:
+        with mutant.everywhere(model):
+            assert not np.array_equal(logits(model, ids), before)
+        np.testing.assert_array_equal(logits(model, ids), before)
+        assert state(model) == shape
     if not mutant.equivalent and mutant.name not in ("cache written before rotation", "wrong eps"):
         assert not np.array_equal(planted, before)
 
@@ -105,10 +114,10 @@ def one_of_each_area(name: str) -> list[Mutant]:
 
 def share(name: str) -> list[Mutant]:
     """The kinds of bugs that are planted in this checkpoint here: those of its turn among the checkpoints that can have
-    them, and one of each area besides. All 195 plants are those of `python -m refllm.mutants.validation`."""
+    them, and one of each area besides. All plants are those of `python -m refllm.mutants.validation`."""
     configs = {other: AutoConfig.from_pretrained(folder) for other, folder in CHECKPOINTS.items()}
     mine = one_of_each_area(name)
-    for turn, mutant in enumerate(m for m in catalogue() if not m.equivalent):
+    for turn, mutant in enumerate(m for m in catalogue() if m.kind == "defect"):
         hosts = [other for other, config in configs.items() if mutant.applies(config)]
         if hosts[turn % len(hosts)] == name and mutant not in mine:
             mine.append(mutant)
@@ -128,7 +137,34 @@ def test_every_kind_is_named_somewhere_and_every_area_in_every_family(name: str)
 
 def test_every_kind_has_its_turn() -> None:
     planted = {mutant.name for name in CHECKPOINTS for mutant in share(name)}
-    assert planted == {mutant.name for mutant in catalogue() if not mutant.equivalent}
+    assert planted == {mutant.name for mutant in catalogue() if mutant.kind == "defect"}
+
+
+PLACES = [mutant for mutant in catalogue() if mutant.place]
+
+
+@pytest.mark.parametrize("mutant", PLACES, ids=lambda mutant: mutant.name)
+def test_a_place_holds_and_is_said_and_is_a_finding_where_a_policy_is_named(mutant: Mutant) -> None:
+    hosts = ("llama-tiny", "stablelm-tiny-sequential")
+    host = next(name for name in hosts if mutant.applies(AutoConfig.from_pretrained(CHECKPOINTS[name])))
+    (case,) = sharpness({host: CHECKPOINTS[host]}, [mutant])
+    assert (case.kind, case.plain.reported, case.plain.right) == ("place", "", True)
+    assert case.plain.said
+    assert (case.named.reported in mutant.reported_at(0), case.named.cause) == (True, "place")
+    assert case.plain.said[0] not in said_without_a_plant(host, mutant.dtype, mutant.attention)
+
+
+@functools.cache
+def said_without_a_plant(name: str, dtype: str, attention: str) -> list[str]:
+    """The lines on where the Transformers model rounds."""
+    pair = opened(name, dtype, attention)
+    return [str(habit) for habit in judge(pair.model, pair.trace(Inputs(pair.tokens(0)))).habits]
+
+
+def test_a_mistake_on_top_of_a_profile_is_named() -> None:
+    (case,) = planted_runs("llama-tiny", CHECKPOINTS["llama-tiny"], "bfloat16", every=1000)
+    assert (case.mistake, case.profile, case.stressed) == (next(iter(MISTAKES)), next(iter(PROFILES)), None)
+    assert (case.plain.right, case.plain.cause) == (True, "defect")
 
 
 def test_stressed_inputs_show_what_plain_ones_cannot() -> None:
@@ -147,11 +183,21 @@ def test_the_page_states_what_was_measured() -> None:
         Run("llama-tiny", "bfloat16", "eager", "tokens", 1, 0, "holds", "", {"lm_head": (1.0, 0.9)}),
         Run("llama-tiny", "bfloat16", "eager", "tokens", 1, 1, "fails", "lm_head: error", {"lm_head": (3.0, 0.9)}),
     ]
-    found = Validation(cases, [], runs, 1.0, {"torch": "2"})
+    lost = Outcome("", False, False, [], "tokens")
+    planted = [
+        Planted("eps times 10", "sdpa", "llama-tiny", "bfloat16", lost),
+        Planted("eps times 10", "sdpa", "llama-tiny", "bfloat16", lost, cases[0].plain),
+    ]
+    ports = [replace(runs[0], attention="sdpa", elsewhere=True), replace(runs[1], attention="sdpa")]
+    found = Validation(cases, [], runs, 1.0, {"torch": "2"}, ports, planted)
     assert not found.holds
     text = page(found)
     assert "1 of 1 found in the right operator" in text
     assert "2 runs, 1 of them reported" in text
+    assert "2 runs, 1 of them elsewhere, 1 reported" in text
+    assert "| eps times 10 | 0 of 2 (0.0 %) | 1 of 1 (100.0 %) |" in text
+    assert "nothing reported; not named at all" in text
+    assert "| false alarms | 0 | 2 |" in text
     assert "lm_head, bfloat16, end to end: 1 of 2 values, 1.00 to 3.00" in text
     json.dumps(found.to_dict())
     assert {row["operator"] for row in calibration_rows(runs)} == {"lm_head", "all"}

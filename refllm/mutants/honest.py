@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 
-Tensor = torch.Tensor
+Tensor = Any
 Plant = Callable[[str, int, dict[str, Any]], None]
 """(operator, layer, its arguments): a mistake changes the arguments in place."""
 
@@ -29,7 +26,8 @@ class Honest:
     "scale in q", "scale rounded", "sdpa". stream: "narrow"; "float32" (shown rounded); "read unrounded" (the sum is
     shown rounded and normed as it was before); "together" (attention and MLP are added first). head: "float32" rounds
     no logits. sums: "chain" adds the float32 sums of norms and products one after another. splits: parts of the
-    products with o_proj and down_proj. names: what is shown; None is everything."""
+    products with o_proj and down_proj. names: what is shown; None is everything. embeds_scale: what the
+    embeddings are multiplied by before they are rounded."""
 
     norm: str = "twice"
     act: str = "twice"
@@ -42,10 +40,13 @@ class Honest:
     splits: int = 1
     tf32: bool = False
     names: tuple[str, ...] | None = None
+    embeds_scale: float = 1.0
     plant: Plant | None = None
 
     def in_dtype(self, dtype: str) -> Callable[..., Tensor]:
         """A candidate in that precision."""
+
+        import torch
 
         def candidate(checkpoint: str, input_ids: Any, attention_mask: Any, position_ids: Any, tap: Any) -> Tensor:
             with torch.inference_mode():
@@ -55,17 +56,20 @@ class Honest:
         return candidate
 
     def but(self, **changes: Any) -> "Honest":
+        """The same with other switches."""
         return replace(self, **changes)
 
 
 HF = Honest()
-"""As Transformers' eager code."""
+"""Rounded as in Transformers' eager code."""
 FUSED = Honest(norm="once", act="once", rotation="float32", attention="float32")
 """Everything in float32 inside an operator."""
 
 
 @lru_cache(maxsize=8)
 def _loaded(checkpoint: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors.torch import load_file
+
     folder = Path(checkpoint)
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -75,11 +79,13 @@ def _loaded(checkpoint: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def chained(x: Tensor) -> Tensor:
     """Sum over the last axis, one after another, kept. float32."""
+    import torch
+
     return x.cumsum(-1, dtype=torch.float32)[..., -1:] if x.dtype == torch.float32 else x.sum(-1, keepdim=True)
 
 
 class _Run:
-    def __init__(self, how: Honest, checkpoint: str, dtype: torch.dtype, tap: Any) -> None:
+    def __init__(self, how: Honest, checkpoint: str, dtype: Any, tap: Any) -> None:
         self.how, self.dtype, self._tap = how, dtype, tap
         self.c, tensors = _loaded(str(checkpoint))
         self.w = {n.removeprefix("model."): t.to(dtype) for n, t in tensors.items()}
@@ -104,6 +110,9 @@ class _Run:
     # -- operators
 
     def linear(self, name: str, layer: int, x: Tensor) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+
         w, b = self.w[f"{name}.weight"], self.w.get(f"{name}.bias")
         a = self.planted(name.rpartition(".")[2], layer, x=x, w=w, b=b)
         x, w, b = a["x"], a["w"], a["b"]
@@ -128,6 +137,8 @@ class _Run:
         return chained(x) / x.shape[-1] if self.how.sums == "chain" else x.mean(-1, keepdim=True)
 
     def norm(self, name: str, layer: int, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        import torch
+
         w = self.w[f"{name}.weight"] if weight is None else weight
         b = self.w.get(f"{name}.bias") if weight is None else None
         a = self.planted(
@@ -143,6 +154,8 @@ class _Run:
         return (y if b is None else y + b.float()).to(self.dtype)
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor, float]:
+        import torch
+
         p = dict(self.c.get("rope_parameters") or {"rope_type": "default", "rope_theta": self.c.get("rope_theta", 1e4)})
         inv64, factor = _frequencies(p, self.R, self.c["max_position_embeddings"])
         if self.how.tables == "torch":
@@ -163,6 +176,8 @@ class _Run:
         return angles.cos() * factor, angles.sin() * factor, factor
 
     def rotate(self, letter: str, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        import torch
+
         a = self.planted(f"{letter}_rope", layer, x=x, cos=cos, sin=sin)
         x, cos, sin = a["x"], a["cos"][:, None], a["sin"][:, None]
         narrow = self.how.rotation == "narrow"
@@ -178,6 +193,9 @@ class _Run:
         return torch.cat([y.to(self.dtype), rest], -1)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+
         scale = self.D**-0.5
         a = self.planted("attention", layer, q=q, k=k, v=v, scale=scale, mask=mask)
         q, k, v, scale, mask = (a[n] for n in ("q", "k", "v", "scale", "mask"))
@@ -197,11 +215,14 @@ class _Run:
         return (F.softmax(s.masked_fill(~mask, -torch.inf), -1) @ v.float()).to(dtype)
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
         at = f"layers.{layer}.mlp."
         up = self.linear(f"{at}up_proj", layer, x)
         if f"{at}gate_proj.weight" in self.w:
             gate = self.linear(f"{at}gate_proj", layer, x)
-            self.show(f"model.{at}gate_proj", gate), self.show(f"model.{at}up_proj", up)
+            self.show(f"model.{at}gate_proj", gate)
+            self.show(f"model.{at}up_proj", up)
             a = self.planted("act", layer, gate=gate, up=up, kind=self.how.act)
             gate, up = a["gate"], a["up"]
             if a["kind"] == "twice":
@@ -219,11 +240,17 @@ class _Run:
     # -- the model
 
     def forward(self, ids: Tensor, mask_BS: Tensor, positions: Tensor) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+
         S = ids.shape[1]
         mask = torch.ones(S, S, dtype=torch.bool).tril() & (mask_BS[:, None, None, :] != 0)
         mask = mask | torch.eye(S, dtype=torch.bool)
         x = F.embedding(ids, self.w["embed_tokens.weight"])
-        self.show("model.embed_tokens", x)
+        if self.how.embeds_scale != 1:
+            x = (x.float() * self.how.embeds_scale).to(self.dtype)
+        else:
+            self.show("model.embed_tokens", x)
         cos, sin, _ = self.tables(positions)
         for i in range(self.c["num_hidden_layers"]):
             x = self.block(i, x, cos, sin, mask)
@@ -238,6 +265,8 @@ class _Run:
         return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
     def block(self, i: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        import torch
+
         at, how = f"layers.{i}.", self.how
         shown = lambda v: v.to(self.dtype)  # noqa: E731
         a = self.norm(f"{at}input_layernorm", i, x)
@@ -250,9 +279,11 @@ class _Run:
             weights = [torch.stack([self.w[f"{at}self_attn.{n}_layernorm.norms.{j}.weight"] for j in range(m)])
                        for n, m in (("q", self.H), ("k", self.K))]  # fmt: skip
             q, k = (self.norm("", i, t, w[:, None]) for t, w in zip((q, k), weights, strict=True))
-            self.show(f"model.{at}self_attn.q_layernorm", q), self.show(f"model.{at}self_attn.k_layernorm", k)
+            self.show(f"model.{at}self_attn.q_layernorm", q)
+            self.show(f"model.{at}self_attn.k_layernorm", k)
         q, k = self.rotate("q", i, q, cos, sin), self.rotate("k", i, k, cos, sin)
-        self.show(f"model.{at}self_attn.q_rope", q), self.show(f"model.{at}self_attn.k_rope", k)
+        self.show(f"model.{at}self_attn.q_rope", q)
+        self.show(f"model.{at}self_attn.k_rope", k)
         o = self.attention(i, q, k, v, mask)
         self.show(f"model.{at}self_attn.context", o)
         o = self.linear(f"{at}self_attn.o_proj", i, o.transpose(1, 2).flatten(-2))
@@ -282,6 +313,8 @@ class _Run:
 
 
 def _tf32(x: Tensor) -> Tensor:
+    import torch
+
     bits = (x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF
     return bits.view(torch.float32)
 
@@ -296,7 +329,9 @@ def _transformers_config(c: dict[str, Any]) -> tuple[Tensor, float]:
 
 
 def _frequencies(p: dict[str, Any], R: int, longest: int) -> tuple[Tensor, float]:
-    """In float64, from the papers: default, llama3 and yarn."""
+    """The frequencies and the factor in float64, from the papers: default, llama3 and yarn."""
+    import torch
+
     theta, kind = p.get("rope_theta", 1e4), p.get("rope_type", "default")
     f = torch.tensor([theta ** (-2 * i / R) for i in range(R // 2)], dtype=torch.float64)
     if kind == "llama3":
