@@ -222,6 +222,7 @@ def _losses(found: "Validation") -> list[str]:
 
 def _alarms(found: "Validation") -> list[str]:
     counts: dict[tuple[str, str], int] = defaultdict(int)
+    threads = " and ".join(str(count) for count in sorted({run.threads for run in found.runs}))
     alarms = [run for run in found.runs if run.verdict != "holds"]
     for run in found.runs:
         counts[run.model, run.dtype] += 1
@@ -229,8 +230,8 @@ def _alarms(found: "Validation") -> list[str]:
     lines = [
         "## False alarms: Transformers without a defect",
         "",
-        "Transformers as it is, eager and sdpa, one thread and two, several prompts of random length and batch, plain",
-        "and stressed inputs. The model's own policy is named.",
+        f"Transformers as it is, eager and sdpa, threads: {threads}, prompts of random length and batch, plain and",
+        "stressed inputs. The model's own policy is named.",
         "",
         f"- {len(found.runs)} runs, {len(alarms)} of them reported as failing or untested",
         "",
