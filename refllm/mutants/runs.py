@@ -28,7 +28,8 @@ class Outcome:
 class Run:
     """One run without a defect. attention: of Transformers, or the profile of another right port. ratios: value -> (end
     to end, isolated), where an error is predicted. closest: rule -> the largest share of its limit that any value
-    reached. elsewhere: whether any value differs to the bit from that of the port that rounds as Transformers."""
+    reached. elsewhere: whether any value differs to the bit from that of the port that rounds as Transformers. tokens:
+    how many were compared."""
 
     model: str
     dtype: str
