@@ -17,6 +17,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -642,8 +643,9 @@ def test_a_low_memory_model_is_copied_and_says_why_it_cannot_be_pickled() -> Non
 
 def test_a_model_goes_to_a_spawned_process(tmp_path: Path) -> None:
     model = model_of(1)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        np.testing.assert_array_equal(pool.apply(logits_of_tiny, (model,)), logits(model))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a Pool would start a process that ends at once for ever
+        np.testing.assert_array_equal(pool.submit(logits_of_tiny, model).result(), logits(model))
 
 
 def logits_of_tiny(model: Model) -> np.ndarray:
