@@ -170,6 +170,10 @@ def bring_up_to_date(context: Any, trees: list[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("test_*.py"))]
     stale = [name for name in names if Path(name).name not in LEFT_OUT and not _is_fresh(_stem(folder, name))]
+    known = {_stem(folder, name).name for name in names}
+    for kept in folder.iterdir():  # of tests that were moved or are gone
+        if kept.name.rpartition(".")[0] not in known:
+            kept.unlink()
     free = list(trees)
 
     def one(name: str) -> None:

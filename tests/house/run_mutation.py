@@ -37,7 +37,7 @@ FOLDER = ROOT / "build" / "mutation"
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.json")
 STEPS = (8.0, 40.0, float("inf"))  # seconds of tests after which one looks whether the mutant is dead
 STARTING = 40.0  # seconds of CPU that pytest may need before the first test
-NO_TESTS_LEFT = 5  # exit code of pytest
+NO_TESTS_LEFT, NOT_RUN = 5, (3, 4)  # exit codes of pytest; of NOT_RUN, its own error and wrong use
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,6 +130,8 @@ class Run:
             code, failed = self.run_tests(tree, chosen)
             if code == TIMED_OUT:
                 return {"outcome": "no end", "by": "", "tests": tests}
+            if code in NOT_RUN:
+                raise RuntimeError(f"the tests cannot be run; see {tree}/output.txt")
             if code not in (0, NO_TESTS_LEFT):
                 return {"outcome": "killed", "by": failed, "tests": tests}
         return {"outcome": "survived", "by": "", "tests": tests}

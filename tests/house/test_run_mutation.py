@@ -109,6 +109,34 @@ def test_every_equivalent_mutant_is_of_a_line_that_is_there_and_has_its_reason()
     assert run_mutation.known(Mutant(one["file"], 1, "", 0, one["before"], one["before"])) is None
 
 
+def test_what_was_measured_of_tests_that_are_gone_is_forgotten(monkeypatch: Any, tmp_path: Path) -> None:
+    here = Path(__file__).relative_to(ROOT).as_posix()
+    kept, gone = (mutation_map._stem(tmp_path, name) for name in (here, "tests/test_that_was_moved.py"))
+    for stem in (kept, gone):
+        for suffix in ("json", "txt", "coverage"):
+            Path(f"{stem}.{suffix}").write_text("{}")
+    monkeypatch.setattr(mutation_map, "_is_fresh", lambda stem: True)
+    mutation_map.bring_up_to_date(None, [tmp_path], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{kept.name}.{s}" for s in ("json", "txt", "coverage")}
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(1, "killed"), (2, "killed"), (0, "survived"), (3, None), (4, None)])
+def test_a_run_that_could_not_be_begun_kills_nothing(
+    monkeypatch: Any, tmp_path: Path, code: int, outcome: str | None
+) -> None:
+    root = tree(tmp_path, a=SOURCE)
+    monkeypatch.setattr(run_mutation, "ROOT", root)
+    run = object.__new__(run_mutation.Run)
+    monkeypatch.setattr(run, "_steps", lambda mutant: iter([["test"]]), raising=False)
+    monkeypatch.setattr(run, "run_tests", lambda tree, chosen: (code, ""), raising=False)
+    mutant = next(draw(root, 5))
+    if outcome is None:
+        with pytest.raises(RuntimeError, match=r"cannot be run; see .*output\.txt"):
+            run._run(mutant, root)
+    else:
+        assert run._run(mutant, root)["outcome"] == outcome
+
+
 def loop(tree: Path) -> int:
     while True:
         pass
