@@ -760,3 +760,9 @@ def test_any_text_as_config_file_is_a_config_error_or_a_config(
 
 def test_infinite_numbers_in_inert_keys_do_not_matter() -> None:
     assert math.isinf(LlamaConfig.from_dict(small("llama", x=float("inf"))).x)
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_a_key_of_rope_settings_that_is_no_text_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} has the key 7, which must be a string"):
+        LlamaConfig(**{name: {7: "default", "rope_theta": 1e4}})

@@ -175,6 +175,27 @@ def test_the_manifest_tells_the_weights_of_every_small_model() -> None:
         assert store.weights_hash(one) != one.about["weights_sha256"], one.case.name
 
 
+def test_a_golden_that_cannot_be_computed_is_a_finding_and_the_next_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = run.evaluate
+
+    def broken(one: Golden, *rest: Any) -> Any:
+        if one.case.name == "rms_norm/plain":
+            raise ZeroDivisionError("of a kernel")
+        return evaluate(one, *rest)
+
+    monkeypatch.setattr(run, "evaluate", broken)
+    done = verify.verify(iter([of("rms_norm/plain"), of("swiglu/plain")]), "numpy", "bfloat16")
+    assert done.cases == 2
+    assert [(f.name, f.problem) for f in done.findings] == [
+        ("rms_norm/plain", "numpy, bfloat16: ZeroDivisionError: of a kernel")
+    ]
+
+
+def test_a_golden_that_is_not_of_the_dtype_ends_nothing() -> None:
+    done = verify.verify(iter([of("rms_norm/float32"), of("swiglu/plain")]), "numpy", "bfloat16")
+    assert (done.cases, done.findings) == (1, [])
+
+
 def test_a_result_of_another_shape_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.swiglu
     monkeypatch.setattr(ops, "swiglu", lambda gate, up, **how: right(gate, up, **how)[:-1])

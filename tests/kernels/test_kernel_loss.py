@@ -98,6 +98,16 @@ def test_huge_logits(device: str, shift: float) -> None:
     assert_meets_contract("cross_entropy", loss, logits, labels, reduction="none")
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_products_that_are_all_huge(device: str, sign: float) -> None:
+    """Where every logit of a row is below -100, an exponential that is not relative to the largest is 0."""
+    x = normal(device, torch.float32, 5, 16).abs() + 40
+    weight = sign * (normal(device, torch.float32, 70, 16, seed=1).abs() + 1)
+    labels = draw_labels(device, 5, 70)
+    loss = kernels.linear_cross_entropy(x, weight, labels, reduction="none")
+    assert_meets_contract("linear_cross_entropy", loss, x, weight, labels, reduction="none")
+
+
 def test_a_confident_row_keeps_its_digits(device: str) -> None:
     """1 + 1e-9 is 1 in float32: the definition itself, in float32, loses such a loss altogether."""
     logits = normal(device, torch.float32, 60, 300)
