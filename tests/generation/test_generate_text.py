@@ -316,16 +316,17 @@ def test_streamer_gets_prompt_tokens_and_end() -> None:
     assert events == [[[3, 4], [5, 6]], *(out[:, 2 + n].tolist() for n in range(3)), "end"]
 
 
-def test_iterator_streamer_gives_the_same_pieces_as_transformers_from_a_thread() -> None:
+@pytest.mark.parametrize("more", [{}, {"skip_prompt": True}])
+def test_iterator_streamer_gives_the_same_pieces_as_transformers_from_a_thread(more: dict[str, bool]) -> None:
     kind = "characters"
     model = tiny_model(len(KINDS[kind]))
-    own = TextIteratorStreamer(OWN[kind], skip_prompt=True, timeout=30)
+    own = TextIteratorStreamer(OWN[kind], timeout=30, **more)
     arguments = {"max_new_tokens": 20, "streamer": own}
     thread = threading.Thread(target=generate, args=(TorchAdapter(model), [[3, 4]]), kwargs=arguments)
     thread.start()
     found = list(own)
     thread.join()
-    witness = WitnessIterator(KINDS[kind], skip_prompt=True)
+    witness = WitnessIterator(KINDS[kind], **more)
     model.generate(torch.tensor([[3, 4]]), max_new_tokens=20, streamer=witness)
     assert found == list(witness)
     with pytest.raises(queue.Empty, match=r"0\.01"):
