@@ -19,6 +19,10 @@ import torch.nn.functional as F
 from refllm.kernels import arguments, plain
 from refllm.kernels.models import products
 from refllm.kernels.models.fastest import Fastest, step
+from refllm.kernels.plain.norm import eager_add_layer_norm as add_layer_norm  # noqa: F401 (an operator of this backend)
+from refllm.kernels.plain.norm import eager_add_rms_norm as add_rms_norm  # noqa: F401
+from refllm.kernels.plain.norm import eager_layer_norm as layer_norm  # noqa: F401
+from refllm.kernels.plain.norm import eager_rms_norm as rms_norm
 
 _TOO_SMALL = 1 << 18
 """Products of a query's and a key's numbers, per query head of a group, below which measuring takes too long."""
@@ -27,32 +31,6 @@ _QUERIES_PER_BLOCK = 128
 
 def __getattr__(name: str) -> Any:
     return getattr(plain, name)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The operator `refllm.ops.rms_norm`."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator `refllm.ops.add_rms_norm`."""
-    r = residual + x
-    return rms_norm(r, weight, eps), r
-
-
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """The operator `refllm.ops.layer_norm`."""
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-
-
-def add_layer_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator `refllm.ops.add_layer_norm`."""
-    r = residual + x
-    return layer_norm(r, weight, bias, eps), r
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ wherever the order of float32 sums cannot matter; the one that agrees in most el
 value a sample is taken: a few thousand elements tell all profiles apart.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,19 +152,28 @@ class Recogniser:
         """The defect that explains the most elements in which the best habit is wrong."""
         habit, c = sampled.bits(best), sampled.candidate
         assert habit is not None
-        wrong, most_votes, said = habit != c, 0, ""
-        for profile in on_top_of:
-            for words, changed in with_defects(profile, made.operator):
-                bits = sampled.bits(changed)
-                if bits is None:
-                    continue
-                differ = bits != habit
-                votes = int(np.sum((bits == c) & differ))
-                ahead = votes - int(np.sum(~wrong & differ))
-                enough = ahead >= limits.NAMED_VOTES and votes >= limits.NAMED_SHARE * differ.sum()
-                if enough and np.sum(bits != c) <= limits.NAMED_LEFT * wrong.sum() and ahead > most_votes:
-                    most_votes, said = ahead, words
-        return said
+        changed = (
+            (words, sampled.bits(p)) for profile in on_top_of for words, p in with_defects(profile, made.operator)
+        )
+        return _explains_most(habit, c, changed)
+
+
+def _explains_most(habit: np.ndarray, candidate: np.ndarray, changed: Iterable[tuple[str, np.ndarray | None]]) -> str:
+    """The words of the change that explains the most elements in which a habit is wrong; "" if none explains enough.
+
+    changed: (words, the bits with that change; None if they are not known).
+    """
+    wrong, most_votes, said = habit != candidate, 0, ""
+    for words, bits in changed:
+        if bits is None:
+            continue
+        differ = bits != habit
+        votes = int(np.sum((bits == candidate) & differ))
+        ahead = votes - int(np.sum(~wrong & differ))
+        enough = ahead >= limits.NAMED_VOTES and votes >= limits.NAMED_SHARE * differ.sum()
+        if enough and np.sum(bits != candidate) <= limits.NAMED_LEFT * wrong.sum() and ahead > most_votes:
+            most_votes, said = ahead, words
+    return said
 
 
 def _alike(made: Made, fits: tuple[Profile, ...]) -> tuple[Profile, ...]:
@@ -445,16 +454,11 @@ class _Attention:
         form = FORMS["attention"]
         with np.errstate(all="ignore"):
             habit = form(Stores(stores_of(best), self.dtype), arrays, how)
-            wrong, most_votes, said = habit != self.candidate, 0, ""
-            for words, changed in with_defects(best, "attention"):
-                y = form(Stores(stores_of(changed), self.dtype), arrays, how)
-                differ = y != habit
-                votes = int(np.sum((y == self.candidate) & differ))
-                ahead = votes - int(np.sum(~wrong & differ))
-                enough = ahead >= limits.NAMED_VOTES and votes >= limits.NAMED_SHARE * differ.sum()
-                if enough and np.sum(y != self.candidate) <= limits.NAMED_LEFT * wrong.sum() and ahead > most_votes:
-                    most_votes, said = ahead, words
-        return said
+            changed = (
+                (words, form(Stores(stores_of(p), self.dtype), arrays, how))
+                for words, p in with_defects(best, "attention")
+            )
+            return _explains_most(habit, self.candidate, changed)
 
 
 _SCORE_POINTS = frozenset({"raw scores", "scores", "scaled q", "scale", "root of the scale"})

@@ -26,8 +26,6 @@ _SAMPLE = 1 << 14  # elements that are compared to the bit
 _EXACT, _AS_TORCH = "exact tables", "tables of float32 angles, as Transformers"
 _EITHER = "tables exact, or of float32 angles as Transformers: these positions do not tell"
 
-Angles = Callable[[np.ndarray], np.ndarray]
-
 
 @dataclass(frozen=True)
 class Tables:

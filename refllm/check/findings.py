@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from refllm.accuracy import limits, verdicts
-from refllm.accuracy.judge import broken_isolated
 from refllm.accuracy.measure import Measure
 from refllm.accuracy.wrong_answers import NOT_FINITE
 from refllm.check import formulas
@@ -299,11 +298,6 @@ def habits_in_words(report: Report) -> list[str]:
     other = [str(habit) for habit in report.habits if habit.expected or habit.values]
     same = [habit.operator for habit in report.habits if not habit.expected and not habit.values]
     return other + [f"as Transformers: {', '.join(same)}"] * bool(same and report.dtype != "float32")
-
-
-def broken_alone(tap: TapReport) -> list[str]:
-    """The rules that the tap breaks on its own inputs."""
-    return [] if tap.isolated is None else broken_isolated(tap.isolated, tap.dtype)
 
 
 def consequences(report: Report) -> int:

@@ -133,11 +133,12 @@ class TapReport:
 
 
 def predict(
-    model: Model, inputs: Inputs, dtype: str, policy: Policy, at_tap: Callable[[str, Uncertain], Uncertain]
+    model: Model, inputs: Inputs, dtype: str, policy: Policy, at_tap: Callable[[str, Uncertain], Uncertain], **how: Any
 ) -> Uncertain:
     """Run the page of `model` on `inputs`; at_tap sees every named value. Returns the head's output or the last norm's.
 
-    model: its weights must lie on the grid of `dtype`; its own arithmetic is not used.
+    model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. how: op and tables, as
+    `predict_page` takes them.
     """
     return predict_page(
         model,
@@ -148,6 +149,7 @@ def predict(
         policy,
         at_tap,
         embeds_scale=inputs.embeds_scale,
+        **how,
     )
 
 
@@ -212,20 +214,11 @@ class Judge:
         work_out: Callable[[str, Made, Profiled], Uncertain],
         bits: bool,
     ) -> Uncertain:
-        inputs, assumed = self.trace.inputs, (self.policy or FUSED).without(self.model.page.NOT_ROUNDED)
+        assumed = (self.policy or FUSED).without(self.model.page.NOT_ROUNDED)
         op = Profiled(self.trace.dtype, assumed, at_tap, lambda name: True, work_out, bits)
         assert self.tables is not None
-        return predict_page(
-            self.model,
-            inputs.input_ids,
-            inputs.positions,
-            inputs.mask,
-            self.trace.dtype,
-            assumed,
-            at_tap,
-            embeds_scale=inputs.embeds_scale,
-            op=op,
-            tables=self.tables.uncertain,
+        return predict(
+            self.model, self.trace.inputs, self.trace.dtype, assumed, at_tap, op=op, tables=self.tables.uncertain
         )
 
     def _turned(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
