@@ -28,18 +28,22 @@ def compare(
     time_limit: float | None = None,
     splits: int = 1,
     tf32: bool = False,
+    names: str | os.PathLike[str] | None = None,
+    library: str | os.PathLike[str] | None = None,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
 
-    candidate: "transformers", "numpy", "module:function", a Transformers model object, or a function (see
-    `refllm.check`). dtype: of its weights and activations; None takes that of a model, or finds that of a function that
-    is not told one, else it is "float32". policy: where it has to round, "hf-eager", "hf-sdpa" or "fused"; None is
-    hf-eager (or hf-sdpa) for Transformers, fused for the fast models, and for a function wherever honest code may
-    round. input_ids: [S] or [B, S]; or a prompt; or neither, for a text of our own. attention_mask: of the same shape,
-    1 = a token, 0 = padding, which is not compared; None is all tokens. position_ids: of the same shape; None is
-    0 .. S-1, padding counted. The stressed inputs are made of input_ids alone. splits, tf32: products of so many parts,
-    each rounded, and float32 products of 11-bit factors are meant. Raises RefllmError for what cannot be run.
+    candidate: what `--candidate` takes, "transformers", "mlx", "onnx:FILE", "module:function"; or a live model of
+    Transformers or of a stack (`refllm.check.stacks`), or a function (see `refllm.check`). names, library: see
+    `refllm.check.stacks.Opening`. dtype: of its weights and activations; None takes that of a model, or finds that of a
+    function that is not told one, else it is "float32". policy: where it has to round, "hf-eager", "hf-sdpa" or
+    "fused"; None is hf-eager (or hf-sdpa) for Transformers, fused for the fast models, and for a function wherever
+    honest code may round. input_ids: [S] or [B, S]; or a prompt; or neither, for a text of our own. attention_mask: of
+    the same shape, 1 = a token, 0 = padding, which is not compared; None is all tokens. position_ids: of the same
+    shape; None is 0 .. S-1, padding counted. The stressed inputs are made of input_ids alone. splits, tf32: products of
+    so many parts, each rounded, and float32 products of 11-bit factors are meant. Raises RefllmError for what cannot be
+    run.
 
     A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
     and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
@@ -54,7 +58,8 @@ def compare(
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     with Processes(time_limit) as processes:
         return _compare(Path(checkpoint), candidate, dtype, policy, attention, given, prompt, stress,
-                        processes if isolate else None, splits, tf32)  # fmt: skip
+                        processes if isolate else None, splits, tf32,
+                        *(None if path is None else Path(path) for path in (names, library)))  # fmt: skip
 
 
 def _compare(
@@ -69,12 +74,14 @@ def _compare(
     processes: "Processes | None",
     splits: int,
     tf32: bool,
+    names: Path | None,
+    library: Path | None,
 ) -> "list[Report]":
     from refllm.check.asked import Asked
     from refllm.check.run import close, load, rounding_of
     from refllm.check.runs import Runs
 
-    found = _candidate(candidate, folder, dtype, attention, processes)
+    found = _candidate(candidate, folder, dtype, attention, processes, names, library)
     inputs, notes = _inputs(folder, given, prompt)
     attention = getattr(found, "attention", attention)  # of a Transformers model object: its own
     kind = candidate if isinstance(candidate, str) else "transformers" if hasattr(found, "attention") else ""
@@ -122,22 +129,25 @@ def assert_matches(checkpoint: str | os.PathLike[str], candidate: Any = "transfo
                 raise AssertionError(_text(report))
 
 
-def _candidate(candidate: Any, folder: Path, dtype: str | None, attention: str, processes: "Processes | None") -> Any:
-    from refllm.check.candidates import open_candidate
-    from refllm.check.functions import FunctionCandidate
+def _candidate(
+    candidate: Any,
+    folder: Path,
+    dtype: str | None,
+    attention: str,
+    processes: "Processes | None",
+    names: Path | None,
+    library: Path | None,
+) -> Any:
+    from refllm.check.candidates import of_object, open_candidate
     from refllm.check.run import head_of
+    from refllm.check.stacks import Opening
+    from refllm.precision.dtype_names import dtype_name
 
-    head = head_of(folder)
+    name = candidate if isinstance(candidate, str) else ""
+    opening = Opening(name, folder, head_of(folder), dtype_name(dtype or "float32"), attention, names, library)
     if isinstance(candidate, str):
-        open_one = open_candidate if processes is None else processes.open
-        return open_one(candidate, folder, head=head, dtype=dtype or "float32", attention=attention)
-    if hasattr(candidate, "named_modules"):
-        from refllm.check.adapters.transformers import TransformersCandidate
-
-        return TransformersCandidate(candidate)
-    if hasattr(candidate, "run"):
-        return candidate
-    return FunctionCandidate(candidate, folder, head=head, dtype=dtype or "float32")
+        return open_candidate(opening) if processes is None else processes.open(opening)
+    return of_object(candidate, opening)
 
 
 def _text(report: "Report") -> str:

@@ -17,6 +17,7 @@ from refllm.check.misbehaviour import MisbehavesError
 from refllm.check.oracle import Report
 from refllm.check.process import ApartCandidate, Processes
 from refllm.check.runs import Runs
+from refllm.check.stacks import Opening
 from refllm.check.taps import EVERYTHING, Candidate
 from refllm.check.trace import Trace
 from refllm.errors import InputError, RefllmError
@@ -51,7 +52,8 @@ class Settings:
     policy: where the candidate has to round; None: see `rounding_of`.
     stress: check the stressed inputs too (`refllm.check.inputs.stressed`). tokens: the arguments prompt, ids and
     ids_file of `read_tokens`. seconds: for each run of the candidate; None: `refllm.check.process.time_limit`.
-    isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`.
+    isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`. names, library: see
+    `refllm.check.stacks.Opening`.
     """
 
     candidate: str = "transformers"
@@ -64,6 +66,8 @@ class Settings:
     isolate: bool = True
     splits: int = 1
     tf32: bool = False
+    names: Path | None = None
+    library: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
@@ -75,6 +79,11 @@ class Settings:
         _ = self.rounding  # refuses what is not known
         if self.seconds is not None and not self.seconds > 0:
             raise InputError(f"--time {self.seconds:g}: expected more than 0 seconds")
+
+    def opening(self, folder: Path, dtype: str) -> Opening:
+        """What the candidate is opened from, for one checkpoint in one precision."""
+        head = head_of(folder)
+        return Opening(self.candidate, folder, head, dtype, self.attention, self.names, self.library)
 
     @property
     def rounding(self) -> Asked:
@@ -158,13 +167,7 @@ class _Job:
         """The candidate; one in a process of its own is only begun with."""
         if self.candidate is None:
             open_one = processes.open if self.settings.isolate else open_candidate
-            self.candidate = open_one(
-                self.settings.candidate,
-                self.folder,
-                head=head_of(self.folder),
-                dtype=self.dtype or DEFAULT_DTYPES[0],
-                attention=self.settings.attention,
-            )
+            self.candidate = open_one(self.settings.opening(self.folder, self.dtype or DEFAULT_DTYPES[0]))
         return self.candidate
 
     def takes_dtype(self, processes: Processes) -> bool:

@@ -57,7 +57,8 @@ def describe() -> None:
 
 
 _CANDIDATES = (
-    "torch, triton, transformers, numpy (the reference), or a forward pass: module:function, file.py:function."
+    "torch, triton, transformers, numpy (the reference); another stack, NAME or NAME:FILE (refllm check --help); or a "
+    "forward pass or a Torch module: module:function, file.py:function."
 )
 Candidate = Annotated[str, typer.Option("--candidate", help=_CANDIDATES)]
 Attention = Annotated[str, typer.Option("--attn", help="Transformers' attention: eager or sdpa.")]
@@ -69,6 +70,11 @@ Rounding = Annotated[
         "wherever honest code may, which the report then says.",
     ),
 ]
+Names = Annotated[
+    Path | None,
+    typer.Option("--names", metavar="F.json", help="How a Torch module calls its parts: a map to the names of values."),
+]
+Library = Annotated[Path | None, typer.Option("--library", metavar="F", help="The shared library of llama.cpp.")]
 Time = Annotated[
     float | None,
     typer.Option(
@@ -119,6 +125,8 @@ def check(
         int, typer.Option("--splits", metavar="N", help="Products of N parts, each rounded, are meant.")
     ] = 1,
     tf32: Annotated[bool, typer.Option("--tf32", help="Float32 products of 11-bit factors are meant.")] = False,
+    names: Names = None,
+    library: Library = None,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -135,10 +143,10 @@ def check(
     from refllm.check import run
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
-    names, left_out = run.candidates_to_check(candidate, checkpoint)
+    candidates, left_out = run.candidates_to_check(candidate, checkpoint)
+    more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library}
     settings = [
-        run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, splits=splits, tf32=tf32)
-        for name in names
+        run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, **more) for name in candidates
     ]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
@@ -181,14 +189,16 @@ def trace(
     ids: Ids = None,
     ids_file: IdsFile = None,
     time: Time = None,
+    names: Names = None,
+    library: Library = None,
 ) -> None:
     """Write the named values of one run to a file, for refllm diff. Exit code 1 if the candidate misbehaves."""
     from refllm.check import run
     from refllm.check.misbehaviour import MisbehavesError
 
-    settings = run.Settings(
-        candidate, (dtype,), attention, policy, False, {"prompt": prompt, "ids": ids, "ids_file": ids_file}, time
-    )
+    tokens_given = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+    more: dict[str, Any] = {"names": names, "library": library}
+    settings = run.Settings(candidate, (dtype,), attention, policy, False, tokens_given, time, **more)
     try:
         with StatusLine(sys.stderr) as step:
             recorded = run.trace_candidate(run.folders_to_check(checkpoint)[0], settings, step)
