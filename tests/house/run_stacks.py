@@ -14,10 +14,10 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ RESULTS, PAGE = ROOT / "docs/stacks", ROOT / "docs/stacks.md"
 BASE = ("check", "fast", "witness")
 """The extras that every environment has."""
 FIRST = "refllm-first.pth"
-"""Made by the Makefile: with it the installed refllm is found before the folder of that name."""
+"""With it the installed refllm is found before the folder of that name; the Makefile's variable FINDER is its text."""
 INTRODUCTION = """# Other people's stacks
 
 What `make test-stacks` found, each stack in an environment of its own with the versions that are named. *Right*: models
@@ -92,8 +92,9 @@ def made(name: str, environment: Environment) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     for arguments in installs(environment):
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *arguments], check=True, cwd=ROOT)
-    ours = Path(sysconfig.get_path("purelib")) / FIRST
-    (folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages" / FIRST).write_bytes(ours.read_bytes())
+    finder = re.search(r"^FINDER := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert finder is not None
+    (folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages" / FIRST).write_text(finder[1] + "\n")
     stamp.write_text(wanted)
     return python
 
