@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from refllm.check.against import judge_against
 from refllm.check.asked import Asked
 from refllm.check.candidates import record
 from refllm.check.inputs import Inputs, every_token, stressed
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
+from refllm.check.recorded import canonical
 from refllm.check.taps import EVERYTHING, Candidate, cannot_run
 from refllm.check.trace import Trace, format_of
 from refllm.check.unseen import EMBEDDING, Rows, read_rows
@@ -26,6 +28,7 @@ class Runs:
 
     said: whether somebody said the candidate's dtype; if not, and it takes none, it is found in what it shows.
     layout: how the candidate's values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
+    against: a known-good run, the measure in place of the page; of the plain inputs.
     recorded: called when the last run is done and not yet judged.
     """
 
@@ -37,6 +40,7 @@ class Runs:
     stress: bool = False
     said: bool = True
     layout: tuple[str, ...] = ()
+    against: Trace | None = None
     notes: list[str] = field(default_factory=list)
     step: Callable[..., None] = lambda *_: None
     recorded: Callable[[], None] = lambda: None
@@ -67,7 +71,7 @@ class Runs:
         possible, skipped = self._possible()  # as is known now that it ran
         if isinstance(found, Trace):
             self._settle(found)
-            rows = self._rows(found, possible, seconds)
+            rows = self._rows(found, possible, seconds) if self.against is None else rows
         more += [] if _hangs(found) else possible
         if not more:
             self.recorded()
@@ -127,9 +131,15 @@ class Runs:
         else:
             where = self._where(inputs)
             step = lambda text: self.step(f"{where}: {text}")  # noqa: E731
-            report = judge(self._model, found, self.policy, checkpoint=self.checkpoint, step=step)
+            report = self._measured(found, step)
         report.notes += [*(notes or []), *self.notes]
         return report
+
+    def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
+        if self.against is None:
+            return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step)
+        good, asked = canonical(self.against, self._model), Asked.of(self.policy)
+        return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)
 
     def _misbehaving(self, inputs: Inputs, found: Misbehaviour) -> Report:
         return Report(

@@ -142,6 +142,14 @@ def check(
         ),
     ] = None,
     layout: Layout = "",
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            metavar="F",
+            help="Judge against the recorded run in this file, which is known to be good; its tokens are run.",
+        ),
+    ] = None,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -159,6 +167,10 @@ def check(
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library, "layout": layout}
+    if against is not None:
+        from refllm.check.trace import Trace
+
+        more["against"] = Trace.load(against)
     if recorded:
         from refllm.check.recorded import check_files, refuse
 
@@ -213,12 +225,25 @@ def trace(
     time: Time = None,
     names: Names = None,
     library: Library = None,
+    inputs_only: Annotated[
+        bool, typer.Option("--inputs-only", help="Write what another machine must run, and no values; nothing is run.")
+    ] = False,
+    stress: Annotated[
+        bool, typer.Option("--stress", help="With --inputs-only: the stressed inputs of check too.")
+    ] = False,
 ) -> None:
-    """Write the named values of one run to a file, for refllm diff. Exit code 1 if the candidate misbehaves."""
+    """Write the named values of one run to a file, for refllm diff and check --against. Exit code 1 if the candidate
+    misbehaves."""
     from refllm.check import run
     from refllm.check.misbehaviour import MisbehavesError
 
     tokens_given = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+    if inputs_only:
+        runs, values = run.write_inputs(run.folders_to_check(checkpoint)[0], tokens_given, stress, output)
+        said = f"{runs} run" + "s" * (runs > 1)
+        return _console(quiet=False).print(f"{output}: inputs of {said}, {values} values to record (docs/recording.md)")
+    if stress:
+        raise InputError("trace records one run; --stress goes with --inputs-only")
     more: dict[str, Any] = {"names": names, "library": library}
     settings = run.Settings(candidate, (dtype,), attention, policy, False, tokens_given, time, **more)
     try:
