@@ -30,6 +30,7 @@ def compare(
     tf32: bool = False,
     names: str | os.PathLike[str] | None = None,
     library: str | os.PathLike[str] | None = None,
+    weights: Any = None,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
@@ -45,6 +46,10 @@ def compare(
     so many parts, each rounded, and float32 products of 11-bit factors are meant. Raises RefllmError for what cannot be
     run.
 
+    weights: those that the candidate really has, where they are not the checkpoint's (of a quantised engine): a
+    checkpoint folder, a safetensors or GGUF file, or arrays by the names of the checkpoint's tensors. It is judged with
+    them, and what they cost is reported apart (`Report.format_error`).
+
     A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
     and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
 
@@ -58,7 +63,7 @@ def compare(
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     with Processes(time_limit) as processes:
         return _compare(Path(checkpoint), candidate, dtype, policy, attention, given, prompt, stress,
-                        processes if isolate else None, splits, tf32,
+                        processes if isolate else None, splits, tf32, weights,
                         *(None if path is None else Path(path) for path in (names, library)))  # fmt: skip
 
 
@@ -74,12 +79,14 @@ def _compare(
     processes: "Processes | None",
     splits: int,
     tf32: bool,
+    weights: Any,
     names: Path | None,
     library: Path | None,
 ) -> "list[Report]":
     from refllm.check.asked import Asked
     from refllm.check.run import close, load, rounding_of
     from refllm.check.runs import Runs
+    from refllm.check.weights import Given
 
     found = _candidate(candidate, folder, dtype, attention, processes, names, library)
     inputs, notes = _inputs(folder, given, prompt)
@@ -96,6 +103,7 @@ def _compare(
         said=dtype is not None,
         notes=notes,
         recorded=lambda: close(found),
+        weights=None if weights is None else Given.open(weights),
     )
     return list(runs.reports())
 

@@ -14,6 +14,7 @@ from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_
 from refllm.check.stacks import STACKS, Opening, adapter, find_stack, must_have, wrap
 from refllm.check.taps import Candidate, Sink
 from refllm.check.trace import Trace
+from refllm.check.weights import HANDED, handed_over
 from refllm.config.digest import config_hash
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
@@ -102,14 +103,16 @@ def record(candidate: Candidate, model: Model, inputs: Inputs) -> Trace:
     """
     kept = Kept(candidate.name, len(inputs.pieces()))
     run_candidate(candidate, inputs, kept.keep)
+    taps, weights = handed_over(kept.taps())
     return Trace(
-        taps=kept.taps(),
+        taps=taps,
         inputs=inputs,
         source=candidate.name,
         dtype=candidate.dtype,
         head=model.head,
         config_hash=config_hash(model.config),
         details=candidate.details,
+        weights=weights,
     )
 
 
@@ -168,6 +171,8 @@ class Kept:
     def keep(self, name: str, value: np.ndarray) -> None:
         """value: an array that nobody else changes. Raises InputError for a name too many."""
         pieces = self._pieces.setdefault(name, [])
+        if pieces and name.startswith(HANDED):
+            return  # every piece has the same weights
         pieces.append(value)
         if len(pieces) > self.passes:
             raise self._named(name)
@@ -180,6 +185,9 @@ class Kept:
         for name, values in self._pieces.items():
             if self.passes > 1 and name.endswith((".probs", ".scores")):
                 continue  # the pieces have different numbers of keys
+            if name.startswith(HANDED):
+                taps[name] = values[0]
+                continue
             if len(values) != self.passes:
                 raise self._named(name)
             taps[name] = values[0] if self.passes == 1 else np.concatenate(values, axis=-2)

@@ -20,6 +20,7 @@ from refllm.check.runs import Runs
 from refllm.check.stacks import Opening
 from refllm.check.taps import EVERYTHING, Candidate
 from refllm.check.trace import Trace
+from refllm.check.weights import Given
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
 from refllm.precision import POLICIES, Policy
@@ -53,7 +54,7 @@ class Settings:
     stress: check the stressed inputs too (`refllm.check.inputs.stressed`). tokens: the arguments prompt, ids and
     ids_file of `read_tokens`. seconds: for each run of the candidate; None: `refllm.check.process.time_limit`.
     isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`. names, library: see
-    `refllm.check.stacks.Opening`.
+    `refllm.check.stacks.Opening`. weights: what `refllm.check.weights.Given.open` takes.
     """
 
     candidate: str = "transformers"
@@ -68,6 +69,7 @@ class Settings:
     tf32: bool = False
     names: Path | None = None
     library: Path | None = None
+    weights: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
@@ -206,6 +208,7 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
         notes=notes,
         step=step,
         recorded=go_on,
+        weights=None if job.settings.weights is None else Given.open(job.settings.weights),
     )
     yield from runs.reports()
 

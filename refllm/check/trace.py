@@ -23,7 +23,7 @@ class Trace:
     """taps: name -> array, in order of computation; narrow formats are held in float32. source: who computed it.
 
     config_hash: of what the config says about the mathematics (`refllm.config.digest`). details: anything else worth
-    keeping.
+    keeping. weights: tensors that the candidate handed over (`refllm.check.weights`), which no file keeps.
     """
 
     taps: dict[str, np.ndarray]
@@ -33,6 +33,7 @@ class Trace:
     head: str
     config_hash: str
     details: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write to a file. Narrow values are stored in their own dtype, two bytes each."""
