@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from refllm.storage.checkpoint import Checkpoint
 from refllm.storage.gguf_file import GgufFile, is_gguf
 from refllm.storage.load_report import find_prefix
 from refllm.storage.not_a_checkpoint import explain
+
+if TYPE_CHECKING:
+    from refllm.check.oracle import Report
 
 HANDED = "weights."
 """What the name of a tap begins with that is a tensor of the candidate, and no value of its run."""
@@ -86,6 +89,11 @@ class Given:
                 f"--weights {path}: {explain(path)} (it takes a checkpoint folder, a safetensors file or a GGUF file)"
             )
         return cls(path.name, Checkpoint.open(path), rounded=True)
+
+    @classmethod
+    def handed(cls, source: str, arrays: Mapping[str, Any]) -> "Given | None":
+        """What somebody handed over; None for nothing."""
+        return cls(source, Handed(arrays), rounded=False) if arrays else None
 
     def in_place_of(self, model: Model) -> Model:
         """`model` with these weights. Raises InputError for a tensor that it does not have, or of another shape."""
@@ -216,8 +224,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def format_error(exact: Model, given: Given, inputs: Inputs, sigma: float) -> FormatError:
-    """exact: the checkpoint in float64. sigma: rms of the predicted rounding error of the last value."""
+def format_error(exact: Model, given: Given, inputs: Inputs, report: "Report") -> FormatError:
+    """exact: the checkpoint in float64. report: on the run, whose predicted rounding error stands beside it."""
     arrays, kinds = given.arrays(exact), getattr(given.tensors, "kinds", {})
     errors = [_tensor_error(page, name, arrays[page], exact, kinds) for page, name in arrays.names.items()]
     changed = sorted((error for error in errors if error.largest), key=lambda error: -error.relative)
@@ -236,7 +244,7 @@ def format_error(exact: Model, given: Given, inputs: Inputs, sigma: float) -> Fo
         value=last,
         error=_rms(dequantised - original),
         scale=_rms(original),
-        sigma=sigma,
+        sigma=next((tap.end_to_end.rms_sigma for tap in report.taps if tap.name == last), 0.0),
         **tokens,
     )
 

@@ -84,6 +84,14 @@ Weights = Annotated[
         "safetensors file, or a GGUF file, dequantised. What they cost is said apart.",
     ),
 ]
+Layout = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="A,B",
+        help="How the values lie, where their shapes do not tell: tokens, SBE, BSHD, BHSD, gguf, grouped-qkv.",
+    ),
+]
 Time = Annotated[
     float | None,
     typer.Option(
@@ -137,6 +145,13 @@ def check(
     names: Names = None,
     library: Library = None,
     weights: Weights = None,
+    recorded: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--trace", metavar="F", help="Judge the values in a file, of a run on any machine; repeat for more."
+        ),
+    ] = None,
+    layout: Layout = "",
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -153,15 +168,23 @@ def check(
     from refllm.check import run
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
-    candidates, left_out = run.candidates_to_check(candidate, checkpoint)
-    more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library, "weights": weights}
+    more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library, "layout": layout}
+    more |= {"weights": weights}
+    if recorded:
+        from refllm.check.recorded import check_files, refuse
+
+        refuse({"--candidate": candidate, "--stress": stress, "--time": time, "--names": names, "--library": library})
+    candidates, left_out = ([""], []) if recorded else run.candidates_to_check(candidate, checkpoint)
     settings = [
         run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, **more) for name in candidates
     ]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
     with StatusLine(sys.stderr) as step:
-        for report in run.check_all(folders, settings, step):
+        runs = (
+            check_files(checkpoint, recorded, settings[0], step) if recorded else run.check_all(folders, settings, step)
+        )
+        for report in runs:
             reports.append(report)
             step.clear()
             console.print(show.show_report(report, verbose=taps))
