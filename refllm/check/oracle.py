@@ -36,6 +36,7 @@ from refllm.check.reordered import REORDERED, by_words, order_of, put_in_order, 
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
 from refllm.check.unseen import never_shown
+from refllm.check.weights import FormatError
 from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
 from refllm.config.traits import traits_of
@@ -527,6 +528,7 @@ class Report:
     sum to 1. notes: sentences a reader should know. config: of the model, for the formulas in a report. misbehaviour:
     what the candidate did in place of a forward pass; then nothing was measured. habits: where it rounds. unsaid: what
     it may do on purpose only, and nobody said that it does. unseen: sentences on what the run does not show.
+    format_error: what the weights cost that it was judged with, where they are not the checkpoint's.
     """
 
     checkpoint: str
@@ -544,6 +546,7 @@ class Report:
     habits: list[Habit] = field(default_factory=list)
     unsaid: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    format_error: FormatError | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -596,6 +599,9 @@ class Report:
             if self.next_tokens is None
             else {**asdict(self.next_tokens), "unexplained": len(self.next_tokens.defects)},
             "attribution": self.attribution,
+            "format_error": None
+            if self.format_error is None
+            else {**asdict(self.format_error), "relative": self.format_error.relative},
             "notes": self.notes,
         }
         return {key: _plain(value) for key, value in values.items()}
