@@ -24,6 +24,8 @@ EXTRA_OF = {
     "matplotlib": "bench",
     "pytest": "test",
     "liger_kernel": "test",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
 }
 """Name of an import -> the smallest extra that brings it."""
 
