@@ -15,6 +15,7 @@ from refllm.check.taps import EVERYTHING, Candidate, cannot_run
 from refllm.check.trace import Trace
 from refllm.check.unseen import EMBEDDING, Rows, read_rows
 from refllm.config import ModelConfig
+from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.forward.rotary import RotaryEmbedding
 from refllm.precision import Policy, rounding
@@ -97,10 +98,14 @@ class Runs:
         return [inputs for inputs in wanted if not why[inputs.label]], said
 
     def _settle(self, trace: Trace) -> None:
-        """Takes the precision in which the candidate computed, where it was not told one."""
+        """Takes the precision in which the candidate computed, where it was not told one. Raises InputError for one of a
+        file that is in another than was said."""
         if "dtype" in getattr(self.candidate, "takes", EVERYTHING):
             return
-        shown = format_of(trace)
+        own = getattr(self.candidate, "computes_in", "")
+        if own and self.said and own != trace.dtype:
+            raise InputError(f"{self.candidate.name} is in {own}: use --dtype {own}, not {trace.dtype}")
+        shown = own or format_of(trace)
         if not self.said:
             self.notes = [*self.notes, f"judged as {shown}, since what it shows is that; --dtype says another"]
             self.candidate.dtype = trace.dtype = shown

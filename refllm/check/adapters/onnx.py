@@ -58,16 +58,14 @@ class OnnxCandidate:
         import onnxruntime
 
         source = onnx_files.read(file)
-        self.file, self.dtype = file, onnx_files.dtype_of(source, file)
-        if opening.dtype not in ("float32", self.dtype):
-            raise InputError(f"{file} is in {self.dtype}: use --dtype {self.dtype}")
+        self.file, self.dtype, self.computes_in = file, opening.dtype, onnx_files.dtype_of(source, file)
         self.config: Any = AutoConfig.from_pretrained(opening.folder)
         names = named_values(onnx_files.graph_of(source), self.config, opening.head)
         self._folder = tempfile.TemporaryDirectory(prefix="refllm-")
         optimised = Path(self._folder.name) / "optimised.onnx"
         as_it_is = onnx_files.session(file, optimised)
         self._graph = onnx.load(optimised, load_external_data=False)
-        self.values = onnx_files.left(names, self._graph)
+        self.values = onnx_files.left(names, source, self._graph)
         onnx_files.with_outputs(self._graph, set(self.values.values()))
         self._session, self._fed = self._of_graph("shown"), None
         self._asked_for = {each.name: each for each in as_it_is.get_inputs()}
@@ -164,7 +162,7 @@ class OnnxCandidate:
         """All values, where the rows of the embedding are scaled: those are an input of another session."""
         name = self.values[EMBEDDING]
         rows = self._outputs(self._session, [name], given)[name]
-        scaled = rounding(self.dtype)(np.float32(rows) * np.float32(scale)).astype(rows.dtype)
+        scaled = rounding(self.computes_in)(np.float32(rows) * np.float32(scale)).astype(rows.dtype)
         if self._fed is None:
             onnx_files.with_input(self._graph, name, rows.shape[-1], rows.dtype.name)
             self._fed = self._of_graph("fed")

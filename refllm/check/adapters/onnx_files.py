@@ -106,15 +106,17 @@ def session(file: Path, optimised: Path | None = None) -> Any:
         raise InputError(f"{file}: ONNX Runtime does not load it: {said}") from None
 
 
-def left(names: dict[str, str], optimised: Any) -> dict[str, str]:
-    """Of the named values those that an optimised graph has, by their names there."""
+def left(names: dict[str, str], source: Any, optimised: Any) -> dict[str, str]:
+    """Of the named values those that an optimised graph has, by their names there: what the next operator reads.
+
+    Where a conversion to float16 is gone, that is what was to be converted.
+    """
     there = {name for node in optimised.graph.node for name in node.output}
+    converted = {node.output[0]: node.input[0] for node in source.graph.node if node.op_type == "Cast"}
     found = {}
     for tap, name in names.items():
-        for one in (name, f"{UNROUNDED}{name}"):
-            if one in there:
-                found[tap] = one
-                break
+        ways = (name, f"{UNROUNDED}{name}", converted.get(name, ""))
+        found |= {tap: one for one in ways[::-1] if one in there}
     return found
 
 
