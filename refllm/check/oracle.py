@@ -420,7 +420,9 @@ class Judge:
     def _work_out_in_line(self, name: str, made: Made, op: Profiled) -> Uncertain:
         if self.policy is not None and self.narrow:
             return op.under(made, of_policy(made.operator, op.policy))
-        return op.under(made, chosen(self.record.profile_of(name, made.operator), made.operator, self.narrow))
+        profile = chosen(self.record.profile_of(name, made.operator), made.operator, self.narrow)
+        x = op.under(made, profile)
+        return op.with_float32_noise(made, profile, x) if self.narrow and not profile.stored else x
 
     def _end_to_end(self, name: str, x: Uncertain) -> Uncertain:
         candidate = self._candidate(name, x)

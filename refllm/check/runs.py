@@ -18,6 +18,7 @@ from refllm.check.trace import Trace, format_of
 from refllm.check.unseen import EMBEDDING, Rows, read_rows
 from refllm.check.weights import Given, format_error
 from refllm.config import ModelConfig
+from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.forward.rotary import RotaryEmbedding
 from refllm.precision import Policy
@@ -136,10 +137,14 @@ class Runs:
         report.format_error = format_error(self.load("float64"), self.weights, self.plain, report)
 
     def _settle(self, trace: Trace) -> None:
-        """Takes the precision in which the candidate computed, where it was not told one."""
+        """Takes the precision in which the candidate computed, where it was not told one. Raises InputError for one of a
+        file that is in another than was said."""
         if "dtype" in getattr(self.candidate, "takes", EVERYTHING):
             return
-        shown = format_of(trace.taps)
+        own = getattr(self.candidate, "computes_in", "")
+        if own and self.said and own != trace.dtype:
+            raise InputError(f"{self.candidate.name} is in {own}: use --dtype {own}, not {trace.dtype}")
+        shown = own or format_of(trace.taps)
         if not self.said:
             self.notes = [*self.notes, f"judged as {shown}, since what it shows is that; --dtype says another"]
             self.candidate.dtype = trace.dtype = shown
