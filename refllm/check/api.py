@@ -28,6 +28,7 @@ def compare(
     time_limit: float | None = None,
     splits: int = 1,
     tf32: bool = False,
+    page: str | os.PathLike[str] | None = None,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
@@ -39,7 +40,8 @@ def compare(
     round. input_ids: [S] or [B, S]; or a prompt; or neither, for a text of our own. attention_mask: of the same shape,
     1 = a token, 0 = padding, which is not compared; None is all tokens. position_ids: of the same shape; None is
     0 .. S-1, padding counted. The stressed inputs are made of input_ids alone. splits, tf32: products of so many parts,
-    each rounded, and float32 products of 11-bit factors are meant. Raises RefllmError for what cannot be run.
+    each rounded, and float32 products of 11-bit factors are meant. page: the file of a page of one's own, or a known
+    family (`refllm.models.own_page`). Raises RefllmError for what cannot be run.
 
     A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
     and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
@@ -50,9 +52,10 @@ def compare(
     takes too long, and a crash is one of this process.
     """
     from refllm.check.process import Processes
+    from refllm.models.own_page import in_use
 
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    with Processes(time_limit) as processes:
+    with in_use(page), Processes(time_limit) as processes:
         return _compare(Path(checkpoint), candidate, dtype, policy, attention, given, prompt, stress,
                         processes if isolate else None, splits, tf32)  # fmt: skip
 

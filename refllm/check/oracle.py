@@ -33,7 +33,7 @@ from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.record import Habit, Record, chosen
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
-from refllm.check.unseen import never_shown
+from refllm.check.unseen import never_read, never_shown
 from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
 from refllm.config.traits import traits_of
@@ -637,5 +637,5 @@ def judge(
         config=model.config,
         habits=collected.habits(),
         unsaid=collected.unsaid(),
-        unseen=never_shown(model.head, trace),
+        unseen=[*never_shown(model.head, trace), *never_read(model)],
     )

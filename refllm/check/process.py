@@ -20,6 +20,7 @@ from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour, raised
 from refllm.check.taps import EVERYTHING, Candidate, Sink
 from refllm.errors import InputError, RefllmError
+from refllm.models.own_page import current, in_use
 from refllm.user_code import find_function
 
 SECONDS, SECONDS_PER_GIB = 600.0, 3600.0
@@ -53,6 +54,7 @@ class Processes:
         `must_be_known`."""
         must_be_known(name, dtype, attention)
         how = {"name": name, "folder": str(folder), "head": head, "dtype": dtype, "attention": attention}
+        how["page"] = current()
         candidate = ApartCandidate(self, how, time_limit(folder) if self.seconds is None else self.seconds)
         if name not in self._unusable:
             self.process(candidate)
@@ -191,10 +193,12 @@ def serve(channel: Channel) -> None:
     """Opens a candidate, runs it as often as it is asked to, then the next."""
     warnings.filterwarnings("ignore", module=r"refllm\.")  # said already where the check itself loads the checkpoint
     candidate: Candidate | None = None
+    pages = contextlib.ExitStack()  # all its candidates have the same one
     for what, given in channel.requests():
         try:
             if what == "open":
                 candidate = None  # before another is loaded beside it
+                pages.enter_context(in_use(given["page"] or None))
                 candidate = _opened(given, channel)
                 takes = getattr(candidate, "takes", EVERYTHING)
                 channel.answer("opened", {"name": candidate.name, "details": candidate.details, "takes": takes})

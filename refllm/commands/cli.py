@@ -14,7 +14,7 @@ import typer
 
 from refllm.accuracy.verdicts import SCHEMA, worst
 from refllm.commands import audit, bench, golden, operators, tune
-from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, can_be_written
+from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, Page, can_be_written
 from refllm.commands.shared_options import console as _console
 from refllm.commands.shared_options import to_stdout as _to_stdout
 from refllm.commands.shared_options import write_json as _write_json
@@ -119,6 +119,7 @@ def check(
         int, typer.Option("--splits", metavar="N", help="Products of N parts, each rounded, are meant.")
     ] = 1,
     tf32: Annotated[bool, typer.Option("--tf32", help="Float32 products of 11-bit factors are meant.")] = False,
+    page: Page = None,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -181,6 +182,7 @@ def trace(
     ids: Ids = None,
     ids_file: IdsFile = None,
     time: Time = None,
+    page: Page = None,
 ) -> None:
     """Write the named values of one run to a file, for refllm diff. Exit code 1 if the candidate misbehaves."""
     from refllm.check import run
@@ -250,6 +252,7 @@ def generate(
     low_memory: LowMemory = False,
     backend: Backend = "numpy",
     device: Device = None,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """Continue a prompt; the text appears as it is made."""
@@ -295,6 +298,7 @@ def score(
     low_memory: LowMemory = False,
     backend: Backend = "numpy",
     device: Device = None,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """Log-likelihood, perplexity and bits per byte of a text."""
@@ -315,6 +319,7 @@ def info(
         typer.Argument(metavar="CHECKPOINT", help="Folder, or a config.json alone; without one, this machine."),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """What a checkpoint is: architecture, parameters, memory, tensors. A config.json is enough. Without one: this
