@@ -37,6 +37,7 @@ from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
 from refllm.check.unseen import never_shown
 from refllm.check.weights import FormatError
+from refllm.check.unseen import never_read, never_shown
 from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
 from refllm.config.traits import traits_of
@@ -714,7 +715,7 @@ def judge(
         config=model.config,
         habits=collected.habits(),
         unsaid=collected.unsaid(),
-        unseen=never_shown(model.head, trace),
+        unseen=[*never_shown(model.head, trace), *never_read(model)],
     )
     report.notes += trace.doubts if report.verdict == "fails" else []
     return report
