@@ -22,6 +22,8 @@ EXTRA_OF = {
     "transformers": "witness",
     "hypothesis": "check",
     "matplotlib": "bench",
+    "mlx": "mlx",
+    "mlx_lm": "mlx",
     "pytest": "test",
     "liger_kernel": "test",
 }
