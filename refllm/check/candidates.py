@@ -10,6 +10,7 @@ import numpy as np
 from refllm import extras
 from refllm.check.functions import DTYPES, FunctionCandidate, takes_a_checkpoint_alone
 from refllm.check.inputs import Inputs
+from refllm.check.layout import laid_out, put_together
 from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
 from refllm.check.stacks import STACKS, Opening, adapter, find_stack, must_have, wrap
 from refllm.check.taps import Candidate, Sink
@@ -95,21 +96,25 @@ def _of_factory(function: Callable[[str], Any], opening: Opening) -> Candidate:
     return candidate
 
 
-def record(candidate: Candidate, model: Model, inputs: Inputs) -> Trace:
-    """Run a candidate and keep what it names. model: of the same checkpoint, for its config and head.
+def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str, ...] = ()) -> Trace:
+    """Run a candidate and keep what it names, in the shapes of the vocabulary. model: of the same checkpoint, for its
+    config and head. layout: how the values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
 
     Raises MisbehavesError as `run_candidate`, and for one that names nothing.
     """
-    kept = Kept(candidate.name, len(inputs.pieces()))
+    kept = Kept(candidate.name, inputs)
     run_candidate(candidate, inputs, kept.keep)
+    laid = laid_out(kept.taps(), model.config, model.head, inputs, layout, candidate.name)
     return Trace(
-        taps=kept.taps(),
+        taps=laid.taps,
         inputs=inputs,
         source=candidate.name,
         dtype=candidate.dtype,
         head=model.head,
         config_hash=config_hash(model.config),
         details=candidate.details,
+        notes=[*kept.notes, *laid.notes],
+        doubts=laid.doubts,
     )
 
 
@@ -159,35 +164,51 @@ class Checked:
 
 
 class Kept:
-    """What a candidate names in a run of so many passes."""
+    """What a candidate names in a run. notes: sentences on what it named more often than it was called."""
 
-    def __init__(self, candidate: str, passes: int) -> None:
-        self.candidate, self.passes = candidate, passes
+    def __init__(self, candidate: str, inputs: Inputs) -> None:
+        self.candidate, self.inputs = candidate, inputs
+        self.lengths = [len(range(*piece.indices(piece.stop))) for piece in inputs.pieces()]
+        self.notes: list[str] = []
         self._pieces: dict[str, list[np.ndarray]] = {}
 
     def keep(self, name: str, value: np.ndarray) -> None:
         """value: an array that nobody else changes. Raises InputError for a name too many."""
         pieces = self._pieces.setdefault(name, [])
         pieces.append(value)
-        if len(pieces) > self.passes:
+        if len(pieces) > sum(self.lengths):
             raise self._named(name)
 
     def taps(self) -> dict[str, np.ndarray]:
-        """What was named, in order, the pieces put together. Raises InputError for a name too few."""
+        """What was named, in order, the pieces put together. Raises InputError for pieces that are not the run's."""
         if not self._pieces:
             raise misbehaves("result", "it returns nothing (None) and names no value")
         taps = {}
         for name, values in self._pieces.items():
-            if self.passes > 1 and name.endswith((".probs", ".scores")):
+            if len(values) == 1 == len(self.lengths):
+                taps[name] = values[0]
+                continue
+            if name.endswith((".probs", ".scores")):
                 continue  # the pieces have different numbers of keys
-            if len(values) != self.passes:
+            joined = put_together(values, self.lengths, len(self.inputs.input_ids))
+            if joined is None:
                 raise self._named(name)
-            taps[name] = values[0] if self.passes == 1 else np.concatenate(values, axis=-2)
+            taps[name] = joined
+        more = {len(values) for values in self._pieces.values()} - {len(self.lengths)}
+        if more:
+            self.notes.append(f"named up to {max(more)} times in {self._calls()}: the parts were put together")
         return taps
 
+    def _calls(self) -> str:
+        return "1 call" if len(self.lengths) == 1 else f"{len(self.lengths)} calls"
+
     def _named(self, name: str) -> InputError:
-        times = len(self._pieces[name])
-        return InputError(f"{self.candidate}: {name} was named {times} times in {self.passes} passes; once is right")
+        values, tokens = self._pieces[name], sum(self.lengths)
+        shapes = ", ".join(str(list(value.shape)) for value in values[:3]) + ", ..." * (len(values) > 3)
+        return InputError(
+            f"{self.candidate}: {name} was named {len(values)} times in {self._calls()}, with shapes {shapes}; name it "
+            f"once in each, or part after part, [B, part, n], with {tokens} tokens in all"
+        )
 
 
 class ReferenceCandidate:

@@ -6,7 +6,6 @@ every name, so that each operator is judged on the candidate's own inputs, and a
 after.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +27,7 @@ from refllm.accuracy.wrong_answers import undetected
 from refllm.check.asked import Asked
 from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
+from refllm.check.layout import no_name
 from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.record import Habit, Record, chosen
@@ -185,7 +185,7 @@ class Judge:
         self._predict(self._isolated, self._work_out_alone, bits=True)
         foreign = [name for name in self.trace.taps if name not in self._names]
         if foreign:
-            raise InputError(self._no_name(foreign))
+            raise InputError(no_name(self.trace.source, foreign, self._names))
         self._compare_layers()
         step("predicting, end to end")
         output = self._predict(self._end_to_end, self._work_out_in_line, bits=False)
@@ -195,12 +195,6 @@ class Judge:
             exact, variance, candidate = map(self._rows, (output.value, output.variance, self.trace.taps[name]))
             self.next_tokens = compare_tokens(exact, variance, candidate, self.places)
         return list(self.reports.values())
-
-    def _no_name(self, foreign: list[str]) -> str:
-        close = difflib.get_close_matches(foreign[0], self._names, 1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        said = f"{foreign[0]!r} is no name of a value of this model ({len(foreign)} such names)"
-        return f"{self.trace.source}: {said}{meant}"
 
     def guesses(self) -> list[tables.Tables | None]:
         """The tables to try in float32, where they count, if the turning is not shown."""
@@ -477,7 +471,7 @@ class Judge:
 
 
 def _require_same(model: Model, trace: Trace) -> None:
-    if trace.config_hash != config_hash(model.config):
+    if trace.config_hash not in ("", config_hash(model.config)):
         raise InputError(
             f"trace of {trace.source}: its config ({trace.config_hash}) is not that of the checkpoint "
             f"({config_hash(model.config)}); trace the same checkpoint"
@@ -624,7 +618,7 @@ def judge(
     asked = Asked.of(policy)
     collected, taps = _explained_best(model, trace, asked, step)
     _ask_again(model, trace, collected.nearest_policy(), taps, step)
-    return Report(
+    report = Report(
         checkpoint=checkpoint,
         candidate=trace.source,
         dtype=trace.dtype,
@@ -634,8 +628,11 @@ def judge(
         taps=taps,
         next_tokens=collected.next_tokens,
         attribution=dict(sorted(collected.shares.items(), key=lambda item: -item[1])),
+        notes=list(trace.notes),
         config=model.config,
         habits=collected.habits(),
         unsaid=collected.unsaid(),
         unseen=never_shown(model.head, trace),
     )
+    report.notes += trace.doubts if report.verdict == "fails" else []
+    return report

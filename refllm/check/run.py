@@ -13,6 +13,7 @@ from refllm.check.asked import Asked
 from refllm.check.candidates import FAST, KNOWN, open_candidate, record
 from refllm.check.functions import DTYPES
 from refllm.check.inputs import Inputs
+from refllm.check.layout import words_of
 from refllm.check.misbehaviour import MisbehavesError
 from refllm.check.oracle import Report
 from refllm.check.process import ApartCandidate, Processes
@@ -53,7 +54,7 @@ class Settings:
     stress: check the stressed inputs too (`refllm.check.inputs.stressed`). tokens: the arguments prompt, ids and
     ids_file of `read_tokens`. seconds: for each run of the candidate; None: `refllm.check.process.time_limit`.
     isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`. names, library: see
-    `refllm.check.stacks.Opening`.
+    `refllm.check.stacks.Opening`. layout: words of `refllm.check.layout.LAYOUTS`.
     """
 
     candidate: str = "transformers"
@@ -68,6 +69,7 @@ class Settings:
     tf32: bool = False
     names: Path | None = None
     library: Path | None = None
+    layout: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
@@ -76,7 +78,7 @@ class Settings:
                 raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
         if self.attention not in POLICY_OF_ATTENTION:
             raise InputError(f"--attn {self.attention} is not known: use {' or '.join(POLICY_OF_ATTENTION)}")
-        _ = self.rounding  # refuses what is not known
+        _ = self.rounding, words_of(self.layout, "--layout")  # refuse what is not known
         if self.seconds is not None and not self.seconds > 0:
             raise InputError(f"--time {self.seconds:g}: expected more than 0 seconds")
 
@@ -203,6 +205,7 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
         checkpoint=job.folder.name,
         stress=job.settings.stress,
         said=job.dtype is not None,
+        layout=words_of(job.settings.layout, "--layout"),
         notes=notes,
         step=step,
         recorded=go_on,

@@ -12,14 +12,12 @@ from refllm.check.inputs import Inputs, every_token, stressed
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
 from refllm.check.taps import EVERYTHING, Candidate, cannot_run
-from refllm.check.trace import Trace
+from refllm.check.trace import Trace, format_of
 from refllm.check.unseen import EMBEDDING, Rows, read_rows
 from refllm.config import ModelConfig
 from refllm.forward.model import Model
 from refllm.forward.rotary import RotaryEmbedding
-from refllm.precision import Policy, rounding
-
-_FEWEST = 64  # numbers other than 0 that tell a format
+from refllm.precision import Policy
 
 
 @dataclass
@@ -27,6 +25,7 @@ class Runs:
     """What to run. load: dtype -> the checkpoint, with weights on the grid of that dtype. plain: the inputs.
 
     said: whether somebody said the candidate's dtype; if not, and it takes none, it is found in what it shows.
+    layout: how the candidate's values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
     recorded: called when the last run is done and not yet judged.
     """
 
@@ -37,6 +36,7 @@ class Runs:
     checkpoint: str = ""
     stress: bool = False
     said: bool = True
+    layout: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     step: Callable[..., None] = lambda *_: None
     recorded: Callable[[], None] = lambda: None
@@ -78,7 +78,7 @@ class Runs:
     def _run(self, inputs: Inputs) -> Trace | Misbehaviour:
         self.step(f"{self._where(inputs)}: {self.candidate.name}")
         try:
-            return record(self.candidate, self._model, inputs)
+            return record(self.candidate, self._model, inputs, self.layout)
         except MisbehavesError as error:
             return error.found
 
@@ -100,7 +100,7 @@ class Runs:
         """Takes the precision in which the candidate computed, where it was not told one."""
         if "dtype" in getattr(self.candidate, "takes", EVERYTHING):
             return
-        shown = format_of(trace)
+        shown = format_of(trace.taps)
         if not self.said:
             self.notes = [*self.notes, f"judged as {shown}, since what it shows is that; --dtype says another"]
             self.candidate.dtype = trace.dtype = shown
@@ -161,16 +161,3 @@ def changes_on_the_way(config: ModelConfig, inputs: Inputs) -> str:
         found.append(rotary.inv_freq)
     same = all(np.array_equal(found[0], frequencies) for frequencies in found)
     return "" if same else "its rotary frequencies change with the length of a call"
-
-
-def format_of(trace: Trace) -> str:
-    """The dtype on whose grid the values lie that a candidate shows: one value in a narrow format is enough, since
-    norms and logits may be wider. The embedding does not count, which is on the grid of the checkpoint."""
-    for name, value in trace.taps.items():
-        some = value.ravel()[: 1 << 16]
-        some = some[np.isfinite(some) & (some != 0)]
-        if name != EMBEDDING and some.size >= _FEWEST:
-            for dtype in ("bfloat16", "float16"):  # most numbers of bfloat16 are numbers of float16 too
-                if (rounding(dtype)(some) == some).all():
-                    return dtype
-    return "float32"

@@ -75,6 +75,14 @@ Names = Annotated[
     typer.Option("--names", metavar="F.json", help="How a Torch module calls its parts: a map to the names of values."),
 ]
 Library = Annotated[Path | None, typer.Option("--library", metavar="F", help="The shared library of llama.cpp.")]
+Layout = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="A,B",
+        help="How the values lie, where their shapes do not tell: tokens, SBE, BSHD, BHSD, gguf, grouped-qkv.",
+    ),
+]
 Time = Annotated[
     float | None,
     typer.Option(
@@ -127,6 +135,13 @@ def check(
     tf32: Annotated[bool, typer.Option("--tf32", help="Float32 products of 11-bit factors are meant.")] = False,
     names: Names = None,
     library: Library = None,
+    recorded: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--trace", metavar="F", help="Judge the values in a file, of a run on any machine; repeat for more."
+        ),
+    ] = None,
+    layout: Layout = "",
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -143,15 +158,22 @@ def check(
     from refllm.check import run
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
-    candidates, left_out = run.candidates_to_check(candidate, checkpoint)
-    more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library}
+    more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library, "layout": layout}
+    if recorded:
+        from refllm.check.recorded import check_files, refuse
+
+        refuse({"--candidate": candidate, "--stress": stress, "--time": time, "--names": names, "--library": library})
+    candidates, left_out = ([""], []) if recorded else run.candidates_to_check(candidate, checkpoint)
     settings = [
         run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, **more) for name in candidates
     ]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
     with StatusLine(sys.stderr) as step:
-        for report in run.check_all(folders, settings, step):
+        runs = (
+            check_files(checkpoint, recorded, settings[0], step) if recorded else run.check_all(folders, settings, step)
+        )
+        for report in runs:
             reports.append(report)
             step.clear()
             console.print(show.show_report(report, verbose=taps))
