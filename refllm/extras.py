@@ -22,8 +22,6 @@ EXTRA_OF = {
     "transformers": "witness",
     "hypothesis": "check",
     "matplotlib": "bench",
-    "mlx": "mlx",
-    "mlx_lm": "mlx",
     "pytest": "test",
     "liger_kernel": "test",
     "mlx": "mlx",

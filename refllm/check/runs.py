@@ -128,7 +128,8 @@ class Runs:
             where = self._where(inputs)
             step = lambda text: self.step(f"{where}: {text}")  # noqa: E731
             report = judge(self._model, found, self.policy, checkpoint=self.checkpoint, step=step)
-        report.notes += [*(notes or []), *self.notes]
+        of_the_stack = [said for name, said in self.candidate.details.items() if name == "note"]
+        report.notes += [*(notes or []), *self.notes, *of_the_stack]
         return report
 
     def _misbehaving(self, inputs: Inputs, found: Misbehaviour) -> Report:

@@ -13,14 +13,15 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from refllm import extras
 from refllm.check.inputs import Inputs
-from refllm.check.misbehaviour import Misbehaviour, MisbehavesError, raised
+from refllm.check.misbehaviour import MisbehavesError, raised
 from refllm.check.stacks import Opening
 from refllm.check.taps import ALWAYS, Candidate, Sink
 from refllm.errors import InputError
@@ -54,7 +55,10 @@ def open_candidate(opening: Opening) -> Candidate:
     except Exception as error:
         raise _with_a_reason(raised(error), config) from None
     model.set_dtype(getattr(mx, opening.dtype))
-    return MlxCandidate(model)
+    candidate = MlxCandidate(model)
+    if unread := _unread(config, getattr(model, "args", None)):
+        candidate.details["note"] = f"{_does_not_read(unread)}; it took what it has by default"
+    return candidate
 
 
 def wrap(model: Any, opening: Opening) -> Candidate:
@@ -65,19 +69,27 @@ def wrap(model: Any, opening: Opening) -> Candidate:
     return MlxCandidate(model)
 
 
+def _unread(config: dict[str, Any], arguments: Any = None) -> list[str]:
+    """The keys in which mlx-lm looks for rotary settings that a checkpoint has under `rope_parameters` alone."""
+    rope = {} if hasattr(arguments, "rope_parameters") else config.get("rope_parameters") or {}
+    said = {**rope, "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope}
+    return [key for key in _OLD_KEYS if said.get(key) is not None and config.get(key) is None]
+
+
+def _does_not_read(keys: list[str]) -> str:
+    return f"mlx-lm {_version()} does not read rope_parameters of config.json, but {', '.join(keys)} beside it"
+
+
 def _with_a_reason(error: MisbehavesError, config: dict[str, Any]) -> MisbehavesError:
     """An error of loading, with what is likely behind it: a config whose rotary settings are not read."""
-    lacks = [key for key in _OLD_KEYS if f"'{key}'" in error.found.text and key not in config]
-    if not lacks or "rope_parameters" not in config:
+    unread = [key for key in _unread(config) if f"'{key}'" in error.found.text]
+    if not unread:
         return error
-    why = f"mlx-lm {_version()} does not read rope_parameters of config.json, but {', '.join(lacks)} beside it"
-    return MisbehavesError(Misbehaviour("raises", f"{error.found.text}: {why}", error.found.file, error.found.line))
+    return MisbehavesError(replace(error.found, text=f"{error.found.text}: {_does_not_read(unread)}"))
 
 
-def _version() -> str:
-    import mlx_lm
-
-    return str(mlx_lm.__version__)
+def _version(package: str = "mlx-lm") -> str:
+    return metadata.version(package)
 
 
 class MlxCandidate:
@@ -92,7 +104,7 @@ class MlxCandidate:
         floats = [w for _, w in tree_flatten(model.parameters()) if mx.issubdtype(w.dtype, mx.floating)]
         self.dtype = dtype_name(str(floats[0].dtype).removeprefix("mlx.core."))
         self.name = f"mlx-lm {_version()}"
-        self.details = {"mlx-lm": _version(), "mlx": mx.__version__, "device": str(mx.default_device())}
+        self.details = {"mlx-lm": _version(), "mlx": _version("mlx"), "device": str(mx.default_device())}
         plain = all(type(cache) is KVCache for cache in make_prompt_cache(model))
         self.takes = ("dtype", "cache", "embeddings", *(ALWAYS if plain else ("batch",)))
 
@@ -101,11 +113,11 @@ class MlxCandidate:
         import mlx.core as mx
 
         caches = self._caches(inputs)
-        watcher = _Watcher(lambda name, value: sink(name, _as_numpy(value)), inputs.embeds_scale)
         for piece in inputs.pieces():
+            watcher = _Watcher(sink, inputs.embeds_scale)
             with watcher.watching(self.model):
                 out = self.model(mx.array(inputs.input_ids[:, piece].astype(np.int32)), cache=caches)
-            watcher.sink(_HEAD, out)
+            watcher.show(_HEAD, out)
 
     def _caches(self, inputs: Inputs) -> list[Any] | None:
         from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
@@ -149,11 +161,17 @@ def _as_numpy(value: Any) -> np.ndarray:
 
 
 class _Watcher:
-    """Sees the values of a model's passes and names them. scale: what to multiply the embeddings by."""
+    """Sees the values of one pass of a model and names them. scale: what to multiply the embeddings by."""
 
     def __init__(self, sink: Sink, scale: float | None) -> None:
-        self.sink, self.scale = sink, scale
-        self.layer, self.heads = "", 0
+        self.scale, self.layer, self.heads = scale, "", 0
+        self._sink, self._shown = sink, set[str]()
+
+    def show(self, name: str, value: Any) -> None:
+        """Hands on a value. Of a module that is called again in the same pass, its name is the first call's."""
+        if name not in self._shown:
+            self._shown.add(name)
+            self._sink(name, _as_numpy(value))
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
@@ -187,17 +205,17 @@ class _Watcher:
             self.layer, self.heads = path, 0
         elif inner == "o_proj" and self.heads:
             heads = x.reshape(*x.shape[:2], self.heads, -1)
-            self.sink(f"{layer}.context", heads.transpose(0, 2, 1, 3))
+            self.show(f"{layer}.context", heads.transpose(0, 2, 1, 3))
         elif inner == "down_proj":
-            self.sink(f"{layer}.act", x)
+            self.show(f"{layer}.act", x)
         elif inner == "post_attention_layernorm":
-            self.sink(f"{layer}.residual_mid", x)
+            self.show(f"{layer}.residual_mid", x)
 
     def _after(self, path: str, out: Any) -> Any:
         if path.endswith(("q_layernorm", "k_layernorm")):  # of heads [B, S, H, D]
-            self.sink(path, out.transpose(0, 2, 1, 3))
+            self.show(path, out.transpose(0, 2, 1, 3))
         elif not path.endswith(".self_attn"):
-            self.sink(path, out)
+            self.show(path, out)
         return out
 
     @contextmanager
@@ -207,8 +225,8 @@ class _Watcher:
 
         def seen(q: Any, k: Any, *more: Any, **named: Any) -> Any:
             self.heads = q.shape[1]
-            self.sink(f"{self.layer}.q_rope", q)
-            self.sink(f"{self.layer}.k_rope", k[..., -q.shape[2] :, :])
+            self.show(f"{self.layer}.q_rope", q)
+            self.show(f"{self.layer}.k_rope", k[..., -q.shape[2] :, :])
             return original(q, k, *more, **named)
 
         home.scaled_dot_product_attention = seen
