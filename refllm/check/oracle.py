@@ -35,9 +35,8 @@ from refllm.check.record import Habit, Record, chosen
 from refllm.check.reordered import REORDERED, by_words, order_of, put_in_order, readers
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
-from refllm.check.unseen import never_shown
-from refllm.check.weights import FormatError
 from refllm.check.unseen import never_read, never_shown
+from refllm.check.weights import FormatError
 from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
 from refllm.config.traits import traits_of
