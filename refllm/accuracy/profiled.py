@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from refllm.accuracy.forms import FORMS, OUT, Stores, on_grid, summed_parts
+from refllm.accuracy.forms import FORMS, OUT, Stores, on_grid
 from refllm.accuracy.measure import row_blocks
+from refllm.accuracy.parts import WHOLE, summed
 from refllm.accuracy.profiles import Profile
 from refllm.accuracy.propagation import Propagation, Substitute, Uncertain, ulp
 from refllm.accuracy.recognise import Made, known, noise, stores_of
@@ -182,11 +183,11 @@ class Profiled(Propagation):
         """The variance that a product adds before its bias, and with its parts."""
         weight, bias = made.how["weight"], made.how["bias"]
         added: Any = 0.0
-        if "product" in profile.points and bias is not None:
+        if "product" in profile.points and bias is not None and not profile.parts.biased:
             added = self._ulp(x @ np.asarray(weight, np.float64).T, self.dtype) ** 2 / 12
-        if profile.parts[0] > 1:
-            counted = _Counted(self.dtype)
-            summed_parts(x, np.asarray(weight, np.float64), *profile.parts, counted)
+        if profile.parts != WHOLE:
+            counted = _Counted({"part", *profile.points}, self.dtype)
+            summed(x, np.asarray(weight, np.float64), profile.parts, bias, counted)
             added = added + counted.variance
         return added
 
@@ -261,9 +262,7 @@ class _Plain(Propagation):
 class _Counted(Stores):
     """Rounds nothing and adds up the variance of what would be rounded."""
 
-    def __init__(self, dtype: str) -> None:
-        super().__init__({"part"}, dtype)
-        self.variance: Any = 0.0
+    variance: Any = 0.0
 
     def _put(self, x: np.ndarray) -> np.ndarray:
         self.variance = self.variance + ulp(x, self.dtype, np.float64) ** 2 / 12

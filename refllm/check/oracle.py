@@ -169,7 +169,7 @@ class Judge:
         self.shares: dict[str, float] = {}
         self.record = Record(self.narrow)
         self.tables = guess
-        self._recognise = Recogniser(trace.dtype, self.places)
+        self._recognise = Recogniser(trace.dtype, self.places, asked.splits)
         self._last: tuple[Made, Profiled, Profile] | None = None
         self._measured: tuple[str, Measure] = "", _NOTHING
         self._names: dict[str, bool] = {}
