@@ -134,6 +134,24 @@ def test_the_sigma_of_a_narrow_rotation_is_right_at_small_positions_too(dtype: s
     assert 0.93 < sum(found) / len(found) < 1.07
 
 
+@pytest.mark.parametrize("name", [LLAMA, STABLE])
+def test_the_sigma_of_float32_is_right_in_a_short_run_too(name: str) -> None:
+    """At position 0 nothing is turned, and a key that is alone has the weight 1: it was 0.68 of what was predicted."""
+    reports = [run(name, HF, "float32", tokens=tokens) for tokens in (5, 6, 7)]
+    for end in ("q_rope", "k_rope", "context"):
+        found = [t.isolated.ratio for r in reports for t in r.taps if t.isolated and t.name.endswith(end)]
+        assert 0.75 < float(np.sqrt(np.mean(np.square(found)))) < 1.1, end
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_value_that_is_not_rounded_is_judged_by_the_error_of_float32(dtype: str) -> None:
+    head = tap(run(LLAMA, FUSED.but(head="float32"), dtype), "lm_head")
+    assert head.isolated is not None
+    assert (head.dtype, head.verdict) == ("float32", "holds")
+    assert 0.85 < head.isolated.ratio < 1.15  # 0.00 of the format's sigma, 0.36 of a float32 sum of any numbers
+    assert tap(run(LLAMA, FUSED, dtype), "lm_head").dtype == dtype
+
+
 @pytest.mark.parametrize("tables", ["torch", "exact"])
 def test_tables_that_are_not_shown_are_those_that_explain_the_logits(tables: str) -> None:
     """Were their error only allowed for, every error in float32 would be small beside it."""
