@@ -54,8 +54,10 @@ class Tables:
         turned = angles(self.positions, self.frequencies, self.narrow)
         found = []
         for value, slope in zip(self.values(), (np.sin(turned), np.cos(turned)), strict=True):
-            # A float32 function of a math library is right to an ulp, and so is the table that is made with it.
+            # A float32 function of a math library is right to an ulp, and so is the table that is made with it; at 0 it
+            # is exact.
             variance = op._ulp(value, "float32") ** 2 / (4 if op.dtype == "float32" else 12)
+            variance = np.where((turned == 0) & (self.factor == 1), 0, variance)
             if not self.solved:
                 variance = variance + np.square(slope * self.factor * turned * _UNKNOWN * 2.0**-24)
             found.append(Uncertain(value, np.asarray(variance, op.width)))

@@ -116,8 +116,8 @@ class Record:
         parts: dict[int, list[str]] = {}
         for short in dict.fromkeys(formulas.short(name) for name in self.found):
             profile = self._common(short)
-            if profile is not None and profile.parts[0] > 1:
-                parts.setdefault(profile.parts[0], []).append(short)
+            if profile is not None and profile.parts.count > 1:
+                parts.setdefault(profile.parts.count, []).append(short)
         return [(", ".join(values), n) for n, values in parts.items()]
 
     def _of(self, short: str) -> list[Recognition]:
