@@ -64,6 +64,11 @@ FLOAT32_INSIDE = 2.0**-16
 TF32_AT_LEAST = 0.2
 """Sigma of products of 11-bit factors: what errs less has other reasons."""
 
+TABLES_ASTRAY = 1000.0
+"""How many times the mean square of the nearest layer's angles, off the exact ones, makes a layer no witness of the
+tables: it turned wrongly, and the others have to show that. Heads are averaged, 32 times as many in one as in another.
+"""
+
 TABLES_WITHIN = 16
 """Float32 ulp around the exact frequency in which honest ones lie. Of the stacks that were measured (float32 powers and
 exponentials of three libraries, exp2, repeated products) the farthest is 12.6 x 2^-24 off, 7 ulp."""

@@ -99,7 +99,7 @@ def solve(config: ModelConfig, positions: np.ndarray, turned: Iterable[Turned], 
     exact, as_torch = (RotaryEmbedding(config, exact=flag) for flag in (True, False))
     exact.tables(positions), as_torch.tables(positions)
     truth = np.asarray(exact.inv_freq)
-    rows = list(turned)
+    rows = _alike(list(turned), truth)
     places, sums = _averaged(rows)
     if not len(places):
         return unknown(config, positions)
@@ -209,6 +209,19 @@ def _averaged(turned: Sequence[Turned]) -> tuple[np.ndarray, np.ndarray]:
     sums = np.zeros((len(places), products[0].shape[-1]), complex)
     np.add.at(sums, where, np.concatenate(products))
     return places, sums
+
+
+def _alike(turned: list[Turned], truth: np.ndarray) -> list[Turned]:
+    """Without the layers, of queries or of keys, that turned far farther off the truth than the nearest one did: one
+    wrong layer must not change what the right ones are judged by."""
+    off = []
+    for row in turned:
+        places, sums = _averaged([row])
+        weights = np.abs(sums)
+        error = np.square(np.angle(sums * np.exp(-1j * angles(places, truth, False))))
+        off.append(float((weights * error).sum() / max(float(weights.sum()), 1e-30)))
+    nearest = max(min(off, default=0.0), 2.0**-60)  # float32 is no nearer
+    return [row for row, each in zip(turned, off, strict=True) if each <= limits.TABLES_ASTRAY * nearest]
 
 
 def _neighbours(truth: np.ndarray) -> np.ndarray:

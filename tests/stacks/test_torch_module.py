@@ -1,9 +1,7 @@
 """Torch modules that nobody wrote for refllm: recorded by a map of names or by what their weights tell, right ones hold
 and planted bugs are named; what does not fit is one sentence."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +12,6 @@ from torch.nn import functional as F
 from torch_ports import Nano, Served, frequencies, nano, read, served
 
 from refllm import golden
-from refllm.check import compare
-from refllm.errors import InputError
 
 CHECKS = Checks("torch_module", (LLAMA,), ("float32", "bfloat16"))
 IDS = [[int(i) for i in torch.randint(4, 600, (48,), generator=torch.Generator().manual_seed(1))]]

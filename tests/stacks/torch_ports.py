@@ -87,7 +87,8 @@ class ServedAttention(nn.Module):
         self.order, self.tiled = "qkv", False
 
     def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        parts = dict(zip(self.order, self.qkv_proj(x)[0].split([w * self.D for w in (self.H, self.K, self.K)], -1)))
+        widths = [heads * self.D for heads in (self.H, self.K, self.K)]
+        parts = dict(zip(self.order, self.qkv_proj(x)[0].split(widths, -1), strict=True))
         q, k, v = (parts[name] for name in "qkv")
         q, k = self.rotary_emb(positions, q, k)
         q, k, v = (y.view(len(y), -1, self.D).transpose(0, 1) for y in (q, k, v))
@@ -154,7 +155,7 @@ class Served(nn.Module):
 def served(checkpoint: str, dtype: str = "float32") -> Served:
     c, tensors = read(checkpoint)
     fused: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
+    for name in tensors:
         for parts, whole in ((("q_proj", "k_proj", "v_proj"), "qkv_proj"), (("gate_proj", "up_proj"), "gate_up_proj")):
             if parts[0] in name:
                 fused[name.replace(parts[0], whole)] = torch.cat([tensors[name.replace(parts[0], p)] for p in parts])

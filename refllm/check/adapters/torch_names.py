@@ -14,8 +14,8 @@ A place is the path of a module, for what it returns; `input of` one, for what i
 projection, which holds its parts after one another or `in groups`: for q k v by key/value heads (the queries of one
 group, its key, its value, the next group), for gate up alternately. A list has alternatives, of which the first counts
 that the module has. `rotation` names functions of the module's own files, or parts of it, which are given queries and
-keys and return them rotated. What is null is not shown. Two maps are shipped (`names/`); what a map leaves out is looked
-for in the module's weights (`refllm.check.adapters.torch_guess`).
+keys and return them rotated. What is null is not shown. Two maps are shipped (`names/`); what a map leaves out is
+looked for in the module's weights (`refllm.check.adapters.torch_guess`).
 """
 
 import difflib
