@@ -16,6 +16,7 @@ from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_
 from refllm.check.stacks import STACKS, Opening, adapter, find_stack, must_have, wrap
 from refllm.check.taps import Candidate, Sink
 from refllm.check.trace import Trace
+from refllm.check.weights import HANDED, handed_over
 from refllm.config.digest import config_hash
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
@@ -111,7 +112,8 @@ def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str
     """
     kept = Kept(candidate.name, inputs)
     run_candidate(candidate, inputs, kept.keep)
-    laid = laid_out(kept.taps(), model.config, model.head, inputs, layout, candidate.name)
+    taps, weights = handed_over(kept.taps())
+    laid = laid_out(taps, model.config, model.head, inputs, layout, candidate.name)
     return Trace(
         taps=laid.taps,
         inputs=inputs,
@@ -120,6 +122,7 @@ def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str
         head=model.head,
         config_hash=config_hash(model.config),
         details=candidate.details,
+        weights=weights,
         notes=[*filter(None, [candidate.details.get("note")]), *kept.notes, *laid.notes],
         doubts=laid.doubts,
     )
@@ -182,6 +185,8 @@ class Kept:
     def keep(self, name: str, value: np.ndarray) -> None:
         """value: an array that nobody else changes. Raises InputError for a name too many."""
         pieces = self._pieces.setdefault(name, [])
+        if pieces and name.startswith(HANDED):
+            return  # every piece has the same weights
         pieces.append(value)
         if len(pieces) > sum(self.lengths):
             raise self._named(name)
@@ -197,11 +202,15 @@ class Kept:
                 continue
             if name.endswith((".probs", ".scores")):
                 continue  # the pieces have different numbers of keys
+            if name.startswith(HANDED):
+                taps[name] = values[0]
+                continue
             joined = put_together(values, self.lengths, len(self.inputs.input_ids))
             if joined is None:
                 raise self._named(name)
             taps[name] = joined
-        more = {len(values) for values in self._pieces.values()} - {len(self.lengths)}
+        more = {len(values) for name, values in self._pieces.items() if not name.startswith(HANDED)}
+        more -= {len(self.lengths)}
         if more:
             self.notes.append(f"named up to {max(more)} times in {self._calls()}: the parts were put together")
         return taps

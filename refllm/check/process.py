@@ -105,6 +105,7 @@ class ApartCandidate:
         self.name, self.dtype = opening.name, opening.dtype
         self.details: dict[str, str] = {}
         self.takes: tuple[str, ...] = EVERYTHING
+        self.computes_in = ""
         self._processes = processes
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
@@ -136,7 +137,7 @@ class ApartCandidate:
                 imported = True
                 if word == "opened":
                     self.name, self.details, self.ready = str(values["name"]), values["details"], True
-                    self.takes = tuple(values["takes"])
+                    self.takes, self.computes_in = tuple(values["takes"]), str(values["computes_in"])
         except MisbehavesError as error:
             if not imported:
                 self._processes.give_up(self.opening.name, error.found)
@@ -198,8 +199,10 @@ def serve(channel: Channel) -> None:
             if what == "open":
                 candidate = None  # before another is loaded beside it
                 candidate = _opened(Opening(**given), channel)
-                takes = getattr(candidate, "takes", EVERYTHING)
-                channel.answer("opened", {"name": candidate.name, "details": candidate.details, "takes": takes})
+                said: dict[str, object] = {"name": candidate.name, "details": candidate.details}
+                said["takes"] = getattr(candidate, "takes", EVERYTHING)
+                said["computes_in"] = getattr(candidate, "computes_in", "")
+                channel.answer("opened", said)
             else:
                 assert candidate is not None
                 candidate.dtype = given["dtype"]  # as was found in what it showed

@@ -52,7 +52,9 @@ class Stack:
     roots: tuple[str, ...] = ()
 
 
-STACKS: dict[str, Stack] = {}
+STACKS: dict[str, Stack] = {
+    "onnx": Stack(("onnx", "onnxruntime"), ("float32", "float16"), "FILE", "onnx", ("onnx", "onnxruntime")),
+}
 """What stands before the colon of `--candidate` -> the stack."""
 
 TORCH_MODULE = Stack(("torch",), adapter="torch_module", roots=("torch",))

@@ -20,7 +20,7 @@ class Candidate(Protocol):
     """An implementation under test, ready to run (weights loaded).
 
     name: for reports. dtype: of its weights and activations. details: versions and settings worth keeping. It may have
-    an attribute `takes` (`EVERYTHING`).
+    an attribute `takes` (`EVERYTHING`), and `computes_in`, the one dtype that it has because its file is in that.
     """
 
     name: str
