@@ -37,6 +37,8 @@ def compare(
     trace: Any = None,
     layout: str = "",
     against: Any = None,
+    weights: Any = None,
+    page: str | os.PathLike[str] | None = None,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
@@ -55,6 +57,10 @@ def compare(
     trace: a recorded run to judge in place of a candidate, a file or a `refllm.check.trace.Trace` (docs/recording.md).
     layout: how the values of either lie, where their shapes do not tell ("tokens, gguf"). against: a recorded run that
     is known to be good, in the same form, the measure in place of the page; its tokens are run where none are given.
+    weights: those that the candidate really has, where they are not the checkpoint's (of a quantised engine): a
+    checkpoint folder, a safetensors or GGUF file, or arrays by the names of the checkpoint's tensors. It is judged with
+    them, and what they cost is reported apart (`Report.format_error`). page: the file of a page of one's own, or a
+    known family (`refllm.models.own_page`).
 
     A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
     and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
@@ -65,17 +71,20 @@ def compare(
     takes too long, and a crash is one of this process.
     """
     from refllm.check.process import Processes
+    from refllm.models.own_page import in_use
 
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     if trace is not None:
         if stress or candidate != "transformers" or names or library:
             raise InputError("trace= is judged as it was recorded: leave out candidate, stress, names and library")
         ids = None if input_ids is None else np.atleast_2d(input_ids)
-        return [_recorded(Path(checkpoint), _trace(trace, ids), dtype, policy, splits, tf32, layout, _trace(against))]
+        run = _trace(trace, ids)
+        with in_use(page):
+            return [_recorded(Path(checkpoint), run, dtype, policy, splits, tf32, layout, _trace(against), weights)]
     files = [None if path is None else Path(path) for path in (names, library)]
-    with Processes(time_limit) as processes:
+    with in_use(page), Processes(time_limit) as processes:
         return _compare(Path(checkpoint), candidate, dtype, policy, attention, given, prompt, stress,
-                        processes if isolate else None, splits, tf32, files[0], files[1], layout,
+                        processes if isolate else None, splits, tf32, weights, files[0], files[1], layout,
                         _trace(against))  # fmt: skip
 
 
@@ -95,15 +104,18 @@ def _recorded(
     tf32: bool,
     layout: str,
     against: "Trace | None",
+    weights: Any,
 ) -> "Report":
     from refllm.check.asked import Asked
     from refllm.check.recorded import check_recorded
     from refllm.check.run import load, rounding_of
+    from refllm.check.weights import Given
     from refllm.precision.dtype_names import dtype_name
 
     assert trace is not None
     asked = Asked(rounding_of("", policy), splits, tf32)
     how: dict[str, Any] = {"dtype": None if dtype is None else dtype_name(dtype), "layout": layout, "against": against}
+    how["weights"] = None if weights is None else Given.open(weights)
     return check_recorded(lambda of: load(folder, of), trace, asked, checkpoint=folder.name, **how)
 
 
@@ -119,6 +131,7 @@ def _compare(
     processes: "Processes | None",
     splits: int,
     tf32: bool,
+    weights: Any,
     names: Path | None,
     library: Path | None,
     layout: str,
@@ -128,6 +141,7 @@ def _compare(
     from refllm.check.layout import words_of
     from refllm.check.run import close, load, rounding_of
     from refllm.check.runs import Runs
+    from refllm.check.weights import Given
 
     found = _candidate(candidate, folder, dtype, attention, processes, names, library)
     if against is not None and stress:
@@ -148,6 +162,7 @@ def _compare(
         against=against,
         notes=notes,
         recorded=lambda: close(found),
+        weights=None if weights is None else Given.open(weights),
     )
     return list(runs.reports())
 

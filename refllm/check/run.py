@@ -21,6 +21,7 @@ from refllm.check.runs import Runs
 from refllm.check.stacks import Opening
 from refllm.check.taps import EVERYTHING, Candidate
 from refllm.check.trace import Trace
+from refllm.check.weights import Given
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
 from refllm.forward.taps import axes_of_values
@@ -57,6 +58,7 @@ class Settings:
     isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`. names, library: see
     `refllm.check.stacks.Opening`. layout: words of `refllm.check.layout.LAYOUTS`.
     against: a known-good run to be the measure, and its tokens those that are run where `tokens` has none.
+    weights: what `refllm.check.weights.Given.open` takes.
     """
 
     candidate: str = "transformers"
@@ -73,6 +75,7 @@ class Settings:
     library: Path | None = None
     layout: str = ""
     against: Trace | None = None
+    weights: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
@@ -218,6 +221,7 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
         notes=notes,
         step=step,
         recorded=go_on,
+        weights=None if job.settings.weights is None else Given.open(job.settings.weights),
     )
     yield from runs.reports()
 

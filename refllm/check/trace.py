@@ -38,7 +38,8 @@ class Trace:
     head, config_hash: of the model, the latter of what its config says about the mathematics (`refllm.config.digest`);
     "" where a file does not say. details: anything else worth keeping. layout: words of `refllm.check.layout.LAYOUTS`
     that say how the values lie; notes, doubts: what was said when they were brought to the shapes of the vocabulary
-    (`refllm.check.layout.Laid`).
+    (`refllm.check.layout.Laid`). weights: tensors that the candidate handed over
+    (`refllm.check.weights`), which no file keeps.
     """
 
     taps: dict[str, np.ndarray]
@@ -48,6 +49,7 @@ class Trace:
     head: str
     config_hash: str
     details: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
     layout: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
