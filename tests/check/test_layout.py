@@ -150,6 +150,7 @@ def test_the_rotated_dims_alone_are_taken_in_any_layout() -> None:
 def test_tokens_without_those_that_are_padding_are_put_in_their_places() -> None:
     inputs = Inputs(INPUTS.input_ids, MASK)
     found = laid_out(tokens(LLAMA, inputs.valid.reshape(-1)), CONFIG, "causal_lm", inputs)
+    assert found.taps.keys() == without_scores(LLAMA).keys()
     for name, value in without_scores(LLAMA).items():
         rows = [x if x.ndim == 3 else x.swapaxes(1, 2) for x in (found.taps[name], value)]
         assert np.array_equal(rows[0][inputs.valid], rows[1][inputs.valid]), name

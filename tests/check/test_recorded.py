@@ -30,7 +30,7 @@ from refllm.commands import cli
 from refllm.errors import InputError, RefllmError
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parent.parent / "docs" / "recording.md").read_text()
+PAGE = (HERE.parent.parent / "docs/recording.md").read_text()
 IDS = np.random.default_rng(3).integers(4, 90, (2, 24))
 CONFIG: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "vocab_size": 97}
 Taps = dict[str, np.ndarray]
@@ -119,6 +119,7 @@ BUGS = {
 def test_a_run_of_a_program_without_refllm_is_judged(
     folder: Path, programs: dict[str, Callable[[Path, str], None]], tmp_path: Path
 ) -> None:
+    assert "numpy" in programs
     for language, run in programs.items():
         bug, name, tokens = BUGS[language]
         run(tmp_path / "right.safetensors", "right")
@@ -165,7 +166,8 @@ def test_the_writer_in_rust_writes_the_format(tmp_path: Path) -> None:
 def test_a_trace_of_ours_and_a_plain_file_get_the_same_figures(
     folder: Path, traces: dict[str, Trace], tmp_path: Path
 ) -> None:
-    for dtype, trace in traces.items():
+    for dtype in ("float32", "bfloat16"):
+        trace = traces[dtype]
         trace.save(tmp_path / "ours.safetensors")
         ours, theirs = (
             compare(folder, trace=file)[0]
