@@ -24,6 +24,15 @@ EXTRA_OF = {
     "matplotlib": "bench",
     "pytest": "test",
     "liger_kernel": "test",
+    "mlx": "mlx",
+    "mlx_lm": "mlx",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "openvino": "openvino",
+    "jax": "jax",
+    "ctranslate2": "ctranslate2",
+    "gguf": "gguf",
 }
 """Name of an import -> the smallest extra that brings it."""
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
-from refllm.check.taps import Sink, as_array, cannot_run, is_array
+from refllm.check.taps import ALWAYS, Sink, as_array, cannot_run, is_array
 from refllm.errors import InputError
 from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import rounding
@@ -38,7 +38,8 @@ _IN_ORDER = 5  # arguments that are given by their place
 
 
 class FunctionCandidate:
-    """A `Forward` as a candidate. takes: "dtype", "cache" and "embeddings", if the function has such arguments."""
+    """A `Forward` as a candidate. takes: what all are given, and "dtype", "cache" and "embeddings", if the function has
+    such arguments."""
 
     def __init__(self, function: Forward, folder: Path, *, head: str, dtype: str, name: str | None = None) -> None:
         dtype = dtype_name(dtype)
@@ -47,7 +48,7 @@ class FunctionCandidate:
         self.function, self.folder, self.head, self.dtype = function, folder, head, dtype
         self.name = str(name or getattr(function, "__name__", type(function).__name__))
         self.details: dict[str, str] = {}
-        self.takes = _named(function)
+        self.takes: tuple[str, ...] = (*ALWAYS, *_named(function))
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`. Raises InputError for inputs that `cannot_run` has a reason for."""
@@ -100,6 +101,16 @@ class FunctionCandidate:
         elif result is not None and not _same(last, result, shown[last]):
             raise misbehaves("result", f"{last} is named as one value and returned as another")
         return cache
+
+
+def takes_a_checkpoint_alone(function: Any) -> bool:
+    """Whether it has one argument that must be given by its place: it makes a model, and is no forward pass."""
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [a.kind in by_place for a in arguments if a.default is a.empty] == [True]
 
 
 def _named(function: Forward) -> tuple[str, ...]:

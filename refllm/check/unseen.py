@@ -9,7 +9,7 @@ import numpy as np
 from refllm.check.candidates import record
 from refllm.check.inputs import ALL_AT_MOST, Inputs, in_rows
 from refllm.check.misbehaviour import MisbehavesError
-from refllm.check.taps import Candidate
+from refllm.check.taps import EVERYTHING, Candidate
 from refllm.check.trace import Trace
 from refllm.errors import InputError
 from refllm.forward.model import Model
@@ -82,7 +82,7 @@ def read_rows(candidate: Candidate, model: Model, trace: Trace, seconds: float, 
     if _wrong(model, read, trace.taps[EMBEDDING][valid]).any():
         return Rows(len(unread), vocab, "those that were read are wrong")
     length, rows = valid.shape[1], 1
-    most = max(1, _AT_ONCE // (length * width))
+    most = max(1, _AT_ONCE // (length * width)) if "batch" in getattr(candidate, "takes", EVERYTHING) else 1
     ids, values = [np.empty(0, int)], [np.empty((0, width), np.float32)]
     while unread.size:
         some, unread = np.split(unread, [rows * length])

@@ -19,7 +19,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.check:compare": {
         "candidate": "transformers", "dtype": None, "policy": None, "attention": "eager", "input_ids": None,
         "attention_mask": None, "position_ids": None, "prompt": None, "stress": False, "isolate": True,
-        "time_limit": None, "splits": 1, "tf32": False, "page": None,
+        "time_limit": None, "splits": 1, "tf32": False, "names": None, "library": None, "trace": None, "layout": "",
+        "against": None, "weights": None, "page": None,
     },
     "refllm.check:check_op": {
         "dtype": "bfloat16", "policy": "fused", "device": "cpu", "arrays": "torch", "calls": None, **SEARCH,
@@ -31,7 +32,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.opcheck.report:show_report": {"with_repro": False},
     "refllm.check.run:Settings": {
         "candidate": "transformers", "dtypes": (), "attention": "eager", "policy": None, "stress": False,
-        "seconds": None, "isolate": True, "splits": 1, "tf32": False,
+        "seconds": None, "isolate": True, "splits": 1, "tf32": False, "names": None, "library": None,
     },
     "refllm.forward.model:Model.from_pretrained": {
         **LOADING, **WHERE, "low_memory": False, "progress": None, "seed": 0,
