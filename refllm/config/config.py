@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -215,6 +215,17 @@ _READERS_BY_NAME = {
     "hidden_act": _read_activation,
     "num_hidden_layers": _read_layers,
 }
+
+
+def reader_of(field: dataclasses.Field[Any]) -> Callable[[str, str, Any], Any]:
+    """What reads a key of config.json, by its name or annotation. Raises ConfigError where there is nothing."""
+    annotation = getattr(field.type, "__name__", str(field.type))
+    reader = _READERS_BY_NAME.get(field.name) or _READERS.get(annotation)
+    if reader is None:
+        raise ConfigError(f"the key {field.name} is annotated {annotation}; use one of {', '.join(_PLAIN_READERS)}")
+    return reader
+
+
 # Fields that other steps of the constructor fill.
 _COMPOSED = ("rope_parameters", "id2label", "label2id", "generation_defaults", "extra")
 
@@ -308,13 +319,7 @@ class ModelConfig:
         name, value = field.name, values.get(field.name, field.default)
         if name == "dtype" and value is None:
             name, value = "torch_dtype", values.get("torch_dtype")
-        reader = _READERS_BY_NAME.get(field.name) or _READERS.get(getattr(field.type, "__name__", str(field.type)))
-        if reader is None:
-            raise ConfigError(
-                f"{type(self).__name__}: the key {name} is annotated {field.type}; use one of "
-                f"{', '.join(_PLAIN_READERS)}"
-            )
-        return reader(source, name, value)
+        return reader_of(field)(source, name, value)
 
     def _refuse_dangerous_keys(self, source: str, values: Mapping[str, Any]) -> None:
         fields = {field.name for field in dataclasses.fields(self)}

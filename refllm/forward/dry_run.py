@@ -183,7 +183,9 @@ class DryWeights(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
 
-def dry_run(forward: Callable[..., Any], config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, set[str]]:
+def dry_run(
+    forward: Callable[..., Any], config: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[DryOperators, set[str]]:
     """The operators and the tensors that `forward` of a page uses. Raises PageError for what cannot be right, and
     whatever else the page raises."""
     op, weights = DryOperators(), DryWeights(shapes)
@@ -198,3 +200,8 @@ def dry_run(forward: Callable[..., Any], config: Any, shapes: Mapping[str, tuple
     if isinstance(out, _Unnamed):
         raise PageError("what forward returns has no name; it is model.norm")
     return op, weights.read
+
+
+def names_of(page: Any, config: Any) -> list[str]:
+    """The names of all values of a page."""
+    return dry_run(page.forward, config, page.tensors(config))[0].names

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from refllm.config import CONFIG_CLASSES, ModelConfig
-from refllm.config.config import read_as
+from refllm.config.config import read_as, reader_of
 from refllm.config.digest import config_hash
 from refllm.config.traits import TRAITS, Traits
-from refllm.errors import InputError, RefllmError
+from refllm.errors import ConfigError, InputError, RefllmError
 from refllm.forward.dry_run import PageError, dry_run
 from refllm.models import families
 from refllm.user_code import load_file
@@ -136,6 +136,12 @@ class OwnPage:
         cls.model_type, cls.traits = self.traits.model_type, self.traits
         if "__dataclass_fields__" not in vars(cls):
             cls = dataclasses.dataclass(init=False, kw_only=True)(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in vars(cls).get("__annotations__", ()):
+                try:
+                    reader_of(field)
+                except ConfigError as error:
+                    raise self.error(f"Config: {error}", rf"\s+{field.name}") from None
         return cls
 
     def _check_traits(self) -> None:
