@@ -656,36 +656,41 @@ class AutoConfig:
     def from_pretrained(folder: str | os.PathLike[str], **overrides: Any) -> ModelConfig:
         """Read config.json of a checkpoint folder; its model_type selects the class. Raises ConfigError."""
         path, values = read_config_json(folder)
-        return AutoConfig.from_dict({**values, **overrides}, source=str(path))
+        return _found({**values, **overrides}, str(path), path)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """The config that a parsed config.json describes; its model_type selects the class. Raises ConfigError."""
-        if "model_type" not in values:
-            raise ConfigError(f"{source}: the key model_type is missing; it must be {_families()}")
-        return _config_class(values["model_type"], source, values).from_dict(values, source)
+        return _found(values, source)
 
     @staticmethod
     def for_model(model_type: str, **values: Any) -> ModelConfig:
         """A config of the family with the given keys and defaults for the rest. Raises ConfigError."""
-        return _config_class(model_type, "AutoConfig")(**values)
+        return _config_class({**values, "model_type": model_type}, "AutoConfig")(**values)
 
 
 def _families() -> str:
     return "one of " + ", ".join(CONFIG_CLASSES)
 
 
-def _config_class(model_type: Any, source: str, values: Mapping[str, Any] | None = None) -> type[ModelConfig]:
-    """The class of a model_type. values: the config.json that names it, for what to say of one that is not known."""
+def _found(values: Mapping[str, Any], source: str, file: Path | None = None) -> ModelConfig:
+    if "model_type" not in values:
+        raise ConfigError(f"{source}: the key model_type is missing; it must be {_families()}")
+    return _config_class(values, source, file).from_dict(values, source)
+
+
+def _config_class(values: Mapping[str, Any], source: str, file: Path | None = None) -> type[ModelConfig]:
+    """The class of the model_type of a config. file: of the config, beside which tensors may be."""
+    model_type = values["model_type"]
     if isinstance(model_type, str) and model_type in CONFIG_CLASSES:
         return CONFIG_CLASSES[model_type]
     hint = ""
     if model_type == "stablelm_epoch":
         hint = " (stablelm_epoch files name their keys differently; newer revisions of the checkpoint are stablelm)"
-    elif isinstance(model_type, str) and values is not None:
+    elif isinstance(model_type, str):
         from refllm.config.nearest import nearest
 
-        hint = f": {nearest(values, _tensor_names(Path(source))).sentence}"
+        hint = f": {nearest(values, () if file is None else _tensor_names(file)).sentence}"
     raise ConfigError(f"{source}: model_type={show(model_type)} must be {_families()}{hint}")
 
 

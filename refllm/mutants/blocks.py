@@ -390,12 +390,16 @@ BLOCK: dict[str, dict[str, Any]] = {
         "plant": forward_of("self_attn.v_proj", _without_bias),
         "applies": qkv_biases,
     },
-    "k_proj bias used for v": {"taps": ("self_attn.v_proj",), "plant": bias_of_k_for_v, "applies": qkv_biases},
     "layer skipped": {
         "taps": ("",),
         "plant": forward_of_block(lambda block: lambda hidden_states, **kwargs: hidden_states),
     },
 }
+
+BIASES: dict[str, dict[str, Any]] = {
+    "k_proj bias used for v": {"taps": ("self_attn.v_proj",), "plant": bias_of_k_for_v, "applies": qkv_biases},
+}
+"""What is planted in families from outside besides."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- head

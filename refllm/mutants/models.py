@@ -13,7 +13,7 @@ from typing import Any
 
 from refllm.config import ModelConfig
 from refllm.mutants.attention import ATTENTION, WINDOW
-from refllm.mutants.blocks import BLOCK, HEAD, MLP, NORM
+from refllm.mutants.blocks import BIASES, BLOCK, HEAD, MLP, NORM
 from refllm.mutants.planting import Plant
 from refllm.mutants.rotary import ROPE
 
@@ -78,8 +78,8 @@ def catalogue() -> list[Mutant]:
 
 
 def of_own_pages() -> list[Mutant]:
-    """Every mutant, and those of what only pages from outside have: a window."""
-    return _made({**_AREAS, "attention": ATTENTION | WINDOW})
+    """Every mutant, and those of what pages from outside have: a window of keys, biases in three projections."""
+    return _made({**_AREAS, "attention": ATTENTION | WINDOW, "block": BLOCK | BIASES})
 
 
 def _made(areas: dict[str, dict[str, dict[str, Any]]]) -> list[Mutant]:

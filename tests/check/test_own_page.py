@@ -288,10 +288,28 @@ WRONG_PAGES = [
     (
         "wrong trait",
         "rounds_before_weight=True)",
-        "gated=False)",
+        "rounds_before_weight=True, gated=False)",
         "TRAITS: gated=False, but the page computes gated=True",
     ),
     ("wrong pairing", "interleaved=False)", "interleaved=True)", "TRAITS: interleaved=False, but the page computes"),
+    (
+        "arithmetic",
+        "    a_BSE = norm",
+        "    x_BSE = x_BSE * 2\n    a_BSE = norm",
+        "multiply of a value of the model; every",
+    ),
+    (
+        "a point",
+        "\n\ndef tensors",
+        "NOT_ROUNDED = {'norm'}\n\n\ndef tensors",
+        "NOT_ROUNDED: 'norm' is no rounding point",
+    ),
+    (
+        "rounding",
+        ", rounds_before_weight=True",
+        "",
+        "rounds_before_weight=False means that NOT_ROUNDED has",
+    ),
     ("no config", "class Config(LlamaConfig)", "class Config", "Config must be a class of refllm.config"),
     (
         "unknown annotation",
