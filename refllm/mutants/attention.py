@@ -62,7 +62,7 @@ def _one_older(seen: Any, s: Any, t: Any) -> Any:
 
 
 def _oldest_hidden(seen: Any, s: Any, t: Any) -> Any:
-    """Without the first key that a query sees, unless that is the first of all."""
+    """The first key that a query sees is hidden, unless it is the first of all."""
     less = seen.clone()
     less[..., 1:] &= seen[..., :-1]
     return less
