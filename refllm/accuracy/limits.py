@@ -68,6 +68,10 @@ TABLES_WITHIN = 16
 """Float32 ulp around the exact frequency in which honest ones lie. Of the stacks that were measured (float32 powers and
 exponentials of three libraries, exp2, repeated products) the farthest is 12.6 x 2^-24 off, 7 ulp."""
 
+TABLES_FAR_OFF = 1e4
+"""Values whose angles are so many times as far off as those of the best, squared, have no say in the tables: such are
+another base, pairing or sign in one layer. Where some are shown in float32 and others rounded, the former say it."""
+
 TABLES_NEARLY_ALL, TABLES_NO_FEWER, TABLES_NO_WORSE = 0.998, 0.0005, 6.0
 """A table with a name explains at least this share of the elements to the bit, at most so much less than the best; and
 of N errors its fit is at most so many parts of N worse than the best: another has to be better than by chance."""

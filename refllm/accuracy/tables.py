@@ -100,7 +100,7 @@ def solve(config: ModelConfig, positions: np.ndarray, turned: Iterable[Turned], 
     exact.tables(positions), as_torch.tables(positions)
     truth = np.asarray(exact.inv_freq)
     rows = list(turned)
-    places, sums = _averaged(rows)
+    places, sums = _averaged(_near(rows, truth))
     if not len(places):
         return unknown(config, positions)
     error_NR = np.angle(sums * np.exp(-1j * angles(places, truth, False)))
@@ -190,6 +190,19 @@ def _few(rows: Sequence[Turned]) -> Turned:
     parts = [(at[c], heads(before[c]), heads(after[c])) for (at, before, after), c in zip(rows, chosen, strict=True)]
     at, before, after = (np.concatenate(part) for part in zip(*parts, strict=True))
     return at, before.astype(np.float64), after.astype(np.float64)
+
+
+def _near(rows: Sequence[Turned], truth: np.ndarray) -> list[Turned]:
+    """Those that are not far off beside the best: a layer that turns otherwise would move the tables by which the right
+    ones are judged."""
+    off = []
+    for each in rows:
+        places, sums = _averaged([each])
+        wrong = np.angle(sums * np.exp(-1j * angles(places, truth, False)))
+        weight = np.abs(sums)
+        off.append(float((weight * np.square(wrong)).sum() / max(weight.sum(), np.finfo(float).tiny)))
+    floor = np.finfo(np.float32).eps ** 2
+    return [each for each, own in zip(rows, off, strict=True) if own <= limits.TABLES_FAR_OFF * max(floor, min(off))]
 
 
 def _averaged(turned: Sequence[Turned]) -> tuple[np.ndarray, np.ndarray]:

@@ -69,7 +69,9 @@ class Record:
             others = {formulas.short(n) for n, o in self.operators.items() if o == operator}
             found = next((p for other in sorted(others) if (p := self._common(other)) is not None), None)
         here = self.found.get(name)
-        return replace(found, stored=here.fits[0].stored) if found is not None and here is not None and here.fits else found
+        if found is None or here is None or not here.fits:
+            return found
+        return replace(found, stored=here.fits[0].stored)
 
     def another(self, name: str) -> Profile | None:
         """The profile of a value that is not that of the same value in most layers."""

@@ -54,6 +54,8 @@ class Stack:
 
 STACKS: dict[str, Stack] = {
     "onnx": Stack(("onnx", "onnxruntime"), ("float32", "float16"), "FILE", "onnx", ("onnx", "onnxruntime")),
+    "openvino": Stack(("openvino",), ("float32",), "FILE", "openvino", ("openvino",)),
+    "ctranslate2": Stack(("ctranslate2",), ("float32",), "FOLDER", "ctranslate2", ("ctranslate2",)),
 }
 """What stands before the colon of `--candidate` -> the stack."""
 
