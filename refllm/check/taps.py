@@ -56,7 +56,7 @@ def cannot_run(candidate: Candidate, inputs: Inputs) -> str:
 ALWAYS = ("mask", "positions", "batch")
 """What every forward pass of somebody's own is given; an engine may lack it."""
 LENGTHS = "lengths"
-"""What an engine takes that knows rows of different lengths, and counts the tokens of each from 0: no other mask, and no
+"""What an engine takes that knows rows of different lengths and counts the tokens of each from 0: no other mask, and no
 other positions."""
 EVERYTHING = ("dtype", "cache", "embeddings", *ALWAYS)
 """What a candidate may take besides one row of ids (`Candidate.takes`)."""
