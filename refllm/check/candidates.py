@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_
 from refllm.check.stacks import STACKS, Opening, adapter, find_stack, must_have, wrap
 from refllm.check.taps import Candidate, Sink
 from refllm.check.trace import Trace
+from refllm.check.weights import HANDED, handed_over
 from refllm.config.digest import config_hash
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
@@ -71,7 +73,8 @@ def open_candidate(opening: Opening) -> Candidate:
 
 def of_object(found: Any, opening: Opening) -> Candidate:
     """A live object of somebody's as a candidate: a model of some stack, a function that takes a checkpoint alone and
-    returns a model, a `Candidate`, or a forward pass (`refllm.check.functions.Forward`)."""
+    returns a model, a `Candidate`, or a forward pass (`refllm.check.functions.Forward`). A function that returns a
+    model is told the dtype, if it has an argument `dtype`."""
     candidate = wrap(found, opening)
     if candidate is not None:
         return candidate
@@ -85,26 +88,32 @@ def of_object(found: Any, opening: Opening) -> Candidate:
 
 
 def _of_factory(function: Callable[[str], Any], opening: Opening) -> Candidate:
+    told = {"dtype": opening.dtype} if "dtype" in signature(function).parameters else {}
     try:
-        model = function(str(opening.folder))
+        model = function(str(opening.folder), **told)
     except Exception as error:
         raise raised(error) from None
-    candidate = wrap(model, opening)
+    candidate: Any = wrap(model, opening)
     if candidate is None:
         kind = type(model).__name__
         raise misbehaves("result", f"it takes a checkpoint alone, and returns a {kind}; expected a model of a stack")
-    return candidate
+    if told and hasattr(candidate, "takes"):
+        candidate.takes = (*candidate.takes, "dtype")
+    found: Candidate = candidate
+    return found
 
 
 def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str, ...] = ()) -> Trace:
     """Run a candidate and keep what it names, in the shapes of the vocabulary. model: of the same checkpoint, for its
-    config and head. layout: how the values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
+    config and head; its detail `note` is said in the report. layout: how the values lie, where their shapes do not tell
+    (`refllm.check.layout.LAYOUTS`).
 
     Raises MisbehavesError as `run_candidate`, and for one that names nothing.
     """
     kept = Kept(candidate.name, inputs)
     run_candidate(candidate, inputs, kept.keep)
-    laid = laid_out(kept.taps(), model.config, model.head, inputs, layout, candidate.name)
+    taps, weights = handed_over(kept.taps())
+    laid = laid_out(taps, model.config, model.head, inputs, layout, candidate.name)
     return Trace(
         taps=laid.taps,
         inputs=inputs,
@@ -113,7 +122,8 @@ def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str
         head=model.head,
         config_hash=config_hash(model.config),
         details=candidate.details,
-        notes=[*kept.notes, *laid.notes],
+        weights=weights,
+        notes=[*filter(None, [candidate.details.get("note")]), *kept.notes, *laid.notes],
         doubts=laid.doubts,
     )
 
@@ -175,6 +185,8 @@ class Kept:
     def keep(self, name: str, value: np.ndarray) -> None:
         """value: an array that nobody else changes. Raises InputError for a name too many."""
         pieces = self._pieces.setdefault(name, [])
+        if pieces and name.startswith(HANDED):
+            return  # every piece has the same weights
         pieces.append(value)
         if len(pieces) > sum(self.lengths):
             raise self._named(name)
@@ -190,11 +202,15 @@ class Kept:
                 continue
             if name.endswith((".probs", ".scores")):
                 continue  # the pieces have different numbers of keys
+            if name.startswith(HANDED):
+                taps[name] = values[0]
+                continue
             joined = put_together(values, self.lengths, len(self.inputs.input_ids))
             if joined is None:
                 raise self._named(name)
             taps[name] = joined
-        more = {len(values) for values in self._pieces.values()} - {len(self.lengths)}
+        more = {len(values) for name, values in self._pieces.items() if not name.startswith(HANDED)}
+        more -= {len(self.lengths)}
         if more:
             self.notes.append(f"named up to {max(more)} times in {self._calls()}: the parts were put together")
         return taps
