@@ -140,8 +140,8 @@ class Profiled(Propagation):
         return self._with_shares(x, x.variance + of_weight)
 
     def with_float32_noise(self, made: Made, profile: Profile, x: Uncertain) -> Uncertain:
-        """x, a result that is never put on the grid of the format, and the error of the float32 arithmetic that made it:
-        small, but where nothing was rounded before, it is all there is."""
+        """x, a result that is never put on the grid of the format, with the error of the float32 arithmetic that made
+        it: small, but where nothing was rounded before, it is all there is."""
         wide = Profiled("float32", self.policy, self.at_tap, self.wants, self.choose, False)
         certain = tuple(replace(i, variance=np.zeros_like(i.variance), shares={}) for i in made.read(profile))
         noise = wide.under(Made(made.operator, certain, made.how), Profile()).variance
