@@ -62,7 +62,8 @@ def check_recorded(
 
     dtype: in which it computed; None takes what the trace says, or shows. layout: how its values lie, in place of what
     the trace says (`refllm.check.layout.LAYOUTS`). weights: those that it computed with, where they are not the
-    checkpoint's; the file may hold them, as `weights.<tensor>`. Raises InputError for a trace that is not of this checkpoint.
+    checkpoint's; the file may hold them, as `weights.<tensor>`. Raises InputError for a trace that is not of this
+    checkpoint.
     """
     format_ = dtype or trace.dtype
     if format_ not in DTYPES:

@@ -52,7 +52,9 @@ class Stack:
     roots: tuple[str, ...] = ()
 
 
-STACKS: dict[str, Stack] = {}
+STACKS: dict[str, Stack] = {
+    "gguf": Stack(("gguf",), ("float32",), given="FILE.gguf", adapter="gguf"),
+}
 """What stands before the colon of `--candidate` -> the stack."""
 
 TORCH_MODULE = Stack(("torch",), adapter="torch_module", roots=("torch",))
