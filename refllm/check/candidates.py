@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def open_candidate(opening: Opening) -> Candidate:
 
 def of_object(found: Any, opening: Opening) -> Candidate:
     """A live object of somebody's as a candidate: a model of some stack, a function that takes a checkpoint alone and
-    returns a model, a `Candidate`, or a forward pass (`refllm.check.functions.Forward`)."""
+    returns a model, a `Candidate`, or a forward pass (`refllm.check.functions.Forward`). A function that returns a
+    model is told the dtype, if it has an argument `dtype`."""
     candidate = wrap(found, opening)
     if candidate is not None:
         return candidate
@@ -86,20 +88,25 @@ def of_object(found: Any, opening: Opening) -> Candidate:
 
 
 def _of_factory(function: Callable[[str], Any], opening: Opening) -> Candidate:
+    told = {"dtype": opening.dtype} if "dtype" in signature(function).parameters else {}
     try:
-        model = function(str(opening.folder))
+        model = function(str(opening.folder), **told)
     except Exception as error:
         raise raised(error) from None
-    candidate = wrap(model, opening)
+    candidate: Any = wrap(model, opening)
     if candidate is None:
         kind = type(model).__name__
         raise misbehaves("result", f"it takes a checkpoint alone, and returns a {kind}; expected a model of a stack")
-    return candidate
+    if told and hasattr(candidate, "takes"):
+        candidate.takes = (*candidate.takes, "dtype")
+    found: Candidate = candidate
+    return found
 
 
 def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str, ...] = ()) -> Trace:
     """Run a candidate and keep what it names, in the shapes of the vocabulary. model: of the same checkpoint, for its
-    config and head. layout: how the values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
+    config and head; its detail `note` is said in the report. layout: how the values lie, where their shapes do not tell
+    (`refllm.check.layout.LAYOUTS`).
 
     Raises MisbehavesError as `run_candidate`, and for one that names nothing.
     """
@@ -116,7 +123,7 @@ def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str
         config_hash=config_hash(model.config),
         details=candidate.details,
         weights=weights,
-        notes=[*kept.notes, *laid.notes],
+        notes=[*filter(None, [candidate.details.get("note")]), *kept.notes, *laid.notes],
         doubts=laid.doubts,
     )
 

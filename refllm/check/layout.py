@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class _Reading:
     @property
     def words(self) -> set[str]:
         """The words of `LAYOUTS` that ask for it."""
-        groups = _groups(self.pattern)
+        groups = groups_of(self.pattern)
         of_batch = {"tokens"} if ["B", "S"] in groups else {"SBE"} if groups[0] == ["S"] else set()
         if ["h"] not in groups:
             return of_batch
@@ -108,15 +109,13 @@ def laid_out(
     readings = {name: work.readings(name, value) for name, value in taps.items() if name in work.axes}
     work.decide(readings.values())
     shown: dict[str, list[str]] = {}
-    for name, value in taps.items():
-        if name not in readings:
-            found.taps[name] = value
-            continue
+    for name in filter(readings.__contains__, work.axes):
         reading = work.chosen(readings[name])
-        found.taps[name] = work.taken(name, value, reading)
+        found.taps[name] = work.taken(name, taps[name], reading)
         said = work.said(name, reading)
         if said:
             shown.setdefault(said, []).append(name)
+    found.taps |= {name: value for name, value in taps.items() if name not in readings}
     found.notes += [f"{_listed(names)}: {said}" for said, names in shown.items()]
     found.notes += work.in_order(found.taps)
     found.doubts += work.doubts(readings.values())
@@ -231,9 +230,9 @@ class _Work:
         elif names[-1] in "EFVC":
             own["n"] = self.sizes[names[-1]]
         found = [own]
-        rotary = int(getattr(self.config, "rotary_dim", self.sizes["D"]))
-        if name.endswith("_rope") and rotary < self.sizes["D"]:
-            found.append(own | {"D": rotary})
+        c: Any = self.config
+        if name.endswith("_rope") and c.rotary_dim < self.sizes["D"]:
+            found.append(own | {"D": c.rotary_dim})
         if heads == "K" and self.sizes["K"] < self.sizes["H"]:
             found += [sizes | {"h": self.sizes["H"]} for sizes in list(found)]
         if name == "lm_head" and shape and shape[-1] > self.sizes["V"]:
@@ -386,16 +385,17 @@ def _general(axes: str) -> str:
     return _patterns(axes)[0]
 
 
-def _groups(pattern: str) -> list[list[str]]:
+def groups_of(pattern: str) -> list[list[str]]:
+    """The axes of a pattern like "B S (H D)", those that lie in one together."""
     return [(match[1] or match[2]).split() for match in _GROUP.finditer(pattern)]
 
 
 def _axes(pattern: str) -> list[str]:
-    return [axis for group in _groups(pattern) for axis in group if axis != "1"]
+    return [axis for group in groups_of(pattern) for axis in group if axis != "1"]
 
 
 def _shape(pattern: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    return tuple(math.prod(sizes[axis] for axis in group) for group in _groups(pattern))
+    return tuple(math.prod(sizes[axis] for axis in group) for group in groups_of(pattern))
 
 
 def _arranged(value: np.ndarray, pattern: str, target: str, sizes: dict[str, int]) -> np.ndarray:
@@ -409,7 +409,7 @@ def _arranged(value: np.ndarray, pattern: str, target: str, sizes: dict[str, int
 def _spoken(pattern: str) -> str:
     """ "[B*S, heads, D]"."""
     words = {"h": "heads", "n": "n"}
-    groups = ["*".join(words.get(axis, axis) for axis in group) for group in _groups(pattern)]
+    groups = ["*".join(words.get(axis, axis) for axis in group) for group in groups_of(pattern)]
     return f"[{', '.join(groups)}]"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refllm.check.against import judge_against
 from refllm.check.asked import Asked
 from refllm.check.functions import DTYPES
 from refllm.check.layout import laid_out, words_of
@@ -40,7 +41,8 @@ def check_files(
         raise InputError(f"--dtype {' and '.join(settings.dtypes)}: a run that was recorded has one")
     folders_to_check(folder)
     given = read_tokens(folder, AutoConfig.from_pretrained(folder).vocab_size, **settings.tokens)
-    how: dict[str, Any] = {"dtype": next(iter(settings.dtypes), None), "layout": settings.layout, "step": step}
+    dtype, words, good = next(iter(settings.dtypes), None), settings.layout, settings.against
+    how: dict[str, Any] = {"dtype": dtype, "layout": words, "against": good, "step": step}
     how["weights"] = None if settings.weights is None else Given.open(settings.weights)
     for file in files:
         trace = Trace.load(file, given)
@@ -55,15 +57,16 @@ def check_recorded(
     checkpoint: str = "",
     dtype: str | None = None,
     layout: str = "",
+    against: Trace | None = None,
     step: Step = lambda *_: None,
     weights: Given | None = None,
 ) -> Report:
     """The report on a recorded run. load: dtype -> the checkpoint, with weights on the grid of that dtype.
 
     dtype: in which it computed; None takes what the trace says, or shows. layout: how its values lie, in place of what
-    the trace says (`refllm.check.layout.LAYOUTS`). weights: those that it computed with, where they are not the
-    checkpoint's; the file may hold them, as `weights.<tensor>`. Raises InputError for a trace that is not of this
-    checkpoint.
+    the trace says (`refllm.check.layout.LAYOUTS`). against: a known-good run, the measure in place of the page.
+    weights: those that it computed with, where they are not the checkpoint's; the file may hold them, as
+    `weights.<tensor>`. Raises InputError for a trace that is not of this checkpoint.
     """
     format_ = dtype or trace.dtype
     if format_ not in DTYPES:
@@ -74,7 +77,10 @@ def check_recorded(
     model = load(format_) if weights is None else weights.in_place_of(load(format_))
     trace = canonical(replace(trace, dtype=format_, taps=taps), model, layout)
     where = f"{checkpoint} {format_}, {trace.inputs.label}"
-    report = judge(model, trace, asked, checkpoint=checkpoint, step=lambda text: step(f"{where}: {text}"))
+    how: dict[str, Any] = {"checkpoint": checkpoint, "step": lambda text: step(f"{where}: {text}")}
+    if against is not None:
+        return judge_against(model, trace, canonical(against, model), asked, **how)
+    report = judge(model, trace, asked, **how)
     if weights is not None:
         report.format_error = format_error(load("float64"), weights, trace.inputs, report)
     said = "dtype" in trace.details or dtype is not None

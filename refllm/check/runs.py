@@ -6,16 +6,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from refllm.check.against import judge_against
 from refllm.check.asked import Asked
 from refllm.check.candidates import record
 from refllm.check.inputs import Inputs, every_token, stressed
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
+from refllm.check.recorded import canonical
 from refllm.check.taps import EVERYTHING, Candidate, cannot_run
 from refllm.check.trace import Trace, format_of
 from refllm.check.unseen import EMBEDDING, Rows, read_rows
 from refllm.check.weights import Given, format_error
 from refllm.config import ModelConfig
+from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.forward.rotary import RotaryEmbedding
 from refllm.precision import Policy
@@ -27,6 +30,7 @@ class Runs:
 
     said: whether somebody said the candidate's dtype; if not, and it takes none, it is found in what it shows.
     layout: how the candidate's values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
+    against: a known-good run, the measure in place of the page; of the plain inputs.
     recorded: called when the last run is done and not yet judged. weights: those that the candidate really
     has, where they are not the checkpoint's; it may hand them over in its first run.
     """
@@ -39,6 +43,7 @@ class Runs:
     stress: bool = False
     said: bool = True
     layout: tuple[str, ...] = ()
+    against: Trace | None = None
     notes: list[str] = field(default_factory=list)
     step: Callable[..., None] = lambda *_: None
     recorded: Callable[[], None] = lambda: None
@@ -76,7 +81,7 @@ class Runs:
         if isinstance(found, Trace):
             self._take_weights(found)
             self._settle(found)
-            rows = self._rows(found, possible, seconds)
+            rows = self._rows(found, possible, seconds) if self.against is None else rows
         more += [] if _hangs(found) else possible
         if not more:
             self.recorded()
@@ -132,10 +137,14 @@ class Runs:
         report.format_error = format_error(self.load("float64"), self.weights, self.plain, report)
 
     def _settle(self, trace: Trace) -> None:
-        """Takes the precision in which the candidate computed, where it was not told one."""
+        """Takes the precision in which the candidate computed, where it was not told one. Raises InputError for one of a
+        file that is in another than was said."""
         if "dtype" in getattr(self.candidate, "takes", EVERYTHING):
             return
-        shown = format_of(trace.taps)
+        own = getattr(self.candidate, "computes_in", "")
+        if own and self.said and own != trace.dtype:
+            raise InputError(f"{self.candidate.name} is in {own}: use --dtype {own}, not {trace.dtype}")
+        shown = own or format_of(trace.taps)
         if not self.said:
             self.notes = [*self.notes, f"judged as {shown}, since what it shows is that; --dtype says another"]
             self.candidate.dtype = trace.dtype = shown
@@ -162,9 +171,16 @@ class Runs:
         else:
             where = self._where(inputs)
             step = lambda text: self.step(f"{where}: {text}")  # noqa: E731
-            report = judge(self._model, found, self.policy, checkpoint=self.checkpoint, step=step)
-        report.notes += [*(notes or []), *self.notes]
+            report = self._measured(found, step)
+        of_the_stack = [said for name, said in self.candidate.details.items() if name == "note"]
+        report.notes += [*(notes or []), *self.notes, *of_the_stack]
         return report
+
+    def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
+        if self.against is None:
+            return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step)
+        good, asked = canonical(self.against, self._model), Asked.of(self.policy)
+        return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)
 
     def _misbehaving(self, inputs: Inputs, found: Misbehaviour) -> Report:
         return Report(

@@ -80,14 +80,7 @@ class Trace:
         }
         about |= {"chunks": self.inputs.chunks, "embeds_scale": self.inputs.embeds_scale, "label": self.inputs.label}
         metadata = {"format": FORMAT, "about": json.dumps(about), "details": json.dumps(self.details)}
-        kinds = {name: (value.shape, value.dtype.name) for name, value in tensors.items()}
-        try:
-            with output_file.replacing(path) as file:
-                file.write(header(kinds, metadata))
-                for value in tensors.values():
-                    file.write(value.reshape(-1).view(np.uint8).data)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+        write_tensors(path, tensors, metadata)
 
     @staticmethod
     def load(path: str | Path, input_ids: np.ndarray | None = None) -> "Trace":
@@ -111,6 +104,18 @@ class Trace:
             raise InputError(f"{path}: {said}; a trace is made by refllm trace, or by any program ({_PAGE})") from None
         except (SafetensorError, KeyError, ValueError, TypeError, OSError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: not readable as a trace ({error}); make it again with refllm trace") from None
+
+
+def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file of contiguous arrays. Raises InputError where it cannot be written."""
+    kinds = {name: (value.shape, value.dtype.name) for name, value in tensors.items()}
+    try:
+        with output_file.replacing(path) as file:
+            file.write(header(kinds, metadata))
+            for value in tensors.values():
+                file.write(value.reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -148,16 +153,11 @@ def _plain(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.n
     """What any program may write: see `_PAGE`."""
     if metadata.get("format") == INPUTS_FORMAT:
         raise InputError("it holds inputs to run, and no values; run them, and record what comes out")
-    named = {name: tensors.pop(name, None) for name in _INPUTS}
-    dtype = metadata.get("dtype", "")
+    ids, mask, positions = (tensors.pop(name, None) for name in _INPUTS)
+    dtype, scale = metadata.get("dtype", ""), metadata.get("embeds_scale")
     stored = [d for d in DTYPES[1:3] if any(value.dtype.name == d for value in tensors.values())]
-    scale = metadata.get("embeds_scale")
-    inputs = _inputs(
-        *named.values(),
-        given,
-        embeds_scale=None if scale is None else _scale(scale),
-        label=metadata.get("label", "recorded tokens"),
-    )
+    label, factor = metadata.get("label", "recorded tokens"), None if scale is None else _scale(scale)
+    inputs = _inputs(ids, mask, positions, given, label=label, embeds_scale=factor)
     taps = {name: _wide(value) for name, value in tensors.items()}
     return Trace(
         taps,
@@ -181,7 +181,7 @@ def _inputs(
     """The inputs of a file; given: tokens that somebody named beside it."""
     if ids is None and given is None:
         raise InputError("it has no input_ids [B, S], and nobody says with --ids which tokens were run")
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, value in zip(_INPUTS, (given if ids is None else ids, mask, positions), strict=True):
         if value is not None:
             arrays[name] = _integers(name, value)

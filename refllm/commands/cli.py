@@ -14,7 +14,7 @@ import typer
 
 from refllm.accuracy.verdicts import SCHEMA, worst
 from refllm.commands import audit, bench, golden, operators, tune
-from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, can_be_written
+from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, Page, can_be_written
 from refllm.commands.shared_options import console as _console
 from refllm.commands.shared_options import to_stdout as _to_stdout
 from refllm.commands.shared_options import write_json as _write_json
@@ -152,6 +152,15 @@ def check(
         ),
     ] = None,
     layout: Layout = "",
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            metavar="F",
+            help="Judge against the recorded run in this file, which is known to be good; its tokens are run.",
+        ),
+    ] = None,
+    page: Page = None,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -169,6 +178,10 @@ def check(
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library, "layout": layout}
+    if against is not None:
+        from refllm.check.trace import Trace
+
+        more["against"] = Trace.load(against)
     more |= {"weights": weights}
     if recorded:
         from refllm.check.recorded import check_files, refuse
@@ -224,12 +237,26 @@ def trace(
     time: Time = None,
     names: Names = None,
     library: Library = None,
+    inputs_only: Annotated[
+        bool, typer.Option("--inputs-only", help="Write what another machine must run, and no values; nothing is run.")
+    ] = False,
+    stress: Annotated[
+        bool, typer.Option("--stress", help="With --inputs-only: the stressed inputs of check too.")
+    ] = False,
+    page: Page = None,
 ) -> None:
-    """Write the named values of one run to a file, for refllm diff. Exit code 1 if the candidate misbehaves."""
+    """Write the named values of one run to a file, for refllm diff and check --against. Exit code 1 if the candidate
+    misbehaves."""
     from refllm.check import run
     from refllm.check.misbehaviour import MisbehavesError
 
     tokens_given = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+    if inputs_only:
+        runs, values = run.write_inputs(run.folders_to_check(checkpoint)[0], tokens_given, stress, output)
+        said = f"{runs} run" + "s" * (runs > 1)
+        return _console(quiet=False).print(f"{output}: inputs of {said}, {values} values to record (docs/recording.md)")
+    if stress:
+        raise InputError("trace records one run; --stress goes with --inputs-only")
     more: dict[str, Any] = {"names": names, "library": library}
     settings = run.Settings(candidate, (dtype,), attention, policy, False, tokens_given, time, **more)
     try:
@@ -293,6 +320,7 @@ def generate(
     low_memory: LowMemory = False,
     backend: Backend = "numpy",
     device: Device = None,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """Continue a prompt; the text appears as it is made."""
@@ -338,6 +366,7 @@ def score(
     low_memory: LowMemory = False,
     backend: Backend = "numpy",
     device: Device = None,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """Log-likelihood, perplexity and bits per byte of a text."""
@@ -360,6 +389,7 @@ def info(
         ),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """What a checkpoint is: architecture, parameters, memory, tensors. A config.json is enough. Without one: this
