@@ -119,6 +119,11 @@ class Weights(Mapping[str, NDArray[Any]]):
         backbone names: what `save_checkpoint` takes. Tied tensors occur once."""
         return _Renamed(self, {file_name(name, prefix): name for name in self.shapes})
 
+    def replaced(self, arrays: Mapping[str, NDArray[Any]]) -> "Weights":
+        """The same tensors but for those that `arrays` has by name, which may have other shapes."""
+        shapes = {**self.shapes, **{name: array.shape for name, array in arrays.items()}}
+        return Weights(shapes, {**self._kept, **arrays}, source=self._source, tied=self.tied, report=self.report)
+
     def _fetch(self, name: str, index: Any = None) -> NDArray[Any]:
         name = self.tied.get(name, name)
         if name in self._kept:
@@ -367,6 +372,16 @@ def keeps_grid(round: Round, dtype: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Fresh weights
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def free_memory() -> int:
+    """Bytes that this process can take without others being swapped out; a large number where no one says."""
+    try:
+        with open("/proc/meminfo") as file:
+            found = {line.partition(":")[0]: line.split()[1] for line in file}
+        return int(found["MemAvailable"]) * 1024
+    except (OSError, KeyError):
+        return 1 << 62
 
 
 class _FreshSource:
