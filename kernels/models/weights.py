@@ -63,7 +63,7 @@ class TorchWeights(Mapping[str, torch.Tensor]):
         table = self._tensors[name]
         return table[torch.as_tensor(ids, device=table.device)]
 
-    def replaced(self, arrays: Mapping[str, np.ndarray]) -> "TorchWeights":
+    def resized(self, arrays: Mapping[str, np.ndarray]) -> "TorchWeights":
         """The same tensors but for those that `arrays` has by name, which are in no fused matrix."""
         tensors = dict(self._tensors)
         for name, array in arrays.items():

@@ -68,7 +68,7 @@ def diff(first: Trace, second: Trace) -> Difference:
     Raises InputError, saying what does not fit, for other tokens, masks, positions, configs or shapes, and for traces
     without a name in common.
     """
-    _require_same_run(first, second)
+    require_same_run(first, second)
     common = [name for name in first.taps if name in second.taps]
     if not common:
         raise InputError(
@@ -114,8 +114,10 @@ def _compare(name: str, a: np.ndarray, b: np.ndarray, valid: np.ndarray, dtype: 
     )
 
 
-def _require_same_run(first: Trace, second: Trace) -> None:
-    if first.config_hash != second.config_hash:
+def require_same_run(first: Trace, second: Trace) -> None:
+    """Raises InputError, saying what differs, for traces of other models or inputs. A file that does not say of which
+    model it is may be of any."""
+    if first.config_hash and second.config_hash and first.config_hash != second.config_hash:
         raise InputError(
             f"the traces are of different models: config {first.config_hash} ({first.source}) and "
             f"{second.config_hash} ({second.source})"

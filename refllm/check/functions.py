@@ -9,7 +9,7 @@ import numpy as np
 
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
-from refllm.check.taps import Sink, as_array, cannot_run, is_array
+from refllm.check.taps import ALWAYS, Sink, as_array, cannot_run, is_array
 from refllm.errors import InputError
 from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import rounding
@@ -38,7 +38,8 @@ _IN_ORDER = 5  # arguments that are given by their place
 
 
 class FunctionCandidate:
-    """A `Forward` as a candidate. takes: "dtype", "cache" and "embeddings", if the function has such arguments."""
+    """A `Forward` as a candidate. takes: what all are given, and "dtype", "cache" and "embeddings", if the function has
+    such arguments."""
 
     def __init__(self, function: Forward, folder: Path, *, head: str, dtype: str, name: str | None = None) -> None:
         dtype = dtype_name(dtype)
@@ -47,13 +48,13 @@ class FunctionCandidate:
         self.function, self.folder, self.head, self.dtype = function, folder, head, dtype
         self.name = str(name or getattr(function, "__name__", type(function).__name__))
         self.details: dict[str, str] = {}
-        self.takes = _named(function)
+        self.takes: tuple[str, ...] = (*ALWAYS, *_named(function))
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`. Raises InputError for inputs that `cannot_run` has a reason for."""
         if reason := cannot_run(self, inputs):
             raise InputError(f"{self.name}: {inputs.label}: {reason}")
-        cache, embeds = None, self._embeds(inputs)
+        cache, embeds = None, scaled_rows(self.folder, self.head, self.dtype, inputs)
         for piece in inputs.pieces():
             given = {
                 "input_ids": inputs.input_ids[:, piece],
@@ -63,16 +64,6 @@ class FunctionCandidate:
             cache = self._call(given, cache, None if embeds is None else embeds[:, piece], sink)
             if inputs.chunks and cache is None:
                 raise misbehaves("result", "it takes a cache and returns none; expected (logits, cache)")
-
-    def _embeds(self, inputs: Inputs) -> np.ndarray | None:
-        """The scaled rows of the checkpoint's embedding, on the grid of the dtype; None where ids are fed."""
-        if inputs.embeds_scale is None:
-            return None
-        from refllm.models.auto import load
-
-        weights = load(self.folder, head=self.head, dtype=self.dtype, low_memory=True).weights
-        rows = as_array(weights.rows("embed_tokens.weight", inputs.input_ids))
-        return np.asarray(rounding(self.dtype)(rows * rows.dtype.type(inputs.embeds_scale)), np.float32)
 
     def _call(self, given: dict[str, np.ndarray], cache: Any, embeds: np.ndarray | None, sink: Sink) -> Any:
         """One pass. Returns its cache."""
@@ -94,12 +85,33 @@ class FunctionCandidate:
         except BaseException as error:  # of our own kinds too: it may be made of refllm
             raise raised(error) from None
         must_not_have_changed(given, copies)
-        result, cache = _parts(out)
+        result, cache = result_and_cache(out)
         if result is not None and last not in shown:
             sink(last, result)
         elif result is not None and not _same(last, result, shown[last]):
             raise misbehaves("result", f"{last} is named as one value and returned as another")
         return cache
+
+
+def scaled_rows(folder: Path, head: str, dtype: str, inputs: Inputs) -> np.ndarray | None:
+    """The scaled rows of the checkpoint's embedding, on the grid of the dtype; None where ids are fed."""
+    if inputs.embeds_scale is None:
+        return None
+    from refllm.models.auto import load
+
+    weights = load(folder, head=head, dtype=dtype, low_memory=True).weights
+    rows = as_array(weights.rows("embed_tokens.weight", inputs.input_ids))
+    return np.asarray(rounding(dtype)(rows * rows.dtype.type(inputs.embeds_scale)), np.float32)
+
+
+def takes_a_checkpoint_alone(function: Any) -> bool:
+    """Whether it has one argument that must be given by its place: it makes a model, and is no forward pass."""
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [a.kind in by_place for a in arguments if a.default is a.empty] == [True]
 
 
 def _named(function: Forward) -> tuple[str, ...]:
@@ -113,7 +125,7 @@ def _named(function: Forward) -> tuple[str, ...]:
     return tuple(what for argument, what in _TAKES.items() if argument in names)
 
 
-def _parts(out: Any) -> tuple[Any, Any]:
+def result_and_cache(out: Any) -> tuple[Any, Any]:
     """The result and the cache in what a function returned."""
     if isinstance(out, tuple):
         return (out + (None, None))[:2]

@@ -68,13 +68,18 @@ class Record:
         if found is None and operator != "linear":
             others = {formulas.short(n) for n, o in self.operators.items() if o == operator}
             found = next((p for other in sorted(others) if (p := self._common(other)) is not None), None)
-        return found
+        here = self.found.get(name)
+        return (
+            replace(found, stored=here.fits[0].stored)
+            if found is not None and here is not None and here.fits
+            else found
+        )
 
     def another(self, name: str) -> Profile | None:
         """The profile of a value that is not that of the same value in most layers."""
         here, common = self.found[name], self._common(formulas.short(name))
-        if not here.fits or common is None or common in here.fits:
-            return None
+        if not here.fits or common is None or any(replace(p, stored=common.stored) == common for p in here.fits):
+            return None  # whether a value is stored or handed on in float32, compilers decide node by node
         if self.operators[name] == "attention" and max(here.mismatch, self._usual_mismatch(name)) > CONTEXT_EXACTLY:
             return None  # nothing that is told by the best of several approximate agreements
         return here.fits[0]
@@ -111,8 +116,8 @@ class Record:
         parts: dict[int, list[str]] = {}
         for short in dict.fromkeys(formulas.short(name) for name in self.found):
             profile = self._common(short)
-            if profile is not None and profile.parts[0] > 1:
-                parts.setdefault(profile.parts[0], []).append(short)
+            if profile is not None and profile.parts.count > 1:
+                parts.setdefault(profile.parts.count, []).append(short)
         return [(", ".join(values), n) for n, values in parts.items()]
 
     def _of(self, short: str) -> list[Recognition]:

@@ -359,8 +359,7 @@ class Model:
         if rows < 1:
             raise InputError(f"resize_token_embeddings: {new_num_tokens} tokens are no vocabulary")
         names = [name for name in ("embed_tokens.weight", "lm_head.weight") if name in self.weights.shapes]
-        resized = {name: self._resized(name, rows, mean_resizing) for name in names}
-        self.weights = self.weights.replaced(resized)
+        self.weights = self.weights.resized({name: self._resized(name, rows, mean_resizing) for name in names})
         self.config.vocab_size = rows
         return self.weights["embed_tokens.weight"]
 

@@ -14,7 +14,7 @@ WANTED = "a folder with config.json and safetensors files"
 _BEGINNINGS = (
     (
         b"GGUF",
-        "a GGUF file, the form of llama.cpp; give the checkpoint that it was made from",
+        "a GGUF file, the form of llama.cpp; give the checkpoint that it was made from (check --weights takes this)",
     ),
     (b"ggml", "a GGML file of an old llama.cpp; give the checkpoint that it was made from"),
     (b"lmgg", "a GGML file of an old llama.cpp; give the checkpoint that it was made from"),

@@ -119,10 +119,17 @@ class Weights(Mapping[str, NDArray[Any]]):
         backbone names: what `save_checkpoint` takes. Tied tensors occur once."""
         return _Renamed(self, {file_name(name, prefix): name for name in self.shapes})
 
-    def replaced(self, arrays: Mapping[str, NDArray[Any]]) -> "Weights":
-        """The same tensors but for those that `arrays` has by name, which may have other shapes."""
+    def resized(self, arrays: Mapping[str, NDArray[Any]]) -> "Weights":
+        """These weights with other arrays, of other shapes, in the place of some; a tied tensor stays tied."""
         shapes = {**self.shapes, **{name: array.shape for name, array in arrays.items()}}
         return Weights(shapes, {**self._kept, **arrays}, source=self._source, tied=self.tied, report=self.report)
+
+    def replaced(self, others: Mapping[str, NDArray[Any]]) -> "Weights":
+        """These weights with other arrays in the place of some, by their names here; each is asked for at every access.
+        A tied tensor that has an array of its own is tied no more."""
+        tied = {target: source for target, source in self.tied.items() if target not in others}
+        shapes = dict(self.shapes) | {target: self.shapes[self.tied[target]] for target in self.tied.keys() - tied}
+        return Weights(shapes, {}, source=_Replaced(self, others), tied=tied, report=self.report)
 
     def _fetch(self, name: str, index: Any = None) -> NDArray[Any]:
         name = self.tied.get(name, name)
@@ -141,6 +148,18 @@ def _weights_of_parts(
     report: LoadReport,
 ) -> Weights:
     return Weights(shapes, kept, source=source, tied=tied, report=report)
+
+
+class _Replaced:
+    """A `Source` of some weights with others in the place of some."""
+
+    def __init__(self, weights: Weights, others: Mapping[str, NDArray[Any]]) -> None:
+        self._weights, self._others = weights, others
+
+    def fetch(self, name: str, index: Any = None) -> NDArray[Any]:
+        if name not in self._others:
+            return self._weights._fetch(name, index)
+        return self._others[name] if index is None else self._others[name][index]
 
 
 class _Renamed(Mapping[str, NDArray[Any]]):

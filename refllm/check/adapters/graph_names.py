@@ -1,0 +1,216 @@
+"""Which values of a compiled graph are the named ones (`refllm.forward.taps`): by the modules that its nodes come from.
+
+Exporters write into every node which module of the source it belongs to. What leaves a module is that module's value,
+as a hook on its output would see it; what enters o_proj is the context, and so on. Rotated heads belong to no module:
+they are what the product of the scores reads.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from refllm.forward.taps import HEAD_TAPS
+
+Shape = tuple[int | None, ...]
+
+_IN_A_MODEL = re.compile(r"(?:^|\.)((?:layers\.\d+(?:\..+)?|embed_tokens|norm|lm_head|score|qa_outputs)$)")
+_OUTPUTS = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.q_layernorm",
+    "self_attn.k_layernorm",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_INPUTS = {
+    "self_attn.context": "self_attn.o_proj",
+    "residual_mid": "post_attention_layernorm",
+    "mlp.act": "mlp.down_proj",
+}
+_ORDER = (
+    "input_layernorm",
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "q_layernorm", "k_layernorm")),
+    *(f"self_attn.{name}" for name in ("q_rope", "k_rope", "context", "o_proj")),
+    "residual_mid",
+    "post_attention_layernorm",
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "act", "down_proj")),
+    "",
+)
+_PRODUCTS = ("MatMul", "FusedMatMul")
+_ATTENTION = ("Attention", "MultiHeadAttention", "ScaledDotProductAttention")
+_SCALES = ("Mul", "Multiply", "Div", "Divide", "Cast", "Convert")
+_MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Broadcast", "Identity", "Tile", "Concat")
+
+
+@dataclass(frozen=True)
+class Node:
+    """kind: the operator. inputs, outputs: names of values. path: of the module that it comes from, "" if unknown."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    path: str
+    swaps: bool = False
+    """A transposition of the last two axes."""
+
+
+@dataclass
+class Graph:
+    """nodes: in order of computation. shapes: of the values of floats, as far as known, None for what is not fixed.
+
+    results: the names of what the graph returns. constants: weights, and scalars.
+    """
+
+    nodes: list[Node]
+    shapes: Mapping[str, Shape]
+    results: tuple[str, ...]
+    constants: frozenset[str] = frozenset()
+    made_by: dict[str, Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.made_by = {name: node for node in self.nodes for name in node.outputs}
+
+
+def path_in_model(path: str) -> str:
+    """A module's path as the vocabulary has it: "transformer.layers.0" and "layers.0" are "model.layers.0"; "" for what
+    belongs to no part of a model."""
+    found = _IN_A_MODEL.search(path.lstrip("."))
+    if found is None:
+        return ""
+    return found[1] if found[1] in HEAD_TAPS.values() else f"model.{found[1]}"
+
+
+def named_values(graph: Graph, config: Any, head: str) -> dict[str, str]:
+    """Tap -> the name of its value, in order of computation. config: of the checkpoint, for widths.
+
+    A context is named by what o_proj receives, [B, S, H*D].
+    """
+    names, widths = _Names(graph, config), _widths(config)
+    found: dict[str, str | None] = {"model.embed_tokens": names.leaving("model.embed_tokens", widths["E"])}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        of_layer = {name: names.leaving(f"{layer}.{name}", widths.get(name, widths["E"])) for name in _OUTPUTS}
+        of_layer |= {
+            name: names.entering(f"{layer}.{to}", widths.get(name, widths["E"])) for name, to in _INPUTS.items()
+        }
+        of_layer |= names.rotated(layer)
+        of_layer[""] = names.leaving(layer, widths["E"])
+        found |= {f"{layer}.{name}".rstrip("."): of_layer.get(name) for name in _ORDER}
+    found["model.norm"] = names.leaving("model.norm", widths["E"])
+    last = HEAD_TAPS.get(head, "model.norm")
+    found[last] = (
+        found.get(last) or names.leaving(last, None) or names.result(widths["V"] if last == "lm_head" else None)
+    )
+    given = {name: name for name in found if name in graph.made_by}  # a graph made by hand may use our names
+    return {tap: value for tap, value in (found | given).items() if value}
+
+
+def _widths(c: Any) -> dict[str, int]:
+    """The width of each value: by its name, else "E"; and "V"."""
+    H, K, D, F = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size
+    heads = {"q_proj": H * D, "k_proj": K * D, "v_proj": K * D, "q_layernorm": D, "k_layernorm": D, "context": H * D}
+    mlp = {f"mlp.{name}": F for name in ("gate_proj", "up_proj", "act")}
+    return {"E": c.hidden_size, "V": c.vocab_size, **mlp, **{f"self_attn.{name}": n for name, n in heads.items()}}
+
+
+class _Names:
+    def __init__(self, graph: Graph, config: Any) -> None:
+        self.graph, self.config = graph, config
+        self.within = {name: path_in_model(node.path) for name, node in graph.made_by.items()}
+        self.readers: dict[str, list[str]] = {}
+        for node in graph.nodes:
+            for name in node.inputs:
+                self.readers.setdefault(name, []).append(path_in_model(node.path))
+        self.by_module: dict[str, list[Node]] = {}
+        for node in graph.nodes:
+            path = path_in_model(node.path)
+            while path:
+                self.by_module.setdefault(path, []).append(node)
+                path = path.rpartition(".")[0]
+
+    def leaving(self, module: str, width: int | None) -> str | None:
+        """The last value that is made in a module and read outside of it."""
+        for node in reversed(self.by_module.get(module, [])):
+            for name in node.outputs:
+                if self._fits(name, width) and (name in self.graph.results or self._read_outside(name, module)):
+                    return name
+        return None
+
+    def entering(self, module: str, width: int | None) -> str | None:
+        """The first value that is read in a module and made outside of it."""
+        for node in self.by_module.get(module, []):
+            for name in node.inputs:
+                if name in self.graph.made_by and not _inside(self.within[name], module) and self._fits(name, width):
+                    return name
+        return None
+
+    def result(self, width: int | None) -> str | None:
+        """What the graph returns, where no module says which value that is: `logits`, or the only fitting one."""
+        fitting = [name for name in self.graph.results if self._fits(name, width)]
+        return next((name for name in fitting if name == "logits"), fitting[0] if len(fitting) == 1 else None)
+
+    def rotated(self, layer: str) -> dict[str, str | None]:
+        """The heads that the scores of a layer are made of."""
+        attention = f"{layer}.self_attn"
+        product = next(self._products(attention), None)
+        if product is None:
+            return {}
+        q, k = product.inputs[:2]
+        c = self.config
+        found = {"q": self._heads(q, c.num_attention_heads), "k": self._heads(k, c.num_key_value_heads)}
+        return {f"self_attn.{letter}_rope": name for letter, name in found.items()}
+
+    def _products(self, attention: str) -> Iterator[Node]:
+        """The products that scores come of: what softmax goes back to, or attention in one operator."""
+        nodes = self.by_module.get(attention, [])
+        yield from (node for node in nodes if node.kind in _ATTENTION)
+        for node in nodes:
+            seen = [node] if node.kind == "Softmax" else []
+            for before in seen:  # which grows
+                if before.kind in _PRODUCTS:
+                    yield before
+                    break
+                within = [name for name in before.inputs if _inside(self.within.get(name, ""), attention)]
+                seen += [self.graph.made_by[name] for name in within]
+
+    def _heads(self, name: str, heads: int) -> str | None:
+        """Where the heads [B, heads, S, D] are that a product reads: before they were scaled, repeated, transposed."""
+        node = self.graph.made_by.get(name)
+        while node is not None:
+            scaled = node.kind in _SCALES and (varying := self._varying(node)) is not None
+            if not scaled and not node.swaps and self._are_heads(name, heads):
+                return name
+            if scaled:
+                name = str(varying)
+            elif node.kind in _MOVES:
+                name = node.inputs[-1 if node.kind == "Concat" else 0]
+            else:
+                return None
+            node = self.graph.made_by.get(name)
+        return None
+
+    def _varying(self, node: Node) -> str | None:
+        """The one input of a node that is no constant, if there is one."""
+        varying = [name for name in node.inputs if name not in self.graph.constants]
+        return varying[0] if len(varying) == 1 else None
+
+    def _are_heads(self, name: str, heads: int) -> bool:
+        shape = self.graph.shapes.get(name, ())
+        return len(shape) == 4 and shape[1] == heads and shape[3] == self.config.head_dim
+
+    def _read_outside(self, name: str, module: str) -> bool:
+        return any(not _inside(reader, module) for reader in self.readers.get(name, []))
+
+    def _fits(self, name: str, width: int | None) -> bool:
+        shape = self.graph.shapes.get(name)
+        return shape is not None and (width is None or shape[-1:] == (width,))
+
+
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")

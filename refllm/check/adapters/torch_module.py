@@ -1,0 +1,248 @@
+"""Any torch module as a candidate: its parts are hooked where a map of names says (`torch_names`), nothing of its
+computation is changed. Needs the package `torch`.
+
+The map is the user's (`--names F`, `compare(..., names=F)`), else the shipped one that fits, Transformers' or litgpt's;
+what it leaves out, or everything, is found in the module's weights (`torch_guess`).
+"""
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from refllm.check.adapters import torch_names
+from refllm.check.adapters.torch_call import Call, in_order
+from refllm.check.adapters.torch_guess import guess, rotations
+from refllm.check.adapters.torch_names import Names, Place
+from refllm.check.functions import scaled_rows
+from refllm.check.inputs import Inputs
+from refllm.check.misbehaviour import must_not_have_changed
+from refllm.check.stacks import Opening
+from refllm.check.taps import Sink, cannot_run
+from refllm.errors import InputError
+from refllm.forward.taps import HEAD_TAPS, axes_of_values
+
+NO_PLACE = ("_rope", ".scores", ".probs")
+"""What is no input or output of a module in most."""
+_STREAM = re.compile(r"model\.layers\.\d+(\.residual_mid)?")
+SHIPPED = {"transformers": "Transformers' names", "litgpt": "litgpt's names"}
+
+
+def wrap(model: Any, opening: Opening) -> "TorchModuleCandidate":
+    """A torch module as a candidate. Raises InputError for what is none, for a map that does not fit, and where the
+    module has another dtype than was asked for."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        kind = type(model).__name__
+        raise InputError(f"{opening.name or kind}: a {kind} is no torch.nn.Module; hand over the module itself")
+    return TorchModuleCandidate(model, opening)
+
+
+class TorchModuleCandidate:
+    """A torch module, recorded by hooks. dtype: of most of its parameters. details: the map that was used; `note` is a
+    sentence on it for the reader of a report.
+
+    takes: what arguments of its forward there are for; "dtype" if the module was made by a function that was told it.
+    """
+
+    def __init__(self, module: Any, opening: Opening) -> None:
+        import torch
+
+        self.module, self.opening = module.eval(), opening
+        self.name = opening.name or type(module).__name__
+        self.dtype = _dtype_of(module)
+        if opening.dtype not in ("float32", self.dtype):
+            raise InputError(
+                f"{self.name}: its parameters are {self.dtype}; hand over module.to(torch.{opening.dtype}), or leave "
+                "--dtype out"
+            )
+        self.names = names_of(module, opening, self.dtype)
+        self.call = Call(module)
+        self.takes: tuple[str, ...] = self.call.takes
+        missing = f"; {'; '.join(self.names.notes)}" if self.names.notes else ""
+        self.details = {"torch": torch.__version__, "note": f"names: {self.names.said}{missing}"}
+
+    def run(self, inputs: Inputs, sink: Sink) -> None:
+        """See `Candidate.run`. Raises InputError for inputs that `cannot_run` has a reason for."""
+        import torch
+
+        if reason := cannot_run(self, inputs):
+            raise InputError(f"{self.name}: {inputs.label}: {reason}")
+        last = HEAD_TAPS.get(self.opening.head, "model.norm")
+        embeds = scaled_rows(self.opening.folder, self.opening.head, self.dtype, inputs)
+        cache = None
+        for piece in inputs.pieces():
+            given = {
+                "input_ids": inputs.input_ids[:, piece],
+                "attention_mask": inputs.mask[:, : piece.stop],
+                "position_ids": inputs.positions[:, piece],
+            }
+            tensors = {name: self.call.tensor(value) for name, value in given.items()}
+            rows = None if embeds is None else self.call.tensor(embeds[:, piece])
+            with torch.no_grad(), recorded(self.module, self.names, sink, without=last):
+                result, cache = self.call(tensors, rows, cache, use_cache=bool(inputs.chunks))
+            sink(last, result)
+            must_not_have_changed(given, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+
+
+def names_of(module: Any, opening: Opening, dtype: str) -> Names:
+    """Where the values are in a module: the user's map, else a shipped one that fits; and what they leave out, found in
+    the weights."""
+    from refllm.models.auto import load
+
+    model = load(opening.folder, head=opening.head, dtype=dtype, low_memory=True)
+    modules, written, where = dict(module.named_modules()), {}, ""
+    said = next((name for name in SHIPPED if torch_names.fits(torch_names.shipped(name), modules)), "")
+    if opening.names is not None:
+        where = f"--names {opening.names}"
+        written, said = torch_names.read(opening.names), str(opening.names)
+    elif said:
+        written, said = torch_names.shipped(said), SHIPPED[said]
+    names = torch_names.resolve(written, modules, model.config, model.head, where)
+    names.said = said or "found in its weights"
+    without = {key for key, place in written.items() if place is None}
+    wanted = set(axes_of_values(model.config, model.head)) - names.places.keys()
+    if any(not name.endswith(NO_PLACE) and torch_names.template(name) not in without for name in wanted):
+        found = guess(module, model.weights, model.config, model.head)
+        names.notes = [] if said else found.notes
+        for value, place in found.places.items():
+            if torch_names.template(value) not in without:
+                names.places.setdefault(value, place)
+    if not (where and names.rotations):
+        names.rotations += rotations(module)
+    return names
+
+
+def _dtype_of(module: Any) -> str:
+    """The dtype of most of its numbers. Raises InputError for a module that has none."""
+    counts: dict[str, int] = {}
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            name = str(parameter.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + parameter.numel()
+    if not counts:
+        raise InputError(f"{type(module).__name__} has no parameters of floats, so no dtype to judge it by")
+    return max(counts, key=lambda name: counts[name])
+
+
+# --------------------------------------------------------------------------------------------------------------- hooks
+
+
+@contextmanager
+def recorded(module: Any, names: Names, sink: Sink, without: str = "") -> Iterator[None]:
+    """A context in which sink is told every value of the module's forward passes that has a place. without: a value
+    that is not wanted."""
+    with ExitStack() as stack:
+        modules = dict(module.named_modules())
+        turned = _Rotations(sink, names.places)
+        for name, place in names.places.items():
+            if name != without:
+                stack.callback(_hook(modules[place.path], name, place, sink).remove)
+            if name.endswith(".self_attn.q_proj"):
+                begin = modules[place.path].register_forward_pre_hook(turned.entering(name.removesuffix(".q_proj")))
+                stack.callback(begin.remove)
+        stack.enter_context(turned.watched(module, names.rotations))
+        yield
+
+
+def _hook(part: Any, name: str, place: Place, sink: Sink) -> Any:
+    if place.side == "output":
+
+        def made(_module: Any, _args: Any, out: Any) -> None:
+            value = _added(_tensors(out)) if _STREAM.fullmatch(name) else _first(_tensors(out))
+            sink(name, value if place.channels is None else value[..., place.channels])
+
+        return part.register_forward_hook(made)
+
+    if _STREAM.fullmatch(name):  # a norm that adds what it is given returns the sum beside its result
+
+        def summed(_module: Any, args: Any, kwargs: Any, out: Any) -> None:
+            returned = _tensors(out)
+            sink(name, returned[1] if len(returned) == 2 else _added(_tensors([*args, *kwargs.values()])))
+
+        return part.register_forward_hook(summed, with_kwargs=True)
+
+    def given(_module: Any, args: Any, kwargs: Any) -> None:
+        sink(name, _first(_tensors([*args, *kwargs.values()])))
+
+    return part.register_forward_pre_hook(given, with_kwargs=True)
+
+
+def _first(tensors: list[Any]) -> Any:
+    return tensors[0] if tensors else None
+
+
+def _added(tensors: list[Any]) -> Any:
+    """The residual stream: the first tensor; where serving engines hand the hidden state and the stream on, to be added
+    later, their sum."""
+    pair = len(tensors) == 2 and tensors[0].shape == tensors[1].shape
+    return tensors[0] + tensors[1] if pair else _first(tensors)
+
+
+def _tensors(values: Any) -> list[Any]:
+    """The tensors of floats among arguments or results."""
+    values = values if isinstance(values, tuple | list) else (values,)
+    return [value for value in values if hasattr(value, "is_floating_point") and value.is_floating_point()]
+
+
+class _Rotations:
+    """Sees the rotated queries and keys where a function or a part of the module makes them: both at once, or the
+    queries and then the keys. What has other shapes than what it is given rotates nothing."""
+
+    def __init__(self, sink: Sink, places: dict[str, Place]) -> None:
+        self.sink, self.places, self.attention, self.seen, self.inside = sink, places, "", 2, False
+
+    def entering(self, attention: str) -> Callable[..., None]:
+        """A hook for the projection of the queries, after which they are rotated."""
+
+        def enter(*_: Any) -> None:
+            self.attention, self.seen = attention, 0
+
+        return enter
+
+    @contextmanager
+    def watched(self, module: Any, names: tuple[str, ...]) -> Iterator[None]:
+        """A context in which these functions of the files of the module's classes, and these parts, are watched."""
+        files = [vars(sys.modules[name]) for name in {type(part).__module__ for part in module.modules()}]
+        functions = [(file, name, file[name]) for file in files for name in names if callable(file.get(name))]
+        parts = [part for path, part in module.named_modules() if torch_names.template(path) in names or path in names]
+        with ExitStack() as stack:
+            for file, name, original in functions:
+                file[name] = self._watched(original)
+                stack.callback(file.__setitem__, name, original)
+            for part in parts:
+                hook = part.register_forward_hook(
+                    lambda _, args, kwargs, out: self._see((args, kwargs), out), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+            yield
+
+    def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            outermost, self.inside = not self.inside, True
+            try:
+                out = original(*args, **kwargs)
+            finally:
+                self.inside = not outermost
+            if outermost:
+                self._see((args, kwargs), out)
+            return out
+
+        return watched
+
+    def _see(self, given: tuple[Any, Any], out: Any) -> None:
+        args, kwargs = given
+        shapes = [tensor.shape for tensor in _tensors([*args, *kwargs.values()])]
+        turned = _tensors(out)
+        if len(turned) > 2 or self.seen + len(turned) > 2 or any(t.shape not in shapes for t in turned):
+            return
+        for value in turned:
+            letter, self.seen = "qk"[self.seen], self.seen + 1
+            name = f"{self.attention}.{letter}_rope"
+            if name not in self.places:
+                order = in_order(self.places.get(f"{self.attention}.{letter}_proj"), value.shape[-1])
+                self.sink(name, value if order is None else value[..., order])
