@@ -118,7 +118,7 @@ def understood(
     if isinstance(config, str | os.PathLike):
         config = AutoConfig.from_pretrained(config)
     keys = {f.name for f in fields(config_class) if f.init} | {"num_labels", "rope_theta", "rope_scaling"}
-    refuse_unknown(given, keys | _REFUSED.keys() | _NOTHING_TO_DO | _UNDERSTOOD, what)
+    refuse_unknown(given, keys | (_REFUSED.keys() | _NOTHING_TO_DO | _UNDERSTOOD) - given.keys(), what)
     config = None if config is None else as_config(f"{what}: config", config, config_class)
     return Loading(dtype, policy, backend, device, attention, config, given, generation_config)
 

@@ -101,7 +101,7 @@ class Model:
         cls,
         folder: str | os.PathLike[str],
         *,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         policy: str | Policy | None = None,
         low_memory: bool = False,
         progress: Progress | None = None,
@@ -177,7 +177,7 @@ class Model:
         dtype = asked.dtype_for(config)
         model = cls(config, None, arithmetic(dtype, asked.policy_for(dtype)), seed=seed)
         model.attention_asked_for = asked.attention
-        return model
+        return model if asked.device is None else model.to(asked.device)
 
     @classmethod
     def tensors(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -266,22 +266,20 @@ class Model:
 
     def report(self) -> str:
         """What computes this model, where it rounds, and what is unusual about its weights; one line each."""
-        weights = self.weights.report
-        unusual = {
-            "initialised at random": weights.fresh,
-            "not used": weights.unexpected,
-            "NaN or infinite numbers in": [*weights.nonfinite],
-        }
-        kept = "read from the file at every use" if self.weights.low_memory else "in memory"
-        listed = [f"{what}: {', '.join(names)}" for what, names in unusual.items() if names]
         asked = f"{self.attention_asked_for} was asked for: " if self.attention_asked_for else ""
-        return "\n".join(
-            (
-                f"{type(self).__name__}, {self.dtype} on {self.device}",
-                f"attention  {asked}{self._attention()}",
-                f"weights    {'; '.join([f'{self.num_parameters():,} numbers, {kept}', *listed])}",
-            )
+        return (
+            f"{type(self).__name__}, {self.dtype} on {self.device}\n"
+            f"attention  {asked}{self._attention()}\n"
+            f"weights    {self.num_parameters():,} numbers, {self._kept()}"
         )
+
+    def _kept(self) -> str:
+        if "weights" not in vars(self):
+            return "random, to be made when they are needed"
+        kept = "read or made at every use" if self.weights.low_memory else "in memory"
+        report = self.weights.report
+        unusual = {"random": report.fresh, "not used": report.unexpected, "NaN or infinite in": [*report.nonfinite]}
+        return "; ".join([kept, *(f"{what}: {', '.join(names)}" for what, names in unusual.items() if names)])
 
     def _attention(self) -> str:
         if self.policy is None:
@@ -319,6 +317,18 @@ class Model:
     def cpu(self) -> Self:
         """`to` the CPU."""
         return self.to(CPU)
+
+    def half(self) -> Self:
+        """`to` float16."""
+        return self.to("float16")
+
+    def bfloat16(self) -> Self:
+        """`to` bfloat16."""
+        return self.to("bfloat16")
+
+    def float(self) -> Self:
+        """`to` float32."""
+        return self.to("float32")
 
     def eval(self) -> Self:
         """This model, which never drops anything out."""
@@ -445,9 +455,16 @@ class Model:
         return self(*arguments, **keywords)
 
     def generate(self, input_ids: Any = None, generation_config: Any = None, **options: Any) -> Any:
-        """Continue a prompt: `refllm.generation.generate.generate` with this model."""
+        """Continue a prompt: `refllm.generation.generate.generate` with this model.
+
+        input_ids may be all that a tokenizer returned.
+        """
         from refllm.generation.generate import generate
 
+        if isinstance(input_ids, Mapping):
+            input_ids, options = None, {**input_ids, **options}
+
+        input_ids = options.pop("input_ids", input_ids)
         return generate(self, input_ids, generation_config=generation_config, **options)
 
     def _operators(self, recorder: Recorder | None) -> Any:

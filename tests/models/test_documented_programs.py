@@ -33,6 +33,7 @@ from refllm import (
 )
 from refllm.errors import InputError, TokenizerError
 from refllm.forward import model as model_module
+from refllm.forward.loading import understood
 from refllm.generation import seeds
 from refllm.models.families import CLASSES
 
@@ -215,6 +216,7 @@ def test_a_model_of_its_config_alone(name: str) -> None:
     configuration = model.config
     assert configuration is model.config
     assert model.num_parameters() > 1_800_000_000
+    assert "random, to be made when they are needed" in model.report()
     assert "weights" not in vars(model)
 
 
@@ -392,6 +394,14 @@ ASKS_FOR_NOTHING = {
 }  # fmt: skip
 
 
+def test_a_checkpoint_that_is_quantised_may_be_told_so(tmp_path: Path) -> None:
+    config = tiny_config("Helium").to_dict() | {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = {"quantization_config": BitsAndBytesConfig()}
+    asked = understood("load", HeliumForCausalLM.config_class, given, dtype="float32", policy=None, folder=tmp_path)
+    assert asked.changes == {}
+
+
 def test_what_asks_for_nothing_is_taken() -> None:
     model = AutoModelForCausalLM.from_pretrained(HELIUM, **ASKS_FOR_NOTHING)
     assert (model.config.use_cache, model.dtype, model.policy) == (False, "float32", None)
@@ -411,6 +421,8 @@ def test_what_asks_for_nothing_is_taken() -> None:
         (lambda model, t: model.save_pretrained("x", safe_serialization=False), "asks for a pickle; leave it out"),
         (lambda model, t: model.save_pretrained("x", max_shard_size="big"), "max_shard_size='big' is no size"),
         (lambda model, t: type(model).from_config(model.config, zzz=1), "from_config: unknown argument zzz"),
+        (lambda model, t: type(model).from_config(model.config, backend="torch"), "unknown argument backend"),
+        (lambda model, t: model.half(), "load it again with dtype='float16' instead"),
         (lambda model, t: type(model)("folder"), "expected a HeliumConfig, found str"),
         (lambda model, t: model.to(torch.float16), "load it again with dtype='float16' instead"),
         (lambda model, t: model.resize_token_embeddings(0), "0 tokens are no vocabulary"),
@@ -432,7 +444,14 @@ def test_a_call_that_is_not_possible_is_one_sentence(
 
 def test_a_model_is_used_as_a_module() -> None:
     model = HeliumForCausalLM(tiny_config("Helium", tie_word_embeddings=True))
-    assert model.eval() is model.to("cpu") is model.to(torch.device("cpu"), torch.float32) is model.cpu() is model
+    assert (
+        model.eval()
+        is model.float()
+        is model.to("cpu")
+        is model.to(torch.device("cpu"), torch.float32)
+        is model.cpu()
+        is model
+    )
     assert not model.training
     assert model.train().training
     assert (model.device.type, model.device.index) == ("cpu", None)
@@ -522,6 +541,8 @@ def test_what_a_tokenizer_of_transformers_returns_is_taken(kind: str) -> None:
     made = model.generate(**inputs, generation_config=settings, token_type_ids=None)
     assert type(made) is type(ours.input_ids)
     assert made.tolist() == model.generate(**ours, max_new_tokens=3, do_sample=False).tolist()
+    whole = model.generate(inputs, max_new_tokens=3, do_sample=False)
+    assert whole.tolist() == made.tolist()
     assert theirs.batch_decode(made) == AutoTokenizer.from_pretrained(ARCEE).batch_decode(made)
     assert type(model(**inputs).logits) is type(made)
 
