@@ -53,6 +53,7 @@ class Stack:
 
 
 STACKS: dict[str, Stack] = {
+    "litgpt": Stack(("torch", "litgpt"), adapter="litgpt", roots=("litgpt",)),
     "onnx": Stack(("onnx", "onnxruntime"), ("float32", "float16"), "FILE", "onnx", ("onnx", "onnxruntime")),
 }
 """What stands before the colon of `--candidate` -> the stack."""

@@ -1,58 +1,17 @@
 """Torch modules that nobody wrote for refllm: recorded by a map of names or by what their weights tell, right ones hold
 and planted bugs are named; what does not fit is one sentence."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from harness import LLAMA, Bug, Checks, must_be_named, must_hold
-from torch import nn
 from torch.nn import functional as F
+from torch_planting import IDS, returning, rounded_to_int8, setting, weight
 from torch_ports import Nano, Served, frequencies, nano, read, served
 
 from refllm import golden
 
 CHECKS = Checks("torch_module", (LLAMA,), ("float32", "bfloat16"))
-IDS = [[int(i) for i in torch.randint(4, 600, (48,), generator=torch.Generator().manual_seed(1))]]
 PORTS = {"served": served, "nano": nano}
-Plant = Callable[[Any], Any]
-
-
-def setting(part: str, **values: Any) -> Plant:
-    """Sets attributes of a part."""
-
-    def plant(model: nn.Module) -> None:
-        for name, value in values.items():
-            setattr(model.get_submodule(part), name, value)
-
-    return plant
-
-
-def weight(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Plant:
-    """Changes the first parameter of a part."""
-
-    def plant(model: nn.Module) -> None:
-        (parameter, *_) = model.get_submodule(part).parameters()
-        parameter.data = change(parameter.data).to(parameter.dtype)
-
-    return plant
-
-
-def returning(part: str, change: Callable[..., Any]) -> Plant:
-    """Changes what a part returns: change(its result, what it was given)."""
-
-    def plant(model: nn.Module) -> None:
-        of = model.get_submodule(part)
-        forward = of.forward
-        of.forward = lambda *args: change(forward(*args), *args)  # type: ignore[method-assign]
-
-    return plant
-
-
-def _int8(table: torch.Tensor) -> torch.Tensor:
-    step = table.float().abs().amax(1, keepdim=True) / 127
-    return (table.float() / step).round() * step
 
 
 def _unscaled(model: Served) -> None:
@@ -94,7 +53,7 @@ NANO = (
     Bug("heads of q in another order", weight(f"{CELL}.mixer.look", lambda w: torch.cat((w[:96].roll(16, 0), w[96:]))),
         "layers.1.self_attn.q_proj"),
     Bug("the weight of layer 0", _weight_of_layer_0, "layers.1.mlp.up_proj"),
-    Bug("int8 weight", weight(f"{CELL}.thinker.close", _int8), "layers.1.mlp.down_proj"),
+    Bug("int8 weight", weight(f"{CELL}.thinker.close", rounded_to_int8), "layers.1.mlp.down_proj"),
     Bug("the last norm left out", returning("settle", lambda out, x: x), "model.norm"),
     Bug("logits capped", returning("speak", lambda out, x: 30 * (out / 30).tanh()), "lm_head"),
 )  # fmt: skip
