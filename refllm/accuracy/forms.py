@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from refllm import ops
+from refllm.accuracy.parts import WHOLE, summed
 from refllm.accuracy.propagation import ulp
 from refllm.precision import rounding
 
 OUT = "out"
 """The point at which the result itself is stored."""
-
-_ONE_PART = (1, "")
 
 
 class Stores:
@@ -165,28 +164,10 @@ def _add(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any]) -> 
 
 def _linear(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any]) -> np.ndarray:
     (x,), weight, bias = arrays, how["weight"], how["bias"]
-    parts, adding = how.get("parts", _ONE_PART)
-    y = store(summed_parts(x, weight, parts, adding, store), "product")
-    return store(y if bias is None else y + bias, OUT)
-
-
-def summed_parts(x: np.ndarray, weight: np.ndarray, parts: int, adding: str, store: Stores) -> np.ndarray:
-    """x W^T as so many products of equal parts of the row, each rounded at "part" and added: "one after another" and
-    "in pairs" round every sum, "in float32" none."""
-    if parts == 1:
-        return x @ weight.T
-    cuts = np.array_split(np.arange(x.shape[-1]), parts)
-    each = [store(x[..., cut] @ weight[:, cut].T, "part") for cut in cuts]
-    if adding == "in float32":
-        return np.sum(each, axis=0)
-    if adding == "in pairs":
-        while len(each) > 1:
-            each = [store(a + b, "part") for a, b in zip(each[::2], each[1::2], strict=True)]
-        return each[0]
-    total = each[0]
-    for part in each[1:]:
-        total = store(total + part, "part")
-    return total
+    parts = how.get("parts", WHOLE)
+    y = x @ weight.T if parts == WHOLE else summed(x, weight, parts, bias, store)
+    y = store(y, "product")
+    return store(y if bias is None or parts.biased else y + bias, OUT)
 
 
 # ------------------------------------------------------------------------------------------------------------ attention

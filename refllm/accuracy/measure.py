@@ -30,6 +30,7 @@ class Measure:
     other, nonfinite_at: the first.
     misrounded: the share of elements that are not, to the bit, what the policy's rounding points make of the same
     inputs; 0 where that is not known.
+    scatter: the standard error of `ratio`, from how much positions differ: what chance makes of few; 0 of one.
     honest: the ratio that the reference's own emulated run reaches (`refllm.check.second_opinion`; of a golden, what
     its manifest says); 0 where it was not asked.
     """
@@ -51,6 +52,7 @@ class Measure:
     nonfinite: int
     nonfinite_at: tuple[int, ...] = ()
     misrounded: float = 0.0
+    scatter: float = 0.0
     honest: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,9 +89,20 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
         at=at,
         bias=float(ratio(error, math.sqrt(V))),
         gain=along / values if values else 0.0,
+        scatter=_scatter(square_rows, V_rows),
         nonfinite=int(wrong),
         nonfinite_at=_first_wrong(candidate, exact, variance, overflow, wrong_rows) if wrong else (),
     )
+
+
+def _scatter(square: np.ndarray, V: np.ndarray) -> float:
+    """The standard error of sqrt(sum square / sum V) over the first axis."""
+    error, V = (a.reshape(len(a), -1).sum(axis=1) for a in (square, V))
+    n, total = len(V), float(V.sum())
+    if n < 2 or not total > 0 or not error.any():
+        return 0.0
+    off = np.square(error - V * error.sum() / total).sum() * n / (n - 1)
+    return float(np.sqrt(off / total / error.sum()) / 2)
 
 
 def _sums(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float) -> np.ndarray:

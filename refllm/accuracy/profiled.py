@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from refllm.accuracy.forms import FORMS, OUT, Stores, on_grid, summed_parts
+from refllm.accuracy.forms import FORMS, OUT, Stores, on_grid
 from refllm.accuracy.measure import row_blocks
+from refllm.accuracy.parts import WHOLE, summed
 from refllm.accuracy.profiles import Profile
-from refllm.accuracy.propagation import Propagation, Substitute, Uncertain, ulp
+from refllm.accuracy.propagation import BLOCKS, CHAIN, LANES, Propagation, Substitute, Uncertain, ulp
 from refllm.accuracy.recognise import Made, known, noise, stores_of
 from refllm.precision import Dtype, Policy
 
@@ -110,6 +111,16 @@ class Profiled(Propagation):
         x = replace(x, rounded=rounded, before=before, sum_of=self._terms(made, profile))
         return self._with_shares(x, variance)
 
+    def held_in_float32(self, made: Made, profile: Profile, order: str) -> Uncertain:
+        """A result that is not put on the grid of the format, under a profile that was recognised: what it rounds
+        inside, and float32 arithmetic with sums in that order."""
+        inside = self.under(made, profile, certain_inputs=True)
+        wide = Profiled("float32", self.policy, self.at_tap, self.wants, self.choose, False)
+        read = tuple(_settled(x) for x in made.read(profile))
+        x = wide.under(Made(made.operator, read, made.how), Profile(order=order))
+        exact = _exact_share(read[0].value, made.how["weight"]) if made.operator == "linear" else 0.0
+        return self._with_shares(inside, inside.variance + x.variance * self.width(1 - exact))
+
     @staticmethod
     def _terms(made: Made, profile: Profile) -> tuple[Uncertain, Uncertain] | None:
         """The terms of a sum, without their own: a chain of them would keep all layers."""
@@ -190,11 +201,11 @@ class Profiled(Propagation):
         """The variance that a product adds before its bias, and with its parts."""
         weight, bias = made.how["weight"], made.how["bias"]
         added: Any = 0.0
-        if "product" in profile.points and bias is not None:
+        if "product" in profile.points and bias is not None and not profile.parts.biased:
             added = self._ulp(x @ np.asarray(weight, np.float64).T, self.dtype) ** 2 / 12
-        if profile.parts[0] > 1:
-            counted = _Counted(self.dtype)
-            summed_parts(x, np.asarray(weight, np.float64), *profile.parts, counted)
+        if profile.parts != WHOLE:
+            counted = _Counted({"part", *profile.points}, self.dtype)
+            summed(x, np.asarray(weight, np.float64), profile.parts, bias, counted)
             added = added + counted.variance
         return added
 
@@ -252,6 +263,21 @@ class Profiled(Propagation):
         return replace(x, variance=variance, shares=shares)
 
 
+def _exact_share(x: np.ndarray, weight: np.ndarray) -> float:
+    """The part of the float32 noise of x W^T that is not there, where both factors have few bits: their products have
+    so many zeros at the end that most additions are exact. Some rows and columns are added to see it."""
+    rows = x.reshape(-1, x.shape[-1])
+    some, columns = (a[np.unique(np.linspace(0, len(a) - 1, 64).astype(int)), :CHAIN] for a in (rows, weight))
+    total = np.zeros((len(some), len(columns)))
+    lost, steps = 0.0, np.finfo(float).tiny
+    for x_N, w_O in zip(some.T, np.asarray(columns, np.float64).T, strict=True):
+        exact = total + x_N[:, None] * w_O
+        total = exact.astype(np.float32).astype(np.float64)
+        lost += float(np.square(total - exact).sum())
+        steps += float(np.square(ulp(exact, "float32", np.float64)).sum()) / 12
+    return float(np.clip(1 - lost / steps, 0, 1))
+
+
 def _settled(x: Uncertain) -> Uncertain:
     """x, known to the bit if it is."""
     if x.rounded is None or not x.variance.any():
@@ -260,18 +286,44 @@ def _settled(x: Uncertain) -> Uncertain:
 
 
 class _Plain(Propagation):
-    """Operators that round at the points of a policy only: float32 noise is nothing beside a narrow format."""
+    """Operators that round at the points of a policy only: float32 noise is nothing beside a narrow format. And what
+    rounds nothing for the numbers at hand does not count: in a short run it is a good part."""
 
     def _noise(self, value: np.ndarray, point: str) -> np.ndarray | float:
         return super()._noise(value, point) if self._rounds(point) else 0.0
+
+    def _turning_noise(self, *products: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Times 1 or 0, as at position 0, is exact; and a sum is never off by more than its smaller term."""
+        noise: Any = 0.0
+        for product, table in products:
+            noise = noise + np.where(np.abs(table) % 1 == 0, 0, self._noise(product, "rope.product"))
+        one, two = (product for product, _ in products)
+        smaller = np.minimum(np.abs(one), np.abs(two))
+        return np.asarray(noise + np.minimum(self._noise(one + two, "rope"), np.square(smaller, dtype=self.width)))
+
+    def _weight_noise(self, probs: np.ndarray) -> np.ndarray:
+        """The weight of a key that is alone is 1."""
+        noise = super()._weight_noise(probs)
+        return noise * (_keys(probs) > 1) if self.order == BLOCKS else noise
+
+    def _total_noise(self, probs: np.ndarray) -> np.ndarray | float:
+        """Of the keys that a row sees."""
+        if self.order != BLOCKS or self.dtype != "float32":
+            return super()._total_noise(probs)
+        keys, total = _keys(probs), 1 / np.maximum(probs.max(axis=-1, keepdims=True), np.finfo(self.width).tiny)
+        additions = np.where(keys > 1, keys / LANES + np.log2(np.minimum(keys, LANES)), 0)
+        return np.asarray(additions * (self._ulp(total, "float32") / total) ** 2 / 12)
+
+
+def _keys(probs: np.ndarray) -> np.ndarray:
+    """How many keys a row attends to, at least 1: [..., T] -> [..., 1]."""
+    return np.maximum(np.count_nonzero(probs, axis=-1, keepdims=True), 1)
 
 
 class _Counted(Stores):
     """Rounds nothing and adds up the variance of what would be rounded."""
 
-    def __init__(self, dtype: str) -> None:
-        super().__init__({"part"}, dtype)
-        self.variance: Any = 0.0
+    variance: Any = 0.0
 
     def _put(self, x: np.ndarray) -> np.ndarray:
         self.variance = self.variance + ulp(x, self.dtype, np.float64) ** 2 / 12

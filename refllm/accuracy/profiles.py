@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, combinations
 
+from refllm.accuracy.parts import WHOLE, Parts
 from refllm.precision import Policy
 
 SHOWN, UNROUNDED = "", "unrounded"
@@ -23,14 +24,14 @@ SHOWN, UNROUNDED = "", "unrounded"
 @dataclass(frozen=True)
 class Profile:
     """points: where an operator stores, of `refllm.accuracy.forms`, without its result. reads: of each input, SHOWN or
-    UNROUNDED; () is all shown. stored: whether the result is put on the grid of the format. parts: of how many products
-    of parts a product is the sum, and how they are added. together: a residual sum of three terms adds the last two
+    UNROUNDED; () is all shown. stored: whether the result is put on the grid of the format. parts: of what products of
+    parts a product is the sum. together: a residual sum of three terms adds the last two
     first. order: of the float32 sums; asked for in float32 only."""
 
     points: frozenset[str] = frozenset()
     reads: tuple[str, ...] = ()
     stored: bool = True
-    parts: tuple[int, str] = (1, "")
+    parts: Parts = WHOLE
     together: bool = False
     order: str = ""
     tf32: bool = False
@@ -42,7 +43,7 @@ class Profile:
 
     def size(self) -> tuple[int, int]:
         """The smaller it is, the less is rounded: of several that fit, the smallest is meant."""
-        return (self.unrounded + self.together + (self.parts[0] > 1), len(self.points))
+        return (self.unrounded + self.together + (self.parts != WHOLE), len(self.points) + self.parts.biased)
 
 
 ONCE = Profile()
@@ -67,7 +68,13 @@ def _times(*lists: list[frozenset[str]]) -> list[frozenset[str]]:
 
 _MIRRORED = [
     frozenset({"mirrored", *points})
-    for points in ((), ("exp",), ("exp", "1 + exp"), ("exp", "1 + exp", "sigmoid of -|x|", "sigmoid"))
+    for points in (
+        (),
+        ("exp",),
+        ("exp", "sigmoid"),
+        ("exp", "1 + exp"),
+        ("exp", "1 + exp", "sigmoid of -|x|", "sigmoid"),
+    )
 ]
 SCORES = _times(
     _either("raw scores", "scores", ("raw scores", "scores"), "scaled q", ("scaled q", "scores")), _either("scale")
@@ -121,14 +128,6 @@ GIVEN = frozenset({"scale", "root of the scale", "tables"})
 
 ORDERING = frozenset({"times weight", "mirrored", "gate times up", "sum of rounded"})
 """Points that say in which order the steps are done, or do."""
-
-SPLITS = tuple(
-    (n, how)
-    for n in (2, 3, 4, 6, 8, 16)
-    for how in ("one after another", "in pairs", "in float32")
-    if how != "in pairs" or n in (4, 8, 16)  # of two there is but one sum
-)
-"""Products of parts: how many, and how they are added."""
 
 
 @cache
@@ -236,8 +235,8 @@ def in_words(operator: str, profile: Profile) -> str:
         words = f"rounds {', '.join(said)}" + (" and the result" if profile.stored else "; the result is float32")
     if len(said) == 1 and operator in ("rms_norm", "layer_norm", "glu", "linear") and profile.stored:
         words = f"twice: {said[0]}, and the result"
-    if profile.parts[0] > 1:
-        words = f"{profile.parts[0]} parts, each rounded, added {profile.parts[1]}"
+    if profile.parts != WHOLE:
+        words = str(profile.parts) + (", rounded before the bias" if "product" in profile.points else "")
     if profile.together:
         words = "attention and MLP added first"
     return words + (", inputs shown rounded and read unrounded" if profile.unrounded else "")

@@ -24,13 +24,14 @@ from refllm.precision import EXACT, Arithmetic, Dtype, Policy
 _FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
 _LEAST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126}
 
-# The mean of (ulp / value)^2 over a binade is 0.541 ulp(1)^2. Matrix products keep chains of about 256 terms.
-_MEAN_SQUARE_ULP = 0.541
-_CHAIN = 256
+_MEAN_SQUARE_ULP = 0.541  # the mean of (ulp / value)^2 over a binade, in ulp(1)^2
+CHAIN = 256
+"""Terms of a matrix product that are added one after another."""
 _FLOAT32_ULP = 2.0**-23
 _ONE_ADDITION = _MEAN_SQUARE_ULP * _FLOAT32_ULP**2 / 12  # relative variance
 _AT_ONCE = 1 << 19  # numbers of a weight: 4 MiB as float64, which stay in cache from one product to the next
-_LANES = 16  # partial sums that every vectorised reduction keeps
+LANES = 16
+"""Partial sums that every vectorised reduction keeps."""
 _ONE_PLUS_NOTHING = 17.4  # -log of half a float32 ulp of 1
 _VANISHED = 2.0**-121  # about the largest |silu(x)| for which e^-x is beyond float32, so that the result is 0
 _ROOT_STEPS = 4  # float32 roundings of a norm's mean, of eps added, of the root and of its reciprocal
@@ -124,7 +125,7 @@ def sum_noise(terms: int, total: Any, largest: Any, spread: Any = 0.0, left_over
     in details). All additions after the largest number round at its size; without it partial sums are a part of the
     total, of the same part of the spread, or both.
     """
-    chain = min(_LANES, -(-terms // _LANES))
+    chain = min(LANES, -(-terms // LANES))
     levels = np.log2(max(1, terms) / max(1, chain))
     squares = np.square(total - largest) * (chain**2 / (3 * max(1, terms)) + 2 + left_over)
     squares = squares + np.square(largest) * (chain + levels) + spread * (chain / 2 + levels)
@@ -212,7 +213,7 @@ class Propagation:
         return self._accumulated(terms, value, square_sum())
 
     def _accumulated(self, terms: np.ndarray, value: np.ndarray, square_sum: np.ndarray) -> np.ndarray:
-        chain = np.minimum(terms, _CHAIN) if self.order == BLOCKS else terms
+        chain = np.minimum(terms, CHAIN) if self.order == BLOCKS else terms
         chains = terms / chain
         square = np.square(value, dtype=self.width)
         drift, spread = square / 3, np.maximum(square_sum - square / terms, 0) / 6
@@ -403,13 +404,15 @@ class Propagation:
             one, two = u.value * c.value, sign * v.value * s.value
             value[..., lanes] = one + two
             inherited[..., lanes] = c.value**2 * u.variance + s.value**2 * v.variance
-            added[..., lanes] = (
-                (u.value**2 * c.variance + v.value**2 * s.variance)
-                + self._noise(one, "rope.product")
-                + self._noise(two, "rope.product")
-                + self._noise(value[..., lanes], "rope")
-            )
+            added[..., lanes] = u.value**2 * c.variance + v.value**2 * s.variance
+            added[..., lanes] += self._turning_noise((one, c.value), (two, s.value))
         return self._result(value, [(x, inherited)], added)
+
+    def _turning_noise(self, *products: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Variance of two products and their sum. products: (of a dim and its table, the table)."""
+        (one, _), (two, _) = products
+        noise = self._noise(one, "rope.product") + self._noise(two, "rope.product")
+        return np.asarray(noise + self._noise(one + two, "rope"))
 
     # -------------------------------------------------------------------------------------------------------- attention
 
@@ -515,7 +518,7 @@ class Propagation:
         if self.dtype != "float32":
             return 0.0
         total = 1 / np.maximum(probs.max(axis=-1, keepdims=True, initial=0), np.finfo(self.width).tiny)
-        additions = probs.shape[-1] / _LANES + np.log2(_LANES)
+        additions = probs.shape[-1] / LANES + np.log2(LANES)
         chain = 0.0 if self.order == BLOCKS else probs.shape[-1] / 3 * _ONE_ADDITION
         return additions * (self._ulp(total, "float32") / total) ** 2 / 12 + chain
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from refllm.accuracy import forms, limits
 from refllm.accuracy.forms import FORMS, OUT, Nudges, Stores, on_grid
+from refllm.accuracy.parts import COUNTS, IN_FLOAT32, WHOLE, possible
 from refllm.accuracy.profiles import (
     GIVEN,
     ORDERING,
     SHOWN,
-    SPLITS,
     UNROUNDED,
     Profile,
     habits,
@@ -26,13 +26,14 @@ from refllm.accuracy.profiles import (
 )
 from refllm.accuracy.propagation import Uncertain, ulp
 from refllm.accuracy.shared import shared_error
+from refllm.ops.attention import causal_keys
 
 MOST_ELEMENTS = 1 << 14
 """Elements of a sample."""
 
 _COLUMNS = 256  # of a product
 _QUERY_ELEMENTS = 1 << 12
-_ROWS = 64
+_ROWS, _FEW_ROWS = 64, 4
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ NOT_ASKED = Recognition()
 class Made:
     """A result of an operator of a page that is not worked out yet: the operator, its inputs, and what else it takes.
 
-    inputs: as the page handed them on. how: weight, bias, eps, name, interleaved, scale, key_mask, as the form has it.
+    inputs: as the page handed them on. how: weight, bias, eps, name, interleaved, scale, key_mask, window, as the form
+    has it.
     """
 
     operator: str
@@ -107,10 +109,12 @@ Sample = tuple[Arrays, dict[str, Any]]
 
 
 class Recogniser:
-    """Samples of the values of one run. places [N, 2]: the (row, position) of what is no padding. dtype: narrow."""
+    """Samples of the values of one run. places [N, 2]: the (row, position) of what is no padding. dtype: narrow.
+    splits: of how many parts somebody said that products are the sums."""
 
-    def __init__(self, dtype: str, places: np.ndarray) -> None:
+    def __init__(self, dtype: str, places: np.ndarray, splits: int = 1) -> None:
         self.dtype, self.places = dtype, places
+        self.counts = tuple(dict.fromkeys((*COUNTS, splits)))
 
     def __call__(self, made: Made, candidate: np.ndarray, record: Sequence[Profile] = ()) -> Recognition:
         """candidate: what was shown of this result. record: profiles that earlier layers had, tried first."""
@@ -127,11 +131,28 @@ class Recogniser:
                 break  # as before
             if _is_last_shown(made, profile) and any(sampled.fits(p, a) for p, a in tried.items()):
                 break  # what reads the shown values explains it
+        if made.operator == "linear" and not any(sampled.fits(p, a) for p, a in tried.items()):
+            tried |= self._split(made, candidate, sampled)
         if not tried:
             return NOT_ASKED
         found = self._decided(made, sampled, tried)
         if not found.fits and not found.defect and made.blurred:
             return Recognition(blurred=True)
+        return found
+
+    def _split(self, made: Made, candidate: np.ndarray, sampled: "_Samples") -> dict[Profile, float]:
+        """How well sums of products of parts agree, those that do so in a few rows."""
+        few, found = _Samples(self, made, candidate, _FEW_ROWS), {}
+        bias, terms = made.how["bias"] is not None, made.inputs[0].shape[-1]
+        for parts in possible(terms, bias, self.counts):
+            between = bias and (parts.biased or parts.adding == IN_FLOAT32)
+            for points in ((), ("product",))[: 1 + between]:
+                profile = Profile(frozenset(points), parts=parts)
+                agreed = few.agreement(profile)
+                if agreed is not None and 1 - agreed <= limits.MISROUNDED + limits.PERHAPS:
+                    full = sampled.agreement(profile)
+                    assert full is not None
+                    found[profile] = full
         return found
 
     def _decided(self, made: Made, sampled: "_Samples", tried: dict[Profile, float]) -> Recognition:
@@ -192,8 +213,6 @@ def _candidates(made: Made, record: Sequence[Profile]) -> list[Profile]:
     every = [*usual, *habits(made.operator, len(made.inputs))]
     if made.terms is not None:
         every += [Profile(points, reads, together=True) for reads in ((), _FIRST) for points in _TOGETHER]
-    if made.operator == "linear":
-        every += [Profile(parts=split) for split in SPLITS]
     return list(dict.fromkeys(every))
 
 
@@ -205,7 +224,7 @@ def _is_last_shown(made: Made, profile: Profile) -> bool:
 class _Samples:
     """One value and its inputs, sampled; predictions are kept."""
 
-    def __init__(self, of: Recogniser, made: Made, candidate: np.ndarray) -> None:
+    def __init__(self, of: Recogniser, made: Made, candidate: np.ndarray, most_rows: int = _ROWS) -> None:
         self.made, self.dtype = made, of.dtype
         width = max(
             1, int(np.prod([n for axis, n in enumerate(candidate.shape) if axis not in _position_axes(candidate)]))
@@ -217,6 +236,7 @@ class _Samples:
         count = min(
             len(of.places), max(8, min(_ROWS, MOST_ELEMENTS // width) if width > 64 else MOST_ELEMENTS // width)
         )
+        count = min(count, most_rows) if most_rows < _ROWS else count
         chosen = np.unique(np.linspace(0, len(of.places) - 1, count).astype(int))
         self.at = of.places[chosen, 0], of.places[chosen, 1]
         self.candidate = np.asarray(self._rows(candidate)[..., self.columns], np.float64)
@@ -306,7 +326,7 @@ class _Samples:
             square = np.square(arrays[0]) @ np.square(self.how["weight"]).T
             noise = np.sqrt(square * (arrays[0].shape[-1] / 6)) * 2.0**-24
             spacing = np.maximum(ulp(bits, self.dtype, np.float64), np.finfo(np.float32).tiny)
-            near = float(np.mean(np.minimum(1, 1.6 * noise / spacing))) * profile.parts[0]
+            near = float(np.mean(np.minimum(1, 1.6 * noise / spacing))) * profile.parts.count
         return mismatch <= limits.misrounded_limit(self.elements, near)
 
     def shared(self, best: Profile, all_profiles: Sequence[Profile]) -> str:
@@ -316,7 +336,7 @@ class _Samples:
         truth = self.exact(best)
         arrays = self.inputs(best)
         assert arrays is not None
-        V = noise(self.made.operator, arrays, self.how | {"parts": (1, "")}, most(self.made.operator), self.dtype)
+        V = noise(self.made.operator, arrays, self.how | {"parts": WHOLE}, most(self.made.operator), self.dtype)
         V = self._cut(V + ulp(truth, self.dtype, np.float64) ** 2 / 12 if V.shape == truth.shape else V)
         honest = [(p, self.bits(p)) for p in all_profiles]
         errors = [bits - self.exact(p) for p, bits in honest if bits is not None]
@@ -327,7 +347,7 @@ class _Samples:
         assert arrays is not None
         store = Stores(profile.points & (GIVEN | ORDERING), self.dtype)
         with np.errstate(all="ignore"):
-            return self._cut(FORMS[self.made.operator](store, arrays, self.how | {"parts": (1, "")}))
+            return self._cut(FORMS[self.made.operator](store, arrays, self.how | {"parts": WHOLE}))
 
 
 def _position_axes(candidate: np.ndarray) -> tuple[int, ...]:
@@ -337,7 +357,7 @@ def _position_axes(candidate: np.ndarray) -> tuple[int, ...]:
 def stores_of(profile: Profile, stored: bool = True) -> frozenset[str]:
     """The points at which a candidate with that profile stores, its result among them."""
     more = {OUT} if stored and profile.stored else set()
-    return profile.points | more | ({"part"} if profile.parts[0] > 1 else set())
+    return profile.points | more | ({"part"} if profile.parts != WHOLE else set())
 
 
 def noise(operator: str, arrays: Arrays, how: dict[str, Any], profile: Profile, dtype: str) -> np.ndarray:
@@ -406,7 +426,7 @@ class _Attention:
             return None
         q, k, v = (np.asarray(a[self.row], np.float64) for a in arrays if a is not None)
         T, S = k.shape[1], q.shape[1]
-        visible = np.arange(T) <= self.queries[:, None] + (T - S)
+        visible = causal_keys(self.queries + (T - S), T, self.made.how.get("window"))
         mask = self.made.how.get("key_mask")
         if mask is not None:
             visible = visible & (np.asarray(mask)[self.row] != 0)

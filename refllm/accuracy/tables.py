@@ -54,8 +54,10 @@ class Tables:
         turned = angles(self.positions, self.frequencies, self.narrow)
         found = []
         for value, slope in zip(self.values(), (np.sin(turned), np.cos(turned)), strict=True):
-            # A float32 function of a math library is right to an ulp, and so is the table that is made with it.
+            # A float32 function of a math library is right to an ulp, and so is the table that is made with it; at 0 it
+            # is exact.
             variance = op._ulp(value, "float32") ** 2 / (4 if op.dtype == "float32" else 12)
+            variance = np.where((turned == 0) & (self.factor == 1), 0, variance)
             if not self.solved:
                 variance = variance + np.square(slope * self.factor * turned * _UNKNOWN * 2.0**-24)
             found.append(Uncertain(value, np.asarray(variance, op.width)))
@@ -99,7 +101,7 @@ def solve(config: ModelConfig, positions: np.ndarray, turned: Iterable[Turned], 
     exact, as_torch = (RotaryEmbedding(config, exact=flag) for flag in (True, False))
     exact.tables(positions), as_torch.tables(positions)
     truth = np.asarray(exact.inv_freq)
-    rows = _alike(list(turned), truth)
+    rows = _of_one_kind(list(turned), truth)
     places, sums = _averaged(rows)
     if not len(places):
         return unknown(config, positions)
@@ -131,6 +133,21 @@ def solve(config: ModelConfig, positions: np.ndarray, turned: Iterable[Turned], 
     if dtype == "float32":
         return _one_of(fitting, fitting[:1])
     return _to_the_bit(fitting, near_JR, rows, dtype, tables)
+
+
+def _of_one_kind(rows: Sequence[Turned], truth: np.ndarray) -> list[Turned]:
+    """Those of the rows that turn by about the exact angles, if any do: a layer that turns otherwise is a defect of its
+    own, and says nothing about the others."""
+
+    def error(one: Turned) -> float:
+        places, sums = _averaged([one])
+        off, weight = np.angle(sums * np.exp(-1j * angles(places, truth, False))), np.abs(sums)
+        return float(np.sqrt((weight * np.square(off)).sum() / weight.sum())) if weight.any() else np.inf
+
+    errors = [error(one) for one in rows]
+    farthest = max((float(at.max(initial=0)) for at, _, _ in rows), default=0.0) * truth.max(initial=0)
+    most = max(limits.TABLES_OF_ONE * min(errors, default=0.0), limits.TABLES_WITHIN * 2.0**-23 * farthest)
+    return [one for one, off in zip(rows, errors, strict=True) if off <= most]
 
 
 def _one_of(fitting: Sequence[Tables], best: Sequence[Tables]) -> Tables:
@@ -209,19 +226,6 @@ def _averaged(turned: Sequence[Turned]) -> tuple[np.ndarray, np.ndarray]:
     sums = np.zeros((len(places), products[0].shape[-1]), complex)
     np.add.at(sums, where, np.concatenate(products))
     return places, sums
-
-
-def _alike(turned: list[Turned], truth: np.ndarray) -> list[Turned]:
-    """Without the layers, of queries or of keys, that turned far farther off the truth than the nearest one did: one
-    wrong layer must not change what the right ones are judged by."""
-    off = []
-    for row in turned:
-        places, sums = _averaged([row])
-        weights = np.abs(sums)
-        error = np.square(np.angle(sums * np.exp(-1j * angles(places, truth, False))))
-        off.append(float((weights * error).sum() / max(float(weights.sum()), 1e-30)))
-    nearest = max(min(off, default=0.0), 2.0**-60)  # float32 is no nearer
-    return [row for row, each in zip(turned, off, strict=True) if each <= limits.TABLES_ASTRAY * nearest]
 
 
 def _neighbours(truth: np.ndarray) -> np.ndarray:

@@ -38,6 +38,7 @@ def compare(
     layout: str = "",
     against: Any = None,
     weights: Any = None,
+    page: str | os.PathLike[str] | None = None,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
@@ -58,7 +59,8 @@ def compare(
     is known to be good, in the same form, the measure in place of the page; its tokens are run where none are given.
     weights: those that the candidate really has, where they are not the checkpoint's (of a quantised engine): a
     checkpoint folder, a safetensors or GGUF file, or arrays by the names of the checkpoint's tensors. It is judged with
-    them, and what they cost is reported apart (`Report.format_error`).
+    them, and what they cost is reported apart (`Report.format_error`). page: the file of a page of one's own, or a
+    known family (`refllm.models.own_page`).
 
     A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
     and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
@@ -69,6 +71,7 @@ def compare(
     takes too long, and a crash is one of this process.
     """
     from refllm.check.process import Processes
+    from refllm.models.own_page import in_use
 
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     if trace is not None:
@@ -76,9 +79,10 @@ def compare(
             raise InputError("trace= is judged as it was recorded: leave out candidate, stress, names and library")
         ids = None if input_ids is None else np.atleast_2d(input_ids)
         run = _trace(trace, ids)
-        return [_recorded(Path(checkpoint), run, dtype, policy, splits, tf32, layout, _trace(against), weights)]
+        with in_use(page):
+            return [_recorded(Path(checkpoint), run, dtype, policy, splits, tf32, layout, _trace(against), weights)]
     files = [None if path is None else Path(path) for path in (names, library)]
-    with Processes(time_limit) as processes:
+    with in_use(page), Processes(time_limit) as processes:
         return _compare(Path(checkpoint), candidate, dtype, policy, attention, given, prompt, stress,
                         processes if isolate else None, splits, tf32, weights, files[0], files[1], layout,
                         _trace(against))  # fmt: skip

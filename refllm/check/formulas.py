@@ -69,11 +69,9 @@ def _source(operator: str) -> str:
 
 
 def _page(config: ModelConfig) -> Any:
-    from refllm.models.families import find
+    from refllm.models.families import of_config
 
-    found = find(config.model_type, "base")
-    assert found is not None
-    return found.page
+    return next(iter(of_config(config).values())).page
 
 
 def split(name: str) -> tuple[int | None, str]:

@@ -35,7 +35,7 @@ from refllm.check.record import Habit, Record, chosen
 from refllm.check.reordered import REORDERED, by_words, order_of, put_in_order, readers
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
-from refllm.check.unseen import never_shown
+from refllm.check.unseen import never_read, never_shown
 from refllm.check.weights import FormatError
 from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
@@ -74,6 +74,7 @@ class TapReport:
     named: a defect that predicts it to the bit, or an error that its elements share, in one clause. another: the honest
     profile that it has in this layer and not in the others. unrecognised: it rounds as no honest code does, in this
     layer. place: it is right, but does not round where the named policy says; its profile in words.
+    dtype: by whose errors it is judged: that of the run, or float32 where it is shown as that.
     alone: of a context, the error in sigma of the first token of every sequence, which sees itself alone.
     overflow: the largest exact number that the format does not hold, where the candidate has an infinity. fed: an
     infinity or NaN came in. hidden: values that were not shown, between the ones before, the last of them `since`, and
@@ -181,13 +182,14 @@ class Judge:
         self.shares: dict[str, float] = {}
         self.record = Record(self.narrow)
         self.tables = guess
-        self._recognise = Recogniser(trace.dtype, self.places)
+        self._recognise = Recogniser(trace.dtype, self.places, asked.splits)
         self._last: tuple[Made, Profiled, Profile] | None = None
         self._made: tuple[Made, Profiled] | None = None
         self._measured: tuple[str, Measure] = "", _NOTHING
         self._names: dict[str, bool] = {}
         self._spoilt: set[str] = set()
         self._cancels: dict[str, str] = {}
+        self._wide: set[str] = set()
 
     def run(self, step: Callable[[str], None] = lambda text: None) -> list[TapReport]:
         """Both runs; the reports are in order of computation, for the values that the candidate recorded."""
@@ -269,14 +271,31 @@ class Judge:
         profile = chosen(found.profile or self.record.profile_of(name, made.operator), made.operator, self.narrow)
         if found.asked and not found.fits and made.operator != "attention":
             profile = most(made.operator)
-        # What is held in float32 is judged by the format all the same: float32 noise has no such sharp limit.
-        profile = replace(profile, stored=True)
         if found.blurred:
             made = replace(made, inputs=tuple(self._before_rounding(i) for i in made.inputs))
+        if found.fits and not profile.stored and (x := self._in_float32(name, made, op, profile, candidate)):
+            return x
+        # By the format, if float32 arithmetic does not explain it: some accumulators cut off what others round.
+        profile = replace(profile, stored=True)
         self._last = made, op, profile
         x = op.under(made, profile, certain_inputs=bool(found.fits))
         x = x if found.profile is None or found.profile.stored else replace(x, rounded=None)
         return x if found.fits else _to_no_bit(x)
+
+    def _in_float32(
+        self, name: str, made: Made, op: Profiled, profile: Profile, candidate: np.ndarray
+    ) -> Uncertain | None:
+        """A value that is shown as float32 though the format is narrow, by the error of float32; None if that is more
+        than honest sums have."""
+        rows = self._rows(self._fitted(name, candidate, made))
+        for order in (BLOCKS, ONE_CHAIN):
+            x = op.held_in_float32(made, profile, order)
+            found = self._measure(rows, self._rows(x.value, candidate), self._rows(x.variance, candidate))
+            if not broken_isolated(found, "float32"):
+                self._measured, self._last = (name, found), (made, op, profile)
+                self._wide.add(name)
+                return replace(x, rounded=None)
+        return None
 
     def _before_rounding(self, x: Uncertain) -> Uncertain:
         """x with the rounding that may have come after what is read."""
@@ -331,7 +350,8 @@ class Judge:
         self._names[name] = candidate is not None
         if candidate is None:
             return replace(x, spoilt=name in self._spoilt)
-        report = self.isolated[name] = TapReport(name, _NOTHING, dtype=self.trace.dtype)
+        dtype = "float32" if name in self._wide else self.trace.dtype
+        report = self.isolated[name] = TapReport(name, _NOTHING, dtype=dtype)
         rows, shown = self._rows(candidate), self._shown_rounded(name, x, candidate)
         exact, variance = self._rows(x.value, candidate), self._rows(shown.variance, candidate)
         exact, variance = self._expected(name, exact, variance, alone=True)
@@ -349,7 +369,7 @@ class Judge:
         if name.endswith(".context"):
             first = np.unique(self.places[:, 0], return_index=True)[1]
             report.alone = self._measure(rows[first], exact[first], variance[first]).ratio
-        report.untested = undetected(exact, variance, self.trace.dtype)
+        report.untested = undetected(exact, variance, dtype)
         report.fed, report.overflow = name in self._spoilt, self._overflow(rows, exact)
         report.hidden = tuple(hidden for hidden in self._names if hidden in x.shares and hidden != name)
         if report.hidden:
@@ -714,7 +734,7 @@ def judge(
         config=model.config,
         habits=collected.habits(),
         unsaid=collected.unsaid(),
-        unseen=never_shown(model.head, trace),
+        unseen=[*never_shown(model.head, trace), *never_read(model)],
     )
     report.notes += trace.doubts if report.verdict == "fails" else []
     return report

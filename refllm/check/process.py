@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from refllm.apart import Answer, Channel, EndedError, LateError, Process, place
@@ -20,6 +21,7 @@ from refllm.check.misbehaviour import MisbehavesError, Misbehaviour, raised
 from refllm.check.stacks import Opening, find_stack
 from refllm.check.taps import EVERYTHING, Candidate, Sink
 from refllm.errors import InputError, RefllmError
+from refllm.models.own_page import current, in_use
 from refllm.user_code import find_function
 
 SECONDS, SECONDS_PER_GIB = 600.0, 3600.0
@@ -52,6 +54,7 @@ class Processes:
         """Begins to open a candidate in place of the one before, and does not wait. Raises InputError as
         `must_be_known`."""
         must_be_known(opening)
+        opening = replace(opening, page=current())
         seconds = time_limit(opening.folder) if self.seconds is None else self.seconds
         candidate = ApartCandidate(self, opening, seconds)
         if opening.name not in self._unusable:
@@ -194,10 +197,12 @@ def serve(channel: Channel) -> None:
     """Opens a candidate, runs it as often as it is asked to, then the next."""
     warnings.filterwarnings("ignore", module=r"refllm\.")  # said already where the check itself loads the checkpoint
     candidate: Candidate | None = None
+    pages = contextlib.ExitStack()  # all its candidates have the same one
     for what, given in channel.requests():
         try:
             if what == "open":
                 candidate = None  # before another is loaded beside it
+                pages.enter_context(in_use(given["page"] or None))
                 candidate = _opened(Opening(**given), channel)
                 said: dict[str, object] = {"name": candidate.name, "details": candidate.details}
                 said["takes"] = getattr(candidate, "takes", EVERYTHING)

@@ -69,7 +69,11 @@ class Record:
             others = {formulas.short(n) for n, o in self.operators.items() if o == operator}
             found = next((p for other in sorted(others) if (p := self._common(other)) is not None), None)
         here = self.found.get(name)
-        return replace(found, stored=here.fits[0].stored) if found is not None and here is not None and here.fits else found
+        return (
+            replace(found, stored=here.fits[0].stored)
+            if found is not None and here is not None and here.fits
+            else found
+        )
 
     def another(self, name: str) -> Profile | None:
         """The profile of a value that is not that of the same value in most layers."""
@@ -112,8 +116,8 @@ class Record:
         parts: dict[int, list[str]] = {}
         for short in dict.fromkeys(formulas.short(name) for name in self.found):
             profile = self._common(short)
-            if profile is not None and profile.parts[0] > 1:
-                parts.setdefault(profile.parts[0], []).append(short)
+            if profile is not None and profile.parts.count > 1:
+                parts.setdefault(profile.parts.count, []).append(short)
         return [(", ".join(values), n) for n, values in parts.items()]
 
     def _of(self, short: str) -> list[Recognition]:

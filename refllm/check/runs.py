@@ -172,7 +172,8 @@ class Runs:
             where = self._where(inputs)
             step = lambda text: self.step(f"{where}: {text}")  # noqa: E731
             report = self._measured(found, step)
-        report.notes += [*(notes or []), *self.notes]
+        of_the_stack = [said for name, said in self.candidate.details.items() if name == "note"]
+        report.notes += [*(notes or []), *self.notes, *of_the_stack]
         return report
 
     def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:

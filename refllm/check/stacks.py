@@ -23,7 +23,7 @@ class Opening:
 
     name: as it was asked for, `NAME`, `NAME:FILE`, `module:function` or `file.py:function`. folder: the checkpoint.
     head: `refllm.load`'s. attention: of Transformers. names: a JSON file that says how a torch module calls its parts.
-    library: a shared library of llama.cpp.
+    library: a shared library of llama.cpp. page: of a family from outside (`refllm.models.own_page`).
     """
 
     name: str
@@ -33,6 +33,7 @@ class Opening:
     attention: str = "eager"
     names: Path | None = None
     library: Path | None = None
+    page: str = ""
 
     @property
     def given(self) -> str:
@@ -55,6 +56,7 @@ class Stack:
 STACKS: dict[str, Stack] = {
     "litgpt": Stack(("torch", "litgpt"), adapter="litgpt", roots=("litgpt",)),
     "onnx": Stack(("onnx", "onnxruntime"), ("float32", "float16"), "FILE", "onnx", ("onnx", "onnxruntime")),
+    "mlx": Stack(("mlx", "mlx_lm"), adapter="mlx", roots=("mlx",)),
 }
 """What stands before the colon of `--candidate` -> the stack."""
 

@@ -19,8 +19,9 @@ Sink = Callable[[str, Any], None]
 class Candidate(Protocol):
     """An implementation under test, ready to run (weights loaded).
 
-    name: for reports. dtype: of its weights and activations. details: versions and settings worth keeping. It may have
-    an attribute `takes` (`EVERYTHING`), and `computes_in`, the one dtype that it has because its file is in that.
+    name: for reports. dtype: of its weights and activations. details: versions and settings worth keeping, and
+    under "note" a sentence for whoever reads the report. It may have an attribute `takes` (`EVERYTHING`), and
+    `computes_in`, the one dtype that it has because its file is in that.
     """
 
     name: str

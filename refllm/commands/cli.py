@@ -14,7 +14,7 @@ import typer
 
 from refllm.accuracy.verdicts import SCHEMA, worst
 from refllm.commands import audit, bench, golden, operators, tune
-from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, can_be_written
+from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, Page, can_be_written
 from refllm.commands.shared_options import console as _console
 from refllm.commands.shared_options import to_stdout as _to_stdout
 from refllm.commands.shared_options import write_json as _write_json
@@ -160,6 +160,7 @@ def check(
             help="Judge against the recorded run in this file, which is known to be good; its tokens are run.",
         ),
     ] = None,
+    page: Page = None,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -242,6 +243,7 @@ def trace(
     stress: Annotated[
         bool, typer.Option("--stress", help="With --inputs-only: the stressed inputs of check too.")
     ] = False,
+    page: Page = None,
 ) -> None:
     """Write the named values of one run to a file, for refllm diff and check --against. Exit code 1 if the candidate
     misbehaves."""
@@ -318,6 +320,7 @@ def generate(
     low_memory: LowMemory = False,
     backend: Backend = "numpy",
     device: Device = None,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """Continue a prompt; the text appears as it is made."""
@@ -363,6 +366,7 @@ def score(
     low_memory: LowMemory = False,
     backend: Backend = "numpy",
     device: Device = None,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """Log-likelihood, perplexity and bits per byte of a text."""
@@ -385,6 +389,7 @@ def info(
         ),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """What a checkpoint is: architecture, parameters, memory, tensors. A config.json is enough. Without one: this

@@ -56,6 +56,11 @@ class Info:
         return counts
 
     @property
+    def fused(self) -> bool:
+        """Whether the torch and triton backends compute it: not by a page from outside."""
+        return self.config.traits is None
+
+    @property
     def cache_numbers_per_token(self) -> int:
         """Keys and values of one token in all layers: 2 L K D."""
         c = self.config
@@ -83,7 +88,7 @@ class Info:
             "parameters_by_group": self.groups,
             "weight_bytes": {dtype: self.parameters * size for dtype, size in BYTES.items()},
             "cache_bytes_per_token": {dtype: self.cache_numbers_per_token * size for dtype, size in BYTES.items()},
-            "fusions": [vars(fusion) for fusion in fusions(self.config)],
+            "fusions": [vars(fusion) for fusion in fusions(self.config)] if self.fused else [],
             "tensors": self.shapes,
             "stored": None
             if self.stored is None
@@ -150,7 +155,7 @@ def features(config: ModelConfig) -> dict[str, str]:
         "vocabulary": f"{c.vocab_size}",
         "layers": f"{c.num_hidden_layers} of width {c.hidden_size}",
         "norm": norm,
-        "attention": f"{c.num_attention_heads} heads of {c.head_dim}; {sharing}",
+        "attention": f"{c.num_attention_heads} heads of {c.head_dim}; {sharing}{_windows(config)}",
         "rope": f"{rope['rope_type']}, theta {rope['rope_theta']:g}, {c.rotary_dim} of {c.head_dim} dims, {pairs}",
         "rope scaling": ", ".join(f"{key} {_number(value)}" for key, value in scaling.items()) or "none",
         "mlp": f"{'gated ' if traits.gated else ''}{c.hidden_act}, width {c.intermediate_size}",
@@ -159,6 +164,14 @@ def features(config: ModelConfig) -> dict[str, str]:
         "context": f"{c.max_position_embeddings} tokens",
         "special tokens": f"bos {c.bos_token_id}, eos {c.eos_token_id}, pad {c.pad_token_id}",
     }
+
+
+def _windows(config: ModelConfig) -> str:
+    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+    seen = [window for window in windows if window is not None]
+    if not seen:
+        return ""
+    return f"; in {len(seen)} of {len(windows)} layers a query sees its last {seen[0]} keys"
 
 
 def _number(value: Any) -> str:
@@ -186,7 +199,7 @@ def show_info(info: Info, *, tensors: bool = False) -> Any:
         facts.add_row(Text("keys without effect", style="dim"), ", ".join(info.config.unused_keys))
     facts.add_row(Text("files", style="dim"), _files_line(info))
     lines: list[Any] = [Text(f"{info.path} ({info.head})", style="bold"), facts]
-    lines += _fusion_lines(info.config)
+    lines += _fusion_lines(info.config) if info.fused else []
     lines += [Text(finding, style="bold red") for finding in info.findings]
     lines += [Text(f"not used: {name}", style="yellow") for name in info.unexpected]
     if tensors:

@@ -13,15 +13,17 @@ would change the mathematics in a way that these families do not have are refuse
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from refllm.config.rope_parameters import LEGACY_KEYS, check_rope, normalise_rope, rotary_dim_of, unused_rope_keys
+from refllm.config.traits import Traits
 from refllm.config.values import (
     MAX_SIZE,
     check_depth,
@@ -33,7 +35,7 @@ from refllm.config.values import (
     read_str,
     warn,
 )
-from refllm.errors import ConfigError
+from refllm.errors import ConfigError, RefllmError
 from refllm.precision.dtype_names import IN_TORCH
 from refllm.storage import input_file, output_file
 from refllm.storage.json_text import show
@@ -108,7 +110,7 @@ BOOKKEEPING_KEYS = frozenset(
 """Keys without effect that published files carry as a matter of course; `unknown_keys` leaves them out."""
 
 # key -> (the values under which it asks for nothing, what it asks for otherwise)
-_DANGEROUS_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
+DANGEROUS_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "sliding_window": ((None,), "a cache that drops old keys"),
     "attention_chunk_size": ((None,), "attention inside chunks"),
     "kv_sharing_modes": ((None,), "key/value caches shared between layers"),
@@ -184,7 +186,20 @@ def _read_activation(source: str, name: str, value: Any) -> str:
     return read_choice(source, name, value, ACTIVATIONS)
 
 
-_READERS = {
+def _read_text(source: str, name: str, value: Any) -> str | None:
+    return None if value is None else read_str(source, name, value)
+
+
+_PLAIN_READERS = {
+    "int": read_size,
+    "int | None": _read_sizes_or_none,
+    "float": _read_non_negative,
+    "bool": read_bool,
+    "str | None": _read_text,
+    "list[str] | None": _read_names,
+}
+"""Annotation -> reader: what the config of a page from outside may be written with."""
+_READERS = _PLAIN_READERS | {
     "Size": read_size,
     "DerivedSize": _read_sizes_or_none,
     "TokenId": _read_token_id,
@@ -192,7 +207,6 @@ _READERS = {
     "Dropout": _read_dropout,
     "OptionalDropout": _read_optional_dropout,
     "NonNegative": _read_non_negative,
-    "bool": read_bool,
 }
 _READERS_BY_NAME = {
     "architectures": _read_names,
@@ -219,6 +233,7 @@ class ModelConfig:
     default_theta: ClassVar[float] = 10000.0
     default_partial_rotary_factor: ClassVar[float | None] = None
     partial_rotation: ClassVar[bool] = False
+    traits: ClassVar[Traits | None] = None
     max_initializer_range: ClassVar[float] = float("inf")
 
     vocab_size: Size
@@ -293,20 +308,28 @@ class ModelConfig:
         name, value = field.name, values.get(field.name, field.default)
         if name == "dtype" and value is None:
             name, value = "torch_dtype", values.get("torch_dtype")
-        reader = _READERS_BY_NAME.get(field.name) or _READERS[str(field.type)]
+        reader = _READERS_BY_NAME.get(field.name) or _READERS.get(getattr(field.type, "__name__", str(field.type)))
+        if reader is None:
+            raise ConfigError(
+                f"{type(self).__name__}: the key {name} is annotated {field.type}; use one of "
+                f"{', '.join(_PLAIN_READERS)}"
+            )
         return reader(source, name, value)
 
     def _refuse_dangerous_keys(self, source: str, values: Mapping[str, Any]) -> None:
-        for key, (harmless, effect) in _DANGEROUS_KEYS.items():
+        fields = {field.name for field in dataclasses.fields(self)}
+        for key, (harmless, effect) in DANGEROUS_KEYS.items():
             value = values.get(key)
-            if not any(value is item or (type(value) is type(item) and value == item) for item in harmless):
+            if key not in fields and not any(
+                value is item or (type(value) is type(item) and value == item) for item in harmless
+            ):
                 raise ConfigError(
                     f"{source}: {key}={show(value)} asks for {effect}, which refllm does not compute for "
                     f"{self.model_type}; the key must be absent or null"
                 )
         layer_types = values.get("layer_types")
         plain = isinstance(layer_types, list) and all(name in ("full_attention", "attention") for name in layer_types)
-        if layer_types is not None and not plain:
+        if layer_types is not None and not plain and "layer_types" not in fields:
             raise ConfigError(
                 f"{source}: layer_types={show(layer_types)} may only list full_attention, which every layer of "
                 f"{self.model_type} has"
@@ -391,6 +414,10 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """R, the number of dims of each head that are rotated (even, at most head_dim)."""
         return rotary_dim_of(self.head_dim, self.rope_parameters) if self.partial_rotation else self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of a layer sees, its own and those before it; None: all. The families here see all."""
+        return None
 
     @property
     def num_labels(self) -> int:
@@ -631,7 +658,7 @@ class AutoConfig:
         """The config that a parsed config.json describes; its model_type selects the class. Raises ConfigError."""
         if "model_type" not in values:
             raise ConfigError(f"{source}: the key model_type is missing; it must be {_families()}")
-        return _config_class(values["model_type"], source).from_dict(values, source)
+        return _config_class(values["model_type"], source, values).from_dict(values, source)
 
     @staticmethod
     def for_model(model_type: str, **values: Any) -> ModelConfig:
@@ -643,13 +670,29 @@ def _families() -> str:
     return "one of " + ", ".join(CONFIG_CLASSES)
 
 
-def _config_class(model_type: Any, source: str) -> type[ModelConfig]:
-    if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
-        hint = ""
-        if model_type == "stablelm_epoch":
-            hint = " (stablelm_epoch files name their keys differently; newer revisions of the checkpoint are stablelm)"
-        raise ConfigError(f"{source}: model_type={show(model_type)} must be {_families()}{hint}")
-    return CONFIG_CLASSES[model_type]
+def _config_class(model_type: Any, source: str, values: Mapping[str, Any] | None = None) -> type[ModelConfig]:
+    """The class of a model_type. values: the config.json that names it, for what to say of one that is not known."""
+    if isinstance(model_type, str) and model_type in CONFIG_CLASSES:
+        return CONFIG_CLASSES[model_type]
+    hint = ""
+    if model_type == "stablelm_epoch":
+        hint = " (stablelm_epoch files name their keys differently; newer revisions of the checkpoint are stablelm)"
+    elif isinstance(model_type, str) and values is not None:
+        from refllm.config.nearest import nearest
+
+        hint = f": {nearest(values, _tensor_names(Path(source))).sentence}"
+    raise ConfigError(f"{source}: model_type={show(model_type)} must be {_families()}{hint}")
+
+
+def _tensor_names(path: Path) -> tuple[str, ...]:
+    """The names of the tensors in the folder of a config.json; none where there are no files, or broken ones."""
+    from refllm.storage.checkpoint import Checkpoint
+
+    if path.name != "config.json" or not any(path.parent.glob("*.safetensors")):
+        return ()
+    with contextlib.suppress(RefllmError, OSError), Checkpoint.open(path.parent) as checkpoint:
+        return checkpoint.names
+    return ()
 
 
 def _missing_config(folder: Path) -> str:
@@ -668,4 +711,31 @@ def read_config_json(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, An
         path = path / "config.json"
     if not os.path.lexists(path):
         raise ConfigError(f"{path}: there is no such file; {_missing_config(path.parent)}")
-    return path, input_file.read_object(path, ConfigError)
+    values = input_file.read_object(path, ConfigError)
+    return path, values if _READ_AS is None else _as_chosen(_READ_AS, path, values)
+
+
+_READ_AS: str | None = None  # see `read_as`
+
+
+@contextlib.contextmanager
+def read_as(family: str) -> Iterator[None]:
+    """Checkpoints of an unknown model_type are read as those of a known family while it is open, in the whole process:
+    where nothing is known to differ (`refllm.config.nearest`), else reading raises ConfigError."""
+    global _READ_AS
+    before, _READ_AS = _READ_AS, family
+    try:
+        yield
+    finally:
+        _READ_AS = before
+
+
+def _as_chosen(family: str, path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    model_type = values.get("model_type")
+    if model_type == family or not isinstance(model_type, str):
+        return values
+    if model_type in CONFIG_CLASSES:
+        raise ConfigError(f"{path}: model_type={show(model_type)} has a page of its own, and is not read as {family}")
+    from refllm.config.nearest import as_family
+
+    return as_family(family, values, _tensor_names(path), str(path))

@@ -26,8 +26,8 @@ class Honest:
     "scale in q", "scale rounded", "sdpa". stream: "narrow"; "float32" (shown rounded); "read unrounded" (the sum is
     shown rounded and normed as it was before); "together" (attention and MLP are added first). head: "float32" rounds
     no logits. sums: "chain" adds the float32 sums of norms and products one after another. splits: parts of the
-    products with o_proj and down_proj. names: what is shown; None is everything. embeds_scale: what the
-    embeddings are multiplied by before they are rounded."""
+    products with o_proj and down_proj, of whole multiples of tile. biased: a bias is added to the first of them. names:
+    what is shown; None is everything. embeds_scale: what the embeddings are multiplied by before they are rounded."""
 
     norm: str = "twice"
     act: str = "twice"
@@ -38,6 +38,8 @@ class Honest:
     head: str = "narrow"
     sums: str = "blocks"
     splits: int = 1
+    tile: int = 1
+    biased: bool = False
     tf32: bool = False
     names: tuple[str, ...] | None = None
     embeds_scale: float = 1.0
@@ -119,10 +121,11 @@ class _Run:
         if self.how.tf32 and self.dtype == torch.float32:
             x, w = (_tf32(t) for t in (x, w))
         if self.how.splits > 1 and name.endswith(("o_proj", "down_proj")):
-            parts = [
-                F.linear(p, q) for p, q in zip(x.chunk(self.how.splits, -1), w.chunk(self.how.splits, -1), strict=True)
-            ]
+            size = -(-x.shape[-1] // self.how.splits // self.how.tile) * self.how.tile
+            parts = [F.linear(p, q) for p, q in zip(x.split(size, -1), w.split(size, -1), strict=True)]
             y = parts[0]
+            if self.how.biased and b is not None:
+                y, b = F.linear(x[..., :size], w[:, :size], b), None
             for part in parts[1:]:
                 y = y + part
             return y if b is None else y + b

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refllm.mutants import chance
 from refllm.mutants.validation_page import (
-    HIGH,
-    LOW,
     by_mutant,
     calibration_rows,
     operator,
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 _MISSED = {
     "eps times 10": "where eps is far below the mean square of a row, bfloat16 does not show it",
-    "partial sums rounded": "where the product has a bias, which this code adds to the first part: no profile has "
-    "that, and the report says that it rounds in a place that is not known",
 }
 """Mutant -> why it is missed, where it is."""
 
@@ -37,8 +34,6 @@ def aims(found: "Validation") -> list[str]:
     """Every aim beside what was measured, also where it is missed."""
     runs = [*found.runs, *found.ports]
     elsewhere = sum(run.elsewhere for run in found.ports)
-    narrow = [run for run in found.ports if run.dtype != "float32"]
-    isolated = _isolated(narrow)
     defects, planted, places = found.defects, found.planted, found.places
     rows = [
         ("right runs", "at least 600", str(len(runs))),
@@ -51,16 +46,7 @@ def aims(found: "Validation") -> list[str]:
         ("places: hold and are said", "100 %", _count([case.plain.right for case in places])),
         ("places: found under the named policy", "100 %", _count([case.named.right for case in places])),
     ]
-    if len(isolated):
-        least, most = isolated.min(), isolated.max()
-        inside = int(((isolated >= LOW) & (isolated <= HIGH)).sum())
-        rows.append(
-            (
-                "measured over predicted error of these ports, isolated, bfloat16 and float16",
-                f"{LOW} to {HIGH}",
-                f"{least:.2f} to {most:.2f}; {_share(inside, len(isolated))} values inside",
-            )
-        )
+    rows += chance.rows(found.ports)
     seeds = ", ".join(f"{name} {value}" for name, value in found.asked.items())
     return [
         "## Aims, and what was measured",
@@ -147,24 +133,11 @@ def ports(found: "Validation") -> list[str]:
         "",
         *ratio_table([row for row in rows if row["operator"] == "all"], with_operator=False),
         "",
-        *outliers([row for row in rows if row["operator"] != "all"]),
+        *outliers([row for row in rows if row["operator"] != "all" and row["way"] == "end to end"]),
         "",
-        *_of_few_tokens(found.ports),
+        *chance.lines(found.ports),
         *_planted(found),
     ]
-
-
-def _of_few_tokens(runs: list["Run"]) -> list[str]:
-    """How long the runs are in which a value lies outside the aim, the head left out."""
-    lengths = [
-        run.tokens
-        for run in runs
-        if any(not LOW <= ratio <= HIGH for name, both in run.ratios.items() if name != "lm_head" for ratio in both)
-    ]
-    if not lengths:
-        return []
-    said = f"Values outside that are not of lm_head are in {len(lengths)} runs,"
-    return [f"{said} of {min(lengths)} to {max(lengths)} tokens.", ""]
 
 
 def _port_row(profile: str, runs: list["Run"]) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class Run:
     """One run without a defect. attention: of Transformers, or the profile of another right port. ratios: value -> (end
     to end, isolated), where an error is predicted. closest: rule -> the largest share of its limit that any value
     reached. elsewhere: whether any value differs to the bit from that of the port that rounds as Transformers. tokens:
-    how many were compared."""
+    how many were compared. scatters: value -> the standard error of its isolated ratio (`Measure.scatter`)."""
 
     model: str
     dtype: str
@@ -43,6 +43,7 @@ class Run:
     closest: dict[str, float] = field(default_factory=dict)
     elsewhere: bool = False
     tokens: int = 0
+    scatters: dict[str, float] = field(default_factory=dict)
 
 
 def run_of(report: Report, model: str, attention: str, *, threads: int, seed: int, elsewhere: bool = False) -> Run:
@@ -54,6 +55,7 @@ def run_of(report: Report, model: str, attention: str, *, threads: int, seed: in
     for tap in report.taps:
         if tap.isolated is not None and tap.end_to_end.rms_sigma > 0 and tap.isolated.rms_sigma > 0:
             run.ratios[tap.name] = (tap.end_to_end.ratio, tap.isolated.ratio)
+            run.scatters[tap.name] = tap.isolated.scatter
         if tap.isolated is not None:
             for rule, share in _shares_of_limits(tap.end_to_end, tap.isolated, tap.dtype):
                 run.closest[rule] = max(run.closest.get(rule, 0.0), share)

@@ -18,7 +18,6 @@ _PERCENTILES = (0, 1, 50, 99, 100)
 
 REASONS = {
     "self_attn.probs": "softmax of few keys: the errors of a row are so correlated that a small tensor has few of them",
-    "lm_head": "a float32 head rounds nothing, and is judged by the sigma of the format",
     "mlp.down_proj": "relu^2 leaves few large terms, whose sum needs fewer roundings than predicted",
 }
 """Why the prediction of an operator may be further off."""

@@ -94,6 +94,19 @@ def test_every_figure_of_a_measure_on_numbers_worked_out_by_hand() -> None:
     assert (found.nonfinite, found.nonfinite_at, found.misrounded, found.honest) == (0, (), 0, 0)
 
 
+@pytest.mark.parametrize("shared", [0.0, 0.8])
+def test_the_scatter_of_a_ratio_is_what_other_runs_of_the_same_length_have(shared: float) -> None:
+    """Also where the errors of a position have most in common."""
+    rng, exact, variance = np.random.default_rng(0), np.ones((12, 16)), np.full((12, 16), 1e-6)
+    found = []
+    for _ in range(200):
+        error = shared * rng.normal(size=(12, 1)) + np.sqrt(1 - shared**2) * rng.normal(size=(12, 16))
+        found.append(measure(exact + 1e-3 * error, exact, variance))
+    spread = float(np.std([each.ratio for each in found]))
+    assert np.sqrt(np.mean([each.scatter**2 for each in found])) == pytest.approx(spread, rel=0.2)
+    assert measure(exact[:1] + 1e-3, exact[:1], variance[:1]).scatter == 0
+
+
 def test_what_is_infinite_on_both_sides_is_no_error_and_on_one_side_has_its_place() -> None:
     exact = np.array([[1.0, np.nan, np.inf], [70000.0, -70000.0, 1.0]])
     variance = np.array([[1.0, np.nan, 1.0], [1.0, 1.0, 1.0]])

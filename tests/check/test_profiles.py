@@ -12,6 +12,7 @@ from rich.console import Console
 
 from refllm import golden
 from refllm.accuracy.measure import measure
+from refllm.accuracy.parts import ONE_BY_ONE, Parts, possible
 from refllm.accuracy.profiled import Profiled
 from refllm.accuracy.profiles import DEFECTS, Profile, in_words
 from refllm.accuracy.propagation import ONE_CHAIN, Uncertain
@@ -131,6 +132,24 @@ def test_the_sigma_of_a_narrow_rotation_is_right_at_small_positions_too(dtype: s
     found = [t.isolated.ratio for t in report.taps if t.isolated and t.name.endswith("_rope")]
     assert 0.75 < min(found) <= max(found) < 1.25  # few tables of few tokens: by chance
     assert 0.93 < sum(found) / len(found) < 1.07
+
+
+@pytest.mark.parametrize("name", [LLAMA, STABLE])
+def test_the_sigma_of_float32_is_right_in_a_short_run_too(name: str) -> None:
+    """At position 0 nothing is turned, and a key that is alone has the weight 1: it was 0.68 of what was predicted."""
+    reports = [run(name, HF, "float32", tokens=tokens) for tokens in (5, 6, 7)]
+    for end in ("q_rope", "k_rope", "context"):
+        found = [t.isolated.ratio for r in reports for t in r.taps if t.isolated and t.name.endswith(end)]
+        assert 0.75 < float(np.sqrt(np.mean(np.square(found)))) < 1.1, end
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_value_that_is_not_rounded_is_judged_by_the_error_of_float32(dtype: str) -> None:
+    head = tap(run(LLAMA, FUSED.but(head="float32"), dtype), "lm_head")
+    assert head.isolated is not None
+    assert (head.dtype, head.verdict) == ("float32", "holds")
+    assert 0.85 < head.isolated.ratio < 1.15  # 0.00 of the format's sigma, 0.36 of a float32 sum of any numbers
+    assert tap(run(LLAMA, FUSED, dtype), "lm_head").dtype == dtype
 
 
 @pytest.mark.parametrize("tables", ["torch", "exact"])
@@ -277,6 +296,43 @@ def test_split_products_are_recognised_and_hold_where_they_were_said(parts: int)
     ]
     assert not run(LLAMA, how, "bfloat16", Asked(splits=parts)).unsaid
     assert run(LLAMA, HF, "bfloat16", Asked(splits=parts)).verdict == run(LLAMA, HF, "bfloat16").verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "said"),
+    [
+        (ARCEE, HF.but(splits=2, biased=True), "2 parts, each rounded, added one after another, the bias in the first"),
+        (ARCEE, HF.but(splits=3, tile=32), "3 parts, each rounded, added one after another, cut at multiples of 32"),
+        (
+            HELIUM,
+            HF.but(splits=3, biased=True),
+            "3 parts, each rounded, added one after another, the bias in the first",
+        ),
+    ],
+)
+def test_a_bias_in_the_first_part_and_parts_that_differ_in_size_are_recognised(
+    name: str, how: Honest, said: str
+) -> None:
+    report = run(name, how, "bfloat16", Asked(splits=how.splits))
+    assert not any(tap.broken for tap in report.taps), told(report)
+    assert report.verdict == "holds", report.unsaid
+    assert any(said in str(habit) for habit in report.habits), report.habits
+    assert f"say --splits {how.splits}" in run(name, how, "bfloat16").unsaid[0]
+    first = run(name, how, "bfloat16", HF_EAGER).first_failure
+    assert first is not None
+    assert (first.name, first.cause) == ("model.layers.0.self_attn.o_proj", "place")
+
+
+@pytest.mark.parametrize("terms", [10, 80, 4096])
+def test_every_way_to_cut_a_row_covers_it_once(terms: int) -> None:
+    every = possible(terms, True, (2, 3, 4, 7))
+    for parts in every:
+        cuts = [np.arange(terms)[cut] for cut in parts.cuts(terms)]
+        assert len(cuts) == parts.count
+        assert np.array_equal(np.concatenate(cuts), np.arange(terms))
+    assert len({(parts.cuts(terms)[0].stop, parts) for parts in every}) == len(every)
+    assert Parts(4, ONE_BY_ONE).cuts(10) == (slice(0, 3), slice(3, 6), slice(6, 8), slice(8, 10))
+    assert Parts(4, ONE_BY_ONE, tile=1).cuts(10) == (slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10))
 
 
 def test_tf32_is_recognised_and_holds_where_it_was_said() -> None:

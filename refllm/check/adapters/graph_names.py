@@ -96,13 +96,17 @@ def named_values(graph: Graph, config: Any, head: str) -> dict[str, str]:
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         of_layer = {name: names.leaving(f"{layer}.{name}", widths.get(name, widths["E"])) for name in _OUTPUTS}
-        of_layer |= {name: names.entering(f"{layer}.{to}", widths.get(name, widths["E"])) for name, to in _INPUTS.items()}
+        of_layer |= {
+            name: names.entering(f"{layer}.{to}", widths.get(name, widths["E"])) for name, to in _INPUTS.items()
+        }
         of_layer |= names.rotated(layer)
         of_layer[""] = names.leaving(layer, widths["E"])
         found |= {f"{layer}.{name}".rstrip("."): of_layer.get(name) for name in _ORDER}
     found["model.norm"] = names.leaving("model.norm", widths["E"])
     last = HEAD_TAPS.get(head, "model.norm")
-    found[last] = found.get(last) or names.leaving(last, None) or names.result(widths["V"] if last == "lm_head" else None)
+    found[last] = (
+        found.get(last) or names.leaving(last, None) or names.result(widths["V"] if last == "lm_head" else None)
+    )
     given = {name: name for name in found if name in graph.made_by}  # a graph made by hand may use our names
     return {tap: value for tap, value in (found | given).items() if value}
 

@@ -113,18 +113,26 @@ class OnnxCandidate:
             yield "cache"
         if EMBEDDING in self.values:
             yield "embeddings"
-        yield from (word for word, name in (("mask", _OF_TOKENS[1]), ("positions", _OF_TOKENS[2])) if name in self._asked_for)
+        yield from (
+            word for word, name in (("mask", _OF_TOKENS[1]), ("positions", _OF_TOKENS[2])) if name in self._asked_for
+        )
         if self._asked_for["input_ids"].shape[0] != 1:
             yield "batch"
 
     def _given(self, inputs: Inputs, piece: slice) -> dict[str, np.ndarray]:
         arrays = (inputs.input_ids[:, piece], inputs.mask[:, : piece.stop], inputs.positions[:, piece])
-        return {name: self._array(name, each) for name, each in zip(_OF_TOKENS, arrays, strict=True) if name in self._asked_for}
+        return {
+            name: self._array(name, each)
+            for name, each in zip(_OF_TOKENS, arrays, strict=True)
+            if name in self._asked_for
+        }
 
     def _array(self, name: str, array: np.ndarray) -> np.ndarray:
         asked = self._asked_for[name]
         fixed = [n for n in asked.shape if isinstance(n, int)]
-        if len(asked.shape) != array.ndim or any(n != m for n, m in zip(asked.shape, array.shape, strict=True) if n in fixed and isinstance(n, int)):
+        if len(asked.shape) != array.ndim or any(
+            n != m for n, m in zip(asked.shape, array.shape, strict=True) if n in fixed and isinstance(n, int)
+        ):
             shape = " x ".join(str(n) for n in asked.shape)
             raise InputError(
                 f"{self.file}: {name} has the fixed shape {shape}, and {' x '.join(map(str, array.shape))} was given: "
