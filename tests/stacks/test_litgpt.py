@@ -120,7 +120,7 @@ def test_right_models_hold(checkpoint: str, dtype: str) -> None:
 
 
 def test_a_parallel_residual_holds(tmp_path: Path) -> None:
-    options = {"qk_layernorm": False, "use_parallel_residual": True}
+    options = {"qk_layernorm": False, "use_parallel_residual": True, "use_qkv_bias": False}
     tiny_model("StableLmForCausalLM", vocab_size=640, **options).save_pretrained(tmp_path, dtype="float32")
     assert [report.verdict for report in compare(tmp_path, "litgpt", isolate=False, input_ids=IDS)] == ["holds"]
 
@@ -140,3 +140,9 @@ def test_planted_bugs_are_named(bug: Bug, dtype: str) -> None:
 def test_what_litgpt_has_not_is_one_sentence(checkpoint: str, said: str) -> None:
     with pytest.raises(InputError, match=f"^--candidate litgpt {said}"):
         compare(golden.path(checkpoint), "litgpt", isolate=False)
+
+
+def test_a_tensor_that_its_converter_does_not_know_is_one_sentence(tmp_path: Path) -> None:
+    tiny_model("LlamaForCausalLM", vocab_size=640).save_pretrained(tmp_path, dtype="float32")
+    with pytest.raises(InputError, match=r"has no model.layers.{}.*bias: its converter does not know it"):
+        compare(tmp_path, "litgpt", isolate=False)
