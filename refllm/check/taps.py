@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from refllm.check.inputs import Inputs
+from refllm.check.inputs import FAR, Inputs
 from refllm.inputs import to_numpy
 
 Sink = Callable[[str, Any], None]
@@ -48,11 +48,15 @@ def cannot_run(candidate: Candidate, inputs: Inputs) -> str:
         "batch": len(inputs.input_ids) > 1,
     }
     lacks = [what for what, needed in wanted.items() if needed and what not in takes]
+    if not lacks and NEAR in takes and inputs.positions.max() >= FAR:
+        return f"it has no positions from {FAR} on"
     return f"it takes no {lacks[0]}" if lacks else ""
 
 
 ALWAYS = ("mask", "positions", "batch")
 """What every forward pass of somebody's own is given; an engine may lack it."""
+NEAR = "near positions"
+"""In `Candidate.takes`: it has tables, or a cache, that end before `refllm.check.inputs.FAR`."""
 EVERYTHING = ("dtype", "cache", "embeddings", *ALWAYS)
 """What a candidate may take besides one row of ids (`Candidate.takes`)."""
 
