@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -216,6 +216,17 @@ _READERS_BY_NAME = {
     "hidden_act": _read_activation,
     "num_hidden_layers": _read_layers,
 }
+
+
+def reader_of(field: dataclasses.Field[Any]) -> Callable[[str, str, Any], Any]:
+    """What reads a key of config.json, by its name or annotation. Raises ConfigError where there is nothing."""
+    annotation = getattr(field.type, "__name__", str(field.type))
+    reader = _READERS_BY_NAME.get(field.name) or _READERS.get(annotation)
+    if reader is None:
+        raise ConfigError(f"the key {field.name} is annotated {annotation}; use one of {', '.join(_PLAIN_READERS)}")
+    return reader
+
+
 # Fields that other steps of the constructor fill.
 _COMPOSED = ("rope_parameters", "id2label", "label2id", "generation_defaults", "extra")
 
@@ -309,13 +320,7 @@ class ModelConfig:
         name, value = field.name, values.get(field.name, field.default)
         if name == "dtype" and value is None:
             name, value = "torch_dtype", values.get("torch_dtype")
-        reader = _READERS_BY_NAME.get(field.name) or _READERS.get(getattr(field.type, "__name__", str(field.type)))
-        if reader is None:
-            raise ConfigError(
-                f"{type(self).__name__}: the key {name} is annotated {field.type}; use one of "
-                f"{', '.join(_PLAIN_READERS)}"
-            )
-        return reader(source, name, value)
+        return reader_of(field)(source, name, value)
 
     def _refuse_dangerous_keys(self, source: str, values: Mapping[str, Any]) -> None:
         fields = {field.name for field in dataclasses.fields(self)}
@@ -652,19 +657,17 @@ class AutoConfig:
     def from_pretrained(folder: str | os.PathLike[str], **overrides: Any) -> ModelConfig:
         """Read config.json of a checkpoint folder; its model_type selects the class. Raises ConfigError."""
         path, values = read_config_json(folder, overrides)
-        return AutoConfig.from_dict({**values, **_without_hub(overrides)}, source=str(path))
+        return _found({**values, **_without_hub(overrides)}, str(path), path)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """The config that a parsed config.json describes; its model_type selects the class. Raises ConfigError."""
-        if "model_type" not in values:
-            raise ConfigError(f"{source}: the key model_type is missing; it must be {_families()}")
-        return _config_class(values["model_type"], source, values).from_dict(values, source)
+        return _found(values, source)
 
     @staticmethod
     def for_model(model_type: str, **values: Any) -> ModelConfig:
         """A config of the family with the given keys and defaults for the rest. Raises ConfigError."""
-        return _config_class(model_type, "AutoConfig")(**values)
+        return _config_class({**values, "model_type": model_type}, "AutoConfig")(**values)
 
 
 def _without_hub(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -675,17 +678,24 @@ def _families() -> str:
     return "one of " + ", ".join(CONFIG_CLASSES)
 
 
-def _config_class(model_type: Any, source: str, values: Mapping[str, Any] | None = None) -> type[ModelConfig]:
-    """The class of a model_type. values: the config.json that names it, for what to say of one that is not known."""
+def _found(values: Mapping[str, Any], source: str, file: Path | None = None) -> ModelConfig:
+    if "model_type" not in values:
+        raise ConfigError(f"{source}: the key model_type is missing; it must be {_families()}")
+    return _config_class(values, source, file).from_dict(values, source)
+
+
+def _config_class(values: Mapping[str, Any], source: str, file: Path | None = None) -> type[ModelConfig]:
+    """The class of the model_type of a config. file: of the config, beside which tensors may be."""
+    model_type = values["model_type"]
     if isinstance(model_type, str) and model_type in CONFIG_CLASSES:
         return CONFIG_CLASSES[model_type]
     hint = ""
     if model_type == "stablelm_epoch":
         hint = " (stablelm_epoch files name their keys differently; newer revisions of the checkpoint are stablelm)"
-    elif isinstance(model_type, str) and values is not None:
+    elif isinstance(model_type, str):
         from refllm.config.nearest import nearest
 
-        hint = f": {nearest(values, _tensor_names(Path(source))).sentence}"
+        hint = f": {nearest(values, () if file is None else _tensor_names(file)).sentence}"
     raise ConfigError(f"{source}: model_type={show(model_type)} must be {_families()}{hint}")
 
 
