@@ -85,6 +85,29 @@ CANCELS = 3
 """Mean over standard deviation of a row, from where a variance in one pass, the difference of two squares, is mostly
 their error."""
 
+EFFECT, EFFECT_OF_A_ROW = 0.5, 1.5
+"""Rms sigma by which a hypothesis must change a value, or its most changed row, to say anything about it."""
+
+SLOPE = {"bfloat16": 0.05, "float16": 0.05, "float32": 0.01}
+"""How far from 1 the slope of the error along what a hypothesis changes may be, beside what chance allows, for the
+hypothesis to explain it."""
+
+FALLS = 3.0
+"""How many times smaller the error must become under a hypothesis that explains it."""
+
+AS_GOOD_AS_THE_BEST = 1.1
+"""Of the error that the best hypothesis leaves, up to which another one explains a run as well."""
+
+BELOW_SLOPE, BELOW_SIGMAS = 0.7, 5.0
+"""The slope from which the shape of an error that is below its limit is a finding, and the standard errors by which it
+has to be above 0. Of 60 right runs none had such a slope along anything that changes half a sigma."""
+
+NEARLY = 0.15
+"""The share of the error that a hypothesis may leave that explains nearly all of it."""
+
+OUTSIDE_OF_THE_HEAD = 3.0
+"""Sigma of the part of a head's error that no hidden state can make, from where the head or what follows is wrong."""
+
 DEVIATIONS = 5.0
 """Standard deviations by which the size of an error may be larger than expected by chance."""
 

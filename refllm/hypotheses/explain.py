@@ -1,0 +1,329 @@
+"""Why a value is wrong: the hypotheses under which the reference gives what the candidate has.
+
+A hypothesis explains a value if, by the sigma of the changed page, what is left is rounding in the whole and in every
+row, the slope of the error along its effect is 1, and the error falls at least threefold. Those that leave as little
+are named together: the value cannot tell them apart. First come the hypotheses without a number, then those with one,
+which is solved for, then single layers, then pairs. Where none explains it, only what is right every time is said:
+what the first row, the first bad row and the space of the head tell.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+
+from refllm.accuracy import limits
+from refllm.forward.taps import HEAD_TAPS
+from refllm.hypotheses.catalogue import catalogue
+from refllm.hypotheses.hypothesis import Hypothesis
+from refllm.hypotheses.search import Hypotheses, Judged, Search, Trial, fits_the_place, short_names
+from refllm.hypotheses.solve import Solved, solve
+
+Kind = Literal["explained", "nearly", "slope", "none"]
+Step = Callable[[str], None]
+
+_JUDGED = 6  # of the best, by their own sigma
+_SHARE = 0.3  # of the error, that a hypothesis may leave by the reference's sigma to be judged by its own
+_LAYERED, _PAIRED, _PAIRS = 8, 40, 8
+_PROMISING = 0.5  # of the error left, from where it is worth looking for a second change
+_RIGHT = 3.0  # rms sigma of the first row, up to which it is right
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One hypothesis that fits. says: what completes "with ... the reference gives". sigma: what is left, in rms sigma
+    of the changed page. slope: of the error along its effect. value, error: the number that was solved for, and five
+    standard errors of it."""
+
+    name: str
+    says: str
+    operator: str
+    sigma: float
+    slope: float
+    effect: float
+    layers: tuple[int, ...] = ()
+    value: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What explains one wrong value, the best first. kind: explained; nearly, if the error shrinks to a small part but
+    not to rounding; slope, if it is below the limit and has the shape of what a hypothesis does; none. before: the
+    error without any. facts: what is certain where nothing explains it. tried: hypotheses, of how many."""
+
+    value: str
+    kind: Kind
+    causes: tuple[Cause, ...] = ()
+    before: float = 0.0
+    share: float = 1.0
+    facts: tuple[str, ...] = ()
+    tried: int = 0
+    of: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def explain(
+    search: Search, config: Any, hidden: tuple[str, ...] = (), step: Step = lambda text: None, *, is_all: bool = True
+) -> Explanation:
+    """Why the value of a search is wrong. hidden: values that go into it and were not shown. is_all: whether nothing
+    before it was shown, so that every hypothesis may be seen in it."""
+    found = catalogue(config)
+    if not is_all:
+        places = short_names(search.target, hidden)
+        found = [h for h in found if fits_the_place(h, places)]
+    return _Explaining(search, found, step).result()
+
+
+class _Explaining:
+    """The stages of one explanation, each only where those before explain nothing."""
+
+    def __init__(self, search: Search, hypotheses: list[Hypothesis], step: Step) -> None:
+        self.search, self.step = search, step
+        self.plain = [h for h in hypotheses if h.parameter is None]
+        self.free = [h for h in hypotheses if h.parameter is not None]
+        self.trials: list[Trial] = []
+        self.close: Judged | None = None
+
+    def result(self) -> Explanation:
+        if not np.isfinite(self.search.seen(True)).all():
+            return self._none()
+        self._screen()
+        if not self._wrong():
+            return self._below()
+        causes = self._fits(self.trials)
+        for stage in (self._solved, self._single_layers, self._pairs):
+            if causes or self.search.out_of_time:
+                break
+            causes = stage()
+        if causes:
+            return self._explanation("explained", causes)
+        return self._nearly() or self._none()
+
+    def _wrong(self) -> bool:
+        return not Judged((), self.search.reference, 0, 0, 0).holds(self.search.dtype)
+
+    def _screen(self) -> None:
+        """The effects of all plain hypotheses on the first tokens; on all of them where the first are right."""
+        search = self.search
+        if not search.few or not np.any(search.error()):
+            search.few = False
+        sigma = max(search.reference.rms_sigma, np.finfo(float).tiny)
+        rows = np.sqrt(np.mean(np.square(search.error()), axis=-1)) / sigma
+        if float(rows.max()) < limits.ROW[search.dtype] and self._wrong():
+            search.few = False
+        self.trials = self._all_of(self.plain, "trying")
+
+    def _all_of(self, hypotheses: list[Hypothesis], words: str, before: Hypotheses = ()) -> list[Trial]:
+        count = len(hypotheses)
+        return self.search.all_of(hypotheses, lambda n: self.step(f"{words} {n + 1} of {count} hypotheses"), before)
+
+    # -------------------------------------------------------------------------------------------------------- judgement
+
+    def _fits(self, trials: Iterable[Trial], error: dict[str, float] | None = None) -> list[Cause]:
+        """Of the trials, the best first, those that explain the value."""
+        found: list[Judged] = []
+        ordered = sorted(trials, key=lambda t: t.left)
+        best = ordered[0].left if ordered else 0.0
+        for n, trial in enumerate(ordered):
+            near = trial.left <= best * limits.AS_GOOD_AS_THE_BEST + 0.05
+            if (n >= _JUDGED and not near) or (n > 0 and trial.share > _SHARE) or n > 4 * _JUDGED:
+                break
+            judged = self.search.judged(trial.changes)
+            if judged is None:
+                continue
+            if self._explains(judged):
+                found.append(judged)
+            elif self.close is None or judged.found.ratio < self.close.found.ratio:
+                self.close = judged
+        return self._listed(found, error or {})
+
+    def _explains(self, judged: Judged) -> bool:
+        off = max(limits.SLOPE[self.search.dtype], 3 * judged.slope_error)
+        if not judged.holds(self.search.dtype) or abs(judged.slope - 1) > off or off > 0.3:
+            return False
+        return judged.found.ratio * limits.FALLS <= self.search.reference.ratio or self._row_falls(judged)
+
+    def _row_falls(self, judged: Judged) -> bool:
+        """Whether the worst row falls so far: of an error in few rows the whole says little."""
+        before = self.search.reference.row_ratio
+        return before > limits.row_limit(self.search.reference, self.search.dtype) and (
+            judged.found.row_ratio * limits.FALLS <= before
+        )
+
+    @staticmethod
+    def _listed(found: list[Judged], error: dict[str, float]) -> list[Cause]:
+        if not found:
+            return []
+        found = sorted(found, key=lambda j: j.found.ratio)
+        most = found[0].found.ratio * limits.AS_GOOD_AS_THE_BEST + 0.02
+        return [_cause(judged, error) for judged in found if judged.found.ratio <= most]
+
+    # ----------------------------------------------------------------------------------------------------------- stages
+
+    def _solved(self) -> list[Cause]:
+        """Hypotheses with a number."""
+        trials, errors = [], {}
+        for n, hypothesis in enumerate(self.free):
+            self.step(f"solving for {hypothesis.name}, {n + 1} of {len(self.free)}")
+            solved: Solved | None = solve(self.search, hypothesis)
+            if solved is None:
+                continue
+            errors[solved.hypothesis.name] = solved.error
+            trial = self.search.tried((solved.hypothesis,))
+            if trial is not None:
+                trials.append(trial)
+        self.trials = sorted([*self.trials, *trials], key=lambda t: t.left)
+        return self._fits(trials, errors)
+
+    def _single_layers(self) -> list[Cause]:
+        """The hypotheses whose direction is nearest, in one layer each."""
+        layers = int(self.search.model.config.num_hidden_layers)
+        if layers < 2:
+            return []
+        nearest = sorted((t for t in self.trials if not t.changes[-1].alone), key=lambda t: -abs(t.cosine))
+        some = [t.changes[-1].within([i]) for t in nearest[:_LAYERED] for i in range(layers)]
+        trials = self._all_of(some, "in single layers,")
+        self.trials = sorted([*self.trials, *trials], key=lambda t: t.left)
+        return self._fits(trials)
+
+    def _pairs(self) -> list[Cause]:
+        """Two hypotheses at once: those whose effects add up to the error, and a second one on top of the best."""
+        trials = []
+        for pair in self._by_sums():
+            trial = None if self.search.out_of_time else self.search.tried(pair)
+            if trial is not None:
+                trials.append(trial)
+        causes = self._fits(trials)
+        best = self.trials[0] if self.trials else None
+        if causes or best is None or best.share > _PROMISING or self.search.out_of_time:
+            return causes
+        return self._fits(self._all_of(self.plain, f"{best.changes[-1].name} and", best.changes))
+
+    def _by_sums(self) -> list[Hypotheses]:
+        some = sorted(self.trials, key=lambda t: -abs(t.cosine))[:_PAIRED]
+        some = [t for t in some if len(t.changes) == 1 and t.d.shape == self.search.error().shape]
+        if len(some) < 2:
+            return []
+        D = np.stack([t.d.ravel() for t in some])
+        G, along = D @ D.T, D @ self.search.error().ravel()
+        cost = {
+            (i, j): G[i, i] + G[j, j] + 2 * G[i, j] - 2 * along[i] - 2 * along[j]
+            for i, j in combinations(range(len(some)), 2)
+        }
+        return [(*some[i].changes, *some[j].changes) for i, j in sorted(cost, key=lambda at: cost[at])[:_PAIRS]]
+
+    # ---------------------------------------------------------------------------------------------------------- results
+
+    def _explanation(self, kind: Kind, causes: list[Cause], share: float = 0.0) -> Explanation:
+        tried, of = len(self.plain), len(self.plain) + len(self.free)
+        before = self.search.reference.ratio
+        return Explanation(self.search.target, kind, tuple(causes), before, share, (), tried, of)
+
+    def _below(self) -> Explanation:
+        """An error within its limit that has the shape of what a hypothesis does."""
+        found = []
+        for trial in sorted(self.trials, key=lambda t: -t.cosine)[:_JUDGED]:
+            if trial.changes[-1].places or trial.slope < limits.BELOW_SLOPE or trial.effect < limits.EFFECT:
+                continue
+            judged = self.search.judged(trial.changes)
+            if judged is not None and self._has_the_shape(judged):
+                found.append(judged)
+        if not found:
+            return self._none()
+        causes = self._listed(found, {})
+        return self._explanation("slope", causes, causes[0].sigma / max(self.search.reference.ratio, 1e-300))
+
+    def _has_the_shape(self, judged: Judged) -> bool:
+        return (
+            judged.effect >= limits.EFFECT
+            and limits.BELOW_SLOPE <= judged.slope <= 2 - limits.BELOW_SLOPE
+            and judged.slope >= limits.BELOW_SIGMAS * judged.slope_error
+            and judged.holds(self.search.dtype)
+        )
+
+    def _nearly(self) -> Explanation | None:
+        judged = self.close
+        if judged is None or not judged.changes:
+            return None
+        share = judged.found.rms_error / max(self.search.reference.rms_error, np.finfo(float).tiny)
+        if share > limits.NEARLY or abs(judged.slope - 1) > limits.SLOPE["bfloat16"]:
+            return None
+        return self._explanation("nearly", [_cause(judged, {})], share)
+
+    def _none(self) -> Explanation:
+        found = self._explanation("none", [], 1.0)
+        facts = _facts(self.search) if self._wrong() and np.isfinite(self.search.seen(True)).all() else ()
+        return Explanation(found.value, "none", (), found.before, 1.0, facts, found.tried, found.of)
+
+
+def _cause(judged: Judged, error: dict[str, float]) -> Cause:
+    changes = judged.changes
+    last = changes[-1]
+    return Cause(
+        name=" and ".join(h.name for h in changes),
+        says=" and ".join(h.says for h in changes),
+        operator=last.operator,
+        sigma=judged.found.ratio,
+        slope=judged.slope,
+        effect=judged.effect,
+        layers=tuple(sorted(last.layers or ())),
+        value=last.value,
+        error=error.get(last.name),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- facts
+
+
+def _facts(search: Search) -> tuple[str, ...]:
+    """What is certain of an error that nothing explains."""
+    if search.target != HEAD_TAPS.get(search.model.head):
+        return ()
+    e, sigma = search.error(whole=True), max(search.reference.rms_sigma, np.finfo(float).tiny)
+    rows = np.sqrt(np.mean(np.square(e.reshape(len(e), -1)), axis=-1)) / sigma
+    said = []
+    outside = _outside(search, e)
+    if outside is not None and outside > limits.OUTSIDE_OF_THE_HEAD:
+        said.append("no hidden state makes this error: the head is wrong, or what is done after it")
+    places = np.argwhere(search.tokens.valid)
+    first = np.flatnonzero(np.concatenate([[True], places[1:, 0] != places[:-1, 0]]))
+    if not said and (rows[first] <= _RIGHT).all() and len(rows) > len(first):
+        said.append(
+            "the first token, which sees itself alone, is right: look at what tells positions and keys apart "
+            "(RoPE, scale, mask, q, k)"
+        )
+        said += _first_bad_row(search, rows)
+    elif not said and (rows[first] > _RIGHT).all():
+        said.append(
+            "the first token, which sees itself alone, is wrong too: RoPE, scale, masks, q and k cannot be all of it"
+        )
+    return tuple(said)
+
+
+def _first_bad_row(search: Search, rows: np.ndarray) -> list[str]:
+    bad = np.flatnonzero(rows > limits.row_limit(search.reference, search.dtype))
+    if not len(bad) or bad[0] < 2:
+        return []
+    place = np.argwhere(search.tokens.valid)[bad[0]]
+    return [f"everything before position {place[1]} is right: look for a window, a chunk or a limit of that length"]
+
+
+def _outside(search: Search, e: np.ndarray) -> float | None:
+    """Rms sigma of the part of a head's error that is no product with a hidden state; None where every error is."""
+    name = f"{search.target}.weight"
+    V, E = search.arrays.shape(name)
+    if V < E + 16:
+        return None
+    columns = np.linspace(0, V - 1, min(V, max(4 * E, 1024))).astype(int)
+    weight = np.asarray(search.arrays.rows(name, columns), np.float64)
+    basis = np.linalg.qr(weight)[0]
+    part = e[:, columns]
+    outside = part - (part @ basis) @ basis.T
+    free = np.sqrt((len(columns) - E) / len(columns))
+    return float(np.sqrt(np.mean(np.square(outside)))) / free / max(search.reference.rms_sigma, 1e-300)
