@@ -9,7 +9,7 @@ from typing import Any
 from refllm.accuracy import limits
 from refllm.accuracy.measure import ULP_BINS, Measure
 from refllm.accuracy.verdicts import worst
-from refllm.check import charts, findings, formulas
+from refllm.check import charts, explained, findings, formulas
 from refllm.check.oracle import Report, TapReport
 from refllm.check.report import context, why
 from refllm.storage import output_file
@@ -96,20 +96,21 @@ def _section(index: int, report: Report, reports: int, token_text: TokenText | N
 
 def _failure(report: Report) -> dict[str, Any] | None:
     """What the box at the top of a failing report says."""
-    first = report.first_failure
+    first, said = report.first_failure, explained.in_words(report.explanation)
     if report.verdict != "fails":
         return None
     if report.misbehaviour is not None:
         found = report.misbehaviour
         return {"name": found.name, "span": "", "formula": None, "text": f"{found.text}.", "said": [], "context": []}
     if first is None:
-        text = "Every value holds, but rounding does not explain the next tokens below."
-        return {"name": "next tokens", "span": "", "formula": None, "text": text, "said": [], "context": []}
+        below = report.explanation is not None and report.explanation.kind == "slope"
+        text = "Every value holds, but rounding does not explain " + ("its error." if below else "the next tokens below.")
+        return {"name": "next tokens", "span": "", "formula": None, "text": text, "said": said, "context": []}
     return {
         "name": first.name,
         "span": findings.span(first),
         "formula": formulas.formula(first.name, report.config),
-        "said": why(report, first),
+        "said": [*said, *why(report, first)],
         "context": context(report, first),
     }
 

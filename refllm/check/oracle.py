@@ -27,6 +27,7 @@ from refllm.accuracy.wrong_answers import undetected
 from refllm.check import formulas
 from refllm.check.asked import Asked
 from refllm.check.error_map import error_map
+from refllm.check.explained import explained
 from refllm.check.inputs import Inputs
 from refllm.check.layout import no_name
 from refllm.check.misbehaviour import Misbehaviour
@@ -44,6 +45,7 @@ from refllm.errors import InputError
 from refllm.forward.dry_run import names_of
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
+from refllm.hypotheses.explain import Explanation
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
 _OF_THE_TAP = "and put in order: it is the tap's, not the model's, since what reads it holds"
@@ -553,7 +555,8 @@ class Report:
     sum to 1. notes: sentences a reader should know. config: of the model, for the formulas in a report. misbehaviour:
     what the candidate did in place of a forward pass; then nothing was measured. habits: where it rounds. unsaid: what
     it may do on purpose only, and nobody said that it does. unseen: sentences on what the run does not show.
-    format_error: what the weights cost that it was judged with, where they are not the checkpoint's.
+    format_error: what the weights cost that it was judged with, where they are not the checkpoint's. explanation: what
+    the reference has to do to give what the candidate has.
     """
 
     checkpoint: str
@@ -572,6 +575,7 @@ class Report:
     unsaid: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     format_error: FormatError | None = None
+    explanation: Explanation | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -579,6 +583,7 @@ class Report:
         that something was not seen of, is incomplete."""
         values = {tap.verdict for tap in self.taps}
         wrong = self.misbehaviour or "fails" in values or (self.next_tokens and self.next_tokens.defects)
+        wrong = wrong or (self.explanation is not None and self.explanation.kind == "slope")
         return verdict(wrong, missing=self.unseen or self.unsaid or "untested" in values)
 
     @property
@@ -627,6 +632,7 @@ class Report:
             "format_error": None
             if self.format_error is None
             else {**asdict(self.format_error), "relative": self.format_error.relative},
+            "explanation": None if self.explanation is None else self.explanation.to_dict(),
             "notes": self.notes,
         }
         return {key: _plain(value) for key, value in values.items()}
@@ -711,8 +717,10 @@ def judge(
     *,
     checkpoint: str = "",
     step: Callable[[str], None] = lambda text: None,
+    explain: bool = False,
 ) -> Report:
-    """The report on a trace. model: the checkpoint's, with weights on the grid of the trace's dtype.
+    """The report on a trace. model: the checkpoint's, with weights on the grid of the trace's dtype. explain: whether
+    to look for what a wrong run did (`refllm.check.explained`).
 
     Raises InputError where trace and model do not fit: another config, unknown names, other shapes.
     """
@@ -739,5 +747,21 @@ def judge(
         unsaid=collected.unsaid(),
         unseen=[*never_shown(model.head, trace), *never_read(model)],
     )
+    if explain:
+        report.explanation = _explanation(model, collected, report, step)
     report.notes += trace.doubts if report.verdict == "fails" else []
     return report
+
+
+def _explanation(model: Model, collected: Judge, report: Report, step: Callable[[str], None]) -> Explanation | None:
+    """What explains the first failure; and where nothing but the last value was shown, whether its error has the shape
+    of a hypothesis although it holds."""
+    head, first = HEAD_TAPS.get(model.head, "model.norm"), report.first_failure
+    name, alone = (head, False) if first is None else (first.name, first.defect_here)
+    hidden = not any(name.startswith("model.layers.") for name in collected.trace.taps)
+    if first is None and (report.verdict != "fails" and not hidden):
+        return None
+    if first is not None and first.place and not first.defect_here:
+        return None
+    found = explained(model, collected.trace, collected.nearest_policy(), name, alone, step)
+    return found if found is not None and (found.causes or report.verdict == "fails") else None

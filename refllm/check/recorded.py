@@ -80,7 +80,7 @@ def check_recorded(
     how: dict[str, Any] = {"checkpoint": checkpoint, "step": lambda text: step(f"{where}: {text}")}
     if against is not None:
         return judge_against(model, trace, canonical(against, model), asked, **how)
-    report = judge(model, trace, asked, **how)
+    report = judge(model, trace, asked, explain=True, **how)
     if weights is not None:
         report.format_error = format_error(load("float64"), weights, trace.inputs, report)
     said = "dtype" in trace.details or dtype is not None

@@ -8,7 +8,7 @@ from rich.text import Text
 from refllm.accuracy import limits
 from refllm.accuracy.measure import Measure
 from refllm.accuracy.verdicts import worst
-from refllm.check import findings, formulas
+from refllm.check import explained, findings, formulas
 from refllm.check.findings import count, figure, percent
 from refllm.check.next_tokens import Flip
 from refllm.check.oracle import Report, TapReport
@@ -112,9 +112,12 @@ def _table() -> Table:
 
 def _failure(report: Report) -> RenderableType:
     first = report.first_failure
+    why_it_is = [Text(said, style="bold") for said in explained.in_words(report.explanation)]
+    if first is None and report.explanation is not None and report.explanation.kind == "slope":
+        return _panel(f"below the limit: {report.explanation.value}", why_it_is)
     if first is None:
         body = Text("every value holds, but rounding does not explain the next tokens below")
-        return _panel("first failure: next tokens", [body])
+        return _panel("first failure: next tokens", [body, *why_it_is])
     formula, span = formulas.formula(first.name, report.config), findings.span(first)
     lines: list[RenderableType] = [
         Text.assemble((formula.text, "bold"), f"    {formula.source}"),
@@ -123,7 +126,7 @@ def _failure(report: Report) -> RenderableType:
     if span:  # it is one of several operators
         lines = [Text(f"in one of {formulas.listed((*first.hidden, first.name))}")]
     reason, *more = why(report, first)
-    lines = [Text(reason, style=STYLE["fails"]), *lines, *(Text(said) for said in more)]
+    lines = [Text(reason, style=STYLE["fails"]), *why_it_is, *lines, *(Text(said) for said in more)]
     lines += [Text.assemble((f"{label}  ", "dim"), said) for label, said in context(report, first)]
     return _panel(f"first failure: {first.name} ({span or formula.operator})", lines)
 
@@ -269,6 +272,8 @@ def _where(report: Report) -> Text:
     if report.misbehaviour is not None:
         return Text(f": {report.misbehaviour.name}")
     first = report.first_failure
+    if first is None and report.explanation is not None and report.explanation.kind == "slope":
+        return Text(f": {report.explanation.causes[0].name}")
     return Text(": next tokens" if first is None else f": {formulas.spoken(first.name)}")
 
 

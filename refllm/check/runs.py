@@ -179,7 +179,7 @@ class Runs:
 
     def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
         if self.against is None:
-            return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step)
+            return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step, explain=True)
         good, asked = canonical(self.against, self._model), Asked.of(self.policy)
         return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)
 

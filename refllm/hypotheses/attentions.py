@@ -96,11 +96,19 @@ def _masks() -> Iterator[Hypothesis]:
     for n in (1, 2):
         wide = _seen(lambda t, u, n=n: u <= t + n)
         yield _attend(f"mask {n} too wide", f"a causal mask that is {n} too wide: a query sees {n} later", wide)
-    yield _attend("diagonal masked", "a mask that hides the diagonal", _seen(lambda t, u: (u < t) | ((t == 0) & (u == 0))))
-    yield _attend("mask turned round", "the mask turned round: a query sees itself and what comes later", _seen(lambda t, u: u >= t))
+    yield _attend(
+        "diagonal masked", "a mask that hides the diagonal", _seen(lambda t, u: (u < t) | ((t == 0) & (u == 0)))
+    )
+    yield _attend(
+        "mask turned round",
+        "the mask turned round: a query sees itself and what comes later",
+        _seen(lambda t, u: u >= t),
+    )
     yield _attend("itself alone", "a query that sees itself alone", _seen(lambda t, u: u == t))
     yield _attend("first key hidden", "the first key hidden", _seen(lambda t, u: (u > 0) | (t == 0), True))
-    yield _attend("last key hidden", "the last of all keys hidden", _seen(lambda t, u: (u < len(u) - 1) | (t == u), True))
+    yield _attend(
+        "last key hidden", "the last of all keys hidden", _seen(lambda t, u: (u < len(u) - 1) | (t == u), True)
+    )
     for n in (2, 4, 8, 16, 32, 64, 128):
         near = _seen(lambda t, u, n=n: u > t - n, True)
         yield _attend(f"window {n}", f"a window of {n} keys", near)
@@ -209,9 +217,15 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
     yield _attend("first K/V head for all", "the first key and value head read by all", _read_by(lambda h, H, K: 0))
     yield _attend("last K/V head for all", "the last key and value head read by all", _read_by(lambda h, H, K: K - 1))
     yield _attend("heads reversed", "key and value heads in reverse", _read_by(lambda h, H, K: K - 1 - h * K // H))
-    yield _attend("next K/V head", "every head reading the next key and value head", _read_by(lambda h, H, K: (h * K // H + 1) % K))
+    yield _attend(
+        "next K/V head",
+        "every head reading the next key and value head",
+        _read_by(lambda h, H, K: (h * K // H + 1) % K),
+    )
     yield _attend("k as v", "k in the place of v", lambda call, q, k, v, **m: call.base(q, k, k, **m), "context")
-    yield _attend("k and v swapped", "k and v swapped after the rotation", lambda call, q, k, v, **m: call.base(q, v, k, **m))
+    yield _attend(
+        "k and v swapped", "k and v swapped after the rotation", lambda call, q, k, v, **m: call.base(q, v, k, **m)
+    )
     yield one_of("heads merged crosswise", "heads merged without moving them behind the positions", "attention", "o_proj",
                  lambda s: s.operate("merge_heads", _merged_crosswise))  # fmt: skip
     yield one_of("heads split crosswise", "heads split without moving them before the positions", "attention", "q_rope k_rope",
@@ -284,19 +298,25 @@ def _softmaxes() -> Iterator[Hypothesis]:
     def edit(setup: Setup, value: float) -> None:
         setup.operate("attention", _capped(value))
 
-    yield free("score cap", "attention", _SCORES, edit, decades(1, 200, 5), lambda v: f"scores capped at {v:.6g} by tanh")
+    yield free(
+        "score cap", "attention", _SCORES, edit, decades(1, 200, 5), lambda v: f"scores capped at {v:.6g} by tanh"
+    )
     sink = _by_scores(lambda s: _softmax(s, more=1.0))
     yield _attend("sink", "a denominator of softmax with one more key of score 0", sink)
     yield _attend("softmax over queries", "a softmax over the queries", _by_scores(_over_queries))
     yield _attend("sigmoid for softmax", "a sigmoid for softmax", _by_scores(lambda s: 1 / (1 + np.exp(-s))))
-    yield _attend("squared relu for softmax", "max(0, score)^2 for softmax", _by_scores(lambda s: np.square(np.maximum(s, 0))))
+    yield _attend(
+        "squared relu for softmax", "max(0, score)^2 for softmax", _by_scores(lambda s: np.square(np.maximum(s, 0)))
+    )
     hard = _by_scores(lambda s: (s == s.max(axis=-1, keepdims=True)).astype(float))
     yield _attend("largest score alone", "all weight on the largest score", hard)
     yield _attend("weights not divided", "softmax weights that are not divided by their sum", _by_scores(_undivided))
     early = _by_scores(lambda s: np.where(np.isneginf(s), 0, _softmax_of_all(s)))
     yield _attend("mask after softmax", "the mask applied after softmax", _unmasked_first(early), alone=False)
     rescale = _by_scores(_not_rescaled)
-    yield _attend("online softmax without rescaling", "an online softmax without rescaling, in blocks of 16 keys", rescale)
+    yield _attend(
+        "online softmax without rescaling", "an online softmax without rescaling, in blocks of 16 keys", rescale
+    )
 
 
 def _over_queries(s: np.ndarray) -> np.ndarray:

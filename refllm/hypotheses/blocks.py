@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from refllm.config.traits import traits_of
-from refllm.hypotheses.hypothesis import Hypothesis, decades, free, one_of
+from refllm.hypotheses.hypothesis import Hypothesis, free, one_of
 from refllm.hypotheses.norms import operate
 from refllm.hypotheses.setup import Call, DoesNotApplyError, Setup
 from refllm.hypotheses.values import mapped, product, rounded, times
@@ -59,7 +59,9 @@ def _activations(config: Any) -> Iterator[Hypothesis]:
         setup.operate("activation", lambda call, x, name: mapped(x, lambda a: a / (1 + np.exp(-beta * a))))
 
     grid = [0.25, 0.5, 0.9, 1.1, 1.5, 2.0, 4.0]
-    yield free("silu's factor", "glu", "act", edit, grid, lambda v: f"x sigmoid({v:.6g} x) instead of {config.hidden_act}")
+    yield free(
+        "silu's factor", "glu", "act", edit, grid, lambda v: f"x sigmoid({v:.6g} x) instead of {config.hidden_act}"
+    )
     for n in (8, 16, 32, 64):
         if n < config.intermediate_size:
             dropped = _tail(n)
@@ -141,10 +143,20 @@ def _sums(config: Any) -> Iterator[Hypothesis]:
     for which in ("attention", "MLP"):
         yield _sum(f"no residual at {which}", f"no residual stream past {which}", which, lambda call, x, y: y)
         yield _sum(f"{which} dropped", f"what {which} adds dropped", which, lambda call, x, y: x)
-        yield _sum(f"{which} subtracted", f"what {which} adds subtracted", which, lambda c, x, y: c.base(x, times(y, -1.0)))
-        yield _sum(f"{which} added twice", f"what {which} adds added twice", which, lambda c, x, y: c.base(x, times(y, 2.0)))
+        yield _sum(
+            f"{which} subtracted", f"what {which} adds subtracted", which, lambda c, x, y: c.base(x, times(y, -1.0))
+        )
+        yield _sum(
+            f"{which} added twice", f"what {which} adds added twice", which, lambda c, x, y: c.base(x, times(y, 2.0))
+        )
         normed = _from_normed(which)
-        yield one_of(f"normed residual at {which}", f"the normed value for the residual stream past {which}", "add", _STREAM, normed)
+        yield one_of(
+            f"normed residual at {which}",
+            f"the normed value for the residual stream past {which}",
+            "add",
+            _STREAM,
+            normed,
+        )
 
         def edit(setup: Setup, value: float, which: str = which) -> None:
             setup.operate("add", _at(which, lambda call, x, y: call.base(x, times(y, value))))
@@ -243,5 +255,3 @@ def _orders(count: int) -> Iterator[Hypothesis]:
     if count > 2:
         yield ordered("layers reversed", "the layers in reverse order", every[::-1])
     yield ordered("the first layer everywhere", "the tensors of layer 0 in every layer", [0] * count)
-
-

@@ -170,9 +170,15 @@ def _pairs(config: Any) -> Iterator[Hypothesis]:
 
     yield _rope("sign of sin", "the other sign of sin in RoPE", signed)
     yield _rope("no rotation", "no rotation of q and k", lambda call, q, k, *_, **__: (q, k))
-    yield _rope("only q turned", "RoPE on q only", lambda call, q, k, *a, **h: (call.base(q, k, *a, **h)[0], k), "k_rope")
-    yield _rope("only k turned", "RoPE on k only", lambda call, q, k, *a, **h: (q, call.base(q, k, *a, **h)[1]), "q_rope")
-    yield _rope("turned twice", "RoPE applied twice", lambda call, q, k, *a, **h: call.base(*call.base(q, k, *a, **h), *a, **h))
+    yield _rope(
+        "only q turned", "RoPE on q only", lambda call, q, k, *a, **h: (call.base(q, k, *a, **h)[0], k), "k_rope"
+    )
+    yield _rope(
+        "only k turned", "RoPE on k only", lambda call, q, k, *a, **h: (q, call.base(q, k, *a, **h)[1]), "q_rope"
+    )
+    yield _rope(
+        "turned twice", "RoPE applied twice", lambda call, q, k, *a, **h: call.base(*call.base(q, k, *a, **h), *a, **h)
+    )
     swapped = lambda call, q, k, cos, sin, **h: call.base(q, k, sin, cos, **h)  # noqa: E731
     yield _rope("cos and sin swapped", "cos and sin swapped in RoPE", swapped)
 
@@ -182,7 +188,6 @@ def _pairs(config: Any) -> Iterator[Hypothesis]:
 
     yield _rope("k turned the other way", "k turned the other way than q", backwards, "k_rope")
     yield _rope("no minus", "the minus of rotate_half missing", _without_minus)
-
 
     def turn_v(setup: Setup) -> None:
         setup.operate("rope", _keep_tables)
@@ -214,7 +219,9 @@ def _turned_v(call: Call, q: Any, k: Any, v: Any, **masking: Any) -> Any:
 def _dims(config: Any) -> Iterator[Hypothesis]:
     dims, head = int(config.rotary_dim), int(config.head_dim)
     if dims < head:
-        yield _turn("all dims turned", f"all {head} dims of a head rotated instead of {dims}", lambda r: _turn_dims(r, head))
+        yield _turn(
+            "all dims turned", f"all {head} dims of a head rotated instead of {dims}", lambda r: _turn_dims(r, head)
+        )
     for part in (2, 4):
         n = dims // part // 2 * 2
         if n >= 2:
@@ -272,7 +279,13 @@ def _positions() -> Iterator[Hypothesis]:
     yield _turn("positions halved", "positions 0, 0, 1, 1, ...", _move(lambda p: p // 2))
     yield _turn("positions one late from the middle", "positions one late in the second half of the rows", _move(_late))
     yield _turn("first position twice", "position 0 for the first two tokens", _move(lambda p: np.maximum(p - 1, 0)))
-    yield one_of("positions of each piece restart", "positions that restart with every cached piece", "rope", _TURNED, _restarting)
+    yield one_of(
+        "positions of each piece restart",
+        "positions that restart with every cached piece",
+        "rope",
+        _TURNED,
+        _restarting,
+    )
 
 
 def _late(p: np.ndarray) -> np.ndarray:
@@ -292,6 +305,8 @@ def _formats() -> Iterator[Hypothesis]:
     for dtype in ("bfloat16", "float16"):
         narrow = lambda x, dtype=dtype: rounded(x, dtype)  # noqa: E731
         yield _turn(f"angles in {dtype}", f"rotary angles in {dtype}", lambda r, f=narrow: r.angles.append(f))
-        yield _turn(f"frequencies in {dtype}", f"rotary frequencies in {dtype}", lambda r, f=narrow: r.frequencies.append(f))
+        yield _turn(
+            f"frequencies in {dtype}", f"rotary frequencies in {dtype}", lambda r, f=narrow: r.frequencies.append(f)
+        )
         both = lambda r, f=narrow: (r.cos.append(f), r.sin.append(f))[0]  # noqa: E731
         yield _turn(f"tables in {dtype}", f"cos and sin in {dtype}", both, places=True)

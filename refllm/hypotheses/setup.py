@@ -266,7 +266,7 @@ class Setup:
 
     # ----------------------------------------------------------------------------------------------------------- runs
 
-    def run(self, inner: Any, until: Until = Until(), tables: str = "exact") -> Any:  # noqa: B008
+    def run(self, inner: Any, until: Until = Until(), tables: str = "exact") -> Any:
         """The value at which it ends; the head's output, or the last norm's. inner: the operators. tables: how cos and
         sin are made (`Rotation.tables`)."""
         op = Edited(inner, self, until, tables)

@@ -101,7 +101,9 @@ def _orders_of_rows(config: Any) -> Iterator[Hypothesis]:
             yield _edit(f"rows of {said}: {words}", f"the rows of {said} permuted, {words}", taps, endings, permuted)
     for short in ("q", "k", "v", "o"):
         module = _PROJECTIONS[short]
-        yield _edit(f"{short}_proj transposed", f"{short}_proj transposed", f"{short}_proj", f"{module}.weight", _transposed)
+        yield _edit(
+            f"{short}_proj transposed", f"{short}_proj transposed", f"{short}_proj", f"{module}.weight", _transposed
+        )
         reversed_heads: Edit = lambda a: _in_heads(a, D)[::-1].reshape(a.shape)  # noqa: E731
         if short != "o":
             yield _edit(f"heads of {short} reversed", f"the heads of {short}_proj in reverse", f"{short}_proj",
@@ -134,15 +136,25 @@ def _exchanged(config: Any) -> Iterator[Hypothesis]:
                     setup.read(b, a)
 
         taps = " ".join(_PROJECTIONS[x].rpartition(".")[2] for x in (one, two))
-        yield one_of(f"{one} and {two} swapped", f"the tensors of {one}_proj and {two}_proj swapped", "linear", taps, swap)
+        yield one_of(
+            f"{one} and {two} swapped", f"the tensors of {one}_proj and {two}_proj swapped", "linear", taps, swap
+        )
     yield _read("k's weight for v", "the weight of k_proj for v_proj", "v", "k")
     yield _read("v's weight for k", "the weight of v_proj for k_proj", "k", "v")
     yield _read("gate's weight for up", "the weight of gate_proj for up_proj", "up", "gate")
     yield _read("up's weight for gate", "the weight of up_proj for gate_proj", "gate", "up")
     yield one_of("q's rows for k", "the first rows of q_proj for k_proj", "linear", "k_proj", _rows_of_q)
-    yield one_of("norms swapped", "the weights of a layer's two norms swapped", "norm", "input_layernorm", _norms_swapped)
+    yield one_of(
+        "norms swapped", "the weights of a layer's two norms swapped", "norm", "input_layernorm", _norms_swapped
+    )
     yield one_of("qkv by groups", "a fused qkv cut into groups of query, key and value heads", "linear", _QKV, _grouped)
-    yield one_of("gate and up interleaved", "a fused gate and up cut into alternate rows", "linear", "gate_proj up_proj", _alternate)
+    yield one_of(
+        "gate and up interleaved",
+        "a fused gate and up cut into alternate rows",
+        "linear",
+        "gate_proj up_proj",
+        _alternate,
+    )
 
 
 def _rows_of_q(setup: Setup) -> None:
@@ -248,7 +260,9 @@ def _embeddings(config: Any) -> Iterator[Hypothesis]:
 
     yield embed("embedding times sqrt(E)", f"embeddings times sqrt({E})", lambda x: times(x, E**0.5))
     yield embed("embedding over sqrt(E)", f"embeddings divided by sqrt({E})", lambda x: times(x, E**-0.5))
-    yield _outside("embeddings normed", "embeddings normed", "embedding", "embed_tokens", lambda s: s.embedded.append(_normed))
+    yield _outside(
+        "embeddings normed", "embeddings normed", "embedding", "embed_tokens", lambda s: s.embedded.append(_normed)
+    )
     for dtype in ("bfloat16", "float16"):
         yield embed(f"embeddings in {dtype}", f"embeddings in {dtype}", lambda x, d=dtype: rounded(x, d), places=True)
 
@@ -257,7 +271,15 @@ def _embeddings(config: Any) -> Iterator[Hypothesis]:
         setup.embedded.append(lambda x: times(x, value))
 
     grid = [*decades(0.01, 100, 3), 0.9, 0.97, 1.03, 1.1]
-    yield free("factor of embeddings", "embedding", "embed_tokens", edit, grid, lambda v: f"embeddings times {v:.6g}", alone=True)
+    yield free(
+        "factor of embeddings",
+        "embedding",
+        "embed_tokens",
+        edit,
+        grid,
+        lambda v: f"embeddings times {v:.6g}",
+        alone=True,
+    )
     for by in (1, -1):
         said = f"the embedding rows of the token ids {'+' if by > 0 else '-'} 1"
         roll: Edit = lambda a, by=by: np.roll(a, -by, 0)  # noqa: E731
@@ -265,7 +287,9 @@ def _embeddings(config: Any) -> Iterator[Hypothesis]:
     if config.bos_token_id is not None and isinstance(config.bos_token_id, int):
         said = "one more beginning-of-sequence token in front"
         yield _outside("BOS in front", said, "embedding", "embed_tokens", _bos)
-    yield _outside("ids of row 0", "the token ids of the first row in every row", "embedding", "embed_tokens", _first_ids)
+    yield _outside(
+        "ids of row 0", "the token ids of the first row in every row", "embedding", "embed_tokens", _first_ids
+    )
 
 
 def _normed(x: Any) -> Any:
@@ -311,14 +335,20 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
     yield head("probabilities", "probabilities for logits", _probabilities)
     yield head("logits one late", "the logits of the position before", lambda y: moved(y, lambda a: np.roll(a, 1, 1)))
     yield head("logits one early", "the logits of the next position", lambda y: moved(y, lambda a: np.roll(a, -1, 1)))
-    yield head("logits of ids + 1", "the logits of the next token ids", lambda y: moved(y, lambda a: np.roll(a, -1, -1)))
-    yield head("logits of ids - 1", "the logits of the token ids before", lambda y: moved(y, lambda a: np.roll(a, 1, -1)))
+    yield head(
+        "logits of ids + 1", "the logits of the next token ids", lambda y: moved(y, lambda a: np.roll(a, -1, -1))
+    )
+    yield head(
+        "logits of ids - 1", "the logits of the token ids before", lambda y: moved(y, lambda a: np.roll(a, 1, -1))
+    )
     yield head("logits negated", "the other sign of all logits", lambda y: times(y, -1.0))
     yield head("logits centred", "logits less their mean", lambda y: with_noise_of(y, _centred(number(y))))
     for dtype in ("bfloat16", "float16"):
         yield head(f"logits in {dtype}", f"logits in {dtype}", lambda y, d=dtype: rounded(y, d), places=True)
 
-    def free_head(name: str, change: Callable[[float], Callable[[Any], Any]], grid: list[float], says: Any) -> Hypothesis:
+    def free_head(
+        name: str, change: Callable[[float], Callable[[Any], Any]], grid: list[float], says: Any
+    ) -> Hypothesis:
         def edit(setup: Setup, value: float) -> None:
             setup.everywhere()
             setup.headed.append(change(value))
@@ -333,7 +363,9 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
     quant: Edit = lambda a: quantized(a, 8, 0)  # noqa: E731
     yield _outside("int8 head", "an int8 head", "head", "lm_head", lambda s: s.edit("lm_head.weight", quant))
     yield _outside("hidden state before the last norm", "the head read before the last norm", "norm", "norm", _unnormed)
-    yield _outside("norms of layer 0 at the end", "the weight of the first norm for the last one", "norm", "norm", _first_norm)
+    yield _outside(
+        "norms of layer 0 at the end", "the weight of the first norm for the last one", "norm", "norm", _first_norm
+    )
 
 
 def _cap(cap: float) -> Callable[[Any], Any]:
