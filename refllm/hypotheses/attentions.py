@@ -92,10 +92,10 @@ def _without(name: str) -> Callable[..., Any]:
 
 
 def _masks() -> Iterator[Hypothesis]:
-    yield _attend("not causal", "no causal mask", _seen(lambda t, u: u >= 0 * t))
+    yield _attend("not causal", "no causal mask", _seen(lambda t, u: u >= 0 * t), ahead=True)
     for n in (1, 2):
         wide = _seen(lambda t, u, n=n: u <= t + n)
-        yield _attend(f"mask {n} too wide", f"a causal mask that is {n} too wide: a query sees {n} later", wide)
+        yield _attend(f"mask {n} too wide", f"a causal mask that is {n} too wide: a query sees {n} later", wide, ahead=True)
     yield _attend(
         "diagonal masked", "a mask that hides the diagonal", _seen(lambda t, u: (u < t) | ((t == 0) & (u == 0)))
     )
@@ -107,7 +107,7 @@ def _masks() -> Iterator[Hypothesis]:
     yield _attend("itself alone", "a query that sees itself alone", _seen(lambda t, u: u == t))
     yield _attend("first key hidden", "the first key hidden", _seen(lambda t, u: (u > 0) | (t == 0), True))
     yield _attend(
-        "last key hidden", "the last of all keys hidden", _seen(lambda t, u: (u < len(u) - 1) | (t == u), True)
+        "last key hidden", "the last of all keys hidden", _seen(lambda t, u: (u < len(u) - 1) | (t == u), True), ahead=True
     )
     for n in (2, 4, 8, 16, 32, 64, 128):
         near = _seen(lambda t, u, n=n: u > t - n, True)
@@ -116,9 +116,9 @@ def _masks() -> Iterator[Hypothesis]:
         chunk = _seen(lambda t, u, n=n: u // n == t // n, True)
         yield _attend(f"chunks of {n}", f"attention within chunks of {n} tokens", chunk)
         whole = _seen(lambda t, u, n=n: (u < len(u) // n * n) | (u == t), True)
-        yield _attend(f"tail of {n} keys", f"keys past the last whole tile of {n} dropped", whole)
+        yield _attend(f"tail of {n} keys", f"keys past the last whole tile of {n} dropped", whole, ahead=True)
         ahead = _seen(lambda t, u, n=n: u // n <= t // n)
-        yield _attend(f"causal by tiles of {n}", f"a causal mask by whole tiles of {n}", ahead)
+        yield _attend(f"causal by tiles of {n}", f"a causal mask by whole tiles of {n}", ahead, ahead=True)
 
     def edit(setup: Setup, value: float) -> None:
         setup.operate("attention", _seen(lambda t, u: u > t - round(value), True))
@@ -131,8 +131,8 @@ def _masks() -> Iterator[Hypothesis]:
     for by in (-1, 1):
         said = "wide" if by > 0 else "narrow"
         yield _attend(f"window one too {said}", f"a window that is one too {said}", _other_window(by))
-    yield _attend("masked scores 0", "masked scores of 0 instead of minus infinity", _masked_to(0.0, keeps=False))
-    yield _attend("mask added as 1", "a mask of ones and zeros added to the scores", _masked_to(-1.0, keeps=True))
+    yield _attend("masked scores 0", "masked scores of 0 instead of minus infinity", _masked_to(0.0, keeps=False), ahead=True)
+    yield _attend("mask added as 1", "a mask of ones and zeros added to the scores", _masked_to(-1.0, keeps=True), ahead=True)
 
 
 def _padding_of_row_0(call: Call, q: Any, k: Any, v: Any, *, key_mask: Any = None, **masking: Any) -> Any:
@@ -227,9 +227,9 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
         "k and v swapped", "k and v swapped after the rotation", lambda call, q, k, v, **m: call.base(q, v, k, **m)
     )
     yield one_of("heads merged crosswise", "heads merged without moving them behind the positions", "attention", "o_proj",
-                 lambda s: s.operate("merge_heads", _merged_crosswise))  # fmt: skip
+                 lambda s: s.operate("merge_heads", _merged_crosswise), ahead=True)  # fmt: skip
     yield one_of("heads split crosswise", "heads split without moving them before the positions", "attention", "q_rope k_rope",
-                 lambda s: s.operate("split_heads", _split_crosswise))  # fmt: skip
+                 lambda s: s.operate("split_heads", _split_crosswise), ahead=True)  # fmt: skip
     yield one_of("dims before heads", "heads split with the dims of a head outside", "attention", "q_rope k_rope",
                  lambda s: s.operate("split_heads", _split_dims_first))  # fmt: skip
 
@@ -303,7 +303,7 @@ def _softmaxes() -> Iterator[Hypothesis]:
     )
     sink = _by_scores(lambda s: _softmax(s, more=1.0))
     yield _attend("sink", "a denominator of softmax with one more key of score 0", sink)
-    yield _attend("softmax over queries", "a softmax over the queries", _by_scores(_over_queries))
+    yield _attend("softmax over queries", "a softmax over the queries", _by_scores(_over_queries), ahead=True)
     yield _attend("sigmoid for softmax", "a sigmoid for softmax", _by_scores(lambda s: 1 / (1 + np.exp(-s))))
     yield _attend(
         "squared relu for softmax", "max(0, score)^2 for softmax", _by_scores(lambda s: np.square(np.maximum(s, 0)))
@@ -311,8 +311,7 @@ def _softmaxes() -> Iterator[Hypothesis]:
     hard = _by_scores(lambda s: (s == s.max(axis=-1, keepdims=True)).astype(float))
     yield _attend("largest score alone", "all weight on the largest score", hard)
     yield _attend("weights not divided", "softmax weights that are not divided by their sum", _by_scores(_undivided))
-    early = _by_scores(lambda s: np.where(np.isneginf(s), 0, _softmax_of_all(s)))
-    yield _attend("mask after softmax", "the mask applied after softmax", _unmasked_first(early), alone=False)
+    yield _attend("mask after softmax", "the mask applied after softmax", _masked_late(), ahead=True)
     rescale = _by_scores(_not_rescaled)
     yield _attend(
         "online softmax without rescaling", "an online softmax without rescaling, in blocks of 16 keys", rescale
@@ -327,11 +326,7 @@ def _undivided(s: np.ndarray) -> np.ndarray:
     return np.exp(s - s.max(axis=-1, keepdims=True))
 
 
-def _softmax_of_all(s: np.ndarray) -> np.ndarray:
-    return _softmax(s)
-
-
-def _unmasked_first(_: Callable[..., Any]) -> Callable[..., Any]:
+def _masked_late() -> Callable[..., Any]:
     """Softmax over all keys, of which the weights of later ones are then set to 0."""
 
     def weights(s: np.ndarray) -> np.ndarray:

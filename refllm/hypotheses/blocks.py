@@ -54,6 +54,9 @@ def _activations(config: Any) -> Iterator[Hypothesis]:
         says = f"{other} instead of {config.hidden_act}" if other != "linear" else "no activation"
         yield _act(f"activation {other}", says, glu, alone)
 
+    squared = lambda call, g, u, name: product(mapped(g, np.square), u)  # noqa: E731
+    yield _act("square without relu", "the square without relu", squared, lambda call, x, name: mapped(x, np.square))
+
     def edit(setup: Setup, beta: float) -> None:
         setup.operate("glu", lambda call, g, u, name: product(mapped(g, lambda a: a / (1 + np.exp(-beta * a))), u))
         setup.operate("activation", lambda call, x, name: mapped(x, lambda a: a / (1 + np.exp(-beta * a))))
@@ -111,7 +114,6 @@ def _ungated() -> Iterator[Hypothesis]:
     def glu(call: Call, *args: Any) -> Any:
         return call.base(*args)
 
-    yield _act("square without relu", "the square without relu", glu, lambda call, x, n: mapped(x, np.square))
     cube = lambda a: np.maximum(a, 0) ** 3  # noqa: E731
     yield _act("relu to the third", "the third power of relu", glu, lambda call, x, n: mapped(x, cube))
     minus = lambda a: -np.square(np.maximum(a, 0))  # noqa: E731

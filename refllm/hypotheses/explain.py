@@ -8,6 +8,7 @@ what the first row, the first bad row and the space of the head tell.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from refllm.hypotheses.catalogue import catalogue
 from refllm.hypotheses.hypothesis import Hypothesis
 from refllm.hypotheses.search import Hypotheses, Judged, Search, Trial, fits_the_place, short_names
 from refllm.hypotheses.solve import Solved, solve
+from refllm.parallel import one_blas_thread
 
 Kind = Literal["explained", "nearly", "slope", "none"]
 Step = Callable[[str], None]
@@ -77,7 +79,9 @@ def explain(
     if not is_all:
         places = short_names(search.target, hidden)
         found = [h for h in found if fits_the_place(h, places)]
-    return _Explaining(search, found, step).result()
+    # Small products are quicker on one thread, and starting others for each of them is slower than all of them.
+    with one_blas_thread() if search.arrays.small else nullcontext():
+        return _Explaining(search, found, step).result()
 
 
 class _Explaining:
@@ -234,15 +238,20 @@ class _Explaining:
             judged = self.search.judged(trial.changes)
             if judged is not None and self._has_the_shape(judged):
                 found.append(judged)
-        if not found:
-            return self._none()
         causes = self._listed(found, {})
+        if not causes or not self._alike([cause.name for cause in causes]):
+            return self._none()
         return self._explanation("slope", causes, causes[0].sigma / max(self.search.reference.ratio, 1e-300))
+
+    def _alike(self, names: list[str]) -> bool:
+        """Whether these change the value in one direction. Where they do not, the error does not tell which it is."""
+        effects = [t.d.ravel() / np.linalg.norm(t.d) for t in self.trials if t.changes[-1].name in names]
+        return all(float(a @ b) > limits.ALIKE for a, b in combinations(effects, 2))
 
     def _has_the_shape(self, judged: Judged) -> bool:
         return (
             judged.effect >= limits.EFFECT
-            and limits.BELOW_SLOPE <= judged.slope <= 2 - limits.BELOW_SLOPE
+            and abs(judged.slope - 1) <= min(1 - limits.BELOW_SLOPE, max(limits.BELOW_OFF, 3 * judged.slope_error))
             and judged.slope >= limits.BELOW_SIGMAS * judged.slope_error
             and judged.holds(self.search.dtype)
         )

@@ -28,7 +28,8 @@ class Hypothesis:
     short names of the values that it changes first (`refllm.forward.taps`). edit: the change; it raises
     DoesNotApplyError where it has no meaning.
 
-    places: it moves roundings alone, so that it explains nothing below the limit. alone: it cannot be in one layer.
+    places: it moves roundings alone, so that it explains nothing below the limit. alone: it cannot be in one layer. ahead: what comes later in a
+    sequence reaches earlier tokens.
     layers: those that it is in, None for all. parameter: what is solved for.
     """
 
@@ -39,6 +40,7 @@ class Hypothesis:
     edit: Change
     places: bool = False
     alone: bool = False
+    ahead: bool = False
     layers: frozenset[int] | None = None
     parameter: Parameter | None = None
     value: float | None = None

@@ -277,7 +277,7 @@ def _positions() -> Iterator[Hypothesis]:
         yield _turn(f"positions stop at {n}", f"positions that stop at {n - 1}", _move(capped))
     yield _turn("positions doubled", "positions 0, 2, 4, ...", _move(lambda p: p * 2))
     yield _turn("positions halved", "positions 0, 0, 1, 1, ...", _move(lambda p: p // 2))
-    yield _turn("positions one late from the middle", "positions one late in the second half of the rows", _move(_late))
+    yield _turn("positions one late from the middle", "positions one late in the second half of the rows", _move(_late), ahead=True)
     yield _turn("first position twice", "position 0 for the first two tokens", _move(lambda p: np.maximum(p - 1, 0)))
     yield one_of(
         "positions of each piece restart",

@@ -6,6 +6,7 @@ rounding, and the slope <e, d> / <d, d> is 1; it is 0 with one that has nothing 
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +96,8 @@ class Search:
         at_head = target == HEAD_TAPS.get(model.head)
         width = candidate.shape[-1]
         self._columns = np.linspace(0, width - 1, _COLUMNS).astype(int) if at_head and width > _COLUMNS else None
-        self.reference = self._of_the_reference()
+        with one_blas_thread() if self.arrays.small else nullcontext():
+            self.reference = self._of_the_reference()
 
     @property
     def out_of_time(self) -> bool:
@@ -107,7 +109,8 @@ class Search:
     def run(self, changes: Hypotheses, whole: bool, kind: Kind | None = None) -> Uncertain | np.ndarray | None:
         """The rows of the value under some changes; None where they do not apply. whole: all rows and columns, and not
         the first. kind: of the tables, and then with its error."""
-        tokens = self.tokens if whole or not self.few else self.tokens.first(_TOKENS)
+        first = self.tokens if whole or not self.few else self.tokens.first(_TOKENS)
+        tokens = self.tokens if any(change.ahead for change in changes) else first
         S = tokens.ids.shape[1]
         shown = {name: value[..., :S, :] for name, value in self.shown.items()}
         until = Until(self.target, shown, None if whole else self._columns)
@@ -116,15 +119,15 @@ class Search:
         try:
             for change in changes:
                 change(setup)
-            with one_blas_thread(), np.errstate(all="ignore"):
+            with np.errstate(all="ignore"):
                 inner = Operators(EXACT) if kind is None else self._propagation()
                 found = setup.run(inner, until, kind or "exact")
         except (DoesNotApplyError, KeyError):
             return None
         if isinstance(found, Uncertain):
-            value, variance = self._rows(found.value, tokens), self._rows(found.variance, tokens)
+            value, variance = self._rows(found.value, first), self._rows(found.variance, first)
             return Uncertain(value, variance) if np.isfinite(value).all() else None
-        value = self._rows(found, tokens)
+        value = self._rows(found, first)
         return value if np.isfinite(value).all() else None
 
     def _propagation(self) -> Propagation:
@@ -132,7 +135,7 @@ class Search:
 
     def _rows(self, values: np.ndarray, tokens: Tokens) -> np.ndarray:
         """[B, S, n] or [B, H, S, n] -> [N, n] or [N, H, n], of what is no padding."""
-        values = values[..., : self.candidate.shape[-1]]
+        values = values[..., : tokens.ids.shape[1], : self.candidate.shape[-1]]
         by_position = values if values.ndim == 3 else values.transpose(0, 2, 1, 3)
         return np.asarray(by_position[tokens.valid])
 

@@ -61,21 +61,21 @@ class Arrays(Mapping[str, np.ndarray]):
 
     def __init__(self, model: Model) -> None:
         self._weights, self._kept = model.weights, dict[str, np.ndarray]()
-        self._small = model.num_parameters() <= _KEPT_AT_MOST
+        self.small = model.num_parameters() <= _KEPT_AT_MOST
         self.names = [*self._weights.shapes, *self._weights.tied]
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self._kept:
             return self._kept[name]
         found = self._weights[name]
-        if not self._small:
+        if not self.small:
             return found
         self._kept[name] = np.asarray(found, np.float64)
         return self._kept[name]
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """tensor[ids]."""
-        return self[name][ids] if self._small else self._weights.rows(name, ids)
+        return self[name][ids] if self.small else self._weights.rows(name, ids)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read for it."""

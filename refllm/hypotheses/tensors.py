@@ -333,8 +333,8 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
     yield head("logits over sqrt(E)", f"logits divided by sqrt({E})", lambda y: times(y, E**-0.5))
     yield head("log-probabilities", "log-probabilities for logits", lambda y: with_noise_of(y, _log_softmax(number(y))))
     yield head("probabilities", "probabilities for logits", _probabilities)
-    yield head("logits one late", "the logits of the position before", lambda y: moved(y, lambda a: np.roll(a, 1, 1)))
-    yield head("logits one early", "the logits of the next position", lambda y: moved(y, lambda a: np.roll(a, -1, 1)))
+    yield head("logits one late", "the logits of the position before", lambda y: moved(y, lambda a: np.roll(a, 1, 1)), ahead=True)
+    yield head("logits one early", "the logits of the next position", lambda y: moved(y, lambda a: np.roll(a, -1, 1)), ahead=True)
     yield head(
         "logits of ids + 1", "the logits of the next token ids", lambda y: moved(y, lambda a: np.roll(a, -1, -1))
     )

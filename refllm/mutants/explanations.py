@@ -1,0 +1,241 @@
+"""How well a wrong run is explained, from its logits alone: docs/explained.md.
+
+    python -m refllm.mutants.explanations [docs/explained.md]
+
+Every mistake of `refllm.mutants.port_bugs` is planted into a port that shares no code with the hypotheses, on the
+embedded checkpoints and on random models, in float32 and bfloat16. It is right if the explanation names the hypothesis
+that stands beside the mistake, or one that gives the same numbers.
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from refllm import golden
+from refllm.forward.model import Model
+from refllm.hypotheses.catalogue import catalogue
+from refllm.hypotheses.explain import Explanation, explain
+from refllm.hypotheses.search import Search, holds
+from refllm.hypotheses.setup import Tokens
+from refllm.models.auto import load
+from refllm.mutants.port import Port
+from refllm.mutants.port_bugs import BUGS, Bug
+from refllm.precision import rounding
+from refllm.storage import output_file
+from refllm.strategies import small_models
+
+LENGTH, RIGHT_RUNS = 64, 100
+_SAME = 0.5  # sigma by which two hypotheses with the same numbers may differ
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what is run. dtype: of the weights and of the port."""
+
+    name: str
+    model: Model
+    ids: np.ndarray
+    dtype: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Name and dtype."""
+        return self.name, self.dtype
+
+    def logits(self, bug: Bug | None = None) -> np.ndarray:
+        """What the port shows, [1, S, V]."""
+        fields = {} if bug is None else bug.fields(self.model.config)
+        half = (lambda x: x) if self.dtype == "float32" else _narrow(self.dtype)
+        with np.errstate(all="ignore"):
+            return np.asarray(Port(self.model.weights, self.model.config, half, **fields).logits(self.ids[0]))[None]
+
+    def search(self, logits: np.ndarray, seconds: float = 60.0) -> Search:
+        """The search for what explains such logits."""
+        positions = np.arange(self.ids.shape[1])[None]
+        tokens = Tokens(self.ids, np.ones_like(self.ids), positions, dtype=self.dtype)
+        return Search(self.model, tokens, "lm_head", logits, dtype=self.dtype, seconds=seconds)
+
+
+def _narrow(dtype: str) -> Any:
+    onto = rounding(dtype)
+    return lambda x: onto(np.asarray(x, np.float32))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One mistake in one model. verdict: right, same (other words, the same numbers), wrong, none, nearly, invisible,
+    silent (nothing explains it, and nothing should)."""
+
+    case: str
+    dtype: str
+    bug: str
+    verdict: str
+    said: str
+    seconds: float
+    before: float = 0.0
+
+
+def examined(case: Case, bug: Bug) -> Outcome:
+    """Plants a mistake and reads the explanation."""
+    begin = time.process_time()
+    logits = case.logits(bug)
+    search = case.search(logits)
+    found = explain(search, case.model.config)
+    verdict = _verdict(case, bug, search, found)
+    said = "; ".join(cause.name for cause in found.causes)
+    return Outcome(case.name, case.dtype, bug.name, verdict, said, time.process_time() - begin, found.before)
+
+
+def _verdict(case: Case, bug: Bug, search: Search, found: Explanation) -> str:
+    if not np.isfinite(search.seen(True)).all():
+        return "invisible"
+    if not _visible(search):
+        return "below" if found.kind == "slope" else "invisible"
+    names = {cause.name for cause in found.causes}
+    if found.kind == "nearly":
+        return "nearly"
+    if found.kind == "none":
+        return "none" if bug.right else "silent"
+    if names & set(bug.right) or _solved(bug, found):
+        return "right"
+    return "same" if _same_numbers(bug, search, found) else "wrong"
+
+
+def _visible(search: Search) -> bool:
+    return not holds(search.reference, search.dtype)
+
+
+def _solved(bug: Bug, found: Explanation) -> bool:
+    """Whether the number was found, within its error."""
+    for cause in found.causes:
+        if bug.number is None or cause.value is None or not bug.right:
+            continue
+        of = bug.right[0].rstrip("0123456789.e-+ ")
+        if not cause.name.startswith(of):
+            continue
+        # A negative number is a part of what is right, which differs from model to model.
+        if bug.number < 0 or abs(cause.value - bug.number) <= (cause.error or 0) + 1e-6 * abs(bug.number):
+            return True
+    return False
+
+
+def _same_numbers(bug: Bug, search: Search, found: Explanation) -> bool:
+    """Whether the hypothesis that is named gives the logits of the port within the error of either."""
+    named = {h.name: h for h in catalogue(search.model.config)}
+    right = [named[name] for name in bug.right if name in named]
+    cause = found.causes[0]
+    one = [named[name] for name in cause.name.split(" and ") if name in named]
+    if not right or not one:
+        return False
+    a, b = search.run(tuple(one), True), search.run((right[0],), True)
+    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
+        return False
+    return bool(np.sqrt(np.mean(np.square(a - b))) <= _SAME * search.reference.rms_sigma)
+
+
+def cases(only: tuple[str, str] | None = None) -> Iterator[Case]:
+    """The models: the embedded checkpoints, and random ones of every family. only: name and dtype of one."""
+    for name, make in {**_embedded(), **_random()}.items():
+        for dtype in ("float32", "bfloat16"):
+            if only in (None, (name, dtype)):
+                model = make(dtype)
+                ids = np.random.default_rng(17).integers(0, model.config.vocab_size, (1, LENGTH))
+                yield Case(name, model, ids, dtype)
+
+
+def _embedded() -> dict[str, Callable[[str], Model]]:
+    return {
+        name: lambda dtype, folder=folder: load(folder, head="causal_lm", dtype=dtype)
+        for name, folder in golden.checkpoints().items()
+    }
+
+
+def _random() -> dict[str, Callable[[str], Model]]:
+    def make(family: str, n: int, flags: dict[str, Any]) -> Callable[[str], Model]:
+        config, cls = small_models.small_config(family, **flags), small_models.model_class(family)
+        return lambda dtype: small_models.build(cls, config, 5 + n, dtype)
+
+    return {
+        f"random {family} {n}": make(family, n, flags)
+        for family in small_models.FAMILIES
+        for n, flags in enumerate(small_models.EVERY_FLAG[family])
+    }
+
+
+def swept(case: Case) -> Iterator[Outcome]:
+    """Every mistake in one model."""
+    for bug in BUGS:
+        if bug.fields(case.model.config):
+            yield examined(case, bug)
+
+
+def right_run(case: Case, seed: int) -> Explanation:
+    """The explanation of a run in which nothing is wrong."""
+    ids = np.random.default_rng(seed).integers(0, case.model.config.vocab_size, case.ids.shape)
+    other = replace(case, ids=ids)
+    return explain(other.search(other.logits()), case.model.config)
+
+
+def _in_case(key: tuple[str, str]) -> list[Outcome]:
+    return [outcome for case in cases(key) for outcome in swept(case)]
+
+
+def _right_run(n: int) -> str:
+    keys = [case.key for case in cases()]
+    return right_run(next(cases(keys[n % len(keys)])), n).kind
+
+
+def page(outcomes: list[Outcome], false: int, right: int) -> str:
+    """The document."""
+    visible = [o for o in outcomes if o.verdict not in ("invisible", "below") and o.verdict != "silent"]
+    known = [o for o in visible if o.verdict in ("right", "same", "wrong", "none", "nearly")]
+    count = Counter(o.verdict for o in known)
+    explained = count["right"] + count["same"]
+    lines = [
+        "# Explanations, measured",
+        "",
+        "Made by `python -m refllm.mutants.explanations`. Logits alone are shown, by a port that shares no code with the",
+        "hypotheses; a mistake is visible if the check fails.",
+        "",
+        f"- {len(known)} visible wrong runs: {explained} ({100 * explained / max(1, len(known)):.1f} %) explained, "
+        f"{count['right']} by the right hypothesis and {count['same']} by one with the same numbers; "
+        f"{count['nearly']} nearly, {count['none']} not, {count['wrong']} by a wrong one.",
+        f"- {sum(o.verdict == 'silent' for o in outcomes)} runs with mistakes that no hypothesis describes: silent.",
+        f"- {right} right runs: {false} false explanations.",
+        f"- Median {np.median([o.seconds for o in outcomes]):.1f} s of CPU time for an explanation.",
+        "",
+        "| mistake | visible | right | same numbers | nearly | none | wrong |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in dict.fromkeys(o.bug for o in outcomes):
+        of = Counter(o.verdict for o in known if o.bug == name)
+        if of:
+            cells = [sum(of.values()), *(of[v] for v in ("right", "same", "nearly", "none", "wrong"))]
+            lines.append(f"| {name} | " + " | ".join(str(n or "") for n in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the document, and prints a line for each mistake that is not explained rightly."""
+    outcomes, false = [], 0
+    with ProcessPoolExecutor() as pool:
+        for found in pool.map(_in_case, [case.key for case in cases()]):
+            outcomes += found
+        for kind in pool.map(_right_run, range(RIGHT_RUNS), chunksize=10):
+            false += kind != "none"
+    for o in outcomes:
+        if o.verdict not in ("right", "invisible", "silent"):
+            print(f"{o.case} {o.dtype} {o.bug}: {o.verdict} {o.said}")
+    output_file.write("docs/explained.md", arguments[0] if arguments else "docs/explained.md",
+                      page(outcomes, false, RIGHT_RUNS))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
