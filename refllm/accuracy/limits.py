@@ -99,9 +99,9 @@ AS_GOOD_AS_THE_BEST = 1.1
 """Of the error that the best hypothesis leaves, up to which another one explains a run as well."""
 
 BELOW_SLOPE, BELOW_OFF, BELOW_SIGMAS, ALIKE = 0.7, 0.1, 5.0, 0.9
-"""The slope from which the shape of an error that is below its limit is a finding; how far from 1 it may be, beside what
-chance allows; the standard errors by which it has to be above 0; and the cosine of the effects of two hypotheses that
-may both be named. Of 100 right runs none had such a slope along anything that changes half a sigma."""
+"""The slope from which the shape of an error that is below its limit is a finding; how far from 1 it may be, beside
+what chance allows; the standard errors by which it has to be above 0; and the cosine of the effects of two hypotheses
+that may both be named. Of 100 right runs none had such a slope along anything that changes half a sigma."""
 
 NEARLY = 0.15
 """The share of the error that a hypothesis may leave that explains nearly all of it."""

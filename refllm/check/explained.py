@@ -82,7 +82,7 @@ def in_words(found: Explanation | None) -> list[str]:
         return [f"nearly explained: with {best.says} the reference gives {left}"]
     several = ", or with ".join(_said(cause) for cause in found.causes)
     if found.kind == "slope":
-        shape = f"the error of {whose} is below its limit, but it has the shape of what {best.says} makes"
+        shape = f"the error of {whose} is small, but it has the shape of what {best.says} makes"
         return [f"{shape} (slope {best.slope:.2f}, effect {best.effect:.2f} sigma)"]
     words = [f"explained: with {several} the reference gives {whose} to {_figure(best.sigma)} sigma"]
     if len(found.causes) > 1:

@@ -104,7 +104,9 @@ def _failure(report: Report) -> dict[str, Any] | None:
         return {"name": found.name, "span": "", "formula": None, "text": f"{found.text}.", "said": [], "context": []}
     if first is None:
         below = report.explanation is not None and report.explanation.kind == "slope"
-        text = "Every value holds, but rounding does not explain " + ("its error." if below else "the next tokens below.")
+        text = "Every value holds, but rounding does not explain " + (
+            "its error." if below else "the next tokens below."
+        )
         return {"name": "next tokens", "span": "", "formula": None, "text": text, "said": said, "context": []}
     return {
         "name": first.name,

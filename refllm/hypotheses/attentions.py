@@ -18,7 +18,7 @@ Rule = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def hypotheses(config: Any) -> Iterator[Hypothesis]:
     """All that have a meaning for a config."""
     yield from _scales(config)
-    yield from _masks()
+    yield from _masks(config)
     yield from _pieces()
     yield from _heads(config)
     yield from _softmaxes()
@@ -29,7 +29,7 @@ def _attend(name: str, says: str, wrong: Callable[..., Any], values: str = _SCOR
     return one_of(name, says, "attention", values, lambda s: s.operate("attention", wrong), **how)
 
 
-# ----------------------------------------------------------------------------------------------------------------- scale
+# --------------------------------------------------------------------------------------------------------------- scale
 
 
 def _scaled(value: float) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def _scales(config: Any) -> Iterator[Hypothesis]:
     yield free("scale", "attention", _SCORES, edit, grid, lambda v: f"scores times {v:.6g} instead of {right:.6g}")
 
 
-# ------------------------------------------------------------------------------------------------------------------ mask
+# ---------------------------------------------------------------------------------------------------------------- mask
 
 
 def _seen(rule: Rule, causal: bool = False) -> Callable[..., Any]:
@@ -91,11 +91,13 @@ def _without(name: str) -> Callable[..., Any]:
     return wrong
 
 
-def _masks() -> Iterator[Hypothesis]:
+def _masks(config: Any) -> Iterator[Hypothesis]:
     yield _attend("not causal", "no causal mask", _seen(lambda t, u: u >= 0 * t), ahead=True)
     for n in (1, 2):
         wide = _seen(lambda t, u, n=n: u <= t + n)
-        yield _attend(f"mask {n} too wide", f"a causal mask that is {n} too wide: a query sees {n} later", wide, ahead=True)
+        yield _attend(
+            f"mask {n} too wide", f"a causal mask that is {n} too wide: a query sees {n} later", wide, ahead=True
+        )
     yield _attend(
         "diagonal masked", "a mask that hides the diagonal", _seen(lambda t, u: (u < t) | ((t == 0) & (u == 0)))
     )
@@ -106,9 +108,6 @@ def _masks() -> Iterator[Hypothesis]:
     )
     yield _attend("itself alone", "a query that sees itself alone", _seen(lambda t, u: u == t))
     yield _attend("first key hidden", "the first key hidden", _seen(lambda t, u: (u > 0) | (t == 0), True))
-    yield _attend(
-        "last key hidden", "the last of all keys hidden", _seen(lambda t, u: (u < len(u) - 1) | (t == u), True), ahead=True
-    )
     for n in (2, 4, 8, 16, 32, 64, 128):
         near = _seen(lambda t, u, n=n: u > t - n, True)
         yield _attend(f"window {n}", f"a window of {n} keys", near)
@@ -127,12 +126,17 @@ def _masks() -> Iterator[Hypothesis]:
     yield free("window", "attention", _SCORES, edit, grid, lambda v: f"a window of {v:.0f} keys", whole=True)
     yield _attend("padding seen", "a mask that lets padding be seen", _without("key_mask"))
     yield _attend("padding of row 0", "the padding of the first row for every row", _padding_of_row_0)
-    yield _attend("window ignored", "no window of keys", _without("window"))
-    for by in (-1, 1):
-        said = "wide" if by > 0 else "narrow"
-        yield _attend(f"window one too {said}", f"a window that is one too {said}", _other_window(by))
-    yield _attend("masked scores 0", "masked scores of 0 instead of minus infinity", _masked_to(0.0, keeps=False), ahead=True)
-    yield _attend("mask added as 1", "a mask of ones and zeros added to the scores", _masked_to(-1.0, keeps=True), ahead=True)
+    if any(config.window(layer) is not None for layer in range(config.num_hidden_layers)):
+        yield _attend("window ignored", "no window of keys", _without("window"))
+        for by in (-1, 1):
+            said = "wide" if by > 0 else "narrow"
+            yield _attend(f"window one too {said}", f"a window that is one too {said}", _other_window(by))
+    yield _attend(
+        "masked scores 0", "masked scores of 0 instead of minus infinity", _masked_to(0.0, keeps=False), ahead=True
+    )
+    yield _attend(
+        "mask added as 1", "a mask of ones and zeros added to the scores", _masked_to(-1.0, keeps=True), ahead=True
+    )
 
 
 def _padding_of_row_0(call: Call, q: Any, k: Any, v: Any, *, key_mask: Any = None, **masking: Any) -> Any:
@@ -155,7 +159,7 @@ def _masked_to(hidden: float, keeps: bool) -> Callable[..., Any]:
 
     def scores(s: np.ndarray) -> np.ndarray:
         later = np.triu(np.ones(s.shape[-2:], bool), 1 + s.shape[-1] - s.shape[-2])
-        return np.where(later, s * keeps + hidden, s)
+        return np.where(later & ~np.isneginf(s), (s if keeps else 0) + hidden, s)
 
     return _by_scores(lambda s: _softmax(scores(s)), causal=False)
 
@@ -190,7 +194,7 @@ def _ends(t: np.ndarray, start: np.ndarray) -> np.ndarray:
     return np.array([(t[start == s]).max() + 1 for s in start.ravel()]).reshape(start.shape)
 
 
-# ----------------------------------------------------------------------------------------------------------------- heads
+# --------------------------------------------------------------------------------------------------------------- heads
 
 
 def _read_by(index: Callable[[int, int, int], int], of: str = "kv") -> Callable[..., Any]:
@@ -202,8 +206,10 @@ def _read_by(index: Callable[[int, int, int], int], of: str = "kv") -> Callable[
         right = [h * K // H for h in range(H)]
         if heads == right:
             raise DoesNotApplyError
-        k, v = (moved(x, lambda a, i=i: a[:, i]) for x, i in ((k, heads if "k" in of else right),
-                                                              (v, heads if "v" in of else right)))  # fmt: skip
+        k, v = (
+            moved(x, lambda a, i=i: a[:, i])
+            for x, i in ((k, heads if "k" in of else right), (v, heads if "v" in of else right))
+        )
         return call.base(q, k, v, **masking)
 
     return wrong
@@ -224,14 +230,33 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
     )
     yield _attend("k as v", "k in the place of v", lambda call, q, k, v, **m: call.base(q, k, k, **m), "context")
     yield _attend(
-        "k and v swapped", "k and v swapped after the rotation", lambda call, q, k, v, **m: call.base(q, v, k, **m)
+        "k and v swapped after RoPE",
+        "k and v swapped after the rotation",
+        lambda call, q, k, v, **m: call.base(q, v, k, **m),
     )
-    yield one_of("heads merged crosswise", "heads merged without moving them behind the positions", "attention", "o_proj",
-                 lambda s: s.operate("merge_heads", _merged_crosswise), ahead=True)  # fmt: skip
-    yield one_of("heads split crosswise", "heads split without moving them before the positions", "attention", "q_rope k_rope",
-                 lambda s: s.operate("split_heads", _split_crosswise), ahead=True)  # fmt: skip
-    yield one_of("dims before heads", "heads split with the dims of a head outside", "attention", "q_rope k_rope",
-                 lambda s: s.operate("split_heads", _split_dims_first))  # fmt: skip
+    yield one_of(
+        "heads merged crosswise",
+        "heads merged without moving them behind the positions",
+        "attention",
+        "o_proj",
+        lambda s: s.operate("merge_heads", _merged_crosswise),
+        ahead=True,
+    )
+    yield one_of(
+        "heads split crosswise",
+        "heads split without moving them before the positions",
+        "attention",
+        "q_rope k_rope",
+        lambda s: s.operate("split_heads", _split_crosswise),
+        ahead=True,
+    )
+    yield one_of(
+        "dims before heads",
+        "heads split with the dims of a head outside",
+        "attention",
+        "q_rope k_rope",
+        lambda s: s.operate("split_heads", _split_dims_first),
+    )
 
 
 def _merged_crosswise(call: Call, x: Any) -> Any:
@@ -249,7 +274,7 @@ def _split_dims_first(call: Call, x: Any, heads: int) -> Any:
     return moved(x, lambda a: a.reshape(B, S, n // heads, heads).transpose(0, 3, 1, 2))
 
 
-# --------------------------------------------------------------------------------------------------------------- softmax
+# ------------------------------------------------------------------------------------------------------------- softmax
 
 
 def _softmax(s: np.ndarray, axis: int = -1, more: float = 0.0) -> np.ndarray:
@@ -347,7 +372,7 @@ def _not_rescaled(s: np.ndarray, tile: int = 16) -> np.ndarray:
     return out / np.where(total == 0, 1, total)
 
 
-# ----------------------------------------------------------------------------------------------------------------- cache
+# --------------------------------------------------------------------------------------------------------------- cache
 
 
 def _caches() -> Iterator[Hypothesis]:

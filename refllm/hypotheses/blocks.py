@@ -12,9 +12,23 @@ from refllm.hypotheses.setup import Call, DoesNotApplyError, Setup
 from refllm.hypotheses.values import mapped, product, rounded, times
 
 _ACTIVATIONS = (
-    "silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "tanh", "linear", "mish",
-    "hardswish", "leaky_relu", "laplace", "sqrtsoftplus", "gelu_10",
-)  # fmt: skip
+    "silu",
+    "gelu",
+    "gelu_pytorch_tanh",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "tanh",
+    "linear",
+    "mish",
+    "hardswish",
+    "leaky_relu",
+    "laplace",
+    "sqrtsoftplus",
+    "gelu_10",
+)
 _SAME = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_pytorch_tanh"
 )
@@ -33,7 +47,7 @@ def hypotheses(config: Any) -> Iterator[Hypothesis]:
     yield from _orders(int(config.num_hidden_layers))
 
 
-# ------------------------------------------------------------------------------------------------------------------- MLP
+# ----------------------------------------------------------------------------------------------------------------- MLP
 
 
 def _act(name: str, says: str, glu: Callable[..., Any], activation: Callable[..., Any], **how: bool) -> Hypothesis:
@@ -89,15 +103,30 @@ def _gates() -> Iterator[Hypothesis]:
         "gate and up swapped": ("gate and up swapped", lambda call, g, u, n: call.base(u, g, n)),
         "gate dropped": ("no gate: the activation of up", lambda call, g, u, n: call.op.activation(u, n)),
         "up dropped": ("no up: the activation of the gate", lambda call, g, u, n: call.op.activation(g, n)),
-        "gate added": ("gate and up added instead of multiplied", lambda call, g, u, n: call.op.add(call.op.activation(g, n), u)),
-        "activation of the product": ("the activation of gate times up", lambda call, g, u, n: _act_of_product(call, g, u, n)),
-        "activation of both": ("the activation of gate and of up", lambda call, g, u, n: call.base(g, call.op.activation(u, n), n)),
+        "gate added": (
+            "gate and up added instead of multiplied",
+            lambda call, g, u, n: call.op.add(call.op.activation(g, n), u),
+        ),
+        "activation of the product": (
+            "the activation of gate times up",
+            lambda call, g, u, n: _act_of_product(call, g, u, n),
+        ),
+        "activation of both": (
+            "the activation of gate and of up",
+            lambda call, g, u, n: call.base(g, call.op.activation(u, n), n),
+        ),
         "gate for up": ("the gate in the place of up", lambda call, g, u, n: call.base(g, g, n)),
         "up for gate": ("up in the place of the gate", lambda call, g, u, n: call.base(u, u, n)),
-        "up plus one": ("up + 1 for up", lambda call, g, u, n: call.op.add(call.base(g, u, n), call.op.activation(g, n))),
+        "up plus one": (
+            "up + 1 for up",
+            lambda call, g, u, n: call.op.add(call.base(g, u, n), call.op.activation(g, n)),
+        ),
         "gate capped at 7": ("the gate capped at 7 and up at 7 to either side", _capped),
-        "activation twice": ("the activation applied twice", lambda call, g, u, n: call.base(call.op.activation(g, n), u, n)),
-    }  # fmt: skip
+        "activation twice": (
+            "the activation applied twice",
+            lambda call, g, u, n: call.base(call.op.activation(g, n), u, n),
+        ),
+    }
     for name, (says, glu) in found.items():
         yield _act(name, says, glu, none)
 
@@ -124,7 +153,7 @@ def _ungated() -> Iterator[Hypothesis]:
     yield _act("activation twice", "the activation applied twice", glu, twice)
 
 
-# ------------------------------------------------------------------------------------------------------- residual stream
+# ----------------------------------------------------------------------------------------------------- residual stream
 
 
 def _sum(name: str, says: str, which: str, wrong: Callable[[Call, Any, Any], Any], **how: bool) -> Hypothesis:
@@ -176,18 +205,34 @@ def _sums(config: Any) -> Iterator[Hypothesis]:
     def edit_both(setup: Setup, value: float) -> None:
         setup.operate("add", _at("both", lambda call, x, y: call.base(x, times(y, value))))
 
-    yield free("factor of what layers add", "add", _STREAM, edit_both, [0.2, 0.5, 0.8, 0.95, 1.05, 1.3, 2.0],
-               lambda v: f"what layers add times {v:.6g}")  # fmt: skip
+    yield free(
+        "factor of what layers add",
+        "add",
+        _STREAM,
+        edit_both,
+        [0.2, 0.5, 0.8, 0.95, 1.05, 1.3, 2.0],
+        lambda v: f"what layers add times {v:.6g}",
+    )
     for dtype in ("bfloat16", "float16"):
         narrow = lambda call, x, y, d=dtype: rounded(call.base(x, y), d)  # noqa: E731
         yield _sum(f"stream in {dtype}", f"the residual stream in {dtype}", "both", narrow, places=True)
     if getattr(config, "use_parallel_residual", False):
         yield one_of("sequential residual", "a sequential layer instead of a parallel one", "add", _STREAM, _sequential)
     else:
-        yield one_of("parallel residual", "a parallel layer, whose MLP reads the norm before attention", "norm",
-                     "post_attention_layernorm", _shared_norm)  # fmt: skip
-        yield one_of("parallel residual of two norms", "a parallel layer: the MLP's norm reads what attention's read", "norm",
-                     "post_attention_layernorm", _shared_input)  # fmt: skip
+        yield one_of(
+            "parallel residual",
+            "a parallel layer, whose MLP reads the norm before attention",
+            "norm",
+            "post_attention_layernorm",
+            _shared_norm,
+        )
+        yield one_of(
+            "parallel residual of two norms",
+            "a parallel layer: the MLP's norm reads what attention's read",
+            "norm",
+            "post_attention_layernorm",
+            _shared_input,
+        )
 
 
 def _from_normed(which: str) -> Callable[[Setup], None]:
@@ -226,12 +271,12 @@ def _shared_input(setup: Setup) -> None:
 
 def _sequential(setup: Setup) -> None:
     setup.everywhere()
-    for kind in ("weight", "bias"):
-        setup.weights.aliases.append((f"post_attention_layernorm.{kind}", f"input_layernorm.{kind}", None))
+    names = {f"post_attention_layernorm.{kind}": f"input_layernorm.{kind}" for kind in ("weight", "bias")}
+    setup.weights.aliases.append((names, None))
     setup.c.use_parallel_residual = False
 
 
-# ---------------------------------------------------------------------------------------------------------------- layers
+# -------------------------------------------------------------------------------------------------------------- layers
 
 
 def _orders(count: int) -> Iterator[Hypothesis]:

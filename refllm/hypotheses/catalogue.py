@@ -11,5 +11,4 @@ _AREAS = (rotations, attentions, norms, blocks, tensors)
 def catalogue(config: Any) -> list[Hypothesis]:
     """All that may have a meaning for a model of this config; some change nothing in it, which shows when they are
     run."""
-    found = {h.name: h for area in _AREAS for h in area.hypotheses(config)}
-    return list(found.values())
+    return [hypothesis for area in _AREAS for hypothesis in area.hypotheses(config)]

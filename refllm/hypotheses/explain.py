@@ -29,7 +29,7 @@ Step = Callable[[str], None]
 _JUDGED = 6  # of the best, by their own sigma
 _SHARE = 0.3  # of the error, that a hypothesis may leave by the reference's sigma to be judged by its own
 _LAYERED, _PAIRED, _PAIRS = 8, 40, 8
-_PROMISING = 0.5  # of the error left, from where it is worth looking for a second change
+_FIRST, _PROMISING = 2, 0.4  # hypotheses that a second one is put on top of, and their least cosine
 _RIGHT = 3.0  # rms sigma of the first row, up to which it is right
 
 
@@ -71,11 +71,17 @@ class Explanation:
 
 
 def explain(
-    search: Search, config: Any, hidden: tuple[str, ...] = (), step: Step = lambda text: None, *, is_all: bool = True
+    search: Search,
+    config: Any,
+    hidden: tuple[str, ...] = (),
+    step: Step = lambda text: None,
+    *,
+    is_all: bool = True,
+    hypotheses: list[Hypothesis] | None = None,
 ) -> Explanation:
     """Why the value of a search is wrong. hidden: values that go into it and were not shown. is_all: whether nothing
-    before it was shown, so that every hypothesis may be seen in it."""
-    found = catalogue(config)
+    before it was shown, so that every hypothesis may be seen in it. hypotheses: others than those of the catalogue."""
+    found = catalogue(config) if hypotheses is None else hypotheses
     if not is_all:
         places = short_names(search.target, hidden)
         found = [h for h in found if fits_the_place(h, places)]
@@ -101,6 +107,10 @@ class _Explaining:
         if not self._wrong():
             return self._below()
         causes = self._fits(self.trials)
+        if not causes and self.search.reference.ratio < limits.FALLS * limits.END_TO_END:
+            below = self._below()  # so little is wrong that it cannot fall threefold
+            if below.causes:
+                return below
         for stage in (self._solved, self._single_layers, self._pairs):
             if causes or self.search.out_of_time:
                 break
@@ -127,7 +137,7 @@ class _Explaining:
         count = len(hypotheses)
         return self.search.all_of(hypotheses, lambda n: self.step(f"{words} {n + 1} of {count} hypotheses"), before)
 
-    # -------------------------------------------------------------------------------------------------------- judgement
+    # ------------------------------------------------------------------------------------------------------- judgement
 
     def _fits(self, trials: Iterable[Trial], error: dict[str, float] | None = None) -> list[Cause]:
         """Of the trials, the best first, those that explain the value."""
@@ -168,7 +178,7 @@ class _Explaining:
         most = found[0].found.ratio * limits.AS_GOOD_AS_THE_BEST + 0.02
         return [_cause(judged, error) for judged in found if judged.found.ratio <= most]
 
-    # ----------------------------------------------------------------------------------------------------------- stages
+    # ---------------------------------------------------------------------------------------------------------- stages
 
     def _solved(self) -> list[Cause]:
         """Hypotheses with a number."""
@@ -204,10 +214,12 @@ class _Explaining:
             if trial is not None:
                 trials.append(trial)
         causes = self._fits(trials)
-        best = self.trials[0] if self.trials else None
-        if causes or best is None or best.share > _PROMISING or self.search.out_of_time:
-            return causes
-        return self._fits(self._all_of(self.plain, f"{best.changes[-1].name} and", best.changes))
+        nearest = sorted((t for t in self.trials if len(t.changes) == 1), key=lambda t: -t.cosine)[:_FIRST]
+        for first in nearest:
+            if causes or first.cosine < _PROMISING or self.search.out_of_time:
+                break
+            causes = self._fits(self._all_of(self.plain, f"{first.changes[-1].name} and", first.changes))
+        return causes
 
     def _by_sums(self) -> list[Hypotheses]:
         some = sorted(self.trials, key=lambda t: -abs(t.cosine))[:_PAIRED]
@@ -222,7 +234,7 @@ class _Explaining:
         }
         return [(*some[i].changes, *some[j].changes) for i, j in sorted(cost, key=lambda at: cost[at])[:_PAIRS]]
 
-    # ---------------------------------------------------------------------------------------------------------- results
+    # --------------------------------------------------------------------------------------------------------- results
 
     def _explanation(self, kind: Kind, causes: list[Cause], share: float = 0.0) -> Explanation:
         tried, of = len(self.plain), len(self.plain) + len(self.free)
@@ -287,7 +299,7 @@ def _cause(judged: Judged, error: dict[str, float]) -> Cause:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- facts
+# --------------------------------------------------------------------------------------------------------------- facts
 
 
 def _facts(search: Search) -> tuple[str, ...]:

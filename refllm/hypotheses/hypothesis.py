@@ -28,9 +28,9 @@ class Hypothesis:
     short names of the values that it changes first (`refllm.forward.taps`). edit: the change; it raises
     DoesNotApplyError where it has no meaning.
 
-    places: it moves roundings alone, so that it explains nothing below the limit. alone: it cannot be in one layer. ahead: what comes later in a
-    sequence reaches earlier tokens.
-    layers: those that it is in, None for all. parameter: what is solved for.
+    places: it moves roundings alone, so that it explains nothing below the limit. alone: it cannot be in one layer.
+    ahead: what comes later in a sequence reaches earlier tokens. layers: those that it is in, None for all. parameter:
+    what is solved for.
     """
 
     name: str

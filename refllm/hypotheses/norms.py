@@ -174,7 +174,7 @@ def _over_all(call: Call, f: Any, x: Any, w: Any, b: Any, e: float) -> Any:
     return with_noise_of(f(x, w, b, e), (a - mean) / np.sqrt(variance + e) * w)
 
 
-# --------------------------------------------------------------------------------------------------------- other places
+# -------------------------------------------------------------------------------------------------------- other places
 
 
 def _elsewhere(config: Any) -> Iterator[Hypothesis]:

@@ -39,7 +39,7 @@ def _set(**values: Any) -> Callable[[Rotation], None]:
     return lambda r: r.p.update(values)
 
 
-# ----------------------------------------------------------------------------------------------------------- frequencies
+# --------------------------------------------------------------------------------------------------------- frequencies
 
 
 def _without_scaling(r: Rotation) -> None:
@@ -74,8 +74,14 @@ def _scaling(config: Any) -> Iterator[Hypothesis]:
         def edit(setup: Setup, v: float, key: str = key) -> None:
             setup.rotate().p[key] = v
 
-        yield free(f"rope {key}", "rope", _TURNED, edit, decades(value / 16, value * 16, 4),
-                   lambda v, key=key, value=value: f"rope {key} {v:.6g} instead of {value:g}")  # fmt: skip
+        yield free(
+            f"rope {key}",
+            "rope",
+            _TURNED,
+            edit,
+            decades(value / 16, value * 16, 4),
+            lambda v, key=key, value=value: f"rope {key} {v:.6g} instead of {value:g}",
+        )
     if kind == "llama3":
         low, high = p["low_freq_factor"], p["high_freq_factor"]
         says = "low_freq_factor and high_freq_factor swapped"
@@ -83,6 +89,8 @@ def _scaling(config: Any) -> Iterator[Hypothesis]:
     if kind == "yarn":
         yield _turn("yarn not truncated", "yarn's ramp not truncated to whole pairs", _set(truncate=False))
         for key, value in (("beta_fast", 32), ("beta_slow", 1)):
+            if (p.get(key) or value) == value:
+                continue
             yield _turn(f"{key} by default", f"{key} {value} instead of its own", _set(**{key: value}))
     if kind in ("yarn", "longrope"):
         yield from _attention_factor()
@@ -149,7 +157,7 @@ def _from_one(r: Rotation) -> None:
     r.frequencies.append(lambda f: f * step)
 
 
-# ---------------------------------------------------------------------------------------------------------- what is turned
+# ------------------------------------------------------------------------------------------------------ what is turned
 
 
 def _rope(name: str, says: str, wrong: Callable[..., Any], values: str = _TURNED) -> Hypothesis:
@@ -183,8 +191,7 @@ def _pairs(config: Any) -> Iterator[Hypothesis]:
     yield _rope("cos and sin swapped", "cos and sin swapped in RoPE", swapped)
 
     def backwards(call: Call, q: Any, k: Any, cos: Any, sin: Any, **how: Any) -> Any:
-        q_out, k_out = call.base(q, k, cos, sin, **how)
-        return q_out, call.base(q, k, cos, times(sin, -1.0), **how)[1]
+        return call.base(q, k, cos, sin, **how)[0], call.base(q, k, cos, times(sin, -1.0), **how)[1]
 
     yield _rope("k turned the other way", "k turned the other way than q", backwards, "k_rope")
     yield _rope("no minus", "the minus of rotate_half missing", _without_minus)
@@ -244,7 +251,7 @@ def _rolled(call: Call, q: Any, k: Any, by: int, tables: Any, how: Any) -> Any:
     return q_out, k_out
 
 
-# ------------------------------------------------------------------------------------------------------------- positions
+# ----------------------------------------------------------------------------------------------------------- positions
 
 
 def _shifted(which: int, by: int) -> Callable[..., Any]:
@@ -277,7 +284,12 @@ def _positions() -> Iterator[Hypothesis]:
         yield _turn(f"positions stop at {n}", f"positions that stop at {n - 1}", _move(capped))
     yield _turn("positions doubled", "positions 0, 2, 4, ...", _move(lambda p: p * 2))
     yield _turn("positions halved", "positions 0, 0, 1, 1, ...", _move(lambda p: p // 2))
-    yield _turn("positions one late from the middle", "positions one late in the second half of the rows", _move(_late), ahead=True)
+    yield _turn(
+        "positions one late from the middle",
+        "positions one late in the second half of the rows",
+        _move(_late),
+        ahead=True,
+    )
     yield _turn("first position twice", "position 0 for the first two tokens", _move(lambda p: np.maximum(p - 1, 0)))
     yield one_of(
         "positions of each piece restart",

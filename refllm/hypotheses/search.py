@@ -104,7 +104,7 @@ class Search:
         """Whether nothing new is to be tried."""
         return time.monotonic() > self.ends
 
-    # ------------------------------------------------------------------------------------------------------------- runs
+    # ------------------------------------------------------------------------------------------------------------ runs
 
     def run(self, changes: Hypotheses, whole: bool, kind: Kind | None = None) -> Uncertain | np.ndarray | None:
         """The rows of the value under some changes; None where they do not apply. whole: all rows and columns, and not

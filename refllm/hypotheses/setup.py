@@ -94,23 +94,23 @@ Edit = Callable[[np.ndarray], np.ndarray]
 class EditedWeights(Mapping[str, np.ndarray]):
     """Tensors of which some are changed when they are read. order: layer i of the page has the tensors of order[i].
 
-    aliases: (name, the tensor that is read in its place, layers); within layers both are short. stacks: name -> tensors
+    aliases: (name -> the tensor that is read in its place, layers), short within layers. stacks: name -> tensors
     of which rows are taken, which rows, and in which layers.
     """
 
     def __init__(self, arrays: Arrays, layers: int) -> None:
         self._arrays, self.order = arrays, list(range(layers))
         self.edits: list[tuple[str, Edit, frozenset[int] | None]] = []
-        self.aliases: list[tuple[str, str, frozenset[int] | None]] = []
+        self.aliases: list[tuple[dict[str, str], frozenset[int] | None]] = []
         self.stacks: dict[str, tuple[list[str], np.ndarray, frozenset[int] | None]] = {}
         self._named: dict[int, tuple[str, np.ndarray]] = {}
         self.low_memory = False
 
     def _read(self, layer: int | None, name: str) -> np.ndarray:
         source, prefix = name, "" if layer is None else f"layers.{layer}."
-        for target, other, layers in self.aliases:
-            if target == name and (layers is None or layer in layers):
-                source = other
+        for others, layers in reversed(self.aliases):
+            if layers is None or layer in layers:
+                source = others.get(source, source)
         value = self._stacked(layer, prefix, name)
         value = self._arrays[prefix + source] if value is None else value
         for ending, edit, layers in self.edits:
@@ -136,7 +136,7 @@ class EditedWeights(Mapping[str, np.ndarray]):
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """tensor[ids]."""
-        changed = any(name.endswith(e[0]) for e in self.edits) or any(name == a[0] for a in self.aliases)
+        changed = any(name.endswith(e[0]) for e in self.edits) or any(name in others for others, _ in self.aliases)
         return self[name][ids] if changed else self._arrays.rows(name, ids)
 
     def layer(self, index: int) -> "Layer":
@@ -152,7 +152,7 @@ class EditedWeights(Mapping[str, np.ndarray]):
         return self._arrays.shape(next(name for name in self._arrays if name.endswith(ending)))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._arrays.names or any(name == target for target, _, _ in self.aliases)
+        return name in self._arrays.names or any(name in others for others, _ in self.aliases)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
@@ -231,7 +231,7 @@ class Setup:
         self.headed: list[Callable[[Any], Any]] = []
         self.layers: frozenset[int] | None = None
 
-    # ------------------------------------------------------------------------------------------------------- changes
+    # --------------------------------------------------------------------------------------------------------- changes
 
     def operate(self, name: str, wrong: Wrong) -> None:
         """Another operator in the place of `name`."""
@@ -244,13 +244,14 @@ class Setup:
             raise DoesNotApplyError
         self.weights.edits.append((ending, function, self.layers))
 
-    def read(self, name: str, other: str) -> None:
-        """The tensor `other` in the place of `name`. Raises DoesNotApplyError where it is missing or of another
-        shape."""
+    def read(self, others: dict[str, str]) -> None:
+        """Other tensors in the place of some: name -> the one that is read. Raises DoesNotApplyError where one is
+        missing or of another shape."""
         weights = self.weights
-        if not weights.has(other) or (weights.has(name) and weights.shape(name) != weights.shape(other)):
-            raise DoesNotApplyError
-        weights.aliases.append((name, other, self.layers))
+        for name, other in others.items():
+            if not weights.has(other) or (weights.has(name) and weights.shape(name) != weights.shape(other)):
+                raise DoesNotApplyError
+        weights.aliases.append((others, self.layers))
 
     def rotate(self) -> Rotation:
         """The rotation to be changed."""
@@ -264,7 +265,7 @@ class Setup:
         if self.layers is not None:
             raise DoesNotApplyError
 
-    # ----------------------------------------------------------------------------------------------------------- runs
+    # ------------------------------------------------------------------------------------------------------------ runs
 
     def run(self, inner: Any, until: Until = Until(), tables: str = "exact") -> Any:
         """The value at which it ends; the head's output, or the last norm's. inner: the operators. tables: how cos and
@@ -299,7 +300,7 @@ class Setup:
     def _headed(self, op: "Edited", x: Any, columns: np.ndarray | None) -> Any:
         whole = columns is None or bool(self.headed)  # a softmax needs all of them
         weight, name = self.weights[f"{self.head}.weight"], f"{self.head}.bias"
-        bias = self.weights[name] if name in self.weights else None
+        bias = self.weights.get(name)
         if not whole:
             weight, bias = weight[columns], None if bias is None else bias[columns]
         y = op.linear(x, weight, bias)

@@ -37,7 +37,7 @@ def _edit(name: str, says: str, values: str, endings: str, function: Edit, **how
     return one_of(name, says, "linear", values, edit, **how)
 
 
-# ---------------------------------------------------------------------------------------------------------------- biases
+# -------------------------------------------------------------------------------------------------------------- biases
 
 
 def _biases(config: Any) -> Iterator[Hypothesis]:
@@ -61,12 +61,12 @@ def _biases(config: Any) -> Iterator[Hypothesis]:
 
 def _read(name: str, says: str, target: str, source: str, kind: str = "weight") -> Hypothesis:
     def edit(setup: Setup) -> None:
-        setup.read(f"{_PROJECTIONS[target]}.{kind}", f"{_PROJECTIONS[source]}.{kind}")
+        setup.read({f"{_PROJECTIONS[target]}.{kind}": f"{_PROJECTIONS[source]}.{kind}"})
 
     return one_of(name, says, "linear", _PROJECTIONS[target].rpartition(".")[2], edit)
 
 
-# --------------------------------------------------------------------------------------------------------- order of rows
+# ------------------------------------------------------------------------------------------------------- order of rows
 
 
 def _in_heads(a: np.ndarray, head_dim: int) -> np.ndarray:
@@ -106,8 +106,13 @@ def _orders_of_rows(config: Any) -> Iterator[Hypothesis]:
         )
         reversed_heads: Edit = lambda a: _in_heads(a, D)[::-1].reshape(a.shape)  # noqa: E731
         if short != "o":
-            yield _edit(f"heads of {short} reversed", f"the heads of {short}_proj in reverse", f"{short}_proj",
-                        f"{module}.weight {module}.bias", reversed_heads)  # fmt: skip
+            yield _edit(
+                f"heads of {short} reversed",
+                f"the heads of {short}_proj in reverse",
+                f"{short}_proj",
+                f"{module}.weight {module}.bias",
+                reversed_heads,
+            )
     columns: Edit = lambda a: _in_heads(a.T, D)[::-1].reshape(a.T.shape).T  # noqa: E731
     yield _edit("heads of o reversed", "the heads that o_proj reads in reverse", "o_proj", "o_proj.weight", columns)
     crossed: Edit = lambda a: _crossed(a.T, D).T  # noqa: E731
@@ -126,14 +131,10 @@ def _transposed(a: np.ndarray) -> np.ndarray:
 
 
 def _exchanged(config: Any) -> Iterator[Hypothesis]:
-    for one, two in (("k", "v"), ("q", "k"), ("q", "o"), ("gate", "up")):
+    for one, two in (("k", "v"), ("q", "k"), ("q", "o")):
 
         def swap(setup: Setup, one: str = one, two: str = two) -> None:
-            for kind in ("weight", "bias"):
-                a, b = (f"{_PROJECTIONS[x]}.{kind}" for x in (one, two))
-                if kind == "weight" or setup.weights.has(a):
-                    setup.read(a, b)
-                    setup.read(b, a)
+            _swap(setup, _PROJECTIONS[one], _PROJECTIONS[two])
 
         taps = " ".join(_PROJECTIONS[x].rpartition(".")[2] for x in (one, two))
         yield one_of(
@@ -161,16 +162,19 @@ def _rows_of_q(setup: Setup) -> None:
     rows = setup.weights.shape("k_proj.weight")[0]
     if rows == setup.weights.shape("q_proj.weight")[0]:
         raise DoesNotApplyError
-    setup.weights.aliases.append(("self_attn.k_proj.weight", "self_attn.q_proj.weight", setup.layers))
+    setup.weights.aliases.append(({"self_attn.k_proj.weight": "self_attn.q_proj.weight"}, setup.layers))
     setup.edit("k_proj.weight", lambda a: a[:rows])
 
 
 def _norms_swapped(setup: Setup) -> None:
-    for kind in ("weight", "bias"):
-        a, b = f"input_layernorm.{kind}", f"post_attention_layernorm.{kind}"
-        if kind == "weight" or setup.weights.has(a):
-            setup.read(a, b)
-            setup.read(b, a)
+    _swap(setup, "input_layernorm", "post_attention_layernorm")
+
+
+def _swap(setup: Setup, one: str, two: str) -> None:
+    """The tensors of two modules in each other's place."""
+    kinds = [kind for kind in ("weight", "bias") if kind == "weight" or setup.weights.has(f"{one}.{kind}")]
+    there = {f"{one}.{kind}": f"{two}.{kind}" for kind in kinds}
+    setup.read(there | {other: name for name, other in there.items()})
 
 
 def _from_stack(names: list[str], order: Callable[[Any, list[int]], np.ndarray]) -> Callable[[Setup], None]:
@@ -210,7 +214,7 @@ _grouped = _from_stack([_PROJECTIONS[n] for n in "qkv"], _by_group)
 _alternate = _from_stack([_PROJECTIONS[n] for n in ("gate", "up")], _by_turns)
 
 
-# --------------------------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------------------------- formats
 
 
 def quantized(a: np.ndarray, bits: int, group: int) -> np.ndarray:
@@ -241,7 +245,7 @@ def _float8(a: np.ndarray) -> np.ndarray:
     return a.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
 
 
-# ------------------------------------------------------------------------------------------------- embeddings and inputs
+# ----------------------------------------------------------------------------------------------- embeddings and inputs
 
 
 def _outside(name: str, says: str, operator: str, values: str, edit: Callable[[Setup], Any], **how: bool) -> Hypothesis:
@@ -314,7 +318,7 @@ def _first_ids(setup: Setup) -> None:
     setup.ids = np.broadcast_to(setup.ids[:1], setup.ids.shape)
 
 
-# ------------------------------------------------------------------------------------------------------------------ head
+# ---------------------------------------------------------------------------------------------------------------- head
 
 
 def _heads(config: Any) -> Iterator[Hypothesis]:
@@ -333,8 +337,18 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
     yield head("logits over sqrt(E)", f"logits divided by sqrt({E})", lambda y: times(y, E**-0.5))
     yield head("log-probabilities", "log-probabilities for logits", lambda y: with_noise_of(y, _log_softmax(number(y))))
     yield head("probabilities", "probabilities for logits", _probabilities)
-    yield head("logits one late", "the logits of the position before", lambda y: moved(y, lambda a: np.roll(a, 1, 1)), ahead=True)
-    yield head("logits one early", "the logits of the next position", lambda y: moved(y, lambda a: np.roll(a, -1, 1)), ahead=True)
+    yield head(
+        "logits one late",
+        "the logits of the position before",
+        lambda y: moved(y, lambda a: np.roll(a, 1, 1)),
+        ahead=True,
+    )
+    yield head(
+        "logits one early",
+        "the logits of the next position",
+        lambda y: moved(y, lambda a: np.roll(a, -1, 1)),
+        ahead=True,
+    )
     yield head(
         "logits of ids + 1", "the logits of the next token ids", lambda y: moved(y, lambda a: np.roll(a, -1, -1))
     )
@@ -355,8 +369,12 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
 
         return free(name, "head", "lm_head", edit, grid, says, alone=True)
 
-    yield free_head("factor of logits", lambda v: lambda y: times(y, v), [*decades(0.01, 100, 3), 0.9, 0.97, 1.03, 1.1],
-                    lambda v: f"logits times {v:.6g}")  # fmt: skip
+    yield free_head(
+        "factor of logits",
+        lambda v: lambda y: times(y, v),
+        [*decades(0.01, 100, 3), 0.9, 0.97, 1.03, 1.1],
+        lambda v: f"logits times {v:.6g}",
+    )
     yield free_head("cap of logits", _cap, decades(1, 200, 5), lambda v: f"logits capped at {v:.6g} by tanh")
     said = "the embedding for a head of its own"
     yield _outside("tied head", said, "head", "lm_head", _tied)
@@ -390,7 +408,7 @@ def _tied(setup: Setup) -> None:
     weights = setup.weights
     if not weights.has("lm_head.weight") or setup.c.tie_word_embeddings:
         raise DoesNotApplyError
-    setup.read("lm_head.weight", "embed_tokens.weight")
+    setup.read({"lm_head.weight": "embed_tokens.weight"})
 
 
 def _unnormed(setup: Setup) -> None:
@@ -404,4 +422,4 @@ def _unnormed(setup: Setup) -> None:
 def _first_norm(setup: Setup) -> None:
     for kind in ("weight", "bias"):
         if kind == "weight" or setup.weights.has(f"norm.{kind}"):
-            setup.weights.aliases.append((f"norm.{kind}", f"layers.0.input_layernorm.{kind}", None))
+            setup.weights.aliases.append(({f"norm.{kind}": f"layers.0.input_layernorm.{kind}"}, None))

@@ -200,8 +200,8 @@ def page(outcomes: list[Outcome], false: int, right: int) -> str:
     lines = [
         "# Explanations, measured",
         "",
-        "Made by `python -m refllm.mutants.explanations`. Logits alone are shown, by a port that shares no code with the",
-        "hypotheses; a mistake is visible if the check fails.",
+        "Made by `python -m refllm.mutants.explanations`. Logits alone are shown, by a port that shares no code with",
+        "the hypotheses; a mistake is visible if the check fails.",
         "",
         f"- {len(known)} visible wrong runs: {explained} ({100 * explained / max(1, len(known)):.1f} %) explained, "
         f"{count['right']} by the right hypothesis and {count['same']} by one with the same numbers; "

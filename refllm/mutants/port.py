@@ -175,10 +175,10 @@ class Port:
         c, S = self.config, len(x)
         H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         q, k, v = (self.product(x, f"self_attn.{n}_proj", layer).reshape(S, -1, D) for n in "qkv")
-        if getattr(c, "qk_layernorm", False):
-            q, k = self.head_norm(q, "q", layer), self.head_norm(k, "k", layer)
         if self.swap_kv:
             k, v = v, k
+        if getattr(c, "qk_layernorm", False):
+            q, k = self.head_norm(q, "q", layer), self.head_norm(k, "k", layer)
         positions = self.place(np.arange(S))
         q = self.turned(q, np.maximum(positions - self.shift_q, 0)) if "q" in self.turn else q
         k = self.turned(k, positions) if "k" in self.turn else k

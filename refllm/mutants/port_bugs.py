@@ -1,4 +1,4 @@
-"""Mistakes in a port that shows its logits alone (`refllm.mutants.port`), and the hypotheses that are right for them."""
+"""Mistakes in a port that shows its logits alone (`refllm.mutants.port`), and the hypotheses that are right."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +41,14 @@ def _gguf(rows: Array, head_dim: int) -> Array:
     return np.stack([heads[:, 0], heads[:, 1]], axis=2).reshape(rows.shape)
 
 
+def _two_norms(config: Any) -> bool:
+    return not getattr(config, "use_parallel_residual", False)
+
+
 def _permuted(which: str) -> Callable[[Any], Fields]:
     def fields(config: Any) -> Fields:
+        if not _whole_heads(config):
+            return {}
         change = lambda a: _gguf(a, config.head_dim)  # noqa: E731
         return {"change": {f"{n}_proj.{kind}": change for n in which for kind in ("weight", "bias")}}
 
@@ -50,7 +56,14 @@ def _permuted(which: str) -> Callable[[Any], Fields]:
 
 
 def _whole_heads(config: Any) -> bool:
-    return config.rotary_dim == config.head_dim
+    return bool(config.rotary_dim == config.head_dim)
+
+
+_EXCHANGED = {
+    f"{a}.{kind}": f"{b}.{kind}"
+    for kind in ("weight", "bias")
+    for a, b in (("input_layernorm", "post_attention_layernorm"), ("post_attention_layernorm", "input_layernorm"))
+}
 
 
 def _steps(a: Array, bits: int, group: int) -> Array:
@@ -82,7 +95,8 @@ BUGS: list[Bug] = [
     _bug("RoPE scaling lost", "rope scaling ignored", scaling="none"),
     _bug("RoPE scaling linear", "rope scaling as linear", scaling="linear"),
     *(_bug(f"theta {v:g}", f"theta {v:g}", theta=v) for v in (1e4, 1e5, 5e5, 1e6)),
-    _with("theta times 10", "theta times 10 | theta 100000 | theta 1e+06 | theta 1e+07", lambda c: {"theta": 10 * c.rope_parameters["rope_theta"]}),
+    _with("theta times 10", "theta times 10 | theta 100000 | theta 1e+06 | theta 1e+07",
+          lambda c: {"theta": 10 * c.rope_parameters["rope_theta"]}),
     _bug("theta 1234567", "theta 1.23457e+06", 1234567.0, theta=1234567.0),
     _bug("theta 30000", "theta 30000", 30000.0, theta=3e4),
     _with("other pairs", "the other pairing", _interleave),
@@ -115,7 +129,7 @@ BUGS: list[Bug] = [
     _bug("last norm twice", "last norm twice", finish_twice=True),
     _bug("no head norms", "head norms of q and k skipped", headless="qk"),
     _bug("no head norm of k", "head norms of k skipped", headless="k"),
-    _bug("norms after", "norms after the sum", post_norm=True),
+    _with("norms after", "norms after the sum", lambda c: {"post_norm": True} if _two_norms(c) else {}),
     _bug("no scale", "scale missing", scale=lambda c: 1.0),
     _bug("scale of the width", "scale from the hidden size", scale=lambda c: c.hidden_size**-0.5),
     _bug("scale twice", "scale twice", scale=lambda c: 1 / c.head_dim),
@@ -151,16 +165,14 @@ BUGS: list[Bug] = [
     _bug("no attention", "attention dropped", add_attention=0.0),
     _bug("attention x 0.9", "factor of what attention adds 0.9", 0.9, add_attention=0.9),
     *(_bug(f"no {n} bias", f"{n} bias dropped", drop=(f"{m}.bias",))
-      for n, m in zip("q k v o gate up down".split(), _ALL, strict=True)),
+      for n, m in zip(("q", "k", "v", "o", "gate", "up", "down"), _ALL, strict=True)),
     _bug("no biases", "biases of all dropped", drop=tuple(f"{m}.bias" for m in _ALL)),
     _with("q and k as in GGUF", "rows of q and k: halves to pairs, as in GGUF", _permuted("qk")),
     _with("q as in GGUF", "rows of q: halves to pairs, as in GGUF", _permuted("q")),
     _with("k as in GGUF", "rows of k: halves to pairs, as in GGUF", _permuted("k")),
     _with("o transposed", "o_proj transposed", lambda c: {"change": {"o_proj.weight": np.transpose}}
           if c.head_dim * c.num_attention_heads == c.hidden_size else {}),
-    _bug("norms exchanged", "norms swapped", renamed={
-        f"{a}.{kind}": f"{b}.{kind}" for kind in ("weight", "bias") for a, b in (
-            ("input_layernorm", "post_attention_layernorm"), ("post_attention_layernorm", "input_layernorm"))}),
+    _with("norms exchanged", "norms swapped", lambda c: {"renamed": _EXCHANGED} if _two_norms(c) else {}),
     _bug("weights in int8", "int8 weights in rows", change={"proj.weight": lambda a: _steps(a, 8, 0)}),
     _bug("weights in int4 by 32", "int4 weights in groups of 32", change={"proj.weight": lambda a: _steps(a, 4, 32)}),
     _bug("cache in float16", "cache in float16", cache=_half),
