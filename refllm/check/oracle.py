@@ -583,8 +583,8 @@ class Report:
         that something was not seen of, is incomplete."""
         values = {tap.verdict for tap in self.taps}
         wrong = self.misbehaviour or "fails" in values or (self.next_tokens and self.next_tokens.defects)
-        wrong = wrong or (self.explanation is not None and self.explanation.kind == "slope")
-        return verdict(wrong, missing=self.unseen or self.unsaid or "untested" in values)
+        shaped = self.explanation is not None and self.explanation.kind == "slope"
+        return verdict(wrong or shaped, missing=self.unseen or self.unsaid or "untested" in values)
 
     @property
     def first_failure(self) -> TapReport | None:

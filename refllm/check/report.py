@@ -112,7 +112,7 @@ def _table() -> Table:
 
 def _failure(report: Report) -> RenderableType:
     first = report.first_failure
-    why_it_is = [Text(said, style="bold") for said in explained.in_words(report.explanation)]
+    why_it_is: list[RenderableType] = [Text(said, style="bold") for said in explained.in_words(report.explanation)]
     if first is None and report.explanation is not None and report.explanation.kind == "slope":
         return _panel(f"below the limit: {report.explanation.value}", why_it_is)
     if first is None:

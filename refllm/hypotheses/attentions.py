@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ def _without(name: str) -> Callable[..., Any]:
 def _masks(config: Any) -> Iterator[Hypothesis]:
     yield _attend("not causal", "no causal mask", _seen(lambda t, u: u >= 0 * t), ahead=True)
     for n in (1, 2):
-        wide = _seen(lambda t, u, n=n: u <= t + n)
+        wide = _seen(partial(lambda n, t, u: u <= t + n, n))
         yield _attend(
             f"mask {n} too wide", f"a causal mask that is {n} too wide: a query sees {n} later", wide, ahead=True
         )
@@ -109,14 +110,14 @@ def _masks(config: Any) -> Iterator[Hypothesis]:
     yield _attend("itself alone", "a query that sees itself alone", _seen(lambda t, u: u == t))
     yield _attend("first key hidden", "the first key hidden", _seen(lambda t, u: (u > 0) | (t == 0), True))
     for n in (2, 4, 8, 16, 32, 64, 128):
-        near = _seen(lambda t, u, n=n: u > t - n, True)
+        near = _seen(partial(lambda n, t, u: u > t - n, n), True)
         yield _attend(f"window {n}", f"a window of {n} keys", near)
     for n in (8, 16, 32, 64):
-        chunk = _seen(lambda t, u, n=n: u // n == t // n, True)
+        chunk = _seen(partial(lambda n, t, u: u // n == t // n, n), True)
         yield _attend(f"chunks of {n}", f"attention within chunks of {n} tokens", chunk)
-        whole = _seen(lambda t, u, n=n: (u < len(u) // n * n) | (u == t), True)
+        whole = _seen(partial(lambda n, t, u: (u < len(u) // n * n) | (u == t), n), True)
         yield _attend(f"tail of {n} keys", f"keys past the last whole tile of {n} dropped", whole, ahead=True)
-        ahead = _seen(lambda t, u, n=n: u // n <= t // n)
+        ahead = _seen(partial(lambda n, t, u: u // n <= t // n, n))
         yield _attend(f"causal by tiles of {n}", f"a causal mask by whole tiles of {n}", ahead, ahead=True)
 
     def edit(setup: Setup, value: float) -> None:
@@ -207,7 +208,7 @@ def _read_by(index: Callable[[int, int, int], int], of: str = "kv") -> Callable[
         if heads == right:
             raise DoesNotApplyError
         k, v = (
-            moved(x, lambda a, i=i: a[:, i])
+            moved(x, partial(lambda i, a: a[:, i], i))
             for x, i in ((k, heads if "k" in of else right), (v, heads if "v" in of else right))
         )
         return call.base(q, k, v, **masking)

@@ -153,7 +153,9 @@ class _Explaining:
                 continue
             if self._explains(judged):
                 found.append(judged)
-            elif self.close is None or judged.found.ratio < self.close.found.ratio:
+            elif self.close is None or judged.found.ratio * len(self.close.changes) < (
+                self.close.found.ratio * len(judged.changes)
+            ):
                 self.close = judged
         return self._listed(found, error or {})
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class Hypothesis:
         return replace(self, name=f"{self.parameter.name} {value:g}", says=said, value=value)
 
 
-def one_of(name: str, says: str, operator: str, values: str, edit: Change, **how: bool) -> Hypothesis:
+def one_of(name: str, says: str, operator: str, values: str, edit: Change, **how: Any) -> Hypothesis:
     """A hypothesis; values: the short names with spaces between them."""
     return Hypothesis(name, says, operator, tuple(values.split()), edit, **how)
 
@@ -81,7 +82,7 @@ def free(
     edit: Callable[[Setup, float], None],
     grid: Sequence[float],
     says: Callable[[float], str],
-    **how: bool,
+    **how: Any,
 ) -> Hypothesis:
     """A hypothesis with a number that is solved for."""
     parameter = Parameter(name, edit, tuple(grid), says, how.pop("whole", False))

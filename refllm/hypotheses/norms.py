@@ -47,10 +47,10 @@ def hypotheses(config: Any) -> Iterator[Hypothesis]:
     for place, name in _PLACES.items():
         yield _all(f"{place}: {other}", f"{other} for {kind} in {place}", _at(name, _other_kind), name)
     if layer:
-        yield _all("norm bias dropped", "norm biases dropped", lambda c, f, x, w, b, e: f(x, w, _none(b), e))
+        yield _all("norm bias dropped", "norm biases dropped", lambda c, f, x, w, b, e: f(x, w, None, e))
         yield _all("unbiased variance", "the variance over n - 1 in LayerNorm", _unbiased)
         for place, name in _PLACES.items():
-            dropped = _at(name, lambda c, f, x, w, b, e: f(x, w, _none(b), e))
+            dropped = _at(name, lambda c, f, x, w, b, e: f(x, w, None, e))
             yield _all(f"{place}: bias dropped", f"the bias of {place} dropped", dropped, name)
     if getattr(config, "qk_layernorm", False):
         yield from _per_head()
@@ -74,10 +74,6 @@ def operate(setup: Setup, norm: Norm) -> None:
 
 def _all(name: str, says: str, norm: Norm, values: str = _EVERY, **how: bool) -> Hypothesis:
     return one_of(name, says, "norm", values, lambda s: operate(s, norm), **how)
-
-
-def _none(bias: Any) -> None:
-    return None
 
 
 def _at(name: str, norm: Norm) -> Norm:

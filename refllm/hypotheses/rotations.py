@@ -1,6 +1,7 @@
 """Hypotheses on rotary embeddings: frequencies, positions, pairs of dims, and what is turned."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def _scaling(config: Any) -> Iterator[Hypothesis]:
             _TURNED,
             edit,
             decades(value / 16, value * 16, 4),
-            lambda v, key=key, value=value: f"rope {key} {v:.6g} instead of {value:g}",
+            partial(lambda key, value, v: f"rope {key} {v:.6g} instead of {value:g}", key, value),
         )
     if kind == "llama3":
         low, high = p["low_freq_factor"], p["high_freq_factor"]
@@ -142,6 +143,10 @@ def _bases(config: Any) -> Iterator[Hypothesis]:
 
 def _power(r: Rotation, change: Callable[[np.ndarray], np.ndarray]) -> None:
     r.frequencies.append(change)
+
+
+def _change_angles(r: Rotation, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    r.angles.append(change)
 
 
 def _reversed(f: np.ndarray) -> np.ndarray:
@@ -233,7 +238,7 @@ def _dims(config: Any) -> Iterator[Hypothesis]:
         n = dims // part // 2 * 2
         if n >= 2:
             said = f"{n} of the {dims} dims rotated"
-            yield _turn(f"1/{part} of the dims turned", said, lambda r, n=n: _turn_dims(r, n))
+            yield _turn(f"1/{part} of the dims turned", said, partial(_turn_dims, dims=n))
             kept = lambda r, n=n: _power(r, lambda f: np.where(np.arange(len(f)) < n // 2, f, 0.0))  # noqa: E731
             yield _turn(f"first {n} dims at their frequencies", f"{said}, at the frequencies of {dims}", kept)
     if dims < head:
@@ -316,9 +321,7 @@ def _restarting(setup: Setup) -> None:
 def _formats() -> Iterator[Hypothesis]:
     for dtype in ("bfloat16", "float16"):
         narrow = lambda x, dtype=dtype: rounded(x, dtype)  # noqa: E731
-        yield _turn(f"angles in {dtype}", f"rotary angles in {dtype}", lambda r, f=narrow: r.angles.append(f))
-        yield _turn(
-            f"frequencies in {dtype}", f"rotary frequencies in {dtype}", lambda r, f=narrow: r.frequencies.append(f)
-        )
+        yield _turn(f"angles in {dtype}", f"rotary angles in {dtype}", partial(_change_angles, change=narrow))
+        yield _turn(f"frequencies in {dtype}", f"rotary frequencies in {dtype}", partial(_power, change=narrow))
         both = lambda r, f=narrow: (r.cos.append(f), r.sin.append(f))[0]  # noqa: E731
         yield _turn(f"tables in {dtype}", f"cos and sin in {dtype}", both, places=True)

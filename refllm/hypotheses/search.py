@@ -14,6 +14,7 @@ import numpy as np
 from refllm.accuracy import limits
 from refllm.accuracy.measure import Measure, measure
 from refllm.accuracy.propagation import Propagation, Uncertain
+from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.forward.operators import Operators
 from refllm.forward.taps import HEAD_TAPS
@@ -24,6 +25,9 @@ from refllm.parallel import one_blas_thread
 from refllm.precision import EXACT, Policy
 
 _TOKENS, _COLUMNS = 48, 256  # what is looked at first: rows of a sequence, and columns of the head's output
+
+_NO_MEANING = (DoesNotApplyError, LookupError, ValueError, TypeError, AttributeError, InputError)
+"""What a page or an operator raises on a change that has no meaning for it, or for the change below it."""
 
 Hypotheses = tuple[Hypothesis, ...]
 """Changes that are made one on top of the other."""
@@ -122,7 +126,7 @@ class Search:
             with np.errstate(all="ignore"):
                 inner = Operators(EXACT) if kind is None else self._propagation()
                 found = setup.run(inner, until, kind or "exact")
-        except (DoesNotApplyError, KeyError):
+        except _NO_MEANING:
             return None
         if isinstance(found, Uncertain):
             value, variance = self._rows(found.value, first), self._rows(found.variance, first)

@@ -10,7 +10,7 @@ A change holds in all layers, or in those of `setup.layers`, and later changes l
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -52,8 +52,8 @@ class Tokens:
     def first(self, tokens: int) -> "Tokens":
         """The first so many of every row: what comes later does not reach them."""
         pieces = tuple(p for p in self.pieces if p < tokens)
-        cut = (a[:, :tokens] for a in (self.ids, self.mask, self.positions))
-        return Tokens(*cut, pieces, self.embeds_scale, self.dtype)
+        ids, mask, positions = (a[:, :tokens] for a in (self.ids, self.mask, self.positions))
+        return replace(self, ids=ids, mask=mask, positions=positions, pieces=pieces)
 
 
 class Arrays(Mapping[str, np.ndarray]):
@@ -277,7 +277,7 @@ class Setup:
             return reached.value
 
     def _through(self, op: "Edited", until: Until) -> Any:
-        x = self.weights.rows("embed_tokens.weight", self.ids)
+        x: Any = self.weights.rows("embed_tokens.weight", self.ids)
         if self.tokens.embeds_scale is not None:
             x = rounding(self.tokens.dtype)(np.asarray(x * self.tokens.embeds_scale, np.float32))
         x = np.asarray(x, np.float64)

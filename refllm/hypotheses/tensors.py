@@ -1,6 +1,7 @@
 """Hypotheses on tensors, inputs and the head: what a loader or a converter does wrong."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,6 @@ import numpy as np
 from refllm.hypotheses.hypothesis import Hypothesis, decades, free, one_of
 from refllm.hypotheses.setup import Call, DoesNotApplyError, Edit, Setup
 from refllm.hypotheses.values import mapped, moved, number, rounded, times, with_noise_of
-from refllm.precision import rounding
 
 _QKV = "q_proj k_proj v_proj"
 _ALL = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
@@ -93,7 +93,7 @@ def _to_halves(a: np.ndarray, head_dim: int, dims: int) -> np.ndarray:
 def _orders_of_rows(config: Any) -> Iterator[Hypothesis]:
     D, R = int(config.head_dim), int(config.rotary_dim)
     for words, order in (("halves to pairs, as in GGUF", _to_pairs), ("pairs to halves", _to_halves)):
-        permuted: Edit = lambda a, order=order: order(a, D, R)  # noqa: E731
+        permuted = partial(order, head_dim=D, dims=R)
         for names in ("q k", "q", "k"):
             said = " and ".join(names.split())
             endings = " ".join(f"{_PROJECTIONS[n]}.{kind}" for n in names.split() for kind in ("weight", "bias"))
@@ -229,10 +229,10 @@ def _formats() -> Iterator[Hypothesis]:
     for bits, group in ((8, 0), (8, 32), (8, 64), (8, 128), (4, 0), (4, 32), (4, 64), (4, 128)):
         per = f"groups of {group}" if group else "rows"
         said = f"int{bits} weights in {per}"
-        function: Edit = lambda a, b=bits, g=group: quantized(a, b, g)  # noqa: E731
+        function = partial(quantized, bits=bits, group=group)
         yield _edit(said, said, _ALL, "proj.weight", function)
     for dtype in ("bfloat16", "float16"):
-        narrow: Edit = lambda a, d=dtype: np.asarray(rounding(d)(np.asarray(a, np.float32)), np.float64)  # noqa: E731
+        narrow = partial(rounded, dtype=dtype)
         yield _edit(f"weights in {dtype}", f"the weights of layers in {dtype}", _ALL, "proj.weight", narrow)
         every = "proj.weight norm.weight embed_tokens.weight lm_head.weight"
         yield _edit(f"all weights in {dtype}", f"all weights in {dtype}", _ALL, every, narrow, alone=True)
@@ -268,7 +268,7 @@ def _embeddings(config: Any) -> Iterator[Hypothesis]:
         "embeddings normed", "embeddings normed", "embedding", "embed_tokens", lambda s: s.embedded.append(_normed)
     )
     for dtype in ("bfloat16", "float16"):
-        yield embed(f"embeddings in {dtype}", f"embeddings in {dtype}", lambda x, d=dtype: rounded(x, d), places=True)
+        yield embed(f"embeddings in {dtype}", f"embeddings in {dtype}", partial(rounded, dtype=dtype), places=True)
 
     def edit(setup: Setup, value: float) -> None:
         setup.everywhere()
@@ -286,8 +286,10 @@ def _embeddings(config: Any) -> Iterator[Hypothesis]:
     )
     for by in (1, -1):
         said = f"the embedding rows of the token ids {'+' if by > 0 else '-'} 1"
-        roll: Edit = lambda a, by=by: np.roll(a, -by, 0)  # noqa: E731
-        yield _outside(said, said, "embedding", "embed_tokens", lambda s, f=roll: s.edit("embed_tokens.weight", f))
+        roll = partial(np.roll, shift=-by, axis=0)
+        yield _outside(
+            said, said, "embedding", "embed_tokens", partial(Setup.edit, ending="embed_tokens.weight", function=roll)
+        )
     if config.bos_token_id is not None and isinstance(config.bos_token_id, int):
         said = "one more beginning-of-sequence token in front"
         yield _outside("BOS in front", said, "embedding", "embed_tokens", _bos)
@@ -358,7 +360,7 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
     yield head("logits negated", "the other sign of all logits", lambda y: times(y, -1.0))
     yield head("logits centred", "logits less their mean", lambda y: with_noise_of(y, _centred(number(y))))
     for dtype in ("bfloat16", "float16"):
-        yield head(f"logits in {dtype}", f"logits in {dtype}", lambda y, d=dtype: rounded(y, d), places=True)
+        yield head(f"logits in {dtype}", f"logits in {dtype}", partial(rounded, dtype=dtype), places=True)
 
     def free_head(
         name: str, change: Callable[[float], Callable[[Any], Any]], grid: list[float], says: Any

@@ -1,18 +1,23 @@
 """How well a wrong run is explained, from its logits alone: docs/explained.md.
 
-    python -m refllm.mutants.explanations [docs/explained.md]
+    python -m refllm.mutants.explanations docs/explained.md [FOLDER [CASE ...]]
+
+FOLDER keeps what was found in each case, so that a sweep that was ended goes on. CASE: some of the models alone.
 
 Every mistake of `refllm.mutants.port_bugs` is planted into a port that shares no code with the hypotheses, on the
 embedded checkpoints and on random models, in float32 and bfloat16. It is right if the explanation names the hypothesis
 that stands beside the mistake, or one that gives the same numbers.
 """
 
+import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +35,7 @@ from refllm.precision import rounding
 from refllm.storage import output_file
 from refllm.strategies import small_models
 
-LENGTH, RIGHT_RUNS = 64, 100
+LENGTH, RIGHT_RUNS = 64, 10
 _SAME = 0.5  # sigma by which two hypotheses with the same numbers may differ
 
 
@@ -151,7 +156,7 @@ def cases(only: tuple[str, str] | None = None) -> Iterator[Case]:
 
 def _embedded() -> dict[str, Callable[[str], Model]]:
     return {
-        name: lambda dtype, folder=folder: load(folder, head="causal_lm", dtype=dtype)
+        name: partial(lambda folder, dtype: load(folder, head="causal_lm", dtype=dtype), folder)
         for name, folder in golden.checkpoints().items()
     }
 
@@ -182,32 +187,45 @@ def right_run(case: Case, seed: int) -> Explanation:
     return explain(other.search(other.logits()), case.model.config)
 
 
-def _in_case(key: tuple[str, str]) -> list[Outcome]:
-    return [outcome for case in cases(key) for outcome in swept(case)]
+def in_case(key: tuple[str, str], kept: Path | None) -> list[Outcome]:
+    """Every mistake in one model, read from a folder if it was done before."""
+    file = None if kept is None else kept / f"{key[0].replace(' ', '-')}-{key[1]}.json"
+    if file is not None and file.exists():
+        return [Outcome(**entry) for entry in json.loads(file.read_text())]
+    case = next(cases(key))
+    found = [*swept(case)]
+    found += [_of_a_right_run(case, n) for n in range(RIGHT_RUNS)]
+    if file is not None:
+        output_file.write("outcomes", file, json.dumps([asdict(o) for o in found]))
+    return found
 
 
-def _right_run(n: int) -> str:
-    keys = [case.key for case in cases()]
-    return right_run(next(cases(keys[n % len(keys)])), n).kind
+def _of_a_right_run(case: Case, n: int) -> Outcome:
+    begin = time.process_time()
+    found = right_run(case, n)
+    said = "; ".join(cause.name for cause in found.causes)
+    verdict = "false" if found.causes else "right run"
+    return Outcome(case.name, case.dtype, f"none {n}", verdict, said, time.process_time() - begin, found.before)
 
 
-def page(outcomes: list[Outcome], false: int, right: int) -> str:
+def page(outcomes: list[Outcome]) -> str:
     """The document."""
-    visible = [o for o in outcomes if o.verdict not in ("invisible", "below") and o.verdict != "silent"]
-    known = [o for o in visible if o.verdict in ("right", "same", "wrong", "none", "nearly")]
-    count = Counter(o.verdict for o in known)
-    explained = count["right"] + count["same"]
+    known = [o for o in outcomes if o.verdict in ("right", "same", "wrong", "none", "nearly")]
+    count, runs = Counter(o.verdict for o in outcomes), Counter((o.case, o.dtype) for o in outcomes)
+    explained, right_runs = count["right"] + count["same"], count["right run"] + count["false"]
     lines = [
         "# Explanations, measured",
         "",
-        "Made by `python -m refllm.mutants.explanations`. Logits alone are shown, by a port that shares no code with",
-        "the hypotheses; a mistake is visible if the check fails.",
+        "Made by `python -m refllm.mutants.explanations docs/explained.md`. Logits alone are shown, by a port that shares",
+        "no code with the hypotheses; a mistake is visible if the check fails. Models:",
+        f"{', '.join(sorted({case for case, _ in runs}))}.",
         "",
         f"- {len(known)} visible wrong runs: {explained} ({100 * explained / max(1, len(known)):.1f} %) explained, "
         f"{count['right']} by the right hypothesis and {count['same']} by one with the same numbers; "
         f"{count['nearly']} nearly, {count['none']} not, {count['wrong']} by a wrong one.",
-        f"- {sum(o.verdict == 'silent' for o in outcomes)} runs with mistakes that no hypothesis describes: silent.",
-        f"- {right} right runs: {false} false explanations.",
+        f"- {count['below']} runs whose error is below the limit are named by its shape.",
+        f"- {count['silent']} runs with mistakes that no hypothesis describes: nothing is said of the cause.",
+        f"- {right_runs} right runs: {count['false']} false explanations.",
         f"- Median {np.median([o.seconds for o in outcomes]):.1f} s of CPU time for an explanation.",
         "",
         "| mistake | visible | right | same numbers | nearly | none | wrong |",
@@ -223,17 +241,20 @@ def page(outcomes: list[Outcome], false: int, right: int) -> str:
 
 def main(arguments: list[str]) -> int:
     """Writes the document, and prints a line for each mistake that is not explained rightly."""
-    outcomes, false = [], 0
+    path, kept, *some = [*arguments, *[""] * (2 - len(arguments))]
+    keys = [case.key for case in cases() if not some or case.name in some]
+    outcomes: list[Outcome] = []
     with ProcessPoolExecutor() as pool:
-        for found in pool.map(_in_case, [case.key for case in cases()]):
+        for found in pool.map(in_case, keys, [Path(kept) if kept else None] * len(keys)):
             outcomes += found
-        for kind in pool.map(_right_run, range(RIGHT_RUNS), chunksize=10):
-            false += kind != "none"
     for o in outcomes:
-        if o.verdict not in ("right", "invisible", "silent"):
+        if o.verdict not in ("right", "invisible", "silent", "right run"):
             print(f"{o.case} {o.dtype} {o.bug}: {o.verdict} {o.said}")
-    output_file.write("docs/explained.md", arguments[0] if arguments else "docs/explained.md",
-                      page(outcomes, false, RIGHT_RUNS))  # fmt: skip
+    text = page(outcomes)
+    if path:
+        output_file.write("docs", path, text)
+    else:
+        print(text)
     return 0
 
 

@@ -122,7 +122,7 @@ def test_what_is_said_where_nothing_explains_it(llama: dict[str, Case]) -> None:
     assert any("everything before position 40 is right" in f for f in _explained(case, window, hypotheses=[]).facts)
 
 
-# ---------------------------------------------------------------------------------------------------------- whole checks
+# --------------------------------------------------------------------------------------------------------- whole checks
 
 
 def _port(**fields: Any) -> Any:
