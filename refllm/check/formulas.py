@@ -37,6 +37,15 @@ _POINTS = {
 }
 
 
+def listed(names: tuple[str, ...]) -> str:
+    """Values in one line: "q_rope, k_rope, context"; "embed_tokens, layers 0 to 2, norm" where they are of several."""
+    layers = [layer for layer, _ in map(split, names) if layer is not None]
+    if len(set(layers)) < 2:
+        return ", ".join(map(short, names))
+    span = f"layers {min(layers)} to {max(layers)}"
+    return ", ".join(dict.fromkeys(short(name) if split(name)[0] is None else span for name in names))
+
+
 @dataclass(frozen=True)
 class Formula:
     """A tap's definition. text: one line. operator: its name in `refllm.ops`. convention: which value exactly it is."""

@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from refllm.config.rope_parameters import LEGACY_KEYS, check_rope, normalise_rope, rotary_dim_of, unused_rope_keys
@@ -35,9 +36,9 @@ from refllm.config.values import (
     read_str,
     warn,
 )
-from refllm.errors import ConfigError, RefllmError
+from refllm.errors import ConfigError, InputError, RefllmError
 from refllm.precision.dtype_names import IN_TORCH
-from refllm.storage import input_file, output_file
+from refllm.storage import hub_cache, input_file, output_file
 from refllm.storage.json_text import show
 from refllm.storage.not_a_checkpoint import no_config
 
@@ -287,8 +288,8 @@ class ModelConfig:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **overrides: Any) -> Self:
         """Read config.json of a checkpoint folder (or the JSON file itself); keyword arguments replace its keys."""
-        path, values = read_config_json(folder)
-        return cls.from_dict({**values, **overrides}, source=str(path))
+        path, values = read_config_json(folder, overrides)
+        return cls.from_dict({**values, **_without_hub(overrides)}, source=str(path))
 
     def _read(self, values: Mapping[str, Any], source: str) -> None:
         if not isinstance(values, Mapping):
@@ -655,8 +656,8 @@ class AutoConfig:
     @staticmethod
     def from_pretrained(folder: str | os.PathLike[str], **overrides: Any) -> ModelConfig:
         """Read config.json of a checkpoint folder; its model_type selects the class. Raises ConfigError."""
-        path, values = read_config_json(folder)
-        return _found({**values, **overrides}, str(path), path)
+        path, values = read_config_json(folder, overrides)
+        return _found({**values, **_without_hub(overrides)}, str(path), path)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
@@ -667,6 +668,10 @@ class AutoConfig:
     def for_model(model_type: str, **values: Any) -> ModelConfig:
         """A config of the family with the given keys and defaults for the rest. Raises ConfigError."""
         return _config_class({**values, "model_type": model_type}, "AutoConfig")(**values)
+
+
+def _without_hub(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in overrides.items() if name not in hub_cache.KEYWORDS}
 
 
 def _families() -> str:
@@ -712,9 +717,28 @@ def _missing_config(folder: Path) -> str:
     return "a checkpoint folder holds a config.json"
 
 
-def read_config_json(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The path and the parsed content of FOLDER/config.json, or of the JSON file itself. Raises ConfigError."""
-    path = Path(folder)
+def as_config(what: str, config: Any, wanted: type[ModelConfig] = ModelConfig) -> ModelConfig:
+    """A config of the class `wanted`: the very one that `what` was given, or what a config of Transformers says.
+
+    Raises ConfigError for a config of no family, and InputError for anything else than a `wanted`.
+    """
+    read = config
+    if not isinstance(config, ModelConfig) and hasattr(config, "model_type") and hasattr(config, "to_dict"):
+        read = AutoConfig.from_dict(config.to_dict(), source=type(config).__name__)
+    if not isinstance(read, wanted):
+        names = [cls.__name__ for cls in CONFIG_CLASSES.values()] if wanted is ModelConfig else [wanted.__name__]
+        raise InputError(f"{what}: expected a {' or '.join(names)}, found {type(config).__name__}")
+    return read
+
+
+def read_config_json(
+    folder: str | os.PathLike[str], keywords: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Path, dict[str, Any]]:
+    """The path and the parsed content of FOLDER/config.json, or of the JSON file itself. Raises ConfigError.
+
+    folder may be a name of the hub; keywords: see `refllm.storage.hub_cache.local_folder`.
+    """
+    path = hub_cache.local_folder(folder, keywords)
     if (found := no_config(path)) is not None:
         raise ConfigError(f"{path}: {found}")
     if path.is_dir():
