@@ -415,6 +415,17 @@ def test_every_command_that_reads_a_checkpoint_takes_a_page_and_says_what_is_wro
     )
 
 
+@pytest.mark.parametrize(
+    ("page", "said"), [("qwen", "No such file"), (".", "Is a directory"), ("b.py", "b.py: it raises")]
+)
+def test_what_is_no_page_is_one_sentence(page: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("b.py").write_bytes(b"\0\xff")
+    with pytest.raises(InputError, match=r"^[^\n]+$") as caught:
+        refllm.load(golden.path("llama-tiny"), page=page)
+    assert said in str(caught.value)
+
+
 def test_info_shows_what_a_page_has(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
