@@ -44,6 +44,7 @@ from refllm.errors import InputError
 from refllm.forward.dry_run import names_of
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
+from refllm.models.own_page import current
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
 _OF_THE_TAP = "and put in order: it is the tap's, not the model's, since what reads it holds"
@@ -723,6 +724,7 @@ def judge(
     else:
         notes = []
     ask_again(model, trace, collected.nearest_policy(), taps, step)
+    by_page = [f"read by the page {current()}"] if current() else []
     report = Report(
         checkpoint=checkpoint,
         candidate=trace.source,
@@ -733,7 +735,7 @@ def judge(
         taps=taps,
         next_tokens=collected.next_tokens,
         attribution=dict(sorted(collected.shares.items(), key=lambda item: -item[1])),
-        notes=[*trace.notes, *notes],
+        notes=[*trace.notes, *notes, *by_page],
         config=model.config,
         habits=collected.habits(),
         unsaid=collected.unsaid(),
