@@ -32,7 +32,7 @@ from refllm.check.layout import no_name
 from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.record import Habit, Record, chosen
-from refllm.check.reordered import REORDERED, by_words, order_of, put_in_order, readers
+from refllm.check.reordered import REORDERED, ROWS, by_words, order_of, put_in_order, readers
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
 from refllm.check.unseen import never_read, never_shown
@@ -395,12 +395,18 @@ class Judge:
         """Puts the channels of a value in order, if that is all that is wrong with it."""
         if not self.reorder or formulas.short(name) not in REORDERED:
             return False
-        order = order_of(self._rows(candidate), self._rows(x.value, candidate))
+        order = order_of(self._some_rows(candidate), self._some_rows(x.value[..., : candidate.shape[-1]]))
         if order is None:
             return False
         self.orders[name] = order
         self.trace.taps[name] = put_in_order(self.trace.taps[name], order)
         return True
+
+    def _some_rows(self, values: np.ndarray) -> np.ndarray:
+        """[N, n] or [N, H, n]: at most `ROWS` of the positions that are not padding, from all over."""
+        some = np.unique(np.linspace(0, len(self.places) - 1, ROWS).astype(int))
+        row, position = self.places[some].T
+        return values[row, position] if values.ndim == 3 else values[row, :, position]
 
     def _overflow(self, rows: np.ndarray, exact: np.ndarray) -> float:
         """The largest exact number past what the format holds, where the candidate has an infinity for it."""
