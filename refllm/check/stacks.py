@@ -56,6 +56,7 @@ class Stack:
 STACKS: dict[str, Stack] = {
     "onnx": Stack(("onnx", "onnxruntime"), ("float32", "float16"), "FILE", "onnx", ("onnx", "onnxruntime")),
     "mlx": Stack(("mlx", "mlx_lm"), adapter="mlx", roots=("mlx",)),
+    "jax": Stack(("jax",), given="FILE.PY:FUNCTION", adapter="jax", roots=("jaxlib", "jax")),
 }
 """What stands before the colon of `--candidate` -> the stack."""
 
