@@ -40,6 +40,9 @@ class Candidate(Protocol):
 def cannot_run(candidate: Candidate, inputs: Inputs) -> str:
     """Why a candidate cannot run such inputs: a clause, "" if it can. One without an attribute `takes` takes all."""
     takes, S = getattr(candidate, "takes", EVERYTHING), inputs.input_ids.shape[1]
+    counted = np.cumsum(inputs.valid, axis=1) - 1
+    if LENGTHS in takes and (inputs.positions == counted)[inputs.valid].all():
+        takes = (*takes, "mask", "positions")
     wanted = {
         "cache": bool(inputs.chunks),
         "embeddings": inputs.embeds_scale is not None,
@@ -55,6 +58,9 @@ def cannot_run(candidate: Candidate, inputs: Inputs) -> str:
 
 ALWAYS = ("mask", "positions", "batch")
 """What every forward pass of somebody's own is given; an engine may lack it."""
+LENGTHS = "lengths"
+"""What an engine takes that knows rows of different lengths and counts the tokens of each from 0: no other mask, and no
+other positions."""
 NEAR = "near positions"
 """In `Candidate.takes`: it has tables, or a cache, that end before `refllm.check.inputs.FAR`."""
 EVERYTHING = ("dtype", "cache", "embeddings", *ALWAYS)
