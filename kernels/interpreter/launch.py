@@ -85,7 +85,7 @@ def launch(jit: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
         raise _placed(name, error) from error
     finally:
         BUILDER.memory = previous
-    return Launched(jit, bound, lambda *again: launch(jit, *again, settings))
+    return Launched(jit, bound, lambda on, values, named: launch(jit, on, values, named, settings))
 
 
 def _run(function: Callable[..., Any], arguments: dict[str, Any], memory: Memory) -> None:

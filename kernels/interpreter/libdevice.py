@@ -116,7 +116,7 @@ def _byte_perm(x: np.ndarray, y: np.ndarray, selector: np.ndarray) -> np.ndarray
 
 
 def _rounding(function: Any, name: str) -> tuple[Any, Any]:
-    """Of a float to an integer: out of range is the nearest end, NaN is 0."""
+    """A conversion of floats to integers and its type: out of range is the nearest end, NaN is 0."""
     dtype = tl.int64 if name.startswith("ll") or "2ll" in name else tl.int32
     return lambda x: formats.to_integer(function(x), formats.numpy_type(dtype)), dtype
 

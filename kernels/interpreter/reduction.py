@@ -164,9 +164,11 @@ def _combine(call: Callable[..., Any], combine_fn: Any, dtypes: list[Any]) -> Co
         try:
             return combined(left, right, left[0].shape, scalar=False)
         except AmbiguousError:  # it branches: the compiler gives it two scalars at a time, as here
-            flat = [[a.reshape(-1) for a in side] for side in (left, right)]
-            each = [combined(*([a[i : i + 1] for a in side] for side in flat), (1,), scalar=True)
-                    for i in range(flat[0][0].size)]  # fmt: skip
+            first, second = ([a.reshape(-1) for a in side] for side in (left, right))
+            each = [
+                combined([a[i : i + 1] for a in first], [a[i : i + 1] for a in second], (1,), scalar=True)
+                for i in range(first[0].size)
+            ]
             columns = zip(*each, strict=True)
             return tuple(np.concatenate(column).reshape(left[0].shape) for column in columns)
 
