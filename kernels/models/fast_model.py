@@ -33,7 +33,8 @@ from refllm.kernels.models.decode import DecodeStep
 from refllm.kernels.models.operators import BACKENDS, TorchOperators
 from refllm.kernels.models.weights import TorchWeights, to_device
 from refllm.precision import FUSED, Arithmetic, check_dtype
-from refllm.storage.checkpoint import Checkpoint, one_model
+from refllm.storage.checkpoint import one_model
+from refllm.storage.quantized import open_checkpoint
 from refllm.storage.weights import fresh_weights, load_weights
 
 Progress = Callable[[int, int], None]
@@ -87,7 +88,7 @@ class FastModel(Model):
 
         with one_model(folder):
             config = cls.config_class.from_pretrained(folder)
-            checkpoint = Checkpoint.open(folder)
+            checkpoint = open_checkpoint(folder)
             defaults = GenerationConfig.from_checkpoint(Path(folder))
         source = load_weights(
             checkpoint,

@@ -29,8 +29,9 @@ from refllm.forward.rotary import RotaryEmbedding
 from refllm.inputs import as_array, as_integers
 from refllm.precision import Arithmetic, Policy, arithmetic, rounding
 from refllm.precision.dtype_names import dtype_name
-from refllm.storage.checkpoint import Checkpoint, one_model
+from refllm.storage.checkpoint import one_model
 from refllm.storage.checkpoint_writer import save_checkpoint
+from refllm.storage.quantized import open_checkpoint
 from refllm.storage.weights import Weights, fresh_weights, load_weights
 
 Progress = Callable[[int, int], None]
@@ -89,7 +90,7 @@ class Model:
 
         with one_model(folder):
             config = cls.config_class.from_pretrained(folder)
-            checkpoint = Checkpoint.open(folder)
+            checkpoint = open_checkpoint(folder)
             defaults = GenerationConfig.from_checkpoint(Path(folder))
         weights = load_weights(
             checkpoint,
