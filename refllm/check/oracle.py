@@ -41,6 +41,7 @@ from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
 from refllm.config.traits import traits_of
 from refllm.errors import InputError
+from refllm.forward.dry_run import names_of
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
@@ -234,12 +235,14 @@ class Judge:
     def _turned(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Heads before and after the rotation, as far as the candidate shows both: (positions, before, after)."""
         c: Any = self.model.config
+        named = names_of(self.model.page, c)
         interleaved, layers = traits_of(c).interleaved, range(c.num_hidden_layers)
         for layer in list(layers)[:: max(1, len(layers) // _LAYERS_OF_TABLES)]:
             for letter in "qk":
                 at = f"model.layers.{layer}.self_attn.{letter}_"
                 after = self.trace.taps.get(f"{at}rope")
-                before = self.trace.taps.get(f"{at}layernorm" if getattr(c, "qk_layernorm", False) else f"{at}proj")
+                normed = next((name for name in (f"{at}layernorm", f"{at}norm") if name in named), f"{at}proj")
+                before = self.trace.taps.get(normed)
                 if after is None or before is None or after.ndim != 4:
                     continue
                 heads = after.shape[1]

@@ -86,8 +86,8 @@ def by_words(orders: dict[str, np.ndarray], head_dim: int) -> dict[str, list[str
 
 
 def readers(name: str, shown: Sequence[str], reordered: Iterable[str]) -> list[str]:
-    """Of the values that are shown, in order of computation, those that tell whose the order of a value is: what comes
-    after it in attention or the MLP, up to the first one that has left it."""
+    """The values that tell whose the order of a value is: what is shown after it in attention or the MLP, up to the
+    first one that has left it. shown: all of them, in order of computation."""
     layer = formulas.split(name)[0]
     inside = {*(_ATTENTION if formulas.short(name) not in _MLP else _MLP)}
     disordered, found = set(reordered), []

@@ -121,7 +121,7 @@ def _failure(report: Report) -> RenderableType:
         Text(formula.convention, style="dim"),
     ]
     if span:  # it is one of several operators
-        lines = [Text(f"in one of {', '.join(formulas.short(name) for name in (*first.hidden, first.name))}")]
+        lines = [Text(f"in one of {formulas.listed((*first.hidden, first.name))}")]
     reason, *more = why(report, first)
     lines = [Text(reason, style=STYLE["fails"]), *lines, *(Text(said) for said in more)]
     lines += [Text.assemble((f"{label}  ", "dim"), said) for label, said in context(report, first)]

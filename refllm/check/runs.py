@@ -137,8 +137,8 @@ class Runs:
         report.format_error = format_error(self.load("float64"), self.weights, self.plain, report)
 
     def _settle(self, trace: Trace) -> None:
-        """Takes the precision in which the candidate computed, where it was not told one. Raises InputError for one of a
-        file that is in another than was said."""
+        """Takes the precision in which the candidate computed, where it was not told one. Raises InputError for a file
+        that is in another than was said."""
         if "dtype" in getattr(self.candidate, "takes", EVERYTHING):
             return
         own = getattr(self.candidate, "computes_in", "")
@@ -146,7 +146,8 @@ class Runs:
             raise InputError(f"{self.candidate.name} is in {own}: use --dtype {own}, not {trace.dtype}")
         shown = own or format_of(trace.taps)
         if not self.said:
-            self.notes = [*self.notes, f"judged as {shown}, since what it shows is that; --dtype says another"]
+            why = "as it computes" if own else "since what it shows is that; --dtype says another"
+            self.notes = [*self.notes, f"judged as {shown}, {why}"]
             self.candidate.dtype = trace.dtype = shown
             self._model = self._load(shown)
         elif shown != trace.dtype:

@@ -125,6 +125,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     input_file.must_be_regular(path)
     with open(path, "rb") as raw:
         infos, metadata = read_header(raw, str(path))  # refuses what the library would fill the memory with
+    if metadata.get("format") == INPUTS_FORMAT:
+        raise InputError("it holds inputs to run, and no values; run them, and record what comes out")
     strange = next((name for name, info in infos.items() if not _readable(name, info.dtype)), None)
     if strange is not None:
         raise InputError(f"{strange} is {infos[strange].dtype}; expected float32, bfloat16, float16 or float64")
@@ -151,8 +153,6 @@ def _of_refllm(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: 
 
 def _plain(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.ndarray | None) -> Trace:
     """What any program may write: see `_PAGE`."""
-    if metadata.get("format") == INPUTS_FORMAT:
-        raise InputError("it holds inputs to run, and no values; run them, and record what comes out")
     ids, mask, positions = (tensors.pop(name, None) for name in _INPUTS)
     dtype, scale = metadata.get("dtype", ""), metadata.get("embeds_scale")
     stored = [d for d in DTYPES[1:3] if any(value.dtype.name == d for value in tensors.values())]

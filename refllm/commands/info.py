@@ -165,7 +165,8 @@ def features(config: ModelConfig) -> dict[str, str]:
         "vocabulary": f"{c.vocab_size}",
         "layers": f"{c.num_hidden_layers} of width {c.hidden_size}",
         "norm": norm,
-        "attention": f"{c.num_attention_heads} heads of {c.head_dim}; {sharing}{_windows(config)}",
+        "attention": f"{c.num_attention_heads} heads of {c.head_dim}; {sharing}",
+        **_windows(config),
         "rope": f"{rope['rope_type']}, theta {rope['rope_theta']:g}, {c.rotary_dim} of {c.head_dim} dims, {pairs}",
         "rope scaling": ", ".join(f"{key} {_number(value)}" for key, value in scaling.items()) or "none",
         "mlp": f"{'gated ' if traits.gated else ''}{c.hidden_act}, width {c.intermediate_size}",
@@ -176,12 +177,10 @@ def features(config: ModelConfig) -> dict[str, str]:
     }
 
 
-def _windows(config: ModelConfig) -> str:
+def _windows(config: ModelConfig) -> dict[str, str]:
     windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
     seen = [window for window in windows if window is not None]
-    if not seen:
-        return ""
-    return f"; in {len(seen)} of {len(windows)} layers a query sees its last {seen[0]} keys"
+    return {"window": f"in {len(seen)} of {len(windows)} layers a query sees the last {seen[0]} keys"} if seen else {}
 
 
 def _number(value: Any) -> str:

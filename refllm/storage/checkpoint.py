@@ -30,6 +30,7 @@ from numpy.typing import DTypeLike, NDArray
 from refllm.errors import CheckpointError
 from refllm.storage import input_file
 from refllm.storage.checkpoint_writer import save_checkpoint
+from refllm.storage.hub_cache import local_folder
 from refllm.storage.safetensors_format import (
     MAX_HEADER_BYTES,
     WEIGHT_DTYPES,
@@ -94,7 +95,7 @@ class Checkpoint:
 
         Raises CheckpointError where there is no checkpoint or where anything about it is inconsistent.
         """
-        path = Path(path)
+        path = local_folder(path)
         try:
             return cls(_open_files(path), path)
         except OSError as error:

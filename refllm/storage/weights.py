@@ -119,6 +119,11 @@ class Weights(Mapping[str, NDArray[Any]]):
         backbone names: what `save_checkpoint` takes. Tied tensors occur once."""
         return _Renamed(self, {file_name(name, prefix): name for name in self.shapes})
 
+    def resized(self, arrays: Mapping[str, NDArray[Any]]) -> "Weights":
+        """These weights with other arrays, of other shapes, in the place of some; a tied tensor stays tied."""
+        shapes = {**self.shapes, **{name: array.shape for name, array in arrays.items()}}
+        return Weights(shapes, {**self._kept, **arrays}, source=self._source, tied=self.tied, report=self.report)
+
     def replaced(self, others: Mapping[str, NDArray[Any]]) -> "Weights":
         """These weights with other arrays in the place of some, by their names here; each is asked for at every access.
         A tied tensor that has an array of its own is tied no more."""
@@ -393,6 +398,16 @@ def keeps_grid(round: Round, dtype: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Fresh weights
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def free_memory() -> int:
+    """Bytes that this process can take without others being swapped out; a large number where no one says."""
+    try:
+        with open("/proc/meminfo") as file:
+            found = {line.partition(":")[0]: line.split()[1] for line in file}
+        return int(found["MemAvailable"]) * 1024
+    except (OSError, KeyError):
+        return 1 << 62
 
 
 class _FreshSource:

@@ -5,43 +5,26 @@ as a hook on its output would see it; what enters o_proj is the context, and so 
 they are what the product of the scores reads.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from refllm.forward.taps import HEAD_TAPS
+from refllm.config import ModelConfig
+from refllm.forward.taps import HEAD_TAPS, axes_of_values, sizes_of_axes
 
 Shape = tuple[int | None, ...]
 
 _IN_A_MODEL = re.compile(r"(?:^|\.)((?:layers\.\d+(?:\..+)?|embed_tokens|norm|lm_head|score|qa_outputs)$)")
-_OUTPUTS = (
-    "input_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.q_layernorm",
-    "self_attn.k_layernorm",
-    "self_attn.o_proj",
-    "post_attention_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 _INPUTS = {
     "self_attn.context": "self_attn.o_proj",
     "residual_mid": "post_attention_layernorm",
     "mlp.act": "mlp.down_proj",
 }
-_ORDER = (
-    "input_layernorm",
-    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "q_layernorm", "k_layernorm")),
-    *(f"self_attn.{name}" for name in ("q_rope", "k_rope", "context", "o_proj")),
-    "residual_mid",
-    "post_attention_layernorm",
-    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "act", "down_proj")),
-    "",
-)
+"""What belongs to no module -> the module that it enters."""
+_ROTATED = {"self_attn.q_rope": (0, "H"), "self_attn.k_rope": (1, "K")}
+"""Which input of the product of the scores it is, and how many heads it has."""
+_LAYER = re.compile(r"(model\.layers\.\d+)\.?(.*)")
 _PRODUCTS = ("MatMul", "FusedMatMul")
 _ATTENTION = ("Attention", "MultiHeadAttention", "ScaledDotProductAttention")
 _SCALES = ("Mul", "Multiply", "Div", "Divide", "Cast", "Convert")
@@ -86,42 +69,24 @@ def path_in_model(path: str) -> str:
     return found[1] if found[1] in HEAD_TAPS.values() else f"model.{found[1]}"
 
 
-def named_values(graph: Graph, config: Any, head: str) -> dict[str, str]:
-    """Tap -> the name of its value, in order of computation. config: of the checkpoint, for widths.
-
-    A context is named by what o_proj receives, [B, S, H*D].
-    """
-    names, widths = _Names(graph, config), _widths(config)
-    found: dict[str, str | None] = {"model.embed_tokens": names.leaving("model.embed_tokens", widths["E"])}
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        of_layer = {name: names.leaving(f"{layer}.{name}", widths.get(name, widths["E"])) for name in _OUTPUTS}
-        of_layer |= {
-            name: names.entering(f"{layer}.{to}", widths.get(name, widths["E"])) for name, to in _INPUTS.items()
-        }
-        of_layer |= names.rotated(layer)
-        of_layer[""] = names.leaving(layer, widths["E"])
-        found |= {f"{layer}.{name}".rstrip("."): of_layer.get(name) for name in _ORDER}
-    found["model.norm"] = names.leaving("model.norm", widths["E"])
+def named_values(graph: Graph, config: ModelConfig, head: str) -> dict[str, str]:
+    """Tap -> the name of its value, in order of computation, of those that can be identified. A context is what o_proj
+    receives: [B, S, H*D]."""
+    names, sizes = _Names(graph, sizes_of_axes(config, head)), sizes_of_axes(config, head)
+    found = {}
+    for tap, axes in axes_of_values(config, head).items():
+        name = tap if tap in graph.made_by else names.of(tap, axes)  # a graph made by hand may use our names
+        if name is not None:
+            found[tap] = name
     last = HEAD_TAPS.get(head, "model.norm")
-    found[last] = (
-        found.get(last) or names.leaving(last, None) or names.result(widths["V"] if last == "lm_head" else None)
-    )
-    given = {name: name for name in found if name in graph.made_by}  # a graph made by hand may use our names
-    return {tap: value for tap, value in (found | given).items() if value}
-
-
-def _widths(c: Any) -> dict[str, int]:
-    """The width of each value: by its name, else "E"; and "V"."""
-    H, K, D, F = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size
-    heads = {"q_proj": H * D, "k_proj": K * D, "v_proj": K * D, "q_layernorm": D, "k_layernorm": D, "context": H * D}
-    mlp = {f"mlp.{name}": F for name in ("gate_proj", "up_proj", "act")}
-    return {"E": c.hidden_size, "V": c.vocab_size, **mlp, **{f"self_attn.{name}": n for name, n in heads.items()}}
+    if last not in found and (result := names.result(sizes["V"] if last == "lm_head" else None)) is not None:
+        found[last] = result
+    return found
 
 
 class _Names:
-    def __init__(self, graph: Graph, config: Any) -> None:
-        self.graph, self.config = graph, config
+    def __init__(self, graph: Graph, sizes: Mapping[str, int]) -> None:
+        self.graph, self.sizes = graph, sizes
         self.within = {name: path_in_model(node.path) for name, node in graph.made_by.items()}
         self.readers: dict[str, list[str]] = {}
         for node in graph.nodes:
@@ -133,6 +98,18 @@ class _Names:
             while path:
                 self.by_module.setdefault(path, []).append(node)
                 path = path.rpartition(".")[0]
+
+    def of(self, tap: str, axes: str) -> str | None:
+        """The value that a tap names. axes: of `axes_of_values`."""
+        layer = _LAYER.match(tap)
+        at, short = (layer[1], layer[2]) if layer else ("", tap)
+        if short in _ROTATED:
+            return self.rotated(f"{at}.self_attn", *_ROTATED[short])
+        width = None if axes.endswith(("T", "C")) else math.prod(self.sizes[axis] for axis in _last(axes))
+        if short in _INPUTS:
+            width = width if short != "self_attn.context" else self.sizes["H"] * self.sizes["D"]
+            return self.entering(f"{at}.{_INPUTS[short]}", width)
+        return self.leaving(tap, width)
 
     def leaving(self, module: str, width: int | None) -> str | None:
         """The last value that is made in a module and read outside of it."""
@@ -146,25 +123,20 @@ class _Names:
         """The first value that is read in a module and made outside of it."""
         for node in self.by_module.get(module, []):
             for name in node.inputs:
-                if name in self.graph.made_by and not _inside(self.within[name], module) and self._fits(name, width):
+                made = name in self.graph.made_by and not _inside(self.within[name], module)
+                if made and (self._fits(name, width) or self.graph.shapes.get(name, ())[-1:] == (None,)):
                     return name
         return None
 
     def result(self, width: int | None) -> str | None:
-        """What the graph returns, where no module says which value that is: `logits`, or the only fitting one."""
+        """What the graph returns, where no module says which value that is: "logits", or the only one that fits."""
         fitting = [name for name in self.graph.results if self._fits(name, width)]
         return next((name for name in fitting if name == "logits"), fitting[0] if len(fitting) == 1 else None)
 
-    def rotated(self, layer: str) -> dict[str, str | None]:
-        """The heads that the scores of a layer are made of."""
-        attention = f"{layer}.self_attn"
+    def rotated(self, attention: str, side: int, heads: str) -> str | None:
+        """The heads that the scores are made of."""
         product = next(self._products(attention), None)
-        if product is None:
-            return {}
-        q, k = product.inputs[:2]
-        c = self.config
-        found = {"q": self._heads(q, c.num_attention_heads), "k": self._heads(k, c.num_key_value_heads)}
-        return {f"self_attn.{letter}_rope": name for letter, name in found.items()}
+        return None if product is None else self._heads(product.inputs[side], self.sizes[heads])
 
     def _products(self, attention: str) -> Iterator[Node]:
         """The products that scores come of: what softmax goes back to, or attention in one operator."""
@@ -202,7 +174,7 @@ class _Names:
 
     def _are_heads(self, name: str, heads: int) -> bool:
         shape = self.graph.shapes.get(name, ())
-        return len(shape) == 4 and shape[1] == heads and shape[3] == self.config.head_dim
+        return len(shape) == 4 and shape[1] in (heads, None) and shape[3] == self.sizes["D"]
 
     def _read_outside(self, name: str, module: str) -> bool:
         return any(not _inside(reader, module) for reader in self.readers.get(name, []))
@@ -214,3 +186,8 @@ class _Names:
 
 def _inside(path: str, module: str) -> bool:
     return path == module or path.startswith(f"{module}.")
+
+
+def _last(axes: str) -> list[str]:
+    """ "B S (H D)" -> ["H", "D"]."""
+    return axes.rstrip(")").rpartition("(")[2].split() if axes.endswith(")") else axes.split()[-1:]

@@ -55,7 +55,7 @@ def graph_of(model: Any) -> Graph:
 
     if not model.graph.value_info:
         model = onnx.shape_inference.infer_shapes(model)
-    graph, shapes, scalars = model.graph, {}, set()
+    graph, shapes = model.graph, {}
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     for value in (*graph.input, *graph.value_info, *graph.output):
         tensor = value.type.tensor_type
@@ -115,8 +115,9 @@ def left(names: dict[str, str], source: Any, optimised: Any) -> dict[str, str]:
     converted = {node.output[0]: node.input[0] for node in source.graph.node if node.op_type == "Cast"}
     found = {}
     for tap, name in names.items():
-        ways = (name, f"{UNROUNDED}{name}", converted.get(name, ""))
-        found |= {tap: one for one in ways[::-1] if one in there}
+        one = next((one for one in (name, f"{UNROUNDED}{name}", converted.get(name)) if one in there), None)
+        if one is not None:
+            found[tap] = one
     return found
 
 
@@ -128,13 +129,13 @@ def with_outputs(model: Any, names: set[str]) -> None:
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names - have))
 
 
-def with_input(model: Any, name: str, width: int, dtype: str) -> None:
-    """Makes a value [B, S, width] an input of a model: what makes it is taken out."""
+def with_input(model: Any, name: str, value: Any) -> None:
+    """Makes a value an input of a model: what makes it is taken out. value: an array of its dtype and rank."""
     import onnx
 
-    kinds = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}
     graph = model.graph
     graph.node.remove(next(node for node in graph.node if name in node.output))
     for output in [each for each in graph.output if each.name == name]:
         graph.output.remove(output)
-    graph.input.append(onnx.helper.make_tensor_value_info(name, kinds[dtype], [None, None, width]))
+    kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+    graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * value.ndim))

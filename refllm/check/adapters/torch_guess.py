@@ -47,7 +47,7 @@ _INPUTS = {
 """Value -> of which other's module it is the input, where no module is known that returns it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
     """A module with a weight. rows: [out, at most 16] numbers of it, or the vector of a norm as one row."""
 
@@ -73,8 +73,8 @@ def guess(module: Any, weights: Mapping[str, Any], config: ModelConfig, head: st
     values = axes_of_values(config, head)
     tensors = {_value_of(name): name for name in _names(weights) if _value_of(name) in values}
     found = list(_matched(parts, tensors, weights))
-    names = Names(rotations=rotations(module), said="found in its weights")
-    names.places |= _outside(found)
+    names = Names(rotations=rotating(module), said="found in its weights")
+    names.places |= _outside(found, parts, tensors, weights, names.notes)
     layers = _Layers(config.num_hidden_layers, {part.path: part for part in parts}, names.notes)
     names.places |= layers.places(found, tensors, weights)
     names.places = {name: names.places[name] for name in values if name in names.places}
@@ -151,12 +151,23 @@ def _channels(number: int, places: list[list[tuple[int, int]]], part: _Part) -> 
     return None if same else channels
 
 
-def _outside(found: list[_Found]) -> dict[str, Place]:
-    """The values outside the layers. A norm is told from those in the layers by standing in no numbered list."""
+def _outside(
+    found: list[_Found], parts: list[_Part], tensors: Mapping[str, str], weights: Any, notes: list[str]
+) -> dict[str, Place]:
+    """The values outside the layers. Parts of layers stand in a numbered list. What has no weight of the checkpoint is
+    the only part of that kind and shape."""
     places: dict[str, Place] = {}
+    outside = [part for part in parts if not any(word.isdigit() for word in part.path.split("."))]
     for each in found:
-        if "layers." not in each.value and not (each.value == "model.norm" and re.search(r"\.\d+\.", each.part.path)):
+        if _split(each.value)[0] < 0 and each.part in outside:
             places.setdefault(each.value, Place(each.part.path, channels=each.channels))
+    for value, name in tensors.items():
+        if _split(value)[0] < 0 and value not in places:
+            shape = weights.shapes[weights.tied.get(name, name)]
+            alike = [p for p in outside if p.shape[1:] == shape[1:] and len(p.shape) == len(shape) and _kind(value, p)]
+            if len(alike) == 1:
+                places[value] = Place(alike[0].path)
+                notes.append(f"{alike[0].path}: its weight is not {value} in the checkpoint")
     return places
 
 
@@ -294,7 +305,7 @@ def _common(paths: set[str]) -> str:
     return ".".join(found)
 
 
-def rotations(module: Any) -> tuple[str, ...]:
+def rotating(module: Any) -> tuple[str, ...]:
     """What may rotate queries and keys, by its name: functions of the module's own files, and parts of it."""
     import inspect
     import sys
