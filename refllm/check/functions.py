@@ -65,14 +65,14 @@ class FunctionCandidate:
                 raise misbehaves("result", "it takes a cache and returns none; expected (logits, cache)")
 
     def _embeds(self, inputs: Inputs) -> np.ndarray | None:
-        """The scaled rows of the checkpoint's embedding, on the grid of the dtype; None where ids are fed."""
-        if inputs.embeds_scale is None:
+        """Embeddings on the grid of the dtype; None where ids are fed."""
+        if not inputs.feeds_embeddings:
             return None
         from refllm.models.auto import load
 
         weights = load(self.folder, head=self.head, dtype=self.dtype, low_memory=True).weights
-        rows = as_array(weights.rows("embed_tokens.weight", inputs.input_ids))
-        return np.asarray(rounding(self.dtype)(rows * rows.dtype.type(inputs.embeds_scale)), np.float32)
+        rows = inputs.embedded(lambda ids: as_array(weights.rows("embed_tokens.weight", ids)))
+        return np.asarray(rounding(self.dtype)(rows), np.float32)
 
     def _call(self, given: dict[str, np.ndarray], cache: Any, embeds: np.ndarray | None, sink: Sink) -> Any:
         """One pass. Returns its cache."""

@@ -149,7 +149,7 @@ def predict(
         dtype,
         policy,
         at_tap,
-        embeds_scale=inputs.embeds_scale,
+        embeds=inputs.embedded if inputs.feeds_embeddings else None,
         **how,
     )
 

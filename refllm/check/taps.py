@@ -41,7 +41,7 @@ def cannot_run(candidate: Candidate, inputs: Inputs) -> str:
     takes = getattr(candidate, "takes", EVERYTHING)
     if inputs.chunks and "cache" not in takes:
         return "it takes no cache"
-    if inputs.embeds_scale is not None and "embeddings" not in takes:
+    if inputs.feeds_embeddings and "embeddings" not in takes:
         return "it takes no embeddings"
     return ""
 

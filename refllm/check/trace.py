@@ -47,6 +47,8 @@ class Trace:
             value = getattr(self.inputs, name)
             if value is not None:
                 tensors[f"input.{name}"] = np.ascontiguousarray(value.astype(np.int64))
+        if self.inputs.embeds is not None:
+            tensors["input.embeds"] = np.ascontiguousarray(self.inputs.embeds, np.float32)
         about: dict[str, Any] = {
             "source": self.source,
             "dtype": self.dtype,
@@ -89,6 +91,7 @@ class Trace:
                 tuple(about["chunks"]),
                 about["embeds_scale"],
                 about["label"],
+                embeds=tensors.get("input.embeds"),
             )
             taps = {n.split(".", 2)[2]: _wide(value) for n, value in tensors.items() if n.startswith("tap.")}
             return Trace(taps, inputs, about["source"], about["dtype"], about["head"], about["config_hash"], details)
