@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from refllm import golden
+from refllm.accuracy.forms import on_grid
 from refllm.accuracy.measure import measure
 from refllm.accuracy.parts import ONE_BY_ONE, Parts, possible
 from refllm.accuracy.profiled import Profiled
@@ -277,6 +278,26 @@ def test_what_a_row_shares_is_named_where_everything_is_computed_in_the_format(d
     e = (s.float() - s.float().amax(-1, keepdim=True)).exp()
     o = (e / e.sum(-1, keepdim=True)).to(q.dtype) @ v
     assert recognised("attention", (q, k, v), {"scale": 24**-0.5, "key_mask": None}, o) == ""
+
+
+def test_a_long_product_in_float16_is_recognised_in_any_order_of_its_sums() -> None:
+    """What is left of 8192 terms that cancel: float32 sums in one chain move 2 % of the elements across a boundary."""
+    rng, K = np.random.default_rng(0), 8192
+    x, w = on_grid(rng.normal(size=(64, K)), "float16"), rng.normal(size=(64, K)) / K**0.5
+    w = on_grid(w - 0.7 * (w @ x.T) @ np.linalg.solve(x @ x.T, x), "float16")
+    xt, wt = (torch.from_numpy(a).float() for a in (x, w))
+    chain = torch.zeros(64, 64)
+    for k in range(K):
+        chain = torch.addcmul(chain, xt[:, k, None], wt[:, k])
+    recogniser = Recogniser("float16", np.argwhere(np.ones((1, 64))))
+    hidden = torch.from_numpy(x @ (on_grid(0.7 * w, "float16") / 0.7).T)
+    for y, right in ((chain, True), (xt @ wt.T, True), (hidden, False)):
+        made = Made("linear", (certain(x[None]),), {"weight": w, "bias": None})
+        found = recogniser(made, y.half().double().numpy()[None])
+        assert found.asked
+        assert bool(found.fits) is right, found.mismatch
+        assert not found.defect
+        assert not found.shared or not right
 
 
 def test_a_mistake_comes_before_habits_under_a_named_policy_too() -> None:
