@@ -91,7 +91,9 @@ def judge_against(
     known, of_good = explained_best(lambda guess: _KnownGood(model, good_common, asked, guess))
     right = {tap.name for tap in of_good if not tap.wrong_here}
     beside = _Beside(model, replace(trace, taps=common), asked, known)
-    taps = [_difference(tap, tap.name in right) for tap in beside.run(step)]
+    beside.alone(step)
+    reports = beside.in_line(step)
+    taps = [_difference(tap, tap.name in right) for tap in reports]
     ask_again(model, trace, beside.nearest_policy(), taps, step, runs=2)
     report = Report(
         checkpoint=checkpoint,
