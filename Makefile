@@ -18,7 +18,7 @@ PYTEST := 'pytest>=8'
 FINDER := import os, sys; "PYTHONPATH" in os.environ or sys.meta_path.sort(key=lambda f: "editable___refllm" not in getattr(f, "__module__", ""))
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-cpus test-long test-wheel mutation lint types imports house format bench gpu golden clean
+.PHONY: help check test test-stacks test-cpus test-long test-wheel mutation lint types imports house format bench gpu golden clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ check: .venv/ready-to-check  ## the main job: every embedded checkpoint; Torch, 
 
 test: .venv/ready-to-test  ## all tests
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+STACK ?=
+test-stacks: .venv/ready-to-check  ## other people's stacks, each in an environment of its own: all, or STACK="litgpt mlx"; needs a network
+	$(BIN)/python tests/house/run_stacks.py $(STACK) $(ARGS)
 
 test-cpus: .venv/ready-to-test  ## what depends on the processor, and `refllm check`, under every CPU that can be simulated
 	$(BIN)/python tests/house/run_cpus.py $(ARGS)

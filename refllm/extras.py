@@ -24,14 +24,27 @@ EXTRA_OF = {
     "matplotlib": "bench",
     "pytest": "test",
     "liger_kernel": "test",
+    "mlx": "mlx",
+    "mlx_lm": "mlx",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "openvino": "openvino",
+    "jax": "jax",
+    "ctranslate2": "ctranslate2",
+    "gguf": "gguf",
 }
 """Name of an import -> the smallest extra that brings it."""
+
+NO_EXTRA = {"litgpt": "--no-deps litgpt lightning lightning-utilities pytorch-lightning torchmetrics psutil"}
+"""Name of an import -> what to install of a package that cannot be resolved beside the others."""
 
 
 def install_command(*packages: str) -> str:
     """The command that adds to this installation of refllm what these packages (names of imports) belong to."""
-    extras = ",".join(dict.fromkeys(EXTRA_OF[package] for package in packages))
-    return f"{_installer()} install {_source(extras)}"
+    commands = [f"{_installer()} install {NO_EXTRA[package]}" for package in packages if package in NO_EXTRA]
+    extras = ",".join(dict.fromkeys(EXTRA_OF[package] for package in packages if package not in NO_EXTRA))
+    return " && ".join([*([f"{_installer()} install {_source(extras)}"] if extras else []), *commands])
 
 
 def missing_extra(what: str, *packages: str) -> MissingExtraError:

@@ -15,7 +15,7 @@ def find_function(reference: str) -> Callable[..., Any]:
     what the module raised, if it did."""
     where, _, name = reference.rpartition(":")
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except ModuleNotFoundError as error:
         said = InputError(f"{where} cannot be imported: {type(error).__name__}: {error}")
         if error.name is not None and where.startswith(error.name):
@@ -32,11 +32,13 @@ def find_function(reference: str) -> Callable[..., Any]:
     return function
 
 
-def _load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+def load_file(path: Path, name: str | None = None) -> Any:
+    """The module in a file, which is executed, under the name of the file or another. Raises what it raises."""
+    name = name or path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module

@@ -76,6 +76,11 @@ TABLES_NEARLY_ALL, TABLES_NO_FEWER, TABLES_NO_WORSE = 0.998, 0.0005, 6.0
 """A table with a name explains at least this share of the elements to the bit, at most so much less than the best; and
 of N errors its fit is at most so many parts of N worse than the best: another has to be better than by chance."""
 
+TABLES_OF_ONE = 4.0
+"""Times the least error of the angles of a layer's queries or keys which those of another layer may have and still be
+asked for the tables. Layers that turn alike differ by their numbers of heads and by the sizes of their values, less
+than twofold; one that is wrong is wrong by far more than a rounding."""
+
 CANCELS = 3
 """Mean over standard deviation of a row, from where a variance in one pass, the difference of two squares, is mostly
 their error."""

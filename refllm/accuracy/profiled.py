@@ -140,6 +140,14 @@ class Profiled(Propagation):
         of_weight = np.square(inputs[0].value, dtype=self.width) @ self._tf32_noise(made.how["weight"]).T
         return self._with_shares(x, x.variance + of_weight)
 
+    def with_float32_noise(self, made: Made, profile: Profile, x: Uncertain) -> Uncertain:
+        """x, a result that is never put on the grid of the format, with the error of the float32 arithmetic that made
+        it: small, but where nothing was rounded before, it is all there is."""
+        wide = Profiled("float32", self.policy, self.at_tap, self.wants, self.choose, False)
+        certain = tuple(replace(i, variance=np.zeros_like(i.variance), shares={}) for i in made.read(profile))
+        noise = wide.under(Made(made.operator, certain, made.how), Profile()).variance
+        return self._with_shares(x, x.variance + noise.astype(self.width))
+
     def _tf32_noise(self, x: np.ndarray) -> np.ndarray:
         """Variance of rounding to the 11 bits that a tensor core keeps of a float32 factor; so does float16."""
         return np.asarray((self._ulp(x, "float32") * 2.0**13) ** 2 / 12)
@@ -234,6 +242,11 @@ class Profiled(Propagation):
         arrays = [known(i) for i in (inputs[:1] if made.operator == "rope" else inputs)]
         if any(a is None for a in arrays):
             return None, None
+        if made.operator == "linear" and "product" in profile.points:
+            stores = Stores(profile.points, self.dtype)
+            return FORMS["linear"](
+                stores, (np.asarray(arrays[0], np.float64),), made.how | {"parts": profile.parts}
+            ), None
         if made.operator not in _TO_THE_BIT:
             return x.value, None
         values = tuple(a for a in arrays if a is not None)

@@ -68,7 +68,13 @@ def _times(*lists: list[frozenset[str]]) -> list[frozenset[str]]:
 
 _MIRRORED = [
     frozenset({"mirrored", *points})
-    for points in ((), ("exp",), ("exp", "1 + exp"), ("exp", "1 + exp", "sigmoid of -|x|", "sigmoid"))
+    for points in (
+        (),
+        ("exp",),
+        ("exp", "sigmoid"),
+        ("exp", "1 + exp"),
+        ("exp", "1 + exp", "sigmoid of -|x|", "sigmoid"),
+    )
 ]
 SCORES = _times(
     _either("raw scores", "scores", ("raw scores", "scores"), "scaled q", ("scaled q", "scores")), _either("scale")

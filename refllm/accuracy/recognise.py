@@ -26,6 +26,7 @@ from refllm.accuracy.profiles import (
 )
 from refllm.accuracy.propagation import Uncertain, ulp
 from refllm.accuracy.shared import shared_error
+from refllm.ops.attention import causal_keys
 
 MOST_ELEMENTS = 1 << 14
 """Elements of a sample."""
@@ -65,7 +66,8 @@ NOT_ASKED = Recognition()
 class Made:
     """A result of an operator of a page that is not worked out yet: the operator, its inputs, and what else it takes.
 
-    inputs: as the page handed them on. how: weight, bias, eps, name, interleaved, scale, key_mask, as the form has it.
+    inputs: as the page handed them on. how: weight, bias, eps, name, interleaved, scale, key_mask, window, as the form
+    has it.
     """
 
     operator: str
@@ -424,7 +426,7 @@ class _Attention:
             return None
         q, k, v = (np.asarray(a[self.row], np.float64) for a in arrays if a is not None)
         T, S = k.shape[1], q.shape[1]
-        visible = np.arange(T) <= self.queries[:, None] + (T - S)
+        visible = causal_keys(self.queries + (T - S), T, self.made.how.get("window"))
         mask = self.made.how.get("key_mask")
         if mask is not None:
             visible = visible & (np.asarray(mask)[self.row] != 0)

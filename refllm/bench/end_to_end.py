@@ -17,6 +17,7 @@ from refllm.check.inputs import Inputs
 from refllm.check.process import Processes
 from refllm.check.run import find_policy, head_of, load
 from refllm.check.runs import Runs
+from refllm.check.stacks import Opening
 from refllm.config import published
 from refllm.kernels.models.operators import BACKENDS
 from refllm.models.families import CLASSES
@@ -75,7 +76,7 @@ def _judged(name: str, backend: str, dtype: str, run: Callable[[], Row]) -> Row:
 
 
 def _check(processes: Processes, path: Path, backend: str, dtype: str, tokens: int) -> Row:
-    candidate = processes.open(backend, path, head=head_of(path), dtype=dtype, attention="eager")
+    candidate = processes.open(Opening(backend, path, head_of(path), dtype))
     model = load(path, dtype)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens))
     report = next(Runs(lambda _: model, candidate, Inputs(ids), find_policy("fused", "eager")).reports())

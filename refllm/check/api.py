@@ -1,15 +1,19 @@
 """`compare` and `assert_matches`: the check as a Python call and as a test."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refllm.errors import InputError
+
 if TYPE_CHECKING:
     from refllm.check.inputs import Inputs
     from refllm.check.oracle import Report
     from refllm.check.process import Processes
+    from refllm.check.trace import Trace
 
 
 def compare(
@@ -28,18 +32,35 @@ def compare(
     time_limit: float | None = None,
     splits: int = 1,
     tf32: bool = False,
+    names: str | os.PathLike[str] | None = None,
+    library: str | os.PathLike[str] | None = None,
+    trace: Any = None,
+    layout: str = "",
+    against: Any = None,
+    weights: Any = None,
+    page: str | os.PathLike[str] | None = None,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
 
-    candidate: "transformers", "numpy", "module:function", a Transformers model object, or a function (see
-    `refllm.check`). dtype: of its weights and activations; None takes that of a model, or finds that of a function that
-    is not told one, else it is "float32". policy: where it has to round, "hf-eager", "hf-sdpa" or "fused"; None is
-    hf-eager (or hf-sdpa) for Transformers, fused for the fast models, and for a function wherever honest code may
-    round. input_ids: [S] or [B, S]; or a prompt; or neither, for a text of our own. attention_mask: of the same shape,
-    1 = a token, 0 = padding, which is not compared; None is all tokens. position_ids: of the same shape; None is
-    0 .. S-1, padding counted. The stressed inputs are made of input_ids alone. splits, tf32: products of so many parts,
-    each rounded, and float32 products of 11-bit factors are meant. Raises RefllmError for what cannot be run.
+    candidate: what `--candidate` takes, "transformers", "mlx", "onnx:FILE", "module:function"; or a live model of
+    Transformers or of a stack (`refllm.check.stacks`), or a function (see `refllm.check`). names, library: see
+    `refllm.check.stacks.Opening`. dtype: of its weights and activations; None takes that of a model, or finds that of a
+    function that is not told one, else it is "float32". policy: where it has to round, "hf-eager", "hf-sdpa" or
+    "fused"; None is hf-eager (or hf-sdpa) for Transformers, fused for the fast models, and for a function wherever
+    honest code may round. input_ids: [S] or [B, S]; or a prompt; or neither, for a text of our own. attention_mask: of
+    the same shape, 1 = a token, 0 = padding, which is not compared; None is all tokens. position_ids: of the same
+    shape; None is 0 .. S-1, padding counted. The stressed inputs are made of input_ids alone. splits, tf32: products of
+    so many parts, each rounded, and float32 products of 11-bit factors are meant. Raises RefllmError for what cannot be
+    run.
+
+    trace: a recorded run to judge in place of a candidate, a file or a `refllm.check.trace.Trace` (docs/recording.md).
+    layout: how the values of either lie, where their shapes do not tell ("tokens, gguf"). against: a recorded run that
+    is known to be good, in the same form, the measure in place of the page; its tokens are run where none are given.
+    weights: those that the candidate really has, where they are not the checkpoint's (of a quantised engine): a
+    checkpoint folder, a safetensors or GGUF file, or arrays by the names of the checkpoint's tensors. It is judged with
+    them, and what they cost is reported apart (`Report.format_error`). page: the file of a page of one's own, or a
+    known family (`refllm.models.own_page`).
 
     A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
     and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
@@ -50,11 +71,52 @@ def compare(
     takes too long, and a crash is one of this process.
     """
     from refllm.check.process import Processes
+    from refllm.models.own_page import in_use
 
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    with Processes(time_limit) as processes:
+    if trace is not None:
+        if stress or candidate != "transformers" or names or library:
+            raise InputError("trace= is judged as it was recorded: leave out candidate, stress, names and library")
+        ids = None if input_ids is None else np.atleast_2d(input_ids)
+        run = _trace(trace, ids)
+        with in_use(page):
+            return [_recorded(Path(checkpoint), run, dtype, policy, splits, tf32, layout, _trace(against), weights)]
+    files = [None if path is None else Path(path) for path in (names, library)]
+    with in_use(page), Processes(time_limit) as processes:
         return _compare(Path(checkpoint), candidate, dtype, policy, attention, given, prompt, stress,
-                        processes if isolate else None, splits, tf32)  # fmt: skip
+                        processes if isolate else None, splits, tf32, weights, files[0], files[1], layout,
+                        _trace(against))  # fmt: skip
+
+
+def _trace(given: Any, input_ids: Any = None) -> "Trace | None":
+    """A recorded run by its file, or as it is."""
+    from refllm.check.trace import Trace
+
+    return given if given is None or isinstance(given, Trace) else Trace.load(given, input_ids)
+
+
+def _recorded(
+    folder: Path,
+    trace: "Trace | None",
+    dtype: str | None,
+    policy: str | None,
+    splits: int,
+    tf32: bool,
+    layout: str,
+    against: "Trace | None",
+    weights: Any,
+) -> "Report":
+    from refllm.check.asked import Asked
+    from refllm.check.recorded import check_recorded
+    from refllm.check.run import load, rounding_of
+    from refllm.check.weights import Given
+    from refllm.precision.dtype_names import dtype_name
+
+    assert trace is not None
+    asked = Asked(rounding_of("", policy), splits, tf32)
+    how: dict[str, Any] = {"dtype": None if dtype is None else dtype_name(dtype), "layout": layout, "against": against}
+    how["weights"] = None if weights is None else Given.open(weights)
+    return check_recorded(lambda of: load(folder, of), trace, asked, checkpoint=folder.name, **how)
 
 
 def _compare(
@@ -69,13 +131,22 @@ def _compare(
     processes: "Processes | None",
     splits: int,
     tf32: bool,
+    weights: Any,
+    names: Path | None,
+    library: Path | None,
+    layout: str,
+    against: "Trace | None",
 ) -> "list[Report]":
     from refllm.check.asked import Asked
+    from refllm.check.layout import words_of
     from refllm.check.run import close, load, rounding_of
     from refllm.check.runs import Runs
+    from refllm.check.weights import Given
 
-    found = _candidate(candidate, folder, dtype, attention, processes)
-    inputs, notes = _inputs(folder, given, prompt)
+    found = _candidate(candidate, folder, dtype, attention, processes, names, library)
+    if against is not None and stress:
+        raise InputError("against= has the values of one run, so leave out stress")
+    inputs, notes = _inputs(folder, given, prompt, against)
     attention = getattr(found, "attention", attention)  # of a Transformers model object: its own
     kind = candidate if isinstance(candidate, str) else "transformers" if hasattr(found, "attention") else ""
     rules = rounding_of(kind, policy, attention if attention in ("eager", "sdpa") else "sdpa")
@@ -87,16 +158,22 @@ def _compare(
         checkpoint=folder.name,
         stress=stress,
         said=dtype is not None,
+        layout=words_of(layout, "layout"),
+        against=against,
         notes=notes,
         recorded=lambda: close(found),
+        weights=None if weights is None else Given.open(weights),
     )
     return list(runs.reports())
 
 
-def _inputs(folder: Path, given: dict[str, Any], prompt: str | None) -> "tuple[Inputs, list[str]]":
-    """What to run, and notes for the reader. given: the arrays of the call, [S] or [B, S], or None."""
+def _inputs(
+    folder: Path, given: dict[str, Any], prompt: str | None, good: "Trace | None"
+) -> "tuple[Inputs, list[str]]":
+    """What to run, and notes for the reader. given: the arrays of the call, [S] or [B, S], or None. good: a run whose
+    tokens are taken where none are given."""
     from refllm.check.inputs import Inputs
-    from refllm.check.run import tokens_for
+    from refllm.check.run import inputs_for
     from refllm.inputs import as_integers
 
     arrays: dict[str, Any] = {
@@ -104,7 +181,8 @@ def _inputs(folder: Path, given: dict[str, Any], prompt: str | None) -> "tuple[I
     }
     notes: list[str] = []
     if "input_ids" not in arrays:
-        arrays["input_ids"], notes = tokens_for(folder, {"prompt": prompt, "ids": None, "ids_file": None})
+        found, notes = inputs_for(folder, {"prompt": prompt, "ids": None, "ids_file": None}, good)
+        return replace(found, **arrays), notes
     return Inputs(**arrays), notes
 
 
@@ -122,22 +200,25 @@ def assert_matches(checkpoint: str | os.PathLike[str], candidate: Any = "transfo
                 raise AssertionError(_text(report))
 
 
-def _candidate(candidate: Any, folder: Path, dtype: str | None, attention: str, processes: "Processes | None") -> Any:
-    from refllm.check.candidates import open_candidate
-    from refllm.check.functions import FunctionCandidate
+def _candidate(
+    candidate: Any,
+    folder: Path,
+    dtype: str | None,
+    attention: str,
+    processes: "Processes | None",
+    names: Path | None,
+    library: Path | None,
+) -> Any:
+    from refllm.check.candidates import of_object, open_candidate
     from refllm.check.run import head_of
+    from refllm.check.stacks import Opening
+    from refllm.precision.dtype_names import dtype_name
 
-    head = head_of(folder)
+    name = candidate if isinstance(candidate, str) else ""
+    opening = Opening(name, folder, head_of(folder), dtype_name(dtype or "float32"), attention, names, library)
     if isinstance(candidate, str):
-        open_one = open_candidate if processes is None else processes.open
-        return open_one(candidate, folder, head=head, dtype=dtype or "float32", attention=attention)
-    if hasattr(candidate, "named_modules"):
-        from refllm.check.adapters.transformers import TransformersCandidate
-
-        return TransformersCandidate(candidate)
-    if hasattr(candidate, "run"):
-        return candidate
-    return FunctionCandidate(candidate, folder, head=head, dtype=dtype or "float32")
+        return open_candidate(opening) if processes is None else processes.open(opening)
+    return of_object(candidate, opening)
 
 
 def _text(report: "Report") -> str:

@@ -1,23 +1,26 @@
-"""The implementations that can be checked: Transformers, the reference itself, and a function of the user's own."""
+"""The implementations that can be checked: refllm's own, other stacks by name, and what the user wrote."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refllm import extras
-from refllm.check.functions import DTYPES, FunctionCandidate
+from refllm.check.functions import DTYPES, FunctionCandidate, takes_a_checkpoint_alone
 from refllm.check.inputs import Inputs
+from refllm.check.layout import laid_out, put_together
 from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
+from refllm.check.stacks import STACKS, Opening, adapter, find_stack, must_have, wrap
 from refllm.check.taps import Candidate, Sink
 from refllm.check.trace import Trace
+from refllm.check.weights import HANDED, handed_over
 from refllm.config.digest import config_hash
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
 from refllm.inputs import to_numpy
-from refllm.precision.dtype_names import dtype_name
 from refllm.user_code import find_function
 
 ATTENTION = ("eager", "sdpa")
@@ -29,53 +32,98 @@ KNOWN = {"torch": ("torch",), "triton": ("torch", "triton"), "transformers": ("t
 """The candidates that have a name of their own, and the packages that they need."""
 
 
-def must_be_known(name: str, dtype: str, attention: str) -> None:
+def must_be_known(opening: Opening) -> None:
     """Raises InputError for a candidate, dtype or attention that there is none of.
 
     Raises MissingExtraError for a candidate whose packages are not installed.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
-    if attention not in ATTENTION:
-        raise InputError(f"--attn {attention} is not known: use {' or '.join(ATTENTION)}")
-    if name not in KNOWN and ":" not in name:
+    name, stack = opening.name, find_stack(opening.name)
+    if opening.dtype not in DTYPES:
+        raise InputError(f"--dtype {opening.dtype} cannot be checked: use {', '.join(DTYPES)}")
+    if opening.attention not in ATTENTION:
+        raise InputError(f"--attn {opening.attention} is not known: use {' or '.join(ATTENTION)}")
+    if stack is not None:
+        must_have(stack, opening)
+    elif name not in KNOWN and ":" not in name:
         raise InputError(
-            f"--candidate {name} is not known: use torch, triton, transformers, numpy, or a forward pass of yours as "
+            f"--candidate {name} is not known: use {', '.join([*KNOWN, *STACKS])}, or a forward pass of yours as "
             "module:function or file.py:function"
         )
     extras.require(f"--candidate {name}", *KNOWN.get(name, ()))
 
 
-def open_candidate(name: str, folder: Path, *, head: str, dtype: str, attention: str) -> Candidate:
+def open_candidate(opening: Opening) -> Candidate:
     """The candidate that `--candidate` names, in this process. Raises InputError as `must_be_known`."""
-    dtype = dtype_name(dtype)
-    must_be_known(name, dtype, attention)
-    if name == "transformers":
+    must_be_known(opening)
+    stack = find_stack(opening.name)
+    if stack is not None:
+        found: Candidate = adapter(stack).open_candidate(opening)
+        return found
+    how: dict[str, Any] = {"head": opening.head, "dtype": opening.dtype}
+    if opening.name == "transformers":
         from refllm.check.adapters.transformers import TransformersCandidate
 
-        return TransformersCandidate.load(folder, head=head, dtype=dtype, attention=attention)
-    if name == "numpy":
-        return ReferenceCandidate.load(folder, head=head, dtype=dtype, attention=attention)
-    if name in FAST:
-        return ReferenceCandidate.fast(folder, head=head, dtype=dtype, backend=name)
-    return FunctionCandidate(find_function(name), folder, head=head, dtype=dtype, name=name)
+        return TransformersCandidate.load(opening.folder, **how, attention=opening.attention)
+    if opening.name == "numpy":
+        return ReferenceCandidate.load(opening.folder, **how, attention=opening.attention)
+    if opening.name in FAST:
+        return ReferenceCandidate.fast(opening.folder, **how, backend=opening.name)
+    return of_object(find_function(opening.name), opening)
 
 
-def record(candidate: Candidate, model: Model, inputs: Inputs) -> Trace:
-    """Run a candidate and keep what it names. model: of the same checkpoint, for its config and head.
+def of_object(found: Any, opening: Opening) -> Candidate:
+    """A live object of somebody's as a candidate: a model of some stack, a function that takes a checkpoint alone and
+    returns a model, a `Candidate`, or a forward pass (`refllm.check.functions.Forward`). A function that returns a
+    model is told the dtype, if it has an argument `dtype`."""
+    candidate = wrap(found, opening)
+    if candidate is not None:
+        return candidate
+    if hasattr(found, "run"):
+        of_their_own: Candidate = found
+        return of_their_own
+    if takes_a_checkpoint_alone(found):
+        return _of_factory(found, opening)
+    name = opening.name or None
+    return FunctionCandidate(found, opening.folder, head=opening.head, dtype=opening.dtype, name=name)
+
+
+def _of_factory(function: Callable[[str], Any], opening: Opening) -> Candidate:
+    told = {"dtype": opening.dtype} if "dtype" in signature(function).parameters else {}
+    try:
+        model = function(str(opening.folder), **told)
+    except Exception as error:
+        raise raised(error) from None
+    candidate: Any = wrap(model, opening)
+    if candidate is None:
+        kind = type(model).__name__
+        raise misbehaves("result", f"it takes a checkpoint alone, and returns a {kind}; expected a model of a stack")
+    if told and hasattr(candidate, "takes"):
+        candidate.takes = (*candidate.takes, "dtype")
+    found: Candidate = candidate
+    return found
+
+
+def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str, ...] = ()) -> Trace:
+    """Run a candidate and keep what it names, in the shapes of the vocabulary. model: of the same checkpoint, for its
+    config and head. layout: how the values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
 
     Raises MisbehavesError as `run_candidate`, and for one that names nothing.
     """
-    kept = Kept(candidate.name, len(inputs.pieces()))
+    kept = Kept(candidate.name, inputs)
     run_candidate(candidate, inputs, kept.keep)
+    taps, weights = handed_over(kept.taps())
+    laid = laid_out(taps, model.config, model.head, inputs, layout, candidate.name)
     return Trace(
-        taps=kept.taps(),
+        taps=laid.taps,
         inputs=inputs,
         source=candidate.name,
         dtype=candidate.dtype,
         head=model.head,
         config_hash=config_hash(model.config),
         details=candidate.details,
+        weights=weights,
+        notes=[*kept.notes, *laid.notes],
+        doubts=laid.doubts,
     )
 
 
@@ -125,35 +173,57 @@ class Checked:
 
 
 class Kept:
-    """What a candidate names in a run of so many passes."""
+    """What a candidate names in a run. notes: sentences on what it named more often than it was called."""
 
-    def __init__(self, candidate: str, passes: int) -> None:
-        self.candidate, self.passes = candidate, passes
+    def __init__(self, candidate: str, inputs: Inputs) -> None:
+        self.candidate, self.inputs = candidate, inputs
+        self.lengths = [len(range(*piece.indices(piece.stop))) for piece in inputs.pieces()]
+        self.notes: list[str] = []
         self._pieces: dict[str, list[np.ndarray]] = {}
 
     def keep(self, name: str, value: np.ndarray) -> None:
         """value: an array that nobody else changes. Raises InputError for a name too many."""
         pieces = self._pieces.setdefault(name, [])
+        if pieces and name.startswith(HANDED):
+            return  # every piece has the same weights
         pieces.append(value)
-        if len(pieces) > self.passes:
+        if len(pieces) > sum(self.lengths):
             raise self._named(name)
 
     def taps(self) -> dict[str, np.ndarray]:
-        """What was named, in order, the pieces put together. Raises InputError for a name too few."""
+        """What was named, in order, the pieces put together. Raises InputError for pieces that are not the run's."""
         if not self._pieces:
             raise misbehaves("result", "it returns nothing (None) and names no value")
         taps = {}
         for name, values in self._pieces.items():
-            if self.passes > 1 and name.endswith((".probs", ".scores")):
+            if len(values) == 1 == len(self.lengths):
+                taps[name] = values[0]
+                continue
+            if name.endswith((".probs", ".scores")):
                 continue  # the pieces have different numbers of keys
-            if len(values) != self.passes:
+            if name.startswith(HANDED):
+                taps[name] = values[0]
+                continue
+            joined = put_together(values, self.lengths, len(self.inputs.input_ids))
+            if joined is None:
                 raise self._named(name)
-            taps[name] = values[0] if self.passes == 1 else np.concatenate(values, axis=-2)
+            taps[name] = joined
+        more = {len(values) for name, values in self._pieces.items() if not name.startswith(HANDED)}
+        more -= {len(self.lengths)}
+        if more:
+            self.notes.append(f"named up to {max(more)} times in {self._calls()}: the parts were put together")
         return taps
 
+    def _calls(self) -> str:
+        return "1 call" if len(self.lengths) == 1 else f"{len(self.lengths)} calls"
+
     def _named(self, name: str) -> InputError:
-        times = len(self._pieces[name])
-        return InputError(f"{self.candidate}: {name} was named {times} times in {self.passes} passes; once is right")
+        values, tokens = self._pieces[name], sum(self.lengths)
+        shapes = ", ".join(str(list(value.shape)) for value in values[:3]) + ", ..." * (len(values) > 3)
+        return InputError(
+            f"{self.candidate}: {name} was named {len(values)} times in {self._calls()}, with shapes {shapes}; name it "
+            f"once in each, or part after part, [B, part, n], with {tokens} tokens in all"
+        )
 
 
 class ReferenceCandidate:

@@ -9,11 +9,12 @@ import numpy as np
 
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
-from refllm.check.taps import Sink, as_array, cannot_run, is_array
+from refllm.check.taps import ALWAYS, Sink, as_array, cannot_run, is_array
 from refllm.errors import InputError
 from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import rounding
 from refllm.precision.dtype_names import dtype_name
+from refllm.user_code import find_function
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,13 +33,14 @@ What it returns may also be an object with `logits` (and `past_key_values`), as 
 head, the last norm's result or an object with `last_hidden_state`.
 """
 
-_TAKES = {"dtype": "dtype", "cache": "cache", "inputs_embeds": "embeddings"}
+TAKES = {"dtype": "dtype", "cache": "cache", "inputs_embeds": "embeddings"}
 """Argument -> what a function takes that has it (`Candidate.takes`)."""
 _IN_ORDER = 5  # arguments that are given by their place
 
 
 class FunctionCandidate:
-    """A `Forward` as a candidate. takes: "dtype", "cache" and "embeddings", if the function has such arguments."""
+    """A `Forward` as a candidate. takes: what all are given, and "dtype", "cache" and "embeddings", if the function has
+    such arguments."""
 
     def __init__(self, function: Forward, folder: Path, *, head: str, dtype: str, name: str | None = None) -> None:
         dtype = dtype_name(dtype)
@@ -47,13 +49,13 @@ class FunctionCandidate:
         self.function, self.folder, self.head, self.dtype = function, folder, head, dtype
         self.name = str(name or getattr(function, "__name__", type(function).__name__))
         self.details: dict[str, str] = {}
-        self.takes = _named(function)
+        self.takes: tuple[str, ...] = (*ALWAYS, *_named(function))
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`. Raises InputError for inputs that `cannot_run` has a reason for."""
         if reason := cannot_run(self, inputs):
             raise InputError(f"{self.name}: {inputs.label}: {reason}")
-        cache, embeds = None, self._embeds(inputs)
+        cache, embeds = None, scaled_rows(self.folder, self.head, self.dtype, inputs)
         for piece in inputs.pieces():
             given = {
                 "input_ids": inputs.input_ids[:, piece],
@@ -63,16 +65,6 @@ class FunctionCandidate:
             cache = self._call(given, cache, None if embeds is None else embeds[:, piece], sink)
             if inputs.chunks and cache is None:
                 raise misbehaves("result", "it takes a cache and returns none; expected (logits, cache)")
-
-    def _embeds(self, inputs: Inputs) -> np.ndarray | None:
-        """Embeddings on the grid of the dtype; None where ids are fed."""
-        if not inputs.feeds_embeddings:
-            return None
-        from refllm.models.auto import load
-
-        weights = load(self.folder, head=self.head, dtype=self.dtype, low_memory=True).weights
-        rows = inputs.embedded(lambda ids: as_array(weights.rows("embed_tokens.weight", ids)))
-        return np.asarray(rounding(self.dtype)(rows), np.float32)
 
     def _call(self, given: dict[str, np.ndarray], cache: Any, embeds: np.ndarray | None, sink: Sink) -> Any:
         """One pass. Returns its cache."""
@@ -86,7 +78,7 @@ class FunctionCandidate:
 
         copies = {name: np.array(value) for name, value in given.items()}
         named = {"dtype": self.dtype, "cache": cache, "embeddings": embeds}
-        more = {argument: named[what] for argument, what in _TAKES.items() if what in self.takes}
+        more = {argument: named[what] for argument, what in TAKES.items() if what in self.takes}
         try:
             out = self.function(str(self.folder), *copies.values(), tap, **more)
         except (KeyboardInterrupt, EnoughError):
@@ -94,7 +86,7 @@ class FunctionCandidate:
         except BaseException as error:  # of our own kinds too: it may be made of refllm
             raise raised(error) from None
         must_not_have_changed(given, copies)
-        result, cache = _parts(out)
+        result, cache = result_and_cache(out)
         if result is not None and last not in shown:
             sink(last, result)
         elif result is not None and not _same(last, result, shown[last]):
@@ -102,18 +94,52 @@ class FunctionCandidate:
         return cache
 
 
+def scaled_rows(folder: Path, head: str, dtype: str, inputs: Inputs) -> np.ndarray | None:
+    """The embeddings to feed, on the grid of the dtype: given ones, or the checkpoint's scaled; None where ids are."""
+    if not inputs.feeds_embeddings:
+        return None
+    from refllm.models.auto import load
+
+    weights = load(folder, head=head, dtype=dtype, low_memory=True).weights
+    rows = inputs.embedded(lambda ids: as_array(weights.rows("embed_tokens.weight", ids)))
+    return np.asarray(rounding(dtype)(rows), np.float32)
+
+
+def imported(reference: str) -> Forward:
+    """The function that "module:function" or "file.py:function" names. Raises InputError where there is none, and
+    MisbehavesError for a module that raises when it is imported."""
+    try:
+        return find_function(reference)
+    except InputError as error:
+        if error.__cause__ is not None:
+            raise raised(error.__cause__, " when it is imported") from None
+        raise
+    except BaseException as error:
+        raise raised(error, " when it is imported") from None
+
+
+def takes_a_checkpoint_alone(function: Any) -> bool:
+    """Whether it has one argument that must be given by its place: it makes a model, and is no forward pass."""
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [a.kind in by_place for a in arguments if a.default is a.empty] == [True]
+
+
 def _named(function: Forward) -> tuple[str, ...]:
-    """What of `_TAKES` a function has arguments for, beside those that are given by their place."""
+    """What of `TAKES` a function has arguments for, beside those that are given by their place."""
     try:
         arguments = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some of those that are written in C
         return ()
     only, either = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = [a.name for i, a in enumerate(arguments) if a.kind == only or (a.kind == either and i >= _IN_ORDER)]
-    return tuple(what for argument, what in _TAKES.items() if argument in names)
+    return tuple(what for argument, what in TAKES.items() if argument in names)
 
 
-def _parts(out: Any) -> tuple[Any, Any]:
+def result_and_cache(out: Any) -> tuple[Any, Any]:
     """The result and the cache in what a function returned."""
     if isinstance(out, tuple):
         return (out + (None, None))[:2]

@@ -6,11 +6,10 @@ every name, so that each operator is judged on the candidate's own inputs, and a
 after.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,23 +24,31 @@ from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, ONE_PASS, Uncertain, 
 from refllm.accuracy.recognise import NOT_ASKED, Made, Recogniser, known
 from refllm.accuracy.verdicts import ValueVerdict, Verdict, verdict
 from refllm.accuracy.wrong_answers import undetected
+from refllm.check import formulas
 from refllm.check.asked import Asked
 from refllm.check.error_map import error_map
 from refllm.check.inputs import Inputs
+from refllm.check.layout import no_name
 from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.record import Habit, Record, chosen
+from refllm.check.reordered import REORDERED, ROWS, by_words, order_of, put_in_order, readers
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
-from refllm.check.unseen import never_shown
+from refllm.check.unseen import never_read, never_shown
+from refllm.check.weights import FormatError
 from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
 from refllm.config.traits import traits_of
 from refllm.errors import InputError
+from refllm.forward.dry_run import names_of
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
+from refllm.models.own_page import current
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
+_OF_THE_TAP = "and put in order: it is the tap's, not the model's, since what reads it holds"
+_OF_THE_MODEL = "and what reads them does not hold: the order is the model's, or something else is wrong as well"
 _LAYERS_OF_TABLES = 8  # layers whose rotations are averaged for the tables
 _NOTHING = Measure(0, (0, 0, 0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (), 0.0, 0.0, (), 0.0, 0.0, 0)
 
@@ -155,10 +162,17 @@ def predict(
 
 
 class Judge:
-    """Collects the two runs over one trace. asked.policy: where the candidate has to round; None: wherever it may."""
+    """Collects the two runs over one trace. asked.policy: where the candidate has to round; None: wherever it may.
 
-    def __init__(self, model: Model, trace: Trace, asked: Asked, guess: tables.Tables | None = None) -> None:
+    reorder: whether to put in order what is in another one (`refllm.check.reordered`). orders: value -> what was.
+    """
+
+    def __init__(
+        self, model: Model, trace: Trace, asked: Asked, guess: tables.Tables | None = None, reorder: bool = True
+    ) -> None:
         _require_same(model, trace)
+        trace = replace(trace, taps=dict(trace.taps))
+        self.reorder, self.orders = reorder, dict[str, np.ndarray]()
         self.model, self.trace, self.asked, self.policy = model, trace, asked, asked.policy
         self.valid = trace.inputs.valid
         self.places = np.argwhere(self.valid)
@@ -172,6 +186,7 @@ class Judge:
         self.tables = guess
         self._recognise = Recogniser(trace.dtype, self.places, asked.splits)
         self._last: tuple[Made, Profiled, Profile] | None = None
+        self._made: tuple[Made, Profiled] | None = None
         self._measured: tuple[str, Measure] = "", _NOTHING
         self._names: dict[str, bool] = {}
         self._spoilt: set[str] = set()
@@ -187,7 +202,7 @@ class Judge:
         self._predict(self._isolated, self._work_out_alone, bits=True)
         foreign = [name for name in self.trace.taps if name not in self._names]
         if foreign:
-            raise InputError(self._no_name(foreign))
+            raise InputError(no_name(self.trace.source, foreign, self._names))
         self._compare_layers()
         return list(self.isolated.values())
 
@@ -199,14 +214,9 @@ class Judge:
         name = HEAD_TAPS.get(self.model.head)
         if name == "lm_head" and name in self.trace.taps:
             exact, variance, candidate = map(self._rows, (output.value, output.variance, self.trace.taps[name]))
+            exact, variance = self._expected(name, exact, variance, alone=False)
             self.next_tokens = compare_tokens(exact, variance, candidate, self.places)
         return list(self.reports.values())
-
-    def _no_name(self, foreign: list[str]) -> str:
-        close = difflib.get_close_matches(foreign[0], self._names, 1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        said = f"{foreign[0]!r} is no name of a value of this model ({len(foreign)} such names)"
-        return f"{self.trace.source}: {said}{meant}"
 
     def guesses(self) -> list[tables.Tables | None]:
         """The tables to try in float32, where they count, if the turning is not shown."""
@@ -230,12 +240,14 @@ class Judge:
     def _turned(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Heads before and after the rotation, as far as the candidate shows both: (positions, before, after)."""
         c: Any = self.model.config
+        named = names_of(self.model.page, c)
         interleaved, layers = traits_of(c).interleaved, range(c.num_hidden_layers)
         for layer in list(layers)[:: max(1, len(layers) // _LAYERS_OF_TABLES)]:
             for letter in "qk":
                 at = f"model.layers.{layer}.self_attn.{letter}_"
                 after = self.trace.taps.get(f"{at}rope")
-                before = self.trace.taps.get(f"{at}layernorm" if getattr(c, "qk_layernorm", False) else f"{at}proj")
+                normed = next((name for name in (f"{at}layernorm", f"{at}norm") if name in named), f"{at}proj")
+                before = self.trace.taps.get(normed)
                 if after is None or before is None or after.ndim != 4:
                     continue
                 heads = after.shape[1]
@@ -249,7 +261,7 @@ class Judge:
     # --------------------------------------------------------------------------------------------- each operator alone
 
     def _work_out_alone(self, name: str, made: Made, op: Profiled) -> Uncertain:
-        candidate = self.trace.taps.get(name)
+        candidate, self._made = self.trace.taps.get(name), (made, op)
         if any(i.spoilt for i in made.inputs):
             self._spoilt.add(name)
         if candidate is None:
@@ -339,6 +351,10 @@ class Judge:
 
     def _isolated(self, name: str, x: Uncertain) -> Uncertain:
         candidate = self._candidate(name, x)
+        if candidate is not None and self._put_in_order(name, x, candidate):
+            assert self._made is not None
+            x = self._work_out_alone(name, *self._made).named(name)
+            candidate = self._candidate(name, x)
         self._names[name] = candidate is not None
         if candidate is None:
             return replace(x, spoilt=name in self._spoilt)
@@ -346,6 +362,7 @@ class Judge:
         report = self.isolated[name] = TapReport(name, _NOTHING, dtype=dtype)
         rows, shown = self._rows(candidate), self._shown_rounded(name, x, candidate)
         exact, variance = self._rows(x.value, candidate), self._rows(shown.variance, candidate)
+        exact, variance = self._expected(name, exact, variance, alone=True)
         misrounded = self._misrounded(candidate, x.rounded)
         measured = self._measured[1] if self._measured[0] == name else self._measure(rows, exact, variance)
         report.isolated = replace(measured, misrounded=misrounded)
@@ -370,6 +387,30 @@ class Judge:
         np.copyto(taken[..., : candidate.shape[-1]], candidate, where=np.isfinite(candidate))
         spoilt = report.fed or not np.isfinite(rows).all()
         return Uncertain(taken, np.zeros(x.shape, np.float32), before=x.before, sum_of=x.sum_of, spoilt=spoilt)
+
+    def _expected(
+        self, name: str, exact: np.ndarray, variance: np.ndarray, alone: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What a value is measured against, and the variance of the error that is expected: what the page has. alone:
+        on the candidate's own inputs, and not end to end."""
+        return exact, variance
+
+    def _put_in_order(self, name: str, x: Uncertain, candidate: np.ndarray) -> bool:
+        """Puts the channels of a value in order, if that is all that is wrong with it."""
+        if not self.reorder or formulas.short(name) not in REORDERED:
+            return False
+        order = order_of(self._some_rows(candidate), self._some_rows(x.value[..., : candidate.shape[-1]]))
+        if order is None:
+            return False
+        self.orders[name] = order
+        self.trace.taps[name] = put_in_order(self.trace.taps[name], order)
+        return True
+
+    def _some_rows(self, values: np.ndarray) -> np.ndarray:
+        """[N, n] or [N, H, n]: at most `ROWS` of the positions that are not padding, from all over."""
+        some = np.unique(np.linspace(0, len(self.places) - 1, ROWS).astype(int))
+        row, position = self.places[some].T
+        return values[row, position] if values.ndim == 3 else values[row, :, position]
 
     def _overflow(self, rows: np.ndarray, exact: np.ndarray) -> float:
         """The largest exact number past what the format holds, where the candidate has an infinity for it."""
@@ -413,13 +454,16 @@ class Judge:
     def _work_out_in_line(self, name: str, made: Made, op: Profiled) -> Uncertain:
         if self.policy is not None and self.narrow:
             return op.under(made, of_policy(made.operator, op.policy))
-        return op.under(made, chosen(self.record.profile_of(name, made.operator), made.operator, self.narrow))
+        profile = chosen(self.record.profile_of(name, made.operator), made.operator, self.narrow)
+        x = op.under(made, profile)
+        return op.with_float32_noise(made, profile, x) if self.narrow and not profile.stored else x
 
     def _end_to_end(self, name: str, x: Uncertain) -> Uncertain:
         candidate = self._candidate(name, x)
         if candidate is None:
             return x
         exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
+        exact, variance = self._expected(name, exact, variance, alone=False)
         rows = self._rows(candidate)
         report = self.isolated.get(name) or TapReport(name, _NOTHING, dtype=self.trace.dtype)
         report.end_to_end = self._measure(rows, exact, variance)
@@ -501,7 +545,7 @@ class Judge:
 
 
 def _require_same(model: Model, trace: Trace) -> None:
-    if trace.config_hash != config_hash(model.config):
+    if trace.config_hash not in ("", config_hash(model.config)):
         raise InputError(
             f"trace of {trace.source}: its config ({trace.config_hash}) is not that of the checkpoint "
             f"({config_hash(model.config)}); trace the same checkpoint"
@@ -520,6 +564,7 @@ class Report:
     sum to 1. notes: sentences a reader should know. config: of the model, for the formulas in a report. misbehaviour:
     what the candidate did in place of a forward pass; then nothing was measured. habits: where it rounds. unsaid: what
     it may do on purpose only, and nobody said that it does. unseen: sentences on what the run does not show.
+    format_error: what the weights cost that it was judged with, where they are not the checkpoint's.
     """
 
     checkpoint: str
@@ -537,6 +582,7 @@ class Report:
     habits: list[Habit] = field(default_factory=list)
     unsaid: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    format_error: FormatError | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -589,6 +635,9 @@ class Report:
             if self.next_tokens is None
             else {**asdict(self.next_tokens), "unexplained": len(self.next_tokens.defects)},
             "attribution": self.attribution,
+            "format_error": None
+            if self.format_error is None
+            else {**asdict(self.format_error), "relative": self.format_error.relative},
             "notes": self.notes,
         }
         return {key: _plain(value) for key, value in values.items()}
@@ -603,14 +652,20 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _explained_best(
-    model: Model, trace: Trace, asked: Asked, step: Callable[[str], None]
-) -> tuple[Judge, list[TapReport]]:
+J = TypeVar("J", bound=Judge)
+
+
+def explained_best(
+    make: Callable[[tables.Tables | None], J], step: Callable[[str], None] = lambda text: None
+) -> tuple[J, list[TapReport]]:
     """The judgement with the first tables under which everything holds; under none, with those that leave the fewest
-    operators wrong, by the least. Where an operator is wrong by itself, the run end to end waits for that choice."""
-    tried: list[tuple[tuple[int, float, int], Judge, list[TapReport]]] = []
-    for guess in Judge(model, trace, asked).guesses():
-        collected = Judge(model, trace, asked, guess)
+    operators wrong, by the least. Where an operator is wrong by itself, the run end to end waits for that choice.
+
+    make: a judge with such tables, or None for those that what is shown tells.
+    """
+    tried: list[tuple[tuple[int, float, int], J, list[TapReport]]] = []
+    for guess in make(None).guesses():
+        collected = make(guess)
         alone = collected.alone(step)
         wrong, taps = sum(tap.wrong_here for tap in alone), list[TapReport]()
         if not wrong:
@@ -624,14 +679,41 @@ def _explained_best(
     return collected, taps or collected.in_line(step)
 
 
-def _ask_again(model: Model, trace: Trace, policy: Policy, taps: list[TapReport], step: Callable[[str], None]) -> None:
-    """Measure an honest run where a value is over its end-to-end budget and no operator is wrong by itself."""
+def _whose_order(
+    model: Model, trace: Trace, asked: Asked, step: Callable[[str], None], first: Judge
+) -> tuple[Judge, list[TapReport], list[str]]:
+    """The judgement of a trace some of whose values are in another order, and sentences on it. first: what found it.
+
+    Of what was put in order, if the values that read it then hold; else of the trace as it is.
+    """
+    words = by_words(first.orders, model.config.head_dim)
+    collected, taps = explained_best(lambda guess: Judge(model, first.trace, asked, guess, reorder=False), step)
+    shown = list(collected.reports)
+    read = [readers(name, shown, first.orders) for name in first.orders]
+    if all(names and not any(collected.reports[name].wrong_here for name in names) for names in read):
+        return collected, taps, [f"{', '.join(names)}: shown in {said}, {_OF_THE_TAP}" for said, names in words.items()]
+    collected, taps = explained_best(lambda guess: Judge(model, trace, asked, guess, reorder=False), step)
+    for tap in taps:
+        said = next((said for said, names in words.items() if formulas.short(tap.name) in names), "")
+        if said and tap.defect_here and not tap.named:
+            tap.named = f"its channels are the page's in {said}, {_OF_THE_MODEL}"
+    return collected, taps, []
+
+
+def ask_again(
+    model: Model, trace: Trace, policy: Policy, taps: list[TapReport], step: Callable[[str], None], runs: int = 1
+) -> None:
+    """Measure an honest run where a value is over its end-to-end budget and no operator is wrong by itself.
+
+    runs: of how many independent runs the errors are.
+    """
     if any(tap.wrong_here for tap in taps):
         return
     over = {tap.name: tap.end_to_end for tap in taps if tap.verdict == "fails" and not tap.end_to_end.nonfinite}
     if not over:
         return
     step("an honest run, for comparison")
+    over = {name: replace(found, rms_sigma=found.rms_sigma / runs**0.5) for name, found in over.items()}
     ratios = honest_ratios(model, trace.inputs, trace.dtype, policy, over)
     for tap in taps:
         if tap.name in ratios:
@@ -651,9 +733,14 @@ def judge(
     Raises InputError where trace and model do not fit: another config, unknown names, other shapes.
     """
     asked = Asked.of(policy)
-    collected, taps = _explained_best(model, trace, asked, step)
-    _ask_again(model, trace, collected.nearest_policy(), taps, step)
-    return Report(
+    collected, taps = explained_best(lambda guess: Judge(model, trace, asked, guess), step)
+    if collected.orders:
+        collected, taps, notes = _whose_order(model, trace, asked, step, collected)
+    else:
+        notes = []
+    ask_again(model, trace, collected.nearest_policy(), taps, step)
+    by_page = [f"read by the page {current()}"] if current() else []
+    report = Report(
         checkpoint=checkpoint,
         candidate=trace.source,
         dtype=trace.dtype,
@@ -663,8 +750,11 @@ def judge(
         taps=taps,
         next_tokens=collected.next_tokens,
         attribution=dict(sorted(collected.shares.items(), key=lambda item: -item[1])),
+        notes=[*trace.notes, *notes, *by_page],
         config=model.config,
         habits=collected.habits(),
         unsaid=collected.unsaid(),
-        unseen=never_shown(model.head, trace),
+        unseen=[*never_shown(model.head, trace), *never_read(model)],
     )
+    report.notes += trace.doubts if report.verdict == "fails" else []
+    return report

@@ -11,16 +11,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from refllm.apart import Answer, Channel, EndedError, LateError, Process, place
-from refllm.check.candidates import KNOWN, must_be_known, open_candidate, run_candidate
-from refllm.check.functions import FunctionCandidate
+from refllm.check.candidates import KNOWN, must_be_known, of_object, open_candidate, run_candidate
+from refllm.check.functions import imported
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour, raised
+from refllm.check.stacks import Opening, find_stack
 from refllm.check.taps import EVERYTHING, Candidate, Sink
 from refllm.errors import InputError, RefllmError
-from refllm.user_code import find_function
+from refllm.models.own_page import current, in_use
 
 SECONDS, SECONDS_PER_GIB = 600.0, 3600.0
 """The time for one run, and more for every GiB of weights: a plain port in NumPy on two cores takes less."""
@@ -48,13 +50,14 @@ class Processes:
         self._opened: dict[str, ApartCandidate] = {}
         self._unusable: dict[str, Misbehaviour] = {}
 
-    def open(self, name: str, folder: Path, *, head: str, dtype: str, attention: str) -> "ApartCandidate":
+    def open(self, opening: Opening) -> "ApartCandidate":
         """Begins to open a candidate in place of the one before, and does not wait. Raises InputError as
         `must_be_known`."""
-        must_be_known(name, dtype, attention)
-        how = {"name": name, "folder": str(folder), "head": head, "dtype": dtype, "attention": attention}
-        candidate = ApartCandidate(self, how, time_limit(folder) if self.seconds is None else self.seconds)
-        if name not in self._unusable:
+        must_be_known(opening)
+        opening = replace(opening, page=current())
+        seconds = time_limit(opening.folder) if self.seconds is None else self.seconds
+        candidate = ApartCandidate(self, opening, seconds)
+        if opening.name not in self._unusable:
             self.process(candidate)
         return candidate
 
@@ -63,7 +66,7 @@ class Processes:
 
         Raises MisbehavesError for a candidate that misbehaved when it was imported.
         """
-        name, kind = candidate.how["name"], _kind(candidate.how["name"])
+        name, kind = candidate.opening.name, _kind(candidate.opening.name)
         if name in self._unusable:
             raise MisbehavesError(self._unusable[name], name)
         if kind not in self._running:
@@ -72,12 +75,12 @@ class Processes:
             self._opened.pop(kind, None)
         if self._opened.get(kind) is not candidate:
             self._opened[kind], candidate.ready = candidate, False
-            self._running[kind].send(("open", candidate.how))
+            self._running[kind].send(("open", vars(candidate.opening)))
         return self._running[kind]
 
     def end(self, candidate: "ApartCandidate") -> None:
         """Ends the process of a candidate, if there is one."""
-        process = self._running.pop(_kind(candidate.how["name"]), None)
+        process = self._running.pop(_kind(candidate.opening.name), None)
         if process is not None:
             process.close()
 
@@ -100,11 +103,12 @@ class ApartCandidate:
     ready: whether it is open, and not only being opened.
     """
 
-    def __init__(self, processes: Processes, how: dict[str, str], seconds: float) -> None:
-        self.how, self.seconds, self.ready = how, seconds, False
-        self.name, self.dtype = how["name"], how["dtype"]
+    def __init__(self, processes: Processes, opening: Opening, seconds: float) -> None:
+        self.opening, self.seconds, self.ready = opening, seconds, False
+        self.name, self.dtype = opening.name, opening.dtype
         self.details: dict[str, str] = {}
         self.takes: tuple[str, ...] = EVERYTHING
+        self.computes_in = ""
         self._processes = processes
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
@@ -129,17 +133,17 @@ class ApartCandidate:
         """Returns when it is open. Raises MisbehavesError for what goes wrong until then."""
         process, seconds = self._processes.process(self), self.seconds + SECONDS_TO_START
         end, late = time.monotonic() + seconds, f"it was not ready to run within {seconds:g} s"
-        imported = self.how["name"] in KNOWN
+        imported = self.opening.name in KNOWN or find_stack(self.opening.name) is not None
         try:
             while not self.ready:
                 word, values = self._receive(process, end, late)
                 imported = True
                 if word == "opened":
                     self.name, self.details, self.ready = str(values["name"]), values["details"], True
-                    self.takes = tuple(values["takes"])
+                    self.takes, self.computes_in = tuple(values["takes"]), str(values["computes_in"])
         except MisbehavesError as error:
             if not imported:
-                self._processes.give_up(self.how["name"], error.found)
+                self._processes.give_up(self.opening.name, error.found)
             raise
 
     def _receive(self, process: Process, end: float, late: str) -> Answer:
@@ -164,8 +168,10 @@ class ApartCandidate:
 
 
 def _kind(name: str) -> str:
-    """Candidates of one kind share a process: those that refllm knows, and those of one file or module."""
-    return "" if name in KNOWN else name.rpartition(":")[0]
+    """Candidates of one kind share a process: those that refllm knows, of one stack, of one file or module."""
+    if name in KNOWN:
+        return ""
+    return name.partition(":")[0] if find_stack(name) is not None else name.rpartition(":")[0]
 
 
 def _shown() -> Callable[[bytes], None]:
@@ -191,13 +197,17 @@ def serve(channel: Channel) -> None:
     """Opens a candidate, runs it as often as it is asked to, then the next."""
     warnings.filterwarnings("ignore", module=r"refllm\.")  # said already where the check itself loads the checkpoint
     candidate: Candidate | None = None
+    pages = contextlib.ExitStack()  # all its candidates have the same one
     for what, given in channel.requests():
         try:
             if what == "open":
                 candidate = None  # before another is loaded beside it
-                candidate = _opened(given, channel)
-                takes = getattr(candidate, "takes", EVERYTHING)
-                channel.answer("opened", {"name": candidate.name, "details": candidate.details, "takes": takes})
+                pages.enter_context(in_use(given["page"] or None))
+                candidate = _opened(Opening(**given), channel)
+                said: dict[str, object] = {"name": candidate.name, "details": candidate.details}
+                said["takes"] = getattr(candidate, "takes", EVERYTHING)
+                said["computes_in"] = getattr(candidate, "computes_in", "")
+                channel.answer("opened", said)
             else:
                 assert candidate is not None
                 candidate.dtype = given["dtype"]  # as was found in what it showed
@@ -215,19 +225,13 @@ def _run(candidate: Candidate, inputs: Inputs, channel: Channel) -> None:
     run_candidate(candidate, inputs, lambda name, value: channel.answer("tap", {"name": name, "value": value}))
 
 
-def _opened(how: dict[str, str], channel: Channel) -> Candidate:
-    name, rest = how["name"], {"head": how["head"], "dtype": how["dtype"]}
-    if name in KNOWN:
-        return open_candidate(name, Path(how["folder"]), **rest, attention=how["attention"])
-    where = name.rpartition(":")[0]
-    sys.path.insert(0, str(Path(where).resolve().parent) if where.endswith(".py") else os.getcwd())
-    try:
-        function = find_function(name)
-    except InputError as error:
-        if error.__cause__ is not None:
-            raise raised(error.__cause__, " when it is imported") from None
-        raise
-    except BaseException as error:
-        raise raised(error, " when it is imported") from None
+def _opened(opening: Opening, channel: Channel) -> Candidate:
+    stack = find_stack(opening.name)
+    where = (opening.name if stack is None else opening.given).rpartition(":")[0]
+    if where:  # a function of theirs, whose file has its neighbours beside it
+        sys.path.insert(0, str(Path(where).resolve().parent) if where.endswith(".py") else os.getcwd())
+    if opening.name in KNOWN or stack is not None:
+        return open_candidate(opening)
+    function = imported(opening.name)
     channel.answer("found")
-    return FunctionCandidate(function, Path(how["folder"]), **rest, name=name)
+    return of_object(function, opening)

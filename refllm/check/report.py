@@ -30,7 +30,13 @@ def show_report(report: Report, verbose: bool = False) -> RenderableType:
         parts.append(_failure(report))
     parts += [_tap_table(report) if verbose else _layer_table(report), ""]
     remarks = Table.grid(padding=(0, 2, 0, 0))
-    for label, said in [*_tokens(report), *_habits(report), *_attribution(report), *_cautions(report)]:
+    for label, said in [
+        *_tokens(report),
+        *_habits(report),
+        *_format(report),
+        *_attribution(report),
+        *_cautions(report),
+    ]:
         remarks.add_row(Text(label, style="dim"), said)
     return Group(*parts, remarks, "")
 
@@ -115,7 +121,7 @@ def _failure(report: Report) -> RenderableType:
         Text(formula.convention, style="dim"),
     ]
     if span:  # it is one of several operators
-        lines = [Text(f"in one of {', '.join(formulas.short(name) for name in (*first.hidden, first.name))}")]
+        lines = [Text(f"in one of {formulas.listed((*first.hidden, first.name))}")]
     reason, *more = why(report, first)
     lines = [Text(reason, style=STYLE["fails"]), *lines, *(Text(said) for said in more)]
     lines += [Text.assemble((f"{label}  ", "dim"), said) for label, said in context(report, first)]
@@ -296,6 +302,12 @@ def flip_in_words(flip: Flip) -> str:
 def _habits(report: Report) -> list[tuple[str, Text]]:
     """Where the candidate rounds."""
     return [("rounds" if i == 0 else "", Text(said)) for i, said in enumerate(findings.habits_in_words(report))]
+
+
+def _format(report: Report) -> list[tuple[str, Text]]:
+    """What the format of the candidate's own weights costs."""
+    said = [] if report.format_error is None else report.format_error.in_words()
+    return [("format" if i == 0 else "", Text(text)) for i, text in enumerate(said)]
 
 
 def _attribution(report: Report) -> list[tuple[str, Text]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,21 @@ from refllm.check.asked import Asked
 from refllm.check.candidates import FAST, KNOWN, open_candidate, record
 from refllm.check.functions import DTYPES
 from refllm.check.inputs import Inputs
+from refllm.check.layout import words_of
 from refllm.check.misbehaviour import MisbehavesError
 from refllm.check.oracle import Report
 from refllm.check.process import ApartCandidate, Processes
 from refllm.check.runs import Runs
+from refllm.check.stacks import Opening
 from refllm.check.taps import EVERYTHING, Candidate
 from refllm.check.trace import Trace
+from refllm.check.weights import Given
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
+from refllm.forward.taps import axes_of_values
 from refllm.precision import POLICIES, Policy
 from refllm.precision.dtype_names import dtype_name
+from refllm.storage.hub_cache import local_folder
 from refllm.storage.not_a_checkpoint import explain
 
 Step = Callable[..., None]
@@ -51,7 +56,10 @@ class Settings:
     policy: where the candidate has to round; None: see `rounding_of`.
     stress: check the stressed inputs too (`refllm.check.inputs.stressed`). tokens: the arguments prompt, ids and
     ids_file of `read_tokens`. seconds: for each run of the candidate; None: `refllm.check.process.time_limit`.
-    isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`.
+    isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`. names, library: see
+    `refllm.check.stacks.Opening`. layout: words of `refllm.check.layout.LAYOUTS`.
+    against: a known-good run to be the measure, and its tokens those that are run where `tokens` has none.
+    weights: what `refllm.check.weights.Given.open` takes.
     """
 
     candidate: str = "transformers"
@@ -64,6 +72,11 @@ class Settings:
     isolate: bool = True
     splits: int = 1
     tf32: bool = False
+    names: Path | None = None
+    library: Path | None = None
+    layout: str = ""
+    against: Trace | None = None
+    weights: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
@@ -72,9 +85,16 @@ class Settings:
                 raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
         if self.attention not in POLICY_OF_ATTENTION:
             raise InputError(f"--attn {self.attention} is not known: use {' or '.join(POLICY_OF_ATTENTION)}")
-        _ = self.rounding  # refuses what is not known
+        _ = self.rounding, words_of(self.layout, "--layout")  # refuse what is not known
+        if self.against is not None and self.stress:
+            raise InputError("--against has the values of one run, so leave out --stress")
         if self.seconds is not None and not self.seconds > 0:
             raise InputError(f"--time {self.seconds:g}: expected more than 0 seconds")
+
+    def opening(self, folder: Path, dtype: str) -> Opening:
+        """What the candidate is opened from, for one checkpoint in one precision."""
+        head = head_of(folder)
+        return Opening(self.candidate, folder, head, dtype, self.attention, self.names, self.library)
 
     @property
     def rounding(self) -> Asked:
@@ -103,14 +123,18 @@ def find_policy(name: str | None, attention: str = "eager") -> Policy:
 
 
 def folders_to_check(checkpoint: Path | None) -> list[Path]:
-    """The folder given, or those of all embedded checkpoints. Raises InputError for what is no folder."""
+    """The folder given, by its name on the hub too, or those of all embedded checkpoints.
+
+    Raises InputError for what is no folder.
+    """
     if checkpoint is None:
         from refllm import golden
 
         return [Path(folder) for folder in golden.checkpoints().values()]
-    if not checkpoint.is_dir():
+    folder = local_folder(checkpoint)
+    if not folder.is_dir():
         raise InputError(f"{checkpoint}: {explain(checkpoint)}")
-    return [checkpoint]
+    return [folder]
 
 
 def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tuple[list[str], list[str]]:
@@ -144,6 +168,8 @@ def check_all(
 
 def _dtypes(settings: Settings) -> tuple[str, ...] | tuple[None]:
     """What was asked for. Else of what refllm knows the usual ones; and None of a function, which may have its own."""
+    if settings.against is not None and not settings.dtypes:
+        return (settings.against.dtype,)
     return settings.dtypes or (DEFAULT_DTYPES if settings.candidate in KNOWN else (None,))
 
 
@@ -158,13 +184,7 @@ class _Job:
         """The candidate; one in a process of its own is only begun with."""
         if self.candidate is None:
             open_one = processes.open if self.settings.isolate else open_candidate
-            self.candidate = open_one(
-                self.settings.candidate,
-                self.folder,
-                head=head_of(self.folder),
-                dtype=self.dtype or DEFAULT_DTYPES[0],
-                attention=self.settings.attention,
-            )
+            self.candidate = open_one(self.settings.opening(self.folder, self.dtype or DEFAULT_DTYPES[0]))
         return self.candidate
 
     def takes_dtype(self, processes: Processes) -> bool:
@@ -182,7 +202,8 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
     """A report per input. The candidate of the following job is opened while the last run of this one is judged."""
     step(f"{job.folder.name}: loading")
     candidate = job.open(processes)  # it loads its weights while this process loads its own
-    ids, notes = tokens_for(job.folder, job.settings.tokens)
+    good = job.settings.against
+    inputs, notes = inputs_for(job.folder, job.settings.tokens, good)
 
     def go_on() -> None:
         job.candidate = None
@@ -195,14 +216,17 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
     runs = Runs(
         lambda dtype: load(job.folder, dtype),
         candidate,
-        Inputs(ids),
+        inputs,
         job.settings.rounding,
         checkpoint=job.folder.name,
         stress=job.settings.stress,
         said=job.dtype is not None,
+        layout=words_of(job.settings.layout, "--layout"),
+        against=good,
         notes=notes,
         step=step,
         recorded=go_on,
+        weights=None if job.settings.weights is None else Given.open(job.settings.weights),
     )
     yield from runs.reports()
 
@@ -240,10 +264,30 @@ def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: No
         candidate = job.open(processes)
         ids, notes = tokens_for(folder, settings.tokens)
         step(f"{folder.name}: {settings.candidate}")
-        trace = record(candidate, load(folder, candidate.dtype), Inputs(ids))
+        trace = record(candidate, load(folder, candidate.dtype), Inputs(ids), words_of(settings.layout, "--layout"))
     policy = settings.rounding.name or ""
     trace.details |= {"checkpoint": folder.name, "policy": policy, "notes": "; ".join(notes)}
     return trace
+
+
+def inputs_for(folder: Path, tokens: dict[str, Any], good: Trace | None) -> tuple[Inputs, list[str]]:
+    """What to run, and notes for the reader: the tokens asked for, else those of the known-good run, else our own."""
+    if good is not None and all(value is None for value in tokens.values()):
+        return replace(good.inputs, chunks=(), label="tokens"), []
+    ids, notes = tokens_for(folder, tokens)
+    return Inputs(ids), notes
+
+
+def write_inputs(folder: Path, tokens: dict[str, Any], stress: bool, path: Path) -> tuple[int, int]:
+    """Write what another machine must run, and the values that are expected: `refllm trace --inputs-only`. Returns how
+    many runs and values those are."""
+    from refllm.check import inputs_file
+    from refllm.config import AutoConfig
+
+    config, head = AutoConfig.from_pretrained(folder), head_of(folder)
+    runs = inputs_file.runs_of(config, tokens_for(folder, tokens)[0], stress)
+    inputs_file.write_inputs(path, config, head, runs, folder.name)
+    return len(runs), len(axes_of_values(config, head))
 
 
 def tokens_for(folder: Path, tokens: dict[str, Any]) -> tuple[np.ndarray, list[str]]:

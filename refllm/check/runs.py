@@ -6,21 +6,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from refllm.check.against import judge_against
 from refllm.check.asked import Asked
 from refllm.check.candidates import record
 from refllm.check.chosen_embeddings import chosen
 from refllm.check.inputs import Inputs, every_token, stressed
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
+from refllm.check.recorded import canonical
 from refllm.check.taps import EVERYTHING, Candidate, cannot_run
-from refllm.check.trace import Trace
+from refllm.check.trace import Trace, format_of
 from refllm.check.unseen import EMBEDDING, Rows, read_rows
+from refllm.check.weights import Given, format_error
 from refllm.config import ModelConfig
+from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.forward.rotary import RotaryEmbedding
-from refllm.precision import Policy, rounding
-
-_FEWEST = 64  # numbers other than 0 that tell a format
+from refllm.precision import Policy
 
 
 @dataclass
@@ -28,7 +30,10 @@ class Runs:
     """What to run. load: dtype -> the checkpoint, with weights on the grid of that dtype. plain: the inputs.
 
     said: whether somebody said the candidate's dtype; if not, and it takes none, it is found in what it shows.
-    recorded: called when the last run is done and not yet judged.
+    layout: how the candidate's values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
+    against: a known-good run, the measure in place of the page; of the plain inputs.
+    recorded: called when the last run is done and not yet judged. weights: those that the candidate really
+    has, where they are not the checkpoint's; it may hand them over in its first run.
     """
 
     load: Callable[[str], Model]
@@ -38,12 +43,20 @@ class Runs:
     checkpoint: str = ""
     stress: bool = False
     said: bool = True
+    layout: tuple[str, ...] = ()
+    against: Trace | None = None
     notes: list[str] = field(default_factory=list)
     step: Callable[..., None] = lambda *_: None
     recorded: Callable[[], None] = lambda: None
+    weights: Given | None = None
 
     def __post_init__(self) -> None:
-        self._model = self.load(self.candidate.dtype)
+        self._model = self._load(self.candidate.dtype)
+
+    def _load(self, dtype: str) -> Model:
+        """The checkpoint in `dtype`, with the weights that the candidate has."""
+        model = self.load(dtype)
+        return model if self.weights is None else self.weights.in_place_of(model)
 
     def reports(self) -> Iterator[Report]:
         """A report per input, as they are done; one more if rows of the embedding are wrong that no input reads."""
@@ -67,19 +80,21 @@ class Runs:
         seconds = time.monotonic() - begin
         possible, skipped = self._possible()  # as is known now that it ran
         if isinstance(found, Trace):
+            self._take_weights(found)
             self._settle(found)
-            rows = self._rows(found, possible, seconds)
+            rows = self._rows(found, possible, seconds) if self.against is None else rows
         more += [] if _hangs(found) else possible
         if not more:
             self.recorded()
         report = self._judged(self.plain, found, skipped)
         report.unseen += rows.sentences
+        self._tell_format_error(report)
         return [report, *([] if rows.wrong is None else [self._judged(rows.wrong.inputs, rows.wrong, [rows.said])])]
 
     def _run(self, inputs: Inputs) -> Trace | Misbehaviour:
         self.step(f"{self._where(inputs)}: {self.candidate.name}")
         try:
-            return record(self.candidate, self._model, inputs)
+            return record(self.candidate, self._model, inputs, self.layout)
         except MisbehavesError as error:
             return error.found
 
@@ -91,21 +106,51 @@ class Runs:
         ids, config = self.plain.input_ids, self._model.config
         wanted = [*stressed(ids), *chosen(self._model, ids)] if self.stress else []
         why = {
-            inputs.label: cannot_run(self.candidate, inputs) or changes_on_the_way(config, inputs) for inputs in wanted
+            inputs.label: cannot_run(self.candidate, inputs)
+            or changes_on_the_way(config, inputs)
+            or self._has_other_rows(inputs)
+            for inputs in wanted
         }
         skipped = [f"{label} ({reason})" for label, reason in why.items() if reason]
         said = [f"not run: {', '.join(skipped)}"] if skipped else []
         return [inputs for inputs in wanted if not why[inputs.label]], said
 
+    def _has_other_rows(self, inputs: Inputs) -> str:
+        """Why a candidate with weights of its own is not fed embeddings: a clause, "" if it is. They would be rows of
+        the checkpoint."""
+        other = self.weights is not None and inputs.embeds_scale is not None and self.weights.replaces_embedding()
+        return "its embedding is not the checkpoint's" if other else ""
+
+    def _take_weights(self, trace: Trace) -> None:
+        """Takes the tensors that the candidate handed over, in the place of the checkpoint's."""
+        if trace.weights and self.weights is not None:
+            given = self.weights.source
+            self.notes = [*self.notes, f"it hands over weights of its own, which are not read: judged with {given}"]
+        elif trace.weights:
+            self.weights = Given.handed(self.candidate.name, trace.weights)
+            self._model = self._load(self.candidate.dtype)
+
+    def _tell_format_error(self, report: Report) -> None:
+        """Adds what the format of the candidate's own weights costs."""
+        if self.weights is None or report.misbehaviour is not None:
+            return
+        self.step(f"{self._where(self.plain)}: exact runs with its weights and the checkpoint's")
+        report.format_error = format_error(self.load("float64"), self.weights, self.plain, report)
+
     def _settle(self, trace: Trace) -> None:
-        """Takes the precision in which the candidate computed, where it was not told one."""
+        """Takes the precision in which the candidate computed, where it was not told one. Raises InputError for a file
+        that is in another than was said."""
         if "dtype" in getattr(self.candidate, "takes", EVERYTHING):
             return
-        shown = format_of(trace)
+        own = getattr(self.candidate, "computes_in", "")
+        if own and self.said and own != trace.dtype:
+            raise InputError(f"{self.candidate.name} is in {own}: use --dtype {own}, not {trace.dtype}")
+        shown = own or format_of(trace.taps)
         if not self.said:
-            self.notes = [*self.notes, f"judged as {shown}, since what it shows is that; --dtype says another"]
+            why = "as it computes" if own else "since what it shows is that; --dtype says another"
+            self.notes = [*self.notes, f"judged as {shown}, {why}"]
             self.candidate.dtype = trace.dtype = shown
-            self._model = self.load(shown)
+            self._model = self._load(shown)
         elif shown != trace.dtype:
             note = f"it takes no dtype, and what it shows is {shown}: judged as {trace.dtype}, as --dtype says"
             self.notes = [*self.notes, note]
@@ -128,9 +173,17 @@ class Runs:
         else:
             where = self._where(inputs)
             step = lambda text: self.step(f"{where}: {text}")  # noqa: E731
-            report = judge(self._model, found, self.policy, checkpoint=self.checkpoint, step=step)
-        report.notes += [*(notes or []), *self.notes]
+            report = self._measured(found, step)
+        of_the_stack = [said for name, said in self.candidate.details.items() if name == "note"]
+        report.notes += [*(notes or []), *self.notes, *of_the_stack]
         return report
+
+    def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
+        if self.against is None:
+            return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step)
+        layout = ",".join(self.layout) if self.against.is_plain else ""
+        good, asked = canonical(self.against, self._model, layout), Asked.of(self.policy)
+        return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)
 
     def _misbehaving(self, inputs: Inputs, found: Misbehaviour) -> Report:
         return Report(
@@ -162,16 +215,3 @@ def changes_on_the_way(config: ModelConfig, inputs: Inputs) -> str:
         found.append(rotary.inv_freq)
     same = all(np.array_equal(found[0], frequencies) for frequencies in found)
     return "" if same else "its rotary frequencies change with the length of a call"
-
-
-def format_of(trace: Trace) -> str:
-    """The dtype on whose grid the values lie that a candidate shows: one value in a narrow format is enough, since
-    norms and logits may be wider. The embedding does not count, which is on the grid of the checkpoint."""
-    for name, value in trace.taps.items():
-        some = value.ravel()[: 1 << 16]
-        some = some[np.isfinite(some) & (some != 0)]
-        if name != EMBEDDING and some.size >= _FEWEST:
-            for dtype in ("bfloat16", "float16"):  # most numbers of bfloat16 are numbers of float16 too
-                if (rounding(dtype)(some) == some).all():
-                    return dtype
-    return "float32"

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from refllm.check.inputs import Inputs
+from refllm.check.inputs import FAR, Inputs
 from refllm.inputs import to_numpy
 
 Sink = Callable[[str, Any], None]
@@ -19,8 +19,9 @@ Sink = Callable[[str, Any], None]
 class Candidate(Protocol):
     """An implementation under test, ready to run (weights loaded).
 
-    name: for reports. dtype: of its weights and activations. details: versions and settings worth keeping. It may have
-    an attribute `takes` (`EVERYTHING`).
+    name: for reports. dtype: of its weights and activations. details: versions and settings worth keeping, and
+    under "note" a sentence for whoever reads the report. It may have an attribute `takes` (`EVERYTHING`), and
+    `computes_in`, the one dtype that it has because its file is in that.
     """
 
     name: str
@@ -38,16 +39,32 @@ class Candidate(Protocol):
 
 def cannot_run(candidate: Candidate, inputs: Inputs) -> str:
     """Why a candidate cannot run such inputs: a clause, "" if it can. One without an attribute `takes` takes all."""
-    takes = getattr(candidate, "takes", EVERYTHING)
-    if inputs.chunks and "cache" not in takes:
-        return "it takes no cache"
-    if inputs.feeds_embeddings and "embeddings" not in takes:
-        return "it takes no embeddings"
-    return ""
+    takes, S = getattr(candidate, "takes", EVERYTHING), inputs.input_ids.shape[1]
+    counted = np.cumsum(inputs.valid, axis=1) - 1
+    if LENGTHS in takes and (inputs.positions == counted)[inputs.valid].all():
+        takes = (*takes, "mask", "positions")
+    wanted = {
+        "cache": bool(inputs.chunks),
+        "embeddings": inputs.feeds_embeddings,
+        "mask": not inputs.valid.all(),
+        "positions": bool((inputs.positions != np.arange(S)).any()),
+        "batch": len(inputs.input_ids) > 1,
+    }
+    lacks = [what for what, needed in wanted.items() if needed and what not in takes]
+    if not lacks and NEAR in takes and inputs.positions.max() >= FAR:
+        return f"it has no positions from {FAR} on"
+    return f"it takes no {lacks[0]}" if lacks else ""
 
 
-EVERYTHING = ("dtype", "cache", "embeddings")
-"""What a candidate may take besides ids, mask and positions (`Candidate.takes`)."""
+ALWAYS = ("mask", "positions", "batch")
+"""What every forward pass of somebody's own is given; an engine may lack it."""
+LENGTHS = "lengths"
+"""What an engine takes that knows rows of different lengths and counts the tokens of each from 0: no other mask, and no
+other positions."""
+NEAR = "near positions"
+"""In `Candidate.takes`: it has tables, or a cache, that end before `refllm.check.inputs.FAR`."""
+EVERYTHING = ("dtype", "cache", "embeddings", *ALWAYS)
+"""What a candidate may take besides one row of ids (`Candidate.takes`)."""
 
 
 def as_array(value: Any) -> np.ndarray:

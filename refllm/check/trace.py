@@ -1,20 +1,33 @@
-"""A trace: the named values of one forward pass of any implementation, in memory or in a safetensors file."""
+"""A trace: the named values of one forward pass of any implementation, in memory or in a safetensors file.
+
+The files that `refllm trace` writes say everything about themselves. Any other program writes a plain safetensors file,
+with `input_ids` and tensors whose names are those of `refllm.forward.taps` (docs/recording.md).
+"""
 
 import json
+import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refllm.check.inputs import Inputs
+from refllm.check.layout import words_of
 from refllm.errors import CheckpointError, InputError
+from refllm.precision import rounding
+from refllm.precision.dtype_names import dtype_name
 from refllm.storage import input_file, output_file
 from refllm.storage.checkpoint_writer import header
 from refllm.storage.safetensors_format import read_header
 
 FORMAT = "refllm trace 1"
+INPUTS_FORMAT = "refllm inputs 1"
+"""The format of a file that has inputs to run, and no values."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_FEWEST = 64  # numbers other than 0 that tell a format
+_PAGE = "docs/recording.md"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -22,8 +35,11 @@ _INPUTS = ("input_ids", "attention_mask", "position_ids")
 class Trace:
     """taps: name -> array, in order of computation; narrow formats are held in float32. source: who computed it.
 
-    config_hash: of what the config says about the mathematics (`refllm.config.digest`). details: anything else worth
-    keeping.
+    head, config_hash: of the model, the latter of what its config says about the mathematics (`refllm.config.digest`);
+    "" where a file does not say. details: anything else worth keeping. layout: words of `refllm.check.layout.LAYOUTS`
+    that say how the values lie; notes, doubts: what was said when they were brought to the shapes of the vocabulary
+    (`refllm.check.layout.Laid`). weights: tensors that the candidate handed over
+    (`refllm.check.weights`), which no file keeps.
     """
 
     taps: dict[str, np.ndarray]
@@ -33,6 +49,15 @@ class Trace:
     head: str
     config_hash: str
     details: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    layout: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a program wrote it that does not know refllm, and its file has no word on its model."""
+        return not self.config_hash
 
     def save(self, path: str | Path) -> None:
         """Write to a file. Narrow values are stored in their own dtype, two bytes each."""
@@ -57,50 +82,159 @@ class Trace:
         }
         about |= {"chunks": self.inputs.chunks, "embeds_scale": self.inputs.embeds_scale, "label": self.inputs.label}
         metadata = {"format": FORMAT, "about": json.dumps(about), "details": json.dumps(self.details)}
-        kinds = {name: (value.shape, value.dtype.name) for name, value in tensors.items()}
-        try:
-            with output_file.replacing(path) as file:
-                file.write(header(kinds, metadata))
-                for value in tensors.values():
-                    file.write(value.reshape(-1).view(np.uint8).data)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+        write_tensors(path, tensors, metadata)
 
     @staticmethod
-    def load(path: str | Path) -> "Trace":
-        """Read what `save` wrote. Raises InputError, naming the file, for anything else."""
-        from safetensors import SafetensorError, safe_open
+    def load(path: str | Path, input_ids: np.ndarray | None = None) -> "Trace":
+        """Read what `save` wrote, or a plain safetensors file of values by name.
+
+        input_ids: the tokens [B, S] that were run, for a file that does not hold them. Raises InputError, naming the
+        file, for anything else, and for other tokens than the file has.
+        """
+        from safetensors import SafetensorError
 
         path = Path(path)
         if not os.path.exists(path):
-            raise InputError(f"{path}: no such file; a trace is made by refllm trace")
+            raise InputError(f"{path}: no such file; a trace is made by refllm trace, or by any program ({_PAGE})")
         try:
-            input_file.must_be_regular(path)
-            with open(path, "rb") as raw:
-                read_header(raw, str(path))  # refuses what the library would fill the memory with
-            with safe_open(str(path), framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise InputError(f"{path}: not a trace (its format is not {FORMAT!r}); make one with refllm trace")
-                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            about, details = json.loads(metadata["about"]), json.loads(metadata["details"])
-            inputs = Inputs(
-                tensors["input.input_ids"],
-                tensors.get("input.attention_mask"),
-                tensors.get("input.position_ids"),
-                tuple(about["chunks"]),
-                about["embeds_scale"],
-                about["label"],
-                embeds=tensors.get("input.embeds"),
-            )
-            taps = {n.split(".", 2)[2]: _wide(value) for n, value in tensors.items() if n.startswith("tap.")}
-            return Trace(taps, inputs, about["source"], about["dtype"], about["head"], about["config_hash"], details)
-        except CheckpointError as error:
-            raise InputError(f"{error}; a trace is made by refllm trace") from None
-        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-            if isinstance(error, InputError):
-                raise
+            tensors, metadata = _read(path)
+            if metadata.get("format") == FORMAT:
+                return _of_refllm(tensors, metadata, input_ids)
+            return _plain(tensors, metadata, input_ids, path.name)
+        except (CheckpointError, InputError) as error:
+            said = str(error).removeprefix(f"{path}: ")
+            raise InputError(f"{path}: {said}; a trace is made by refllm trace, or by any program ({_PAGE})") from None
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: not readable as a trace ({error}); make it again with refllm trace") from None
+
+
+def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file of contiguous arrays. Raises InputError where it cannot be written."""
+    kinds = {name: (value.shape, value.dtype.name) for name, value in tensors.items()}
+    try:
+        with output_file.replacing(path) as file:
+            file.write(header(kinds, metadata))
+            for value in tensors.values():
+                file.write(value.reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors, in the order of their data, and the metadata of a file that is not trusted."""
+    from safetensors import safe_open
+
+    input_file.must_be_regular(path)
+    with open(path, "rb") as raw:
+        infos, metadata = read_header(raw, str(path))  # refuses what the library would fill the memory with
+    if metadata.get("format") == INPUTS_FORMAT:
+        raise InputError("it holds inputs to run, and no values; run them, and record what comes out")
+    strange = next((name for name, info in infos.items() if not _readable(name, info.dtype)), None)
+    if strange is not None:
+        raise InputError(f"{strange} is {infos[strange].dtype}; expected float32, bfloat16, float16 or float64")
+    with safe_open(str(path), framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in infos}, metadata
+
+
+def _readable(name: str, dtype: str) -> bool:
+    return name.removeprefix("input.") in _INPUTS or dtype in DTYPES
+
+
+def _of_refllm(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.ndarray | None) -> Trace:
+    about, details = json.loads(metadata["about"]), json.loads(metadata["details"])
+    if not all(isinstance(about[key], str) for key in ("source", "dtype", "head", "config_hash", "label")):
+        raise InputError("its metadata says something other than a text of its source, dtype, head, config or label")
+    dtype = _dtype(about["dtype"])
+    scale = None if about["embeds_scale"] is None else _scale(about["embeds_scale"])
+    ids, mask, positions = (tensors.get(f"input.{name}") for name in _INPUTS)
+    chunks = tuple(int(size) for size in about["chunks"])
+    inputs = _inputs(ids, mask, positions, given, chunks=chunks, embeds_scale=scale, label=about["label"])
+    inputs = replace(inputs, embeds=tensors.get("input.embeds"))
+    taps = {n.split(".", 2)[2]: _wide(value) for n, value in sorted(tensors.items()) if n.startswith("tap.")}
+    return Trace(taps, inputs, about["source"], dtype, about["head"], about["config_hash"], _texts(details))
+
+
+def _plain(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.ndarray | None, file: str) -> Trace:
+    """What any program may write: see `_PAGE`. file: what to call it if it does not say."""
+    ids, mask, positions = (tensors.pop(name, None) for name in _INPUTS)
+    dtype, scale = metadata.get("dtype", ""), metadata.get("embeds_scale")
+    stored = [d for d in DTYPES[1:3] if any(value.dtype.name == d for value in tensors.values())]
+    label, factor = metadata.get("label", "recorded tokens"), None if scale is None else _scale(scale)
+    inputs = _inputs(ids, mask, positions, given, label=label, embeds_scale=factor)
+    taps = {name: _wide(value) for name, value in tensors.items()}
+    return Trace(
+        taps,
+        inputs,
+        source=metadata.get("source", file),
+        dtype=_dtype(dtype) if dtype else stored[0] if len(stored) == 1 else format_of(taps),
+        head="",
+        config_hash=metadata.get("config_hash", ""),
+        details={key: value for key, value in metadata.items() if key not in ("format", "layout")},
+        layout=words_of(metadata.get("layout", ""), "its metadata"),
+    )
+
+
+def _inputs(
+    ids: np.ndarray | None,
+    mask: np.ndarray | None,
+    positions: np.ndarray | None,
+    given: np.ndarray | None,
+    **how: Any,
+) -> Inputs:
+    """The inputs of a file; given: tokens that somebody named beside it."""
+    if ids is None and given is None:
+        raise InputError("it has no input_ids [B, S], and nobody says with --ids which tokens were run")
+    arrays: dict[str, Any] = {}
+    for name, value in zip(_INPUTS, (given if ids is None else ids, mask, positions), strict=True):
+        if value is not None:
+            arrays[name] = _integers(name, value)
+    if given is not None and not np.array_equal(arrays["input_ids"], np.atleast_2d(given)):
+        raise InputError("its input_ids are other tokens than those of the command; leave out --ids, --prompt")
+    if "attention_mask" in arrays:
+        arrays["attention_mask"] = (arrays["attention_mask"] != 0).astype(np.int64)
+        if not arrays["attention_mask"].any():
+            raise InputError("attention_mask: every token is padding")
+    return Inputs(**arrays, **how)
+
+
+def _integers(name: str, value: np.ndarray) -> np.ndarray:
+    """[S] or [B, S] of a file as int64 [B, S]."""
+    if value.dtype.kind not in "iub" or (value.dtype.kind == "b" and name != "attention_mask"):
+        raise InputError(f"{name} is {value.dtype.name}; expected integers")
+    found = np.atleast_2d(value).astype(np.int64)
+    if found.size and found.min() < 0:
+        raise InputError(f"{name} has {found.min()}, which is negative")
+    return found
+
+
+def _dtype(text: str) -> str:
+    if (name := dtype_name(text)) not in DTYPES:
+        raise InputError(f"its metadata says dtype {text!r}; use {', '.join(DTYPES)}")
+    return name
+
+
+def _scale(value: Any) -> float:
+    found = float(value)
+    if not math.isfinite(found):
+        raise InputError(f"its metadata says embeds_scale {value!r}; expected a finite number")
+    return found
+
+
+def _texts(values: Any) -> dict[str, str]:
+    return {str(key): str(value) for key, value in values.items()}
+
+
+def format_of(taps: dict[str, np.ndarray]) -> str:
+    """The dtype on whose grid the values lie that somebody shows: one value in a narrow format is enough, since norms
+    and logits may be wider. The embedding does not count, which is on the grid of the checkpoint."""
+    for name, value in taps.items():
+        some = value.ravel()[: 1 << 16]
+        some = some[np.isfinite(some) & (some != 0)]
+        if name != "model.embed_tokens" and some.size >= _FEWEST:
+            for dtype in ("bfloat16", "float16"):  # most numbers of bfloat16 are numbers of float16 too
+                if (rounding(dtype)(some) == some).all():
+                    return dtype
+    return "float32"
 
 
 def _narrow(value: np.ndarray, dtype: Any) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What a check has not seen, in sentences: a verdict counts it, since nothing is known of it."""
 
+import re
 import time
 from dataclasses import dataclass, replace
 
@@ -8,14 +9,16 @@ import numpy as np
 from refllm.check.candidates import record
 from refllm.check.inputs import ALL_AT_MOST, Inputs, in_rows
 from refllm.check.misbehaviour import MisbehavesError
-from refllm.check.taps import Candidate
+from refllm.check.taps import EVERYTHING, Candidate
 from refllm.check.trace import Trace
 from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
+from refllm.storage.load_report import HEADS
 
 EMBEDDING = "model.embed_tokens"
 _AT_ONCE = 1 << 25  # numbers of the embedding that a candidate shows at once: 128 MiB of float32
+_NAMED = 6  # kinds of tensors in a sentence
 _SHOWN = 8  # wrong rows of which the values are measured
 
 
@@ -28,6 +31,18 @@ def never_shown(head: str, trace: Trace) -> list[str]:
     if last in trace.taps or trace.inputs.until:
         return []
     return [f"{last} was never shown, so that nothing after {list(trace.taps)[-1]} was judged"]
+
+
+def never_read(model: Model) -> list[str]:
+    """A sentence where the checkpoint has tensors that the page never reads, other than those of another head and
+    stored rotary tables: what they do is not judged."""
+    names = [name for name in model.weights.report.unexpected if not name.startswith(HEADS)]
+    if not names:
+        return []
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    which = ", ".join(kinds[:_NAMED]) + (", ..." if len(kinds) > _NAMED else "")
+    many = f"{len(names)} tensors" if len(names) > 1 else "a tensor"
+    return [f"{many} of the checkpoint never read by the page of {model.config.model_type}: {which}"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ def read_rows(candidate: Candidate, model: Model, trace: Trace, seconds: float, 
     if _wrong(model, read, trace.taps[EMBEDDING][valid]).any():
         return Rows(len(unread), vocab, "those that were read are wrong")
     length, rows = valid.shape[1], 1
-    most = max(1, _AT_ONCE // (length * width))
+    most = max(1, _AT_ONCE // (length * width)) if "batch" in getattr(candidate, "takes", EVERYTHING) else 1
     ids, values = [np.empty(0, int)], [np.empty((0, width), np.float32)]
     while unread.size:
         some, unread = np.split(unread, [rows * length])

@@ -14,7 +14,7 @@ import typer
 
 from refllm.accuracy.verdicts import SCHEMA, worst
 from refllm.commands import audit, bench, golden, operators, tune
-from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, can_be_written
+from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, Page, can_be_written
 from refllm.commands.shared_options import console as _console
 from refllm.commands.shared_options import to_stdout as _to_stdout
 from refllm.commands.shared_options import write_json as _write_json
@@ -57,7 +57,8 @@ def describe() -> None:
 
 
 _CANDIDATES = (
-    "torch, triton, transformers, numpy (the reference), or a forward pass: module:function, file.py:function."
+    "torch, triton, transformers, numpy (the reference); another stack, NAME or NAME:FILE (refllm check --help); or a "
+    "forward pass or a Torch module: module:function, file.py:function."
 )
 Candidate = Annotated[str, typer.Option("--candidate", help=_CANDIDATES)]
 Attention = Annotated[str, typer.Option("--attn", help="Transformers' attention: eager or sdpa.")]
@@ -67,6 +68,28 @@ Rounding = Annotated[
         "--policy",
         help="Where the candidate has to round: hf-eager, hf-sdpa or fused. Default for a forward pass of yours: "
         "wherever honest code may, which the report then says.",
+    ),
+]
+Names = Annotated[
+    Path | None,
+    typer.Option("--names", metavar="F.json", help="How a Torch module calls its parts: a map to the names of values."),
+]
+Library = Annotated[Path | None, typer.Option("--library", metavar="F", help="The shared library of llama.cpp.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FOLDER|FILE",
+        help="The weights that the candidate really has, if they are not the checkpoint's: a checkpoint folder, a "
+        "safetensors file, or a GGUF file, dequantised. What they cost is said apart.",
+    ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="A,B",
+        help="How the values lie, where their shapes do not tell: tokens, SBE, BSHD, BHSD, gguf, grouped-qkv.",
     ),
 ]
 Time = Annotated[
@@ -119,6 +142,25 @@ def check(
         int, typer.Option("--splits", metavar="N", help="Products of N parts, each rounded, are meant.")
     ] = 1,
     tf32: Annotated[bool, typer.Option("--tf32", help="Float32 products of 11-bit factors are meant.")] = False,
+    names: Names = None,
+    library: Library = None,
+    weights: Weights = None,
+    recorded: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--trace", metavar="F", help="Judge the values in a file, of a run on any machine; repeat for more."
+        ),
+    ] = None,
+    layout: Layout = "",
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            metavar="F",
+            help="Judge against the recorded run in this file, which is known to be good; its tokens are run.",
+        ),
+    ] = None,
+    page: Page = None,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -135,15 +177,27 @@ def check(
     from refllm.check import run
 
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
-    names, left_out = run.candidates_to_check(candidate, checkpoint)
+    more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library, "layout": layout}
+    if against is not None:
+        from refllm.check.trace import Trace
+
+        more["against"] = Trace.load(against)
+    more |= {"weights": weights}
+    if recorded:
+        from refllm.check.recorded import check_files, refuse
+
+        refuse({"--candidate": candidate, "--stress": stress, "--time": time, "--names": names, "--library": library})
+    candidates, left_out = ([""], []) if recorded else run.candidates_to_check(candidate, checkpoint)
     settings = [
-        run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, splits=splits, tf32=tf32)
-        for name in names
+        run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, **more) for name in candidates
     ]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
     reports = []
     with StatusLine(sys.stderr) as step:
-        for report in run.check_all(folders, settings, step):
+        runs = (
+            check_files(checkpoint, recorded, settings[0], step) if recorded else run.check_all(folders, settings, step)
+        )
+        for report in runs:
             reports.append(report)
             step.clear()
             console.print(show.show_report(report, verbose=taps))
@@ -181,14 +235,31 @@ def trace(
     ids: Ids = None,
     ids_file: IdsFile = None,
     time: Time = None,
+    names: Names = None,
+    library: Library = None,
+    layout: Layout = "",
+    inputs_only: Annotated[
+        bool, typer.Option("--inputs-only", help="Write what another machine must run, and no values; nothing is run.")
+    ] = False,
+    stress: Annotated[
+        bool, typer.Option("--stress", help="With --inputs-only: the stressed inputs of check too.")
+    ] = False,
+    page: Page = None,
 ) -> None:
-    """Write the named values of one run to a file, for refllm diff. Exit code 1 if the candidate misbehaves."""
+    """Write the named values of one run to a file, for refllm diff and check --against. Exit code 1 if the candidate
+    misbehaves."""
     from refllm.check import run
     from refllm.check.misbehaviour import MisbehavesError
 
-    settings = run.Settings(
-        candidate, (dtype,), attention, policy, False, {"prompt": prompt, "ids": ids, "ids_file": ids_file}, time
-    )
+    tokens_given = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
+    if inputs_only:
+        runs, values = run.write_inputs(run.folders_to_check(checkpoint)[0], tokens_given, stress, output)
+        said = f"{runs} run" + "s" * (runs > 1)
+        return _console(quiet=False).print(f"{output}: inputs of {said}, {values} values to record (docs/recording.md)")
+    if stress:
+        raise InputError("trace records one run; --stress goes with --inputs-only")
+    more: dict[str, Any] = {"names": names, "library": library, "layout": layout}
+    settings = run.Settings(candidate, (dtype,), attention, policy, False, tokens_given, time, **more)
     try:
         with StatusLine(sys.stderr) as step:
             recorded = run.trace_candidate(run.folders_to_check(checkpoint)[0], settings, step)
@@ -250,6 +321,7 @@ def generate(
     low_memory: LowMemory = False,
     backend: Backend = "numpy",
     device: Device = None,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """Continue a prompt; the text appears as it is made."""
@@ -295,6 +367,7 @@ def score(
     low_memory: LowMemory = False,
     backend: Backend = "numpy",
     device: Device = None,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """Log-likelihood, perplexity and bits per byte of a text."""
@@ -312,20 +385,31 @@ def score(
 def info(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(metavar="CHECKPOINT", help="Folder, or a config.json alone; without one, this machine."),
+        typer.Argument(
+            metavar="CHECKPOINT", help="Folder, a config.json alone, or a GGUF file; without one, this machine."
+        ),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    page: Page = None,
     json_file: Json = None,
 ) -> None:
     """What a checkpoint is: architecture, parameters, memory, tensors. A config.json is enough. Without one: this
     machine, and whether policy hf-eager has Transformers' bits on its CPU."""
     from refllm.commands import info as work
+    from refllm.storage.gguf_file import is_gguf
 
     if checkpoint is None:
         from refllm import machine
 
         found = machine.describe()
         _console(quiet=_to_stdout(json_file)).print(machine.show(found))
+        _write_json(found, json_file)
+        return
+    if is_gguf(checkpoint):
+        from refllm.commands.info_gguf import describe_gguf, show_gguf
+
+        found = describe_gguf(checkpoint)
+        _console(quiet=_to_stdout(json_file)).print(show_gguf(found, tensors=tensors))
         _write_json(found, json_file)
         return
     result = work.describe(checkpoint)

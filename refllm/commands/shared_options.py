@@ -31,6 +31,27 @@ Json = Annotated[
 ]
 
 
+def _use_page(context: typer.Context, page: str | None) -> str | None:
+    """The page is in use until the command ends."""
+    if page is not None:
+        from refllm.models.own_page import in_use
+
+        context.with_resource(in_use(page))
+    return page
+
+
+Page = Annotated[
+    str | None,
+    typer.Option(
+        "--page",
+        metavar="FILE.PY",
+        callback=_use_page,
+        help="The page of the checkpoint's family, one of your own; or a known family, as which it is read if nothing "
+        "differs.",
+    ),
+]
+
+
 def console(quiet: bool) -> Any:
     """Where tables go. Not wrapped to the width of a terminal that is not there."""
     from rich.console import Console

@@ -13,15 +13,18 @@ would change the mathematics in a way that these families do not have are refuse
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from refllm.config.rope_parameters import LEGACY_KEYS, check_rope, normalise_rope, rotary_dim_of, unused_rope_keys
+from refllm.config.traits import Traits
 from refllm.config.values import (
     MAX_SIZE,
     check_depth,
@@ -33,9 +36,9 @@ from refllm.config.values import (
     read_str,
     warn,
 )
-from refllm.errors import ConfigError
+from refllm.errors import CheckpointError, ConfigError, InputError, RefllmError
 from refllm.precision.dtype_names import IN_TORCH
-from refllm.storage import input_file, output_file
+from refllm.storage import hub_cache, input_file, output_file
 from refllm.storage.json_text import show
 from refllm.storage.not_a_checkpoint import no_config
 
@@ -108,7 +111,7 @@ BOOKKEEPING_KEYS = frozenset(
 """Keys without effect that published files carry as a matter of course; `unknown_keys` leaves them out."""
 
 # key -> (the values under which it asks for nothing, what it asks for otherwise)
-_DANGEROUS_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
+DANGEROUS_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "sliding_window": ((None,), "a cache that drops old keys"),
     "attention_chunk_size": ((None,), "attention inside chunks"),
     "kv_sharing_modes": ((None,), "key/value caches shared between layers"),
@@ -125,6 +128,16 @@ _DANGEROUS_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "decoder": ((None, {}), "another model's configuration inside this one"),
     "generator": ((None, {}), "another model's configuration inside this one"),
 }
+
+
+def _must_be_readable(source: str, quantization: Mapping[str, Any]) -> None:
+    """Raises ConfigError for weights that are quantised as refllm does not read them."""
+    from refllm.storage.quantized import page_of
+
+    try:
+        page_of(quantization)
+    except CheckpointError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _read_sizes_or_none(source: str, name: str, value: Any) -> int | None:
@@ -184,7 +197,20 @@ def _read_activation(source: str, name: str, value: Any) -> str:
     return read_choice(source, name, value, ACTIVATIONS)
 
 
-_READERS = {
+def _read_text(source: str, name: str, value: Any) -> str | None:
+    return None if value is None else read_str(source, name, value)
+
+
+_PLAIN_READERS = {
+    "int": read_size,
+    "int | None": _read_sizes_or_none,
+    "float": _read_non_negative,
+    "bool": read_bool,
+    "str | None": _read_text,
+    "list[str] | None": _read_names,
+}
+"""Annotation -> reader: what the config of a page from outside may be written with."""
+_READERS = _PLAIN_READERS | {
     "Size": read_size,
     "DerivedSize": _read_sizes_or_none,
     "TokenId": _read_token_id,
@@ -192,7 +218,6 @@ _READERS = {
     "Dropout": _read_dropout,
     "OptionalDropout": _read_optional_dropout,
     "NonNegative": _read_non_negative,
-    "bool": read_bool,
 }
 _READERS_BY_NAME = {
     "architectures": _read_names,
@@ -201,6 +226,17 @@ _READERS_BY_NAME = {
     "hidden_act": _read_activation,
     "num_hidden_layers": _read_layers,
 }
+
+
+def reader_of(field: dataclasses.Field[Any]) -> Callable[[str, str, Any], Any]:
+    """What reads a key of config.json, by its name or annotation. Raises ConfigError where there is nothing."""
+    annotation = getattr(field.type, "__name__", str(field.type))
+    reader = _READERS_BY_NAME.get(field.name) or _READERS.get(annotation)
+    if reader is None:
+        raise ConfigError(f"the key {field.name} is annotated {annotation}; use one of {', '.join(_PLAIN_READERS)}")
+    return reader
+
+
 # Fields that other steps of the constructor fill.
 _COMPOSED = ("rope_parameters", "id2label", "label2id", "generation_defaults", "extra")
 
@@ -219,6 +255,7 @@ class ModelConfig:
     default_theta: ClassVar[float] = 10000.0
     default_partial_rotary_factor: ClassVar[float | None] = None
     partial_rotation: ClassVar[bool] = False
+    traits: ClassVar[Traits | None] = None
     max_initializer_range: ClassVar[float] = float("inf")
 
     vocab_size: Size
@@ -261,8 +298,8 @@ class ModelConfig:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **overrides: Any) -> Self:
         """Read config.json of a checkpoint folder (or the JSON file itself); keyword arguments replace its keys."""
-        path, values = read_config_json(folder)
-        return cls.from_dict({**values, **overrides}, source=str(path))
+        path, values = read_config_json(folder, overrides)
+        return cls.from_dict({**values, **_without_hub(overrides)}, source=str(path))
 
     def _read(self, values: Mapping[str, Any], source: str) -> None:
         if not isinstance(values, Mapping):
@@ -283,7 +320,8 @@ class ModelConfig:
         self._read_labels(source, values)
         self._read_rope(source, values)
         used = {f.name for f in dataclasses.fields(self) if f.init}
-        used |= {"model_type", "torch_dtype", "num_labels", *self._used_legacy_rope_keys()}
+        # The weights of a quantised checkpoint are read dequantised, and what is saved of them is not quantised.
+        used |= {"model_type", "torch_dtype", "num_labels", "quantization_config", *self._used_legacy_rope_keys()}
         rest = {key: copy.deepcopy(value) for key, value in values.items() if key not in used}
         self.generation_defaults = {key: rest.pop(key) for key in list(rest) if key in GENERATION_KEYS}
         self.extra = rest
@@ -293,20 +331,24 @@ class ModelConfig:
         name, value = field.name, values.get(field.name, field.default)
         if name == "dtype" and value is None:
             name, value = "torch_dtype", values.get("torch_dtype")
-        reader = _READERS_BY_NAME.get(field.name) or _READERS[str(field.type)]
-        return reader(source, name, value)
+        return reader_of(field)(source, name, value)
 
     def _refuse_dangerous_keys(self, source: str, values: Mapping[str, Any]) -> None:
-        for key, (harmless, effect) in _DANGEROUS_KEYS.items():
+        fields = {field.name for field in dataclasses.fields(self)}
+        for key, (harmless, effect) in DANGEROUS_KEYS.items():
             value = values.get(key)
-            if not any(value is item or (type(value) is type(item) and value == item) for item in harmless):
+            if key == "quantization_config" and isinstance(value, Mapping) and value:
+                _must_be_readable(source, value)
+            elif key not in fields and not any(
+                value is item or (type(value) is type(item) and value == item) for item in harmless
+            ):
                 raise ConfigError(
                     f"{source}: {key}={show(value)} asks for {effect}, which refllm does not compute for "
                     f"{self.model_type}; the key must be absent or null"
                 )
         layer_types = values.get("layer_types")
         plain = isinstance(layer_types, list) and all(name in ("full_attention", "attention") for name in layer_types)
-        if layer_types is not None and not plain:
+        if layer_types is not None and not plain and "layer_types" not in fields:
             raise ConfigError(
                 f"{source}: layer_types={show(layer_types)} may only list full_attention, which every layer of "
                 f"{self.model_type} has"
@@ -391,6 +433,10 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """R, the number of dims of each head that are rotated (even, at most head_dim)."""
         return rotary_dim_of(self.head_dim, self.rope_parameters) if self.partial_rotation else self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of a layer sees, its own and those before it; None: all. The families here see all."""
+        return None
 
     @property
     def num_labels(self) -> int:
@@ -623,33 +669,58 @@ class AutoConfig:
     @staticmethod
     def from_pretrained(folder: str | os.PathLike[str], **overrides: Any) -> ModelConfig:
         """Read config.json of a checkpoint folder; its model_type selects the class. Raises ConfigError."""
-        path, values = read_config_json(folder)
-        return AutoConfig.from_dict({**values, **overrides}, source=str(path))
+        path, values = read_config_json(folder, overrides)
+        return _found({**values, **_without_hub(overrides)}, str(path), path)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """The config that a parsed config.json describes; its model_type selects the class. Raises ConfigError."""
-        if "model_type" not in values:
-            raise ConfigError(f"{source}: the key model_type is missing; it must be {_families()}")
-        return _config_class(values["model_type"], source).from_dict(values, source)
+        return _found(values, source)
 
     @staticmethod
     def for_model(model_type: str, **values: Any) -> ModelConfig:
         """A config of the family with the given keys and defaults for the rest. Raises ConfigError."""
-        return _config_class(model_type, "AutoConfig")(**values)
+        return _config_class({**values, "model_type": model_type}, "AutoConfig")(**values)
+
+
+def _without_hub(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in overrides.items() if name not in hub_cache.KEYWORDS}
 
 
 def _families() -> str:
     return "one of " + ", ".join(CONFIG_CLASSES)
 
 
-def _config_class(model_type: Any, source: str) -> type[ModelConfig]:
-    if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
-        hint = ""
-        if model_type == "stablelm_epoch":
-            hint = " (stablelm_epoch files name their keys differently; newer revisions of the checkpoint are stablelm)"
-        raise ConfigError(f"{source}: model_type={show(model_type)} must be {_families()}{hint}")
-    return CONFIG_CLASSES[model_type]
+def _found(values: Mapping[str, Any], source: str, file: Path | None = None) -> ModelConfig:
+    if "model_type" not in values:
+        raise ConfigError(f"{source}: the key model_type is missing; it must be {_families()}")
+    return _config_class(values, source, file).from_dict(values, source)
+
+
+def _config_class(values: Mapping[str, Any], source: str, file: Path | None = None) -> type[ModelConfig]:
+    """The class of the model_type of a config. file: of the config, beside which tensors may be."""
+    model_type = values["model_type"]
+    if isinstance(model_type, str) and model_type in CONFIG_CLASSES:
+        return CONFIG_CLASSES[model_type]
+    hint = ""
+    if model_type == "stablelm_epoch":
+        hint = " (stablelm_epoch files name their keys differently; newer revisions of the checkpoint are stablelm)"
+    elif isinstance(model_type, str):
+        from refllm.config.nearest import nearest
+
+        hint = f": {nearest(values, () if file is None else _tensor_names(file)).sentence}"
+    raise ConfigError(f"{source}: model_type={show(model_type)} must be {_families()}{hint}")
+
+
+def _tensor_names(path: Path) -> tuple[str, ...]:
+    """The names of the tensors in the folder of a config.json; none where there are no files, or broken ones."""
+    from refllm.storage.checkpoint import Checkpoint
+
+    if path.name != "config.json" or not any(path.parent.glob("*.safetensors")):
+        return ()
+    with contextlib.suppress(RefllmError, OSError), Checkpoint.open(path.parent) as checkpoint:
+        return checkpoint.names
+    return ()
 
 
 def _missing_config(folder: Path) -> str:
@@ -659,13 +730,59 @@ def _missing_config(folder: Path) -> str:
     return "a checkpoint folder holds a config.json"
 
 
-def read_config_json(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The path and the parsed content of FOLDER/config.json, or of the JSON file itself. Raises ConfigError."""
-    path = Path(folder)
+def as_config(what: str, config: Any, wanted: type[ModelConfig] = ModelConfig) -> ModelConfig:
+    """A config of the class `wanted`: the very one that `what` was given, or what a config of Transformers says.
+
+    Raises ConfigError for a config of no family, and InputError for anything else than a `wanted`.
+    """
+    read = config
+    if not isinstance(config, ModelConfig) and hasattr(config, "model_type") and hasattr(config, "to_dict"):
+        read = AutoConfig.from_dict(config.to_dict(), source=type(config).__name__)
+    if not isinstance(read, wanted):
+        names = [cls.__name__ for cls in CONFIG_CLASSES.values()] if wanted is ModelConfig else [wanted.__name__]
+        raise InputError(f"{what}: expected a {' or '.join(names)}, found {type(config).__name__}")
+    return read
+
+
+def read_config_json(
+    folder: str | os.PathLike[str], keywords: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Path, dict[str, Any]]:
+    """The path and the parsed content of FOLDER/config.json, or of the JSON file itself. Raises ConfigError.
+
+    folder may be a name of the hub; keywords: see `refllm.storage.hub_cache.local_folder`.
+    """
+    path = hub_cache.local_folder(folder, keywords)
     if (found := no_config(path)) is not None:
         raise ConfigError(f"{path}: {found}")
     if path.is_dir():
         path = path / "config.json"
     if not os.path.lexists(path):
         raise ConfigError(f"{path}: there is no such file; {_missing_config(path.parent)}")
-    return path, input_file.read_object(path, ConfigError)
+    values = input_file.read_object(path, ConfigError)
+    return path, values if _READ_AS is None else _as_chosen(_READ_AS, path, values)
+
+
+_READ_AS: str | None = None  # see `read_as`
+
+
+@contextlib.contextmanager
+def read_as(family: str) -> Iterator[None]:
+    """Checkpoints of an unknown model_type are read as those of a known family while it is open, in the whole process:
+    where nothing is known to differ (`refllm.config.nearest`), else reading raises ConfigError."""
+    global _READ_AS
+    before, _READ_AS = _READ_AS, family
+    try:
+        yield
+    finally:
+        _READ_AS = before
+
+
+def _as_chosen(family: str, path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    model_type = values.get("model_type")
+    if model_type == family or not isinstance(model_type, str):
+        return values
+    if model_type in CONFIG_CLASSES:
+        raise ConfigError(f"{path}: model_type={show(model_type)} has a page of its own, and is not read as {family}")
+    from refllm.config.nearest import as_family
+
+    return as_family(family, values, _tensor_names(path), str(path))

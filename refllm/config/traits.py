@@ -51,7 +51,13 @@ TRAITS = {
 
 
 def traits_of(family: Any) -> Traits:
-    """The record of a family: of a model_type, or of anything that has one. Raises InputError for another."""
+    """The record of a family: of a model_type, or of anything that has one. Raises InputError for another.
+
+    The config of a page from outside has its record with it.
+    """
+    own = getattr(type(family), "traits", None)
+    if isinstance(own, Traits):
+        return own
     model_type = family if isinstance(family, str) else getattr(family, "model_type", None)
     if model_type not in TRAITS:
         raise InputError(f"model_type {model_type!r} is not known; use one of {', '.join(TRAITS)}")

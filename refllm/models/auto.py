@@ -4,12 +4,13 @@ import os
 import sys
 from typing import Any
 
-from refllm.config import AutoConfig, ModelConfig
+from refllm.config import AutoConfig, ModelConfig, as_config
 from refllm.errors import ConfigError, InputError
 from refllm.forward.model import Model
 from refllm.models import families
 from refllm.models.heads import HEADS
-from refllm.precision import Policy
+from refllm.precision import Policy, check_dtype
+from refllm.storage import hub_cache
 
 BACKENDS = ("numpy", "torch", "triton")
 
@@ -22,6 +23,7 @@ def load(
     device: str | None = None,
     policy: str | Policy | None = None,
     low_memory: bool = False,
+    page: str | os.PathLike[str] | None = None,
 ) -> Model:
     """The model in a checkpoint folder. A progress bar is shown on a terminal.
 
@@ -29,13 +31,15 @@ def load(
     first of `architectures` in config.json. dtype, policy: see `refllm.precision.arithmetic`. low_memory: convert
     weights from the memory-mapped file layer by layer. backend: "numpy" is the reference; "torch" and "triton" are the
     fast models (`refllm.kernels.models`), on `device` ("cpu", "cuda", "cuda:1"; None: the first GPU, else the CPU).
+    page: the file of a page of one's own, or a known family to read the checkpoint as (`refllm.models.own_page`).
     Raises ConfigError, CheckpointError or InputError, each with one sentence.
     """
-    cls = model_class(AutoConfig.from_pretrained(path), head)
+    from refllm.models.own_page import in_use
     from refllm.terminal.progress import loading_bar
 
     options: dict[str, Any] = {"policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
-    with loading_bar(sys.stderr) as progress:
+    with in_use(page), loading_bar(sys.stderr) as progress:
+        cls, dtype = model_class(AutoConfig.from_pretrained(path), head), check_dtype(dtype)
         return cls.from_pretrained(path, dtype=dtype, progress=progress, **options)
 
 
@@ -43,7 +47,8 @@ def model_class(config: ModelConfig, head: str | None = None) -> type[Model]:
     """The class for a config. head None: what `architectures` names, or the causal LM if it names nothing."""
     if head is not None and head not in HEADS:
         raise InputError(f"head={head!r} is not known; use one of {', '.join(HEADS)}")
-    of_family = {name: cls for name, cls in families.CLASSES.items() if cls.config_class is type(config)}
+    classes = families.of_config(config)
+    of_family = {cls.__name__: cls for cls in classes.values()}
     if head is None and config.architectures:
         named = config.architectures[0]
         if named not in of_family:
@@ -52,7 +57,7 @@ def model_class(config: ModelConfig, head: str | None = None) -> type[Model]:
                 f"expected one of {', '.join(of_family)}, or a head given with head="
             )
         return of_family[named]
-    cls = families.find(config.model_type, head or "causal_lm")
+    cls = classes.get(head or "causal_lm")
     if cls is None:
         heads = ", ".join(cls.head for cls in of_family.values())
         raise InputError(f"head={head!r}: {config.model_type} has none of that kind, only {heads}")
@@ -67,11 +72,14 @@ class _Auto:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> Model:
         """See `refllm.forward.model.Model.from_pretrained`."""
-        return model_class(AutoConfig.from_pretrained(folder), cls.head).from_pretrained(folder, **options)
+        where = {name: options[name] for name in hub_cache.KEYWORDS & options.keys()}
+        config = AutoConfig.from_pretrained(folder, **where)
+        return model_class(config, cls.head).from_pretrained(folder, **options)
 
     @classmethod
-    def from_config(cls, config: ModelConfig, **options: Any) -> Model:
+    def from_config(cls, config: Any, **options: Any) -> Model:
         """See `refllm.forward.model.Model.from_config`."""
+        config = as_config(cls.__name__, config)
         return model_class(config, cls.head).from_config(config, **options)
 
 

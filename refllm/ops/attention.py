@@ -28,6 +28,7 @@ def attention(
     causal: bool = True,
     key_mask: np.ndarray | None = None,
     mask: np.ndarray | None = None,
+    window: int | None = None,
     return_lse: bool = False,
     tap: Tap | None = None,
     ar: Arithmetic = EXACT,
@@ -36,6 +37,7 @@ def attention(
     lse_BHS, the logarithm of the softmax's denominator.
 
     scale: D^-1/2 if None. causal: query s sees keys 0 .. T-S+s (aligned at the end, so that cached keys come first).
+    window: of the keys that causal lets it see, only the last so many: query s sees keys T-S+s-window+1 .. T-S+s.
     key_mask: [B, T], nonzero = attend. mask: broadcastable to [B, H, S, T]; bool (True = attend) or float (added).
     A query with no key to attend to yields 0 and lse = -inf. What a masked key or value holds, NaN included, never
     reaches a valid row.
@@ -50,7 +52,7 @@ def attention(
         raise InputError(f"attention: {H} query heads are not a multiple of {K} key/value heads")
     scale = D**-0.5 if scale is None else scale
     g = H // K
-    visible = _visible_keys(causal, key_mask, mask, (B, H, S, T))
+    visible = _visible_keys(causal, key_mask, mask, window, (B, H, S, T))
     # [B, S, H, D] in memory, so that merging the heads afterwards moves nothing
     o_BHSD = np.zeros((B, S, H, v_BKTD.shape[-1]), ar.work).transpose(0, 2, 1, 3)
     lse_BHS = np.full((B, H, S), -np.inf, ar.work)
@@ -117,6 +119,13 @@ def softmax(x: np.ndarray, *, ar: Arithmetic = EXACT) -> np.ndarray:
     return ar.round(e * (1 / ar.softmax_sum(e)), "attention.weights")
 
 
+def causal_keys(positions_N: np.ndarray, keys: int, window: int | None) -> np.ndarray:
+    """[N, T] bool: which of so many keys T the queries at these positions among them see. window: as `attention`."""
+    last_N1, keys_T = positions_N[:, None], np.arange(keys)
+    seen = keys_T <= last_N1
+    return seen if window is None else seen & (keys_T > last_N1 - window)
+
+
 def _blocks(B: int, K: int, S: int, g: int, T: int, D: int) -> Iterator[tuple[int, slice, slice]]:
     """(batch row, key/value heads, queries): few enough scores each to stay in cache, one per thread at least if the
     keys are many."""
@@ -131,18 +140,23 @@ def _blocks(B: int, K: int, S: int, g: int, T: int, D: int) -> Iterator[tuple[in
 
 
 def _visible_keys(
-    causal: bool, key_mask: np.ndarray | None, mask: np.ndarray | None, shape: tuple[int, int, int, int]
+    causal: bool,
+    key_mask: np.ndarray | None,
+    mask: np.ndarray | None,
+    window: int | None,
+    shape: tuple[int, int, int, int],
 ) -> Callable[[int, slice, slice, int], np.ndarray | None]:
     """A function (b, heads, rows, stop) -> what to apply to that block:
     bool or float broadcastable to [H, S, T], or None."""
     _, _, S, T = shape
     mask_BHST = None if mask is None else np.broadcast_to(mask, shape)
     keys_BT = None if key_mask is None else np.asarray(key_mask) != 0
+    window = T if window is None else window
 
     def visible(b: int, heads: slice, rows: slice, stop: int) -> np.ndarray | None:
         allowed = None
-        if causal and T - S + rows.start < stop - 1:
-            allowed = np.arange(stop) <= np.arange(rows.start, rows.stop)[:, None] + (T - S)
+        if causal and (T - S + rows.start < stop - 1 or T - S + rows.stop > window):
+            allowed = causal_keys(np.arange(rows.start, rows.stop) + (T - S), stop, window)
         if keys_BT is not None:
             row = keys_BT[b, :stop]
             allowed = row[None] if allowed is None else allowed & row

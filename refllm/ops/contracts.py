@@ -23,7 +23,7 @@ ROWS = "*"
 """Any number of axes, of any length: the front of what works row by row."""
 
 _AXES = re.compile(r"_[A-Z]+$")
-_OURS = ("ar", "tap", "mask")  # parameters of a definition that no kernel has
+_OURS = ("ar", "tap", "mask", "window")  # parameters of a definition that no kernel has
 
 _BATCH = ("B", "N", ROWS)
 """First axes whose entries do not know of each other."""

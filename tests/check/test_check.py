@@ -238,6 +238,7 @@ def test_transformers_model_object_is_taken_as_it_is() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     reports = compare(folder, model, input_ids=list(range(5, 60)), stress=True)
     assert {report.verdict for report in reports} == {"holds"}
+    assert reports[-1].inputs == "embeddings with a large mean"
     assert len(reports) == 8
 
 

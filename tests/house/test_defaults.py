@@ -12,14 +12,15 @@ WHERE = {"backend": "numpy", "device": None}
 SEARCH = {"max_examples": 100, "seed": 0, "time_limit": 10.0}
 CHECKS: dict[str, Any] = {"bounds": True, "overflow": True, "races": True, "poison": True, "tf32": True}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "refllm:load": {"head": None, **LOADING, **WHERE, "low_memory": False},
+    "refllm:load": {"head": None, **LOADING, **WHERE, "low_memory": False, "page": None},
     "refllm:pipeline": {
         "task": "text-generation", "model": None, "tokenizer": None, **LOADING, **WHERE, "low_memory": False,
     },
     "refllm.check:compare": {
         "candidate": "transformers", "dtype": None, "policy": None, "attention": "eager", "input_ids": None,
         "attention_mask": None, "position_ids": None, "prompt": None, "stress": False, "isolate": True,
-        "time_limit": None, "splits": 1, "tf32": False,
+        "time_limit": None, "splits": 1, "tf32": False, "names": None, "library": None, "trace": None, "layout": "",
+        "against": None, "weights": None, "page": None,
     },
     "refllm.check:check_op": {
         "dtype": "bfloat16", "policy": "fused", "device": "cpu", "arrays": "torch", "calls": None, **SEARCH,
@@ -31,7 +32,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.opcheck.report:show_report": {"with_repro": False},
     "refllm.check.run:Settings": {
         "candidate": "transformers", "dtypes": (), "attention": "eager", "policy": None, "stress": False,
-        "seconds": None, "isolate": True, "splits": 1, "tf32": False,
+        "seconds": None, "isolate": True, "splits": 1, "tf32": False, "names": None, "library": None,
+        "layout": "", "against": None, "weights": None,
     },
     "refllm.forward.model:Model.from_pretrained": {
         **LOADING, **WHERE, "low_memory": False, "progress": None, "seed": 0,
