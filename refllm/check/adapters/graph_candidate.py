@@ -121,7 +121,8 @@ class GraphCandidate:
         """The rows of the embedding times a number, on the grid of the dtype."""
         name = self.values[EMBEDDING]
         rows = self.outputs([name], given)[name]
-        return np.asarray(rounding(self.computes_in)(np.float32(rows) * np.float32(scale)), rows.dtype)
+        scaled = np.asarray(rows, np.float32) * np.float32(scale)
+        return np.asarray(rounding(self.computes_in)(scaled), rows.dtype)
 
     def _in_heads(self, merged: np.ndarray) -> np.ndarray:
         """[B, S, H*D] -> [B, H, S, D]."""
