@@ -47,7 +47,9 @@ _HOMES = {
     ),
     "refllm.generation.config": ("GenerationConfig",),
     "refllm.generation.pipelines": ("pipeline",),
-    "refllm.text.tokenizer": ("AutoTokenizer",),
+    "refllm.generation.seeds": ("set_seed",),
+    "refllm.generation.streamers": ("TextIteratorStreamer", "TextStreamer"),
+    "refllm.text.tokenizer": ("AutoTokenizer", "BatchEncoding"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

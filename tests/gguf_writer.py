@@ -14,7 +14,8 @@ from refllm.storage.gguf_file import PAIRED, in_pairs
 
 def write_gguf(folder: Path, path: Path, kind: str = "F32", **planted: Any) -> Path:
     """kind: of the matrices, "F32", "F16", "BF16", "Q8_0", "Q4_0"; those whose rows are no whole blocks, and all
-    vectors, stay F32. planted: what to write wrongly, `metadata` keys or `rows_as_they_are`."""
+    vectors, stay F32. planted: what to write wrongly: keys of `metadata`, `edit` of the tensors by their names, the
+    tensor to write `without`, or `rows_as_they_are`."""
     config: Any = AutoConfig.from_pretrained(folder)
     arch = config.model_type
     writer = gguf.GGUFWriter(path, arch)
@@ -22,6 +23,7 @@ def write_gguf(folder: Path, path: Path, kind: str = "F32", **planted: Any) -> P
         _add(writer, key.replace("ARCH", arch), value)
     with Checkpoint.open(folder) as checkpoint:
         tensors = {name: checkpoint.read(name) for name in checkpoint.names}
+    planted.get("edit", lambda tensors: None)(tensors)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
     for name, values in _heads_together(tensors, config).items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2], 0)
@@ -32,7 +34,7 @@ def write_gguf(folder: Path, path: Path, kind: str = "F32", **planted: Any) -> P
         stored = wanted if values.ndim == 2 and values.shape[-1] % block == 0 else gguf.GGMLQuantizationType.F32
         name = str(names.get_name(name, try_suffixes=(".weight", ".bias")))
         writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(values), stored), raw_dtype=stored)
-    if config.rope_parameters["rope_type"] == "llama3":
+    if config.rope_parameters["rope_type"] == "llama3" and planted.get("without") != "rope_freqs":
         writer.add_tensor("rope_freqs.weight", _llama3_factors(config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 
-from refllm.kernels.interpreter.builder import BUILDER, Handle
-from refllm.kernels.interpreter.semantic import SEMANTIC, Tensor, block, check_overflow
+from refllm.kernels.interpreter.builder import BUILDER, Handle, Overflowed, lost, said, wrapped
+from refllm.kernels.interpreter.semantic import SEMANTIC, Tensor, block, overflow_of
 
 _INTEGERS = {("int32", "int32"): tl.int32, ("int32", "int64"): tl.int64, ("int64", "int32"): tl.int64,
              ("int64", "int64"): tl.int64}  # fmt: skip
@@ -50,6 +50,8 @@ def quick(name: str) -> Callable[[Any, Any], Tensor | None]:
         result = table.get((first.name, second.name))
         scalar, other_is_scalar = left.type is first, right.type is second
         a, b = left.handle, right.handle
+        if checks and (a.__class__ is Overflowed or b.__class__ is Overflowed):
+            return overflowed(function, left, right, table)
         if not scalar and not other_is_scalar and a.data.ndim != b.data.ndim:
             return None
         try:
@@ -62,12 +64,34 @@ def quick(name: str) -> Callable[[Any, Any], Tensor | None]:
         except ValueError:  # the shapes do not fit, which Triton's layer says better
             return None
         if checks and result is tl.int32 and BUILDER.settings.overflow:
-            made.span = check_overflow(a, b, name, tl.int32)
+            made.span = BUILDER.span_of(a, b, name)
+            if made.span is None:
+                exact = function(a.data.astype(np.int64), b.data.astype(np.int64))
+                made = Overflowed(made.data, exact != made.data, overflow_of(name, tl.int32), tl.int32)
         if scalar and other_is_scalar:
             return Tensor(made, result, result)
-        return Tensor(made, block(result, made.data.shape), result)
+        return Tensor(made, block(result, wrapped(made).shape), result)
 
     return operation
+
+
+def overflowed(function: Any, left: Any, right: Any, table: dict[tuple[str, str], Any]) -> Tensor | None:
+    """A sum, difference or product with numbers of which some are lost already: so is what is made of them."""
+    a, b = left.handle, right.handle
+    scalar = left.type is left.dtype and right.type is right.dtype
+    if left.dtype.__class__ is tl.pointer_type:
+        made = BUILDER.create_addptr(a, b)
+        return Tensor(made, block(left.dtype, () if scalar else made.wrapped.shape), left.dtype)
+    dtype = table.get((left.dtype.name, right.dtype.name))
+    first, second = wrapped(a), wrapped(b)
+    if dtype is None or dtype.is_floating() or not (scalar or first.ndim == second.ndim):
+        return None
+    wide = function(first.astype(np.int64), second.astype(np.int64))
+    missing = lost(a, b)
+    assert missing is not None
+    data = wide.astype(np.int64 if dtype is tl.int64 else np.int32)
+    made = Overflowed(data, missing | (wide != data), said(a, b), dtype)
+    return Tensor(made, block(dtype, () if scalar else data.shape), dtype)
 
 
 _constants: dict[tuple[float, str], Tensor] = {}

@@ -1,10 +1,11 @@
 """Autotuned kernels without a GPU to time them on: the first configuration runs, or each of them, compared."""
 
+import contextlib
 from typing import Any
 
 import torch
 
-from refllm.kernels.interpreter.errors import KernelError
+from refllm.kernels.interpreter.errors import KernelError, StaticAssertionError
 
 
 def run(tuner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], every: bool) -> Any:
@@ -18,9 +19,12 @@ def run(tuner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], every: bool) 
     try:
         configs = tuner.prune_configs(kwargs) if len(tuner.configs) > 1 else tuner.configs
         if every:
-            _compare(tuner, _distinct(configs), args, kwargs)
-        tuner.best_config = configs[0]
-        return _run_one(tuner, configs[0], args, kwargs)
+            configs = _compare(tuner, _distinct(configs), args, kwargs)
+        for config in configs:
+            with contextlib.suppress(StaticAssertionError):
+                tuner.best_config = config
+                return _run_one(tuner, config, args, kwargs)
+        raise _none_compiles(tuner)
     finally:
         tuner.nargs = None
 
@@ -38,14 +42,24 @@ def _distinct(configs: list[Any]) -> list[Any]:
     return list({str(sorted(c.kwargs.items(), key=str)): c for c in reversed(configs)}.values())[::-1]
 
 
-def _compare(tuner: Any, configs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _none_compiles(tuner: Any) -> KernelError:
+    return KernelError(f"{tuner.base_fn.__name__}: in each of its configurations a tl.static_assert fails")
+
+
+def _compare(tuner: Any, configs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The configurations that compile. One whose tl.static_assert fails is left out, as the autotuner leaves it out."""
     __tracebackhide__ = True
     first: dict[str, torch.Tensor] = {}
+    usable: list[Any] = []
     for config in configs:
         copies = _Copies()
         own_args = tuple(copies.of(a) for a in args)
         own_kwargs = {k: copies.of(v) for k, v in kwargs.items()}
-        _run_one(tuner, config, own_args, own_kwargs)
+        try:
+            _run_one(tuner, config, own_args, own_kwargs)
+        except StaticAssertionError:
+            continue
+        usable.append(config)
         named = {**dict(zip(tuner.arg_names, own_args, strict=False)), **own_kwargs}
         results = {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
         if not first:
@@ -56,9 +70,12 @@ def _compare(tuner: Any, configs: list[Any], args: tuple[Any, ...], kwargs: dict
             except AssertionError as error:
                 reason = " ".join(str(error).split())
                 raise KernelError(
-                    f"{tuner.base_fn.__name__}: `{name}` differs between the configurations {configs[0]} and {config}: "
+                    f"{tuner.base_fn.__name__}: `{name}` differs between the configurations {usable[0]} and {config}: "
                     f"{reason}"
                 ) from None
+    if not usable:
+        raise _none_compiles(tuner)
+    return usable
 
 
 class _Copies:

@@ -12,8 +12,8 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorHandle
 
-from refllm.kernels.interpreter import compatibility, formats
-from refllm.kernels.interpreter.errors import DeviceAssertionError, KernelError
+from refllm.kernels.interpreter import assembly, compatibility, formats, scaled
+from refllm.kernels.interpreter.errors import DeviceAssertionError, IntegerOverflowError, KernelError
 from refllm.kernels.interpreter.memory import Argument, Memory
 from refllm.kernels.interpreter.settings import Settings
 
@@ -46,6 +46,60 @@ class Handle(TensorHandle):
         self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
 
 
+class Overflowed(Handle):
+    """Integers of which some left their type, or pointers made of them: an error, unless no such lane is used.
+
+    Whatever is not prepared for it asks for `data`, and that raises. wrapped: what the GPU computes. lost: where, bool.
+    said: the error.
+    """
+
+    def __init__(self, wrapped: np.ndarray, lost: np.ndarray, said: str, dtype: Any, attr: Any = None) -> None:
+        self.wrapped, self.said, self.dtype, self.attr = wrapped, said, dtype, {} if attr is None else attr
+        self.lost = np.broadcast_to(lost, wrapped.shape)
+
+    @property
+    def data(self) -> np.ndarray:  # type: ignore[override]
+        """Raises IntegerOverflowError."""
+        raise IntegerOverflowError(self.said)
+
+    def seen(self, view: Any) -> "Overflowed":
+        """The same through a view: a function of an array."""
+        return Overflowed(view(self.wrapped), view(self.lost), self.said, self.dtype, self.attr)
+
+    def used(self, mask: np.ndarray | None) -> Handle:
+        """The pointers, where no active lane lost its number. Raises IntegerOverflowError otherwise."""
+        lost = self.lost if mask is None else self.lost & mask
+        if lost.any():
+            raise IntegerOverflowError(self.said)
+        return Handle(self.wrapped, self.dtype, self.attr)
+
+
+def wrapped(handle: TensorHandle) -> np.ndarray:
+    """The numbers as the GPU has them, whether some left their type or not."""
+    return handle.wrapped if handle.__class__ is Overflowed else handle.data
+
+
+def lost(*handles: TensorHandle) -> np.ndarray | None:
+    """Where one of the numbers left its type; None if none did."""
+    found: np.ndarray | None = None
+    for handle in handles:
+        if handle.__class__ is Overflowed:
+            found = handle.lost if found is None else found | handle.lost
+    return found
+
+
+def said(*handles: TensorHandle) -> str:
+    """The error of the first of them that has one."""
+    return next(h.said for h in handles if h.__class__ is Overflowed)
+
+
+def through(handle: TensorHandle, view: Any) -> TensorHandle:
+    """A view of a handle, of what points and what does not: a function of an array that moves and repeats elements."""
+    if handle.__class__ is Overflowed:
+        return handle.seen(view)
+    return Handle(view(handle.data), handle.dtype.scalar, handle.attr)
+
+
 def _data(handle: TensorHandle) -> np.ndarray:
     return formats.widen(handle.data, handle.dtype)
 
@@ -60,6 +114,15 @@ def _handle(values: np.ndarray, dtype: Any) -> TensorHandle:
     return Handle(formats.narrow(values, dtype), dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options(InterpreterOptions):
+    """Triton's, with what a kernel may ask of its launch."""
+
+    num_warps: int = 4
+    num_ctas: int = 1
+    num_stages: int = 3
+
+
 class Builder(InterpreterBuilder):
     """The operations of the language on arrays, for the launch in `memory`."""
 
@@ -67,7 +130,7 @@ class Builder(InterpreterBuilder):
         super().__init__()
         self.codegen_fns["min_dot_size"] = compatibility.smallest_dot()
         precisions = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
-        self.options = dataclasses.replace(InterpreterOptions(), debug=True, allowed_dot_input_precisions=precisions)
+        self.options = Options(debug=True, allowed_dot_input_precisions=precisions)
         self.memory: Memory | None = None
         self.block_type: Any = tl.block_type  # semantic.py puts its own here, which remembers
         self.grid_idx: tuple[int, ...] = (0, 0, 0)
@@ -209,27 +272,51 @@ class Builder(InterpreterBuilder):
             product = _matmul(left, right)
         return _handle(product + start.astype(np.float32, copy=False), d.dtype.scalar)
 
+    def create_dot_scaled(
+        self,
+        lhs: TensorHandle,
+        lhs_scale: TensorHandle | None,
+        lhs_format: Any,
+        rhs: TensorHandle,
+        rhs_scale: TensorHandle | None,
+        rhs_format: Any,
+        fast_math: bool,
+        lhs_k_pack: bool,
+        rhs_k_pack: bool,
+        acc: TensorHandle,
+    ) -> TensorHandle:
+        def numbers(values: TensorHandle, scale: TensorHandle | None, kind: Any, axis: int, packed: bool) -> np.ndarray:
+            factors, name = (None, "") if scale is None else (scale.data, scale.dtype.scalar.name)
+            return scaled.operand(values.data, factors, name, kind, axis, packed)
+
+        left = numbers(lhs, lhs_scale, lhs_format, -1, lhs_k_pack)
+        right = numbers(rhs, rhs_scale, rhs_format, -2, rhs_k_pack)
+        return _handle(_matmul(left, right) + _data(acc).astype(np.float32, copy=False), acc.dtype.scalar)
+
     # -- pointers --------------------------------------------------------------------------------------------------
 
     def create_addptr(self, ptr: TensorHandle, offset: TensorHandle) -> TensorHandle:
         width = max(1, ptr.get_element_ty().primitive_bitwidth // 8)
-        steps = np.multiply(offset.data, width, dtype=np.int64, casting="unsafe")
-        return Handle(ptr.data + steps.view(np.uint64), ptr.dtype, ptr.attr)
+        steps = np.multiply(wrapped(offset), width, dtype=np.int64, casting="unsafe")
+        address, missing = wrapped(ptr) + steps.view(np.uint64), lost(ptr, offset)
+        if missing is not None:
+            return Overflowed(address, missing, said(ptr, offset), ptr.dtype, ptr.attr)
+        return Handle(address, ptr.dtype, ptr.attr)
 
     def create_splat(self, ret_ty: Any, arg: TensorHandle) -> TensorHandle:
-        return _from(arg, np.full(ret_ty.shape, arg.data.reshape(-1)[0], arg.data.dtype), arg.dtype.scalar)
+        return through(arg, lambda data: np.full(ret_ty.shape, data.reshape(-1)[0], data.dtype))
 
     def create_broadcast(self, arg: TensorHandle, shape: Any) -> TensorHandle:
-        return _from(arg, np.broadcast_to(arg.data, shape), arg.dtype.scalar)
+        return through(arg, lambda data: np.broadcast_to(data, shape))
 
     def create_expand_dims(self, arg: TensorHandle, axis: int) -> TensorHandle:
-        return _from(arg, np.expand_dims(arg.data, axis), arg.dtype.scalar)
+        return through(arg, lambda data: np.expand_dims(data, axis))
 
     def create_reshape(self, arg: TensorHandle, shape: Any, allow_reorder: bool) -> TensorHandle:
-        return _from(arg, arg.data.reshape(shape), arg.dtype.scalar)
+        return through(arg, lambda data: data.reshape(shape))
 
     def create_trans(self, arg: TensorHandle, perm: Any) -> TensorHandle:
-        return _from(arg, np.transpose(arg.data, perm), arg.dtype.scalar)
+        return through(arg, lambda data: np.transpose(data, perm))
 
     def create_select(self, cond: TensorHandle, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
         result = np.where(cond.data, lhs.data, rhs.data)
@@ -241,9 +328,7 @@ class Builder(InterpreterBuilder):
     def _access(self, what: str, ptrs: TensorHandle, mask: Any) -> Any:
         assert self.memory is not None
         if mask is not None:
-            mask = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask, bool)
-            if mask.shape != ptrs.data.shape:
-                mask = np.broadcast_to(mask, ptrs.data.shape)
+            mask = _mask(mask, ptrs.data.shape)
         dtype = formats.numpy_type(ptrs.get_element_ty())
         return self.memory.access(what, ptrs.data, mask, dtype, ptrs.attr.get(ORIGIN)), mask
 
@@ -253,6 +338,7 @@ class Builder(InterpreterBuilder):
 
     def create_masked_load(self, ptrs: TensorHandle, mask: Any, other: Any, *_: Any, **__: Any) -> TensorHandle:
         assert self.memory is not None
+        ptrs = _used(ptrs, mask)
         access, mask = self._access("tl.load", ptrs, mask)
         dtype = ptrs.get_element_ty()
         if mask is None:
@@ -277,6 +363,7 @@ class Builder(InterpreterBuilder):
 
     def create_masked_store(self, ptrs: TensorHandle, value: TensorHandle, mask: Any, *_: Any, **__: Any) -> None:
         assert self.memory is not None
+        ptrs = _used(ptrs, mask)
         access, mask = self._access("tl.store", ptrs, mask)
         if access is None:
             return
@@ -290,10 +377,13 @@ class Builder(InterpreterBuilder):
         self, rmwOp: Any, ptr: TensorHandle, val: TensorHandle, mask: Any, sem: Any, scope: Any
     ) -> TensorHandle:
         assert self.memory is not None
+        ptr = _used(ptr, mask)
         access, active = self._access("an atomic", ptr, mask)
         old = np.zeros(ptr.data.shape, val.data.dtype)
         if access is None:
             return Handle(old, val.dtype.scalar)
+        if rmwOp != ir.ATOMIC_OP.XCHG:
+            self.memory.must_be_written(access, "an atomic")
         if access.index.size == 1:
             self.memory.synchronize(access.argument.storage.base + int(access.index[0]) * val.data.dtype.itemsize)
         dtype, op = val.dtype.scalar, _ATOMICS[rmwOp]
@@ -311,6 +401,8 @@ class Builder(InterpreterBuilder):
             before = update(access.index, values)
         else:  # lanes that meet at one address take turns
             before = np.concatenate([update(access.index[i : i + 1], values[i : i + 1]) for i in range(values.size)])
+        if access.index.size == 1 and before.tobytes() == array[access.index].tobytes():
+            self.memory.polled(access)
         old[... if active is None else active] = before.reshape(ptr.data.shape) if active is None else before
         return Handle(old, dtype)
 
@@ -318,7 +410,9 @@ class Builder(InterpreterBuilder):
         self, ptr: TensorHandle, cmp: TensorHandle, val: TensorHandle, sem: Any, scope: Any
     ) -> TensorHandle:
         assert self.memory is not None
+        ptr = _used(ptr, None)
         access, _ = self._access("an atomic", ptr, None)
+        self.memory.must_be_written(access, "an atomic")
         if access.index.size == 1:
             self.memory.synchronize(access.argument.storage.base + int(access.index[0]) * val.data.dtype.itemsize)
         array, shape = access.array.view(val.data.dtype), ptr.data.shape
@@ -328,6 +422,8 @@ class Builder(InterpreterBuilder):
             old[lane] = array[at]
             if old[lane] == expected[lane]:
                 array[at] = new[lane]
+        if access.index.size == 1 and old[0] == array[access.index[0]]:
+            self.memory.polled(access)
         return Handle(old.reshape(shape), cmp.dtype.scalar)
 
     # -- the rest --------------------------------------------------------------------------------------------------
@@ -348,13 +444,47 @@ class Builder(InterpreterBuilder):
     def create_extern_elementwise(self, *args: Any) -> TensorHandle:
         raise KernelError(f"the interpreter cannot run the external function {args[2] if len(args) > 2 else args}")
 
-    def create_inline_asm(self, *_: Any) -> TensorHandle:
-        raise KernelError("the interpreter cannot run inline assembly")
+    def create_inline_asm(self, text: str, constraints: str, values: Any, types: Any, *_: Any) -> "Results":
+        assert self.memory is not None
+        arrays = assembly.run(text, self.memory.program, self.options.num_warps, values, types)
+        return Results([Handle(array, t.scalar) for array, t in zip(arrays, types, strict=True)])
+
+    def create_descriptor_reduce(self, kind: Any, desc: Any, value: TensorHandle, indices: Any) -> None:
+        ptrs, mask = desc.materialize_pointers(indices)
+        dtype = value.dtype.scalar
+        floats = kind.name == "ADD" and dtype.is_floating()
+        signed = "U" if kind.name in ("MIN", "MAX") and not dtype.is_floating() and dtype.is_int_unsigned() else ""
+        operation = getattr(ir.ATOMIC_OP, "FADD" if floats else f"{signed}{kind.name}")
+        pointers = Handle(ptrs.data, ptrs.dtype, desc.base.attr)
+        self.create_atomic_rmw(operation, pointers, value, Handle(mask, tl.int1), None, None)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("create_"):
             raise KernelError(f"the interpreter has no operation {name.removeprefix('create_')}")
         raise AttributeError(name)
+
+
+class Results:
+    """What an operation with several results returns."""
+
+    def __init__(self, handles: list[Handle]) -> None:
+        self._handles = handles
+
+    def get_result(self, i: int) -> Handle:
+        """The i-th of them."""
+        return self._handles[i]
+
+
+def _mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+    mask = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask, bool)
+    return mask if mask.shape == shape else np.broadcast_to(mask, shape)
+
+
+def _used(ptrs: TensorHandle, mask: Any) -> TensorHandle:
+    """Pointers, where all that are used were computed within their types. Raises IntegerOverflowError otherwise."""
+    if ptrs.__class__ is not Overflowed:
+        return ptrs
+    return ptrs.used(None if mask is None else _mask(mask, ptrs.wrapped.shape))
 
 
 def _from(handle: TensorHandle, data: np.ndarray, dtype: Any) -> TensorHandle:

@@ -124,10 +124,9 @@ def _run_jit(original: Callable[..., Any]) -> Callable[..., Any]:
             raise KernelError(f"{self.__name__} is launched in a second thread; the interpreter runs one per process")
         if getattr(self, "is_gluon", bool)():
             raise KernelError(f"{self.__name__} is written in Gluon, which the interpreter cannot run")
-        launch(self, grid, args, kwargs, _stack[-1])
-        return None
+        return launch(self, grid, args, kwargs, _stack[-1])
 
-    return run
+    return _not_traced(run)
 
 
 def _elsewhere(values: tuple[Any, ...]) -> bool:
@@ -145,6 +144,18 @@ def _run_autotuner(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         return autotune.run(self, args, kwargs, _stack[-1].configs == "all")
 
+    return _not_traced(run)
+
+
+def _not_traced(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which torch.compile calls as it is: it neither looks into it nor into what it calls.
+
+    That is torch.compiler.disable without importing the compiler, which takes a second.
+    """
+    from torch._C._dynamo import eval_frame
+
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(run.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return run
 
 

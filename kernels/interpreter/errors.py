@@ -23,5 +23,17 @@ class UninitializedError(KernelError):
     """A kernel read memory that nobody wrote."""
 
 
+class AmbiguousError(KernelError):
+    """The condition of `if` or `while` is a block, not a scalar."""
+
+
+class WaitsError(KernelError):
+    """A program waits for one that runs after it."""
+
+
 class DeviceAssertionError(KernelError, AssertionError):
     """tl.device_assert, tl.assume, tl.static_assert or `assert` inside a kernel failed."""
+
+
+class StaticAssertionError(DeviceAssertionError):
+    """tl.static_assert failed: the kernel does not compile with these constants."""

@@ -1,5 +1,6 @@
 """One launch of one kernel, interpreted: binds the arguments, runs every program of the grid, places the errors."""
 
+import dataclasses
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,38 @@ GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 """Largest grid along x, y and z (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 
 
-def launch(jit: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings) -> None:
+class Launched:
+    """What a launch returns, where a GPU's gives the compiled kernel: it can be launched again, on another grid.
+
+    name: the kernel's. What only a compiled kernel has (registers, machine code) is told so.
+    """
+
+    def __init__(self, jit: Any, bound: dict[str, Any], again: Callable[..., "Launched"]) -> None:
+        self.name = jit.__name__
+        self._names, self._constants, self._again = list(bound), {p.name for p in jit.params if p.is_constexpr}, again
+        self._bound = bound
+
+    def __getitem__(self, grid: Any) -> Callable[..., "Launched"]:
+        """A launch on that grid: of all arguments in order, or without those that are tl.constexpr."""
+
+        def run(*args: Any, stream: Any = None) -> "Launched":
+            names = self._names
+            if len(args) == len(names) - len(self._constants):
+                names = [name for name in names if name not in self._constants]
+            if len(args) != len(names):
+                raise KernelError(f"{self.name}: {len(args)} arguments for {', '.join(self._names)}")
+            fixed = {name: value for name, value in self._bound.items() if name in self._constants}
+            return self._again(grid, (), fixed | dict(zip(names, args, strict=True)))
+
+        return run
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise KernelError(f"{self.name}: a launch on the interpreter has no `{name}`: nothing was compiled")
+
+
+def launch(jit: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings) -> Launched:
     """Runs `jit[grid](*args, **kwargs)` on CPU tensors.
 
     Raises KernelError for a launch that a GPU would refuse, and for whatever goes wrong inside the kernel.
@@ -41,6 +73,8 @@ def launch(jit: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
     function = operations.twin(jit)
     previous, BUILDER.memory = BUILDER.memory, memory
     BUILDER.grid_idx, BUILDER.grid_dim = (0, 0, 0), sizes
+    asked = {n: int(operations.unwrap(kwargs[n])) for n in ("num_warps", "num_ctas", "num_stages") if kwargs.get(n)}
+    BUILDER.options = dataclasses.replace(BUILDER.options, **{"num_warps": 4, "num_ctas": 1, "num_stages": 3} | asked)
     try:
         with np.errstate(all="ignore"):
             converted = {n: converter.argument(parameters[n], value) for n, value in bound.items()}
@@ -51,6 +85,7 @@ def launch(jit: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
         raise _placed(name, error) from error
     finally:
         BUILDER.memory = previous
+    return Launched(jit, bound, lambda on, values, named: launch(jit, on, values, named, settings))
 
 
 def _run(function: Callable[..., Any], arguments: dict[str, Any], memory: Memory) -> None:
@@ -123,12 +158,14 @@ class _Converter:
         return operations.unwrap(value)
 
     def _tensor(self, name: str, value: Any) -> Any:
-        base = value.base if isinstance(value, TensorWrapper) else value
-        if not isinstance(base, torch.Tensor) or base.device.type != "cpu":
-            where = getattr(base, "device", "no device")
-            raise KernelError(f"{self.kernel}: `{name}` is on {where}; the interpreter runs on tensors of the CPU")
+        base = _tensor_in(value.base if isinstance(value, TensorWrapper) else value)
+        if base is None:
+            where = (
+                f"is on {value.device}" if hasattr(value, "device") else "has a data_ptr and no tensor of Torch in it"
+            )
+            raise KernelError(f"{self.kernel}: `{name}` {where}; the interpreter runs on tensors of the CPU")
         dtype = tl.str_to_ty(triton.runtime.jit.mangle_type(value), None)
-        return Tensor(pointer(base.data_ptr(), dtype, self.memory.add(name, base)), dtype)
+        return Tensor(pointer(value.data_ptr(), dtype, self.memory.add(name, base)), dtype)
 
     def _descriptor(self, name: str, value: TensorDescriptor) -> Any:
         strides = [_scalar(int(s), "") for s in value.strides[:-1]] + [tl.constexpr(value.strides[-1])]
@@ -139,6 +176,24 @@ class _Converter:
             [tl.constexpr(int(b)) for b in value.block_shape],
             value.padding,
         )
+
+
+def _tensor_in(value: Any) -> torch.Tensor | None:
+    """The tensor on the CPU that a value is, or that an object keeps the memory of its `data_ptr()` in."""
+    if isinstance(value, torch.Tensor):
+        return value if value.device.type == "cpu" else None
+    address = value.data_ptr()
+    kept = [*getattr(value, "__dict__", {}).values(), *(getattr(value, n, None) for n in _slots(type(value)))]
+    for tensor in (t for t in kept if isinstance(t, torch.Tensor) and t.device.type == "cpu"):
+        start = tensor.untyped_storage().data_ptr()
+        if start <= address < start + max(1, tensor.untyped_storage().nbytes()):
+            return tensor
+    return None
+
+
+def _slots(kind: type) -> list[str]:
+    each = [getattr(cls, "__slots__", ()) for cls in kind.__mro__]
+    return [name for names in each for name in ((names,) if isinstance(names, str) else names)]
 
 
 def _scalar(value: bool | int | float, annotated: str) -> Any:

@@ -8,13 +8,14 @@ that meet there, whatever it is used for, so that locks and counters of arrivals
 """
 
 import bisect
+import gc
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from refllm.kernels.interpreter import poison
-from refllm.kernels.interpreter.errors import KernelError, OutOfBoundsError, RaceError, UninitializedError
+from refllm.kernels.interpreter.errors import KernelError, OutOfBoundsError, RaceError, UninitializedError, WaitsError
 from refllm.kernels.interpreter.settings import Settings
 
 Index = np.ndarray | slice
@@ -22,6 +23,9 @@ Index = np.ndarray | slice
 
 REMEMBERED = 1 << 22
 """Scattered reads of one storage that are remembered one by one; beyond that they are folded into a shadow array."""
+
+POLLS = 10_000
+"""Atomics in a row on one element that change nothing: so often nobody asks who does not wait."""
 
 MANY = -1
 """The mark in a shadow array of what more than one program read. 0 is nobody, and program p is p + 1."""
@@ -91,6 +95,7 @@ class Memory:
         self.program = 0
         self.ordered: dict[int, set[int]] = {}
         self._locks: dict[int, set[int]] = {}
+        self._polls, self._polled_at = 0, (-1, 0, 0)
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -123,6 +128,18 @@ class Memory:
             return None
         return next(a for a in self.arguments if a.storage.base == bases[at])
 
+    def _of_a_tensor(self, address: int) -> Argument | None:
+        """A tensor of this process that nobody handed over and whose memory holds an address: pointers can be read from
+        a table. Slow, and once per tensor."""
+        for found in gc.get_objects():
+            if type(found) in (torch.Tensor, torch.nn.Parameter):  # not isinstance, which asks dead weak references
+                if found.device.type != "cpu" or found.layout != torch.strided:
+                    continue
+                storage = found.untyped_storage()
+                if 0 <= address - storage.data_ptr() < storage.nbytes():
+                    return self.add(f"a {found.dtype} tensor of shape {list(found.shape)}".replace("torch.", ""), found)
+        return None
+
     # -- accesses --------------------------------------------------------------------------------------------------
 
     def access(
@@ -140,7 +157,7 @@ class Memory:
         else:
             low, high = int(np.minimum.reduce(active)), int(np.maximum.reduce(active))
         if origin is None:
-            origin = self._find(low)
+            origin = self._find(low) or self._of_a_tensor(low)
             if origin is None:
                 raise OutOfBoundsError(f"{what}: the address {low:#x} lies in none of the kernel's arguments")
         size = dtype.itemsize
@@ -168,7 +185,7 @@ class Memory:
         if isinstance(access.where, slice):
             values = values.copy()  # a later store must not change what was loaded
         if storage.poisoned and self.settings.poison:
-            self._check_written(access, values)
+            self._check_written(access, values, "tl.load")
         if self.settings.races:
             self._remember(storage, access)
         return values
@@ -180,6 +197,23 @@ class Memory:
         access.array[access.where] = values
         if self.settings.races and not access.ascending:
             self._check_lanes(access, values)
+
+    def must_be_written(self, access: Access, what: str) -> None:
+        """Raises UninitializedError if what is there was never written."""
+        if access is not None and access.argument.storage.poisoned and self.settings.poison:
+            self._check_written(access, access.array[access.where], what)
+
+    def polled(self, access: Access) -> None:
+        """An atomic on one element changed nothing. Raises WaitsError once it is plain that this program waits there:
+        for one that runs later, since programs run one after another."""
+        place = self.program, access.argument.storage.base, int(access.index[0])
+        self._polls = self._polls + 1 if place == self._polled_at else 1
+        self._polled_at = place
+        if self._polls >= POLLS:
+            raise WaitsError(
+                f"program {self._names(self.program)} waits at element {place[2]} of `{access.argument.name}` for a "
+                "program that has not run: the interpreter runs them one after another"
+            )
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -197,12 +231,12 @@ class Memory:
         )
 
     @staticmethod
-    def _check_written(access: Access, values: np.ndarray) -> None:
+    def _check_written(access: Access, values: np.ndarray, what: str) -> None:
         unwritten = poison.unwritten_array(values)
         if unwritten is not None and unwritten.any():
             lane = int(np.argmax(unwritten))
             raise UninitializedError(
-                f"tl.load through `{access.argument.name}`: {int(unwritten.sum())} of {values.size} active lanes read "
+                f"{what} through `{access.argument.name}`: {int(unwritten.sum())} of {values.size} active lanes read "
                 f"memory of torch.empty that nobody wrote; the first is element {int(access.index[lane])}"
             )
 

@@ -15,10 +15,10 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from refllm.kernels.interpreter import compatibility, libdevice, reduction
+from refllm.kernels.interpreter import compatibility, formats, libdevice, reduction
 from refllm.kernels.interpreter.arithmetic import quick
-from refllm.kernels.interpreter.builder import Handle
-from refllm.kernels.interpreter.errors import DeviceAssertionError, KernelError
+from refllm.kernels.interpreter.builder import through, wrapped
+from refllm.kernels.interpreter.errors import AmbiguousError, DeviceAssertionError, KernelError, StaticAssertionError
 from refllm.kernels.interpreter.semantic import SEMANTIC, Tensor, block, make
 
 CHAINED_COMPARISONS = compatibility.CHAINED_COMPARISONS
@@ -152,7 +152,7 @@ def truth(value: Any) -> bool:
     data = value.handle.data
     if data.size != 1:
         shape = [int(n) for n in value.shape]
-        raise KernelError(f"the truth of a block of shape {shape} is ambiguous: `if` and `while` need a scalar")
+        raise AmbiguousError(f"the truth of a block of shape {shape} is ambiguous: `if` and `while` need a scalar")
     return bool(data.reshape(-1)[0])
 
 
@@ -228,10 +228,9 @@ _getitem = _bare(tensor.__getitem__)
 def subscript(value: Any, index: Any) -> Any:
     """`value[index]`: new axes of a tensor, or an element of a tuple."""
     if isinstance(value, tensor):
-        data, dtype = value.handle.data, value.dtype
+        data, dtype = wrapped(value.handle), value.dtype
         if value.type is not dtype and index.__class__ is tuple and _only_new_axes(index, data.ndim):
-            data = data[index]
-            return Tensor(Handle(data, dtype, value.handle.attr), block(dtype, data.shape), dtype)
+            return Tensor(through(value.handle, lambda a: a[index]), block(dtype, data[index].shape), dtype)
         return _getitem(value, index, _semantic=SEMANTIC)
     return unwrap(value)[unwrap(index)]
 
@@ -350,7 +349,7 @@ def _static_assert(condition: Any, message: Any = "") -> None:
         raise KernelError("tl.static_assert needs a condition that is known at compile time; see tl.device_assert")
     if not unwrap(condition):
         text = unwrap(message)
-        raise DeviceAssertionError(f"tl.static_assert failed{f': {text}' if text else ''}")
+        raise StaticAssertionError(f"tl.static_assert failed{f': {text}' if text else ''}")
 
 
 def _to(value: Any, dtype: Any, fp_downcast_rounding: Any = None, bitcast: Any = False) -> Any:
@@ -364,7 +363,7 @@ def _print(*values: Any, **_: Any) -> None:
     """tl.device_print and print: once per program."""
     from refllm.kernels.interpreter.builder import BUILDER
 
-    shown = [v.handle.data if isinstance(v, tensor) else unwrap(v) for v in values]
+    shown = [formats.widen(v.handle.data, v.dtype) if isinstance(v, tensor) else unwrap(v) for v in values]
     print(f"program {BUILDER.grid_idx}:", *shown)
 
 
@@ -381,13 +380,6 @@ def _hint(name: str) -> Callable[..., Any]:
         return value
 
     return hint
-
-
-def _unsupported(what: str) -> Callable[..., Any]:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise KernelError(f"the interpreter cannot run {what}")
-
-    return refuse
 
 
 def _maximum(*values: Any) -> Any:
@@ -408,9 +400,16 @@ def _fold_builtin(of_tensors: Any, of_numbers: Any, values: tuple[Any, ...]) -> 
 
 
 def _map_elementwise(function: JITFunction, *args: Any, pack: int = 1) -> Any:
-    if unwrap(pack) != 1:
-        raise KernelError("the interpreter runs tl.map_elementwise only with pack=1")
-    return reduction.map_elementwise(twin(unwrap(function)), args)
+    return reduction.map_elementwise(twin(unwrap(function)), args, int(unwrap(pack)))
+
+
+def _dot_scaled(lhs: Any, lhs_scale: Any, lhs_format: Any, rhs: Any, rhs_scale: Any, rhs_format: Any, *args: Any,
+                **kwargs: Any) -> Any:  # fmt: skip
+    """tl.dot_scaled, which asks its formats for the values of constants."""
+    formats_ = [constexpr(unwrap(f)) for f in (lhs_format, rhs_format)]
+    return _bare(tl.dot_scaled)(lhs, unwrap(lhs_scale), formats_[0], rhs, unwrap(rhs_scale), formats_[1],
+                                *map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()},
+                                _semantic=SEMANTIC)  # fmt: skip
 
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
@@ -432,7 +431,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     tl.reduce: lambda *args, **kwargs: reduction.reduce(call, *args, **kwargs),
     tl.associative_scan: lambda *args, **kwargs: reduction.associative_scan(call, *args, **kwargs),
     tl.core._reduce_with_indices: lambda *args, **kwargs: reduction.reduce_with_indices(call, *args, **kwargs),
-    tl.inline_asm_elementwise: _unsupported("inline assembly"),
+    tl.dot_scaled: _dot_scaled,
 }
 for _name, _replacement in (("map_elementwise", _map_elementwise), ("condition", lambda value, **_: value)):
     if hasattr(tl, _name):

@@ -12,7 +12,7 @@ import numpy as np
 import triton.language as tl
 
 from refllm.kernels.interpreter import formats
-from refllm.kernels.interpreter.errors import KernelError
+from refllm.kernels.interpreter.errors import AmbiguousError, KernelError
 from refllm.kernels.interpreter.semantic import SEMANTIC, make
 
 Arrays = tuple[np.ndarray, ...]
@@ -124,22 +124,29 @@ def _scan(arrays: Arrays, at: int, combine: Combine) -> Arrays:
     return tuple(results)
 
 
-def map_elementwise(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """tl.map_elementwise: one call of a scalar function per element."""
+def map_elementwise(function: Callable[..., Any], args: tuple[Any, ...], pack: int = 1) -> Any:
+    """tl.map_elementwise: one call of a scalar function per `pack` elements, which lie side by side.
+
+    The function has `pack` arguments for every tensor, and `pack` results for every result.
+    """
     data = np.broadcast_arrays(*(a.handle.data for a in args))
-    columns: list[list[Any]] = []
+    shape, flat = data[0].shape, [d.reshape(-1) for d in data]
+    if flat[0].size % pack:
+        raise KernelError(f"tl.map_elementwise: {flat[0].size} elements are no multiple of pack={pack}")
+    rows: list[list[Any]] = []
     single = False
-    for index in np.ndindex(data[0].shape):
-        scalars = [make(d[index].reshape(1), a.dtype, scalar=True) for d, a in zip(data, args, strict=True)]
+    for start in range(0, flat[0].size, pack):
+        scalars = [make(d[i : i + 1], a.dtype, scalar=True)
+                   for d, a in zip(flat, args, strict=True) for i in range(start, start + pack)]  # fmt: skip
         result = function(*scalars)
         single = not isinstance(result, tuple | tl.tuple)
-        columns.append([result] if single else list(result))
+        rows.append([result] if single else list(result))
     results = []
-    for column in zip(*columns, strict=True):
-        tensors = [SEMANTIC.to_tensor(c) for c in column]
-        values = np.concatenate([t.handle.data for t in tensors]).reshape(data[0].shape)
+    for first in range(0, len(rows[0]), pack):
+        tensors = [SEMANTIC.to_tensor(value) for row in rows for value in row[first : first + pack]]
+        values = np.concatenate([t.handle.data for t in tensors]).reshape(shape)
         results.append(make(values, tensors[0].dtype))
-    return results[0] if single else tuple(results)
+    return results[0] if single or len(results) == 1 else tuple(results)
 
 
 def _combine(call: Callable[..., Any], combine_fn: Any, dtypes: list[Any]) -> Combine:
@@ -154,10 +161,22 @@ def _combine(call: Callable[..., Any], combine_fn: Any, dtypes: list[Any]) -> Co
         )
 
     def combine(left: Arrays, right: Arrays) -> Arrays:
-        operands = [make(a, d) for side in (left, right) for a, d in zip(side, dtypes, strict=True)]
+        try:
+            return combined(left, right, left[0].shape, scalar=False)
+        except AmbiguousError:  # it branches: the compiler gives it two scalars at a time, as here
+            first, second = ([a.reshape(-1) for a in side] for side in (left, right))
+            each = [
+                combined([a[i : i + 1] for a in first], [a[i : i + 1] for a in second], (1,), scalar=True)
+                for i in range(first[0].size)
+            ]
+            columns = zip(*each, strict=True)
+            return tuple(np.concatenate(column).reshape(left[0].shape) for column in columns)
+
+    def combined(left: Any, right: Any, shape: tuple[int, ...], scalar: bool) -> Arrays:
+        operands = [make(a, d, scalar) for side in (left, right) for a, d in zip(side, dtypes, strict=True)]
         result = call(combine_fn, *operands)
         result = result if isinstance(result, tuple | tl.tuple) else (result,)
-        return tuple(np.broadcast_to(SEMANTIC.to_tensor(r).handle.data, left[0].shape) for r in result)
+        return tuple(np.broadcast_to(SEMANTIC.to_tensor(r).handle.data, shape) for r in result)
 
     return combine
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 
 from refllm.kernels.interpreter import formats
-from refllm.kernels.interpreter.builder import BUILDER, Handle
+from refllm.kernels.interpreter.builder import BUILDER, Handle, through, wrapped
 from refllm.kernels.interpreter.errors import IntegerOverflowError
 
 
@@ -140,8 +140,7 @@ class Semantic(TritonSemantic):
     def _spread(self, value: Any, shape: tuple[int, ...]) -> Tensor:
         handle = value.handle
         # The view costs nothing, however large the shape.
-        spread = Handle(_repeated(handle.data, shape), handle.dtype.scalar, handle.attr)
-        return Tensor(spread, block(value.dtype, shape))
+        return Tensor(through(handle, lambda data: _repeated(data, shape)), block(value.dtype, shape))
 
     def _bool_like(self, v: Any) -> Any:
         return block(tl.int1, shape_of(v.type))
@@ -150,9 +149,8 @@ class Semantic(TritonSemantic):
         """A new axis of length 1."""
         if not input.type.is_block():
             return super().expand_dims(input, axis)
-        handle = input.handle
-        data = np.expand_dims(handle.data, axis)
-        return Tensor(Handle(data, handle.dtype.scalar, handle.attr), block(input.dtype, data.shape))
+        made = through(input.handle, lambda data: np.expand_dims(data, axis))
+        return Tensor(made, block(input.dtype, wrapped(made).shape))
 
     def cast(self, input: Any, dst_ty: Any, fp_downcast_rounding: str | None = None) -> Any:
         """A conversion. Those between standard floats need none of the questions that Triton's asks first."""
@@ -231,15 +229,15 @@ class Semantic(TritonSemantic):
         """Raises IntegerOverflowError if an operation on integers leaves their type. Triton's own takes nine more."""
         if not BUILDER.settings.overflow or lhs.dtype.int_bitwidth >= 64 or lhs.handle.data.dtype == np.bool_:
             return
-        check_overflow(lhs.handle, rhs.handle, binary_op.__name__, lhs.dtype)
+        if lhs.dtype.is_int_unsigned():  # it wraps, by its definition
+            return
+        if BUILDER.span_of(lhs.handle, rhs.handle, binary_op.__name__) is None:
+            raise IntegerOverflowError(overflow_of(binary_op.__name__, lhs.dtype))
 
 
-def check_overflow(lhs: Any, rhs: Any, name: str, dtype: Any) -> tuple[int, int]:
-    """Where the result lies. Raises IntegerOverflowError if that is outside of `dtype`."""
-    span = BUILDER.span_of(lhs, rhs, name)
-    if span is None:
-        raise IntegerOverflowError(f"{_WORDS[name]} leaves the range of {dtype}; widen an operand with .to(tl.int64)")
-    return span
+def overflow_of(name: str, dtype: Any) -> str:
+    """What is said of an operation whose result is outside of its type."""
+    return f"{_WORDS[name]} leaves the range of {dtype}; widen an operand with .to(tl.int64)"
 
 
 def _fits(value: Any, shape: tuple[int, ...]) -> bool:

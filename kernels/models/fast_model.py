@@ -9,9 +9,7 @@ with other weights, operators, pages and cache behind it.
 """
 
 import contextlib
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,7 +31,7 @@ from refllm.kernels.models.decode import DecodeStep
 from refllm.kernels.models.operators import BACKENDS, TorchOperators
 from refllm.kernels.models.weights import TorchWeights, to_device
 from refllm.precision import FUSED, Arithmetic, check_dtype
-from refllm.storage.checkpoint import Checkpoint, one_model
+from refllm.storage.checkpoint import Checkpoint
 from refllm.storage.weights import fresh_weights, load_weights
 
 Progress = Callable[[int, int], None]
@@ -58,7 +56,7 @@ class FastModel(Model):
     ) -> None:
         self.config, self.weights = config, weights  # type: ignore[assignment]
         self.arithmetic = Arithmetic(dtype, FUSED)
-        self.backend, self.device = backend, device
+        self.backend, self._device, self._seed = backend, device, 0
         self.torch_dtype: torch.dtype = getattr(torch, dtype)
         self.rotary = RotaryEmbedding(config, exact=False)
         self.records_decoding = device.type == "cuda"
@@ -69,7 +67,9 @@ class FastModel(Model):
     @classmethod
     def load(
         cls,
-        folder: str | os.PathLike[str],
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        generation_config: Any = None,
         *,
         dtype: str = "float32",
         backend: str = "torch",
@@ -77,18 +77,12 @@ class FastModel(Model):
         progress: Progress | None = None,
         seed: int = 0,
     ) -> "FastModel":
-        """Read a checkpoint folder straight to the device, in `dtype`. device None: the first GPU, else the CPU.
+        """Read the weights straight to the device, in `dtype`. device None: the first GPU, else the CPU.
 
-        Raises ConfigError or CheckpointError with what is wrong, InputError for a dtype, backend or device that is not
-        there, or if the device has too little memory.
+        Raises CheckpointError with what is wrong, InputError for a dtype, backend or device that is not there, or if
+        the device has too little memory.
         """
         dtype, where = _check(dtype, backend, device)
-        from refllm.generation.config import GenerationConfig
-
-        with one_model(folder):
-            config = cls.config_class.from_pretrained(folder)
-            checkpoint = Checkpoint.open(folder)
-            defaults = GenerationConfig.from_checkpoint(Path(folder))
         source = load_weights(
             checkpoint,
             cls.tensors(config),
@@ -98,9 +92,9 @@ class FastModel(Model):
             seed=seed,
             initializer_range=config.initializer_range,
         )
-        with _memory_of(where, f"the weights of {folder}"):
+        with _memory_of(where, f"the weights of {checkpoint.path}"):
             weights = to_device(source, getattr(torch, dtype), where, progress)
-        return cls(config, weights, dtype=dtype, backend=backend, device=where, generation_config=defaults)
+        return cls(config, weights, dtype=dtype, backend=backend, device=where, generation_config=generation_config)
 
     @classmethod
     def fresh(
@@ -138,6 +132,22 @@ class FastModel(Model):
             device=where,
             generation_config=model.generation_config,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights, cache and results are."""
+        return self._device
+
+    def _move(self, device: str) -> None:
+        _, where = _check(self.dtype, self.backend, device)
+        if where != self._device:
+            with _memory_of(where, "the weights"):
+                self.weights = to_device(self.weights.as_source(), self.torch_dtype, where)  # type: ignore
+            self._device, self.records_decoding = where, where.type == "cuda"
+            self._steps.clear()
+
+    def _attention(self) -> str:
+        return f"backend {self.backend}, one kernel with float32 inside (policy {self.policy})"
 
     def new_cache(self, max_cache_len: int | None = None) -> TorchCache:
         """An empty cache for this model; max_cache_len: of that many slots, allocated once."""

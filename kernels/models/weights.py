@@ -63,6 +63,24 @@ class TorchWeights(Mapping[str, torch.Tensor]):
         table = self._tensors[name]
         return table[torch.as_tensor(ids, device=table.device)]
 
+    def resized(self, arrays: Mapping[str, np.ndarray]) -> "TorchWeights":
+        """The same tensors but for those that `arrays` has by name, which are in no fused matrix."""
+        tensors = dict(self._tensors)
+        for name, array in arrays.items():
+            old = self._tensors[name]
+            new = torch.from_numpy(np.ascontiguousarray(array)).to(old.device, old.dtype)
+            tensors |= {other: new for other, tensor in tensors.items() if tensor is old}  # tied ones too
+        shapes = {**self.shapes, **{name: array.shape for name, array in arrays.items()}}
+        return TorchWeights(tensors, shapes, self.report)
+
+    def as_source(self) -> Weights:
+        """The same for `to_device`: float32 arrays, made one at a time."""
+        tied = {name: of for name in self._tensors for of in self.shapes if self._is_tied(name, of)}
+        return Weights(self.shapes, {}, source=_Fetched(self._tensors), tied=tied, report=self.report)
+
+    def _is_tied(self, name: str, of: str) -> bool:
+        return name not in self.shapes and self._tensors[name] is self._tensors[of]
+
     def renamed(self, prefix: str) -> Mapping[str, np.ndarray]:
         """The tensors under the names of a file, as float32 arrays made at each access: for `save_checkpoint`."""
         from refllm.storage.load_report import file_name
@@ -86,6 +104,17 @@ class _AsArrays(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+class _Fetched:
+    """A `Source` of arrays that makes them of tensors."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def fetch(self, name: str, index: Any = None) -> np.ndarray:
+        tensor = self._tensors[name]
+        return (tensor if index is None else tensor[index]).float().cpu().numpy()
 
 
 def to_device(

@@ -86,7 +86,7 @@ def _reciprocal_root(variance: np.ndarray, n: int, eps: float, store: Stores) ->
         variance = variance * (n / max(1, n - 1))
     variance = store(variance, "variance")
     eps = eps * 10 if "eps times 10" in store else eps
-    root = np.sqrt(variance) + eps if "eps outside the root" in store else np.sqrt(variance + eps)
+    root = np.sqrt(variance) + eps if "eps outside the root" in store else np.sqrt(store(variance + eps, "with eps"))
     return store(1 / root, "reciprocal root")
 
 
@@ -197,13 +197,14 @@ def context(store: Stores, s: np.ndarray, v: np.ndarray, how: dict[str, Any]) ->
     tile = next((t for t in (16, 32, 64, 128) if f"exp in tiles of {t}" in store), 0)
     top = s.max(axis=-1, keepdims=True)
     if not tile:
-        e = np.exp(s - top)
-        total = store(e.sum(axis=-1, keepdims=True), "denominator")
-        if "exp" in store:
-            e = store(e, "exp")
-            total = e.sum(axis=-1, keepdims=True) if "sum of rounded" in store else total
-            return store(_weighted(e, v, K) / total, OUT)
-        return store(_weighted(store(e / total, "probs"), v, K), OUT)
+        e = np.exp(store(s - top, "less the largest"))
+        rounded = store(e, "exp")
+        summed = rounded if "sum of rounded" in store else e
+        total = store(summed.sum(axis=-1, keepdims=True), "denominator")
+        if "exp" in store and "probs" not in store:
+            return store(_weighted(rounded, v, K) / total, OUT)
+        parts = rounded * store(1 / total, "reciprocal") if "reciprocal" in store else rounded / total
+        return store(_weighted(store(parts, "probs"), v, K), OUT)
     top, o, total = np.full_like(top, -np.inf), np.zeros(1), np.zeros(1)
     for start in range(0, T, tile):
         part = s[..., start : start + tile]

@@ -53,7 +53,7 @@ WHOLE = Parts()
 
 def possible(terms: int, bias: bool, counts: Iterable[int]) -> list[Parts]:
     """The ways to make a product of so many terms of parts, each once, though it may have several descriptions."""
-    found: dict[tuple[tuple[slice, ...], str, bool], Parts] = {}
+    found: dict[tuple[tuple[tuple[int, int], ...], str, bool], Parts] = {}
     for parts in (Parts(n, how, tile) for n in counts for tile in _TILES for how in _ways(n)):
         cuts = parts.cuts(terms)
         if 1 < parts.count == len(cuts) and cuts[-1].stop > cuts[-1].start:

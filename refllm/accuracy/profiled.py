@@ -29,6 +29,7 @@ _TO_THE_BIT = ("rms_norm", "layer_norm", "rope", "glu", "activation", "add")
 _ATTENTION_POINTS = {
     "raw scores": "attention.scores",
     "scores": "attention.scaled",
+    "less the largest": "attention.scaled",  # which is about as large
     "scaled q": "attention.query",
     "probs": "attention.weights",
 }
@@ -102,7 +103,7 @@ class Profiled(Propagation):
             inputs = tuple(_settled(i) for i in inputs)
         x = self._plain(made, profile, inputs, self._attention_policy(profile))
         exact = self._arrays(made, tuple(i.value for i in inputs))
-        added = self._added(made, profile, exact)
+        added = self._added(made, profile, exact, inputs)
         variance = x.variance if isinstance(added, float) else x.variance + np.asarray(added, self.width)
         unrounded, rounded = self._to_bits(made, profile, inputs, x)
         before = replace(x, variance=variance, rounded=unrounded)
@@ -185,14 +186,19 @@ class Profiled(Propagation):
     def _attention_policy(self, profile: Profile) -> Policy:
         """The policy that has those points of a profile that have a name in one."""
         points = {_ATTENTION_POINTS[p] for p in profile.points if p in _ATTENTION_POINTS}
-        exp = any(p.startswith("exp") for p in profile.points)
+        exp = any(p.startswith("exp") for p in profile.points) and "probs" not in profile.points
         named = frozenset(points | ({"attention.weights"} if exp else set()))
         return replace(self.policy, name="", points=named, normalize_first=not exp)
 
-    def _added(self, made: Made, profile: Profile, exact: tuple[np.ndarray, ...]) -> Any:
+    def _added(self, made: Made, profile: Profile, exact: tuple[np.ndarray, ...], inputs: tuple[Uncertain, ...]) -> Any:
         """The variance of the roundings inside."""
         if made.operator == "linear":
             return self._of_parts(made, profile, exact[0])
+        if made.operator == "attention" and {"exp", "probs"} <= profile.points:  # the weights are rounded twice
+            one = replace(profile, points=profile.points - {"probs"})
+            none = replace(one, points=one.points - {"exp"})
+            two = (self._plain(made, p, inputs, self._attention_policy(p)).variance for p in (one, none))
+            return np.subtract(*two)
         if made.operator == "attention" or (made.operator == "add" and not profile.points) or not profile.points:
             return 0.0
         return noise(made.operator, tuple(a.astype(np.float32) for a in exact), made.how, profile, self.dtype)
@@ -236,6 +242,9 @@ class Profiled(Propagation):
         arrays = [known(i) for i in (inputs[:1] if made.operator == "rope" else inputs)]
         if any(a is None for a in arrays):
             return None, None
+        if made.operator == "linear" and "product" in profile.points:
+            stores = Stores(profile.points, self.dtype)
+            return FORMS["linear"](stores, (np.asarray(arrays[0], np.float64),), made.how | {"parts": profile.parts}), None
         if made.operator not in _TO_THE_BIT:
             return x.value, None
         values = tuple(a for a in arrays if a is not None)

@@ -80,7 +80,8 @@ SCORES = _times(
     _either("raw scores", "scores", ("raw scores", "scores"), "scaled q", ("scaled q", "scores")), _either("scale")
 ) + [frozenset({"root of the scale", "scaled q"}), frozenset({"root of the scale", "scaled q", "scores"})]
 """The points of the scaled scores."""
-WEIGHTS = _either("probs", "exp", ("exp", "sum of rounded")) + [
+_NARROW_SOFTMAX = ("less the largest", "exp", "probs")
+WEIGHTS = _either("probs", "exp", ("exp", "sum of rounded"), _NARROW_SOFTMAX, (*_NARROW_SOFTMAX, "sum of rounded")) + [
     frozenset({f"exp in tiles of {tile}", *more}) for tile in (16, 32, 64, 128) for more in ((), ("sum of rounded",))
 ]
 """The points of the softmax and its product with v."""
@@ -109,17 +110,27 @@ MOST: dict[str, frozenset[str]] = {
 """Operator -> the set that rounds most: the top of the range in which an honest error lies."""
 
 _OF_A_NORM = ("reciprocal root", "variance", "partial sums", "n - 1", "eps times 10", "eps outside the root")
+_NARROW = ("variance", "with eps", "reciprocal root")
 DEFECTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "rms_norm": (
         *((point,) for point in (*_OF_A_NORM, "squares")),
         ("squares", "partial sums", "variance", "reciprocal root"),
+        ("squares", *_NARROW),
+        _NARROW,
     ),
     "layer_norm": (
         *((point,) for point in (*_OF_A_NORM, "mean")),
         ("mean", "partial sums", "variance", "reciprocal root"),
+        ("mean", *_NARROW),
     ),
     "glu": (("gate and up swapped",),),
-    "attention": (("denominator",), ("accumulator",), ("scale off by 1%",)),
+    "attention": (
+        ("denominator",),
+        ("reciprocal",),
+        ("denominator", "reciprocal"),
+        ("accumulator",),
+        ("scale off by 1%",),
+    ),
 }
 """Operator -> what no honest code does: roundings of what a row shares, together or alone, and wrong constants."""
 
@@ -187,17 +198,21 @@ _SAID = {
     "tables": "tables",
     "products": "both products",
     "second product": "one product (the other fused)",
-    "exp": "the exponential",
-    "activation": "the activation",
-    "gate times up": "gate times up first",
     "product": "before the bias",
     "raw scores": "q k",
     "scores": "scaled scores",
     "scaled q": "q times the scale",
     "scale": "the scale",
     "root of the scale": "the scale's root, on q and on k",
+    "less the largest": "scores less the largest",
+    "exp": "the exponential",
+    "sum of rounded": "which is then summed",
+    "1 + exp": "1 + the exponential",
+    "sigmoid of -|x|": "the sigmoid of -|x|",
+    "sigmoid": "the sigmoid",
+    "activation": "the activation",
+    "gate times up": "gate times up first",
     "probs": "the weights",
-    "sum of rounded": "which are then summed",
     "mirrored": "sigmoid by e^|x|",
 }
 _DEFECT_SAID = {
@@ -211,6 +226,7 @@ _DEFECT_SAID = {
     "eps outside the root": "eps is added outside the root",
     "gate and up swapped": "gate and up are swapped",
     "denominator": "the denominator of the softmax, which a row shares, is rounded",
+    "reciprocal": "1 / denominator of the softmax, which a row shares, is rounded",
     "accumulator": "the running sum over the keys is rounded after every tile",
     "scale off by 1%": "the scale is off by about 1 %",
 }

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from refllm.accuracy import limits
+from refllm.accuracy.chained_angles import Chain, chains
 from refllm.accuracy.forms import FORMS, OUT, Stores
 from refllm.accuracy.profiles import HABITS
 from refllm.accuracy.propagation import Propagation, Uncertain
@@ -24,6 +25,7 @@ from refllm.forward.rotary import RotaryEmbedding
 _UNKNOWN = 4.0  # standard deviation, in units of 2^-24 of the angle, of a frequency somewhere within 7 ulp
 _SAMPLE = 1 << 14  # elements that are compared to the bit
 _EXACT, _AS_TORCH = "exact tables", "tables of float32 angles, as Transformers"
+_CHAINED = "tables of float32 angles, each the one of the pair before times a step, as llama.cpp"
 _EITHER = "tables exact, or of float32 angles as Transformers: these positions do not tell"
 
 
@@ -32,7 +34,8 @@ class Tables:
     """The angles [..., R/2] at positions, and what cos and sin are multiplied by.
 
     name: in words, as a report says it. solved: from values that were shown; else they are the exact ones, and
-    `_UNKNOWN` is what they may be off by. farthest: of the frequencies from the exact ones, in float32 ulp.
+    `_UNKNOWN` is what they may be off by. farthest: of the frequencies from the exact ones, in float32 ulp. chain: what
+    makes the angles, where they are not position times frequency.
     """
 
     positions: np.ndarray
@@ -42,16 +45,24 @@ class Tables:
     name: str
     solved: bool = True
     farthest: float = 0.0
+    chain: Chain | None = None
+
+    @property
+    def turned(self) -> np.ndarray:
+        """The angles, in float64."""
+        if self.chain is not None:
+            return self.chain.angles(self.positions)
+        return angles(self.positions, self.frequencies, self.narrow)
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin, float64."""
-        turned = angles(self.positions, self.frequencies, self.narrow)
+        turned = self.turned
         return np.cos(turned) * self.factor, np.sin(turned) * self.factor
 
     def uncertain(self, op: Propagation) -> tuple[Uncertain, Uncertain]:
         """cos and sin with the variance of what is left: an ulp of a float32 function, and where nothing was shown, of
         the frequency."""
-        turned = angles(self.positions, self.frequencies, self.narrow)
+        turned = self.turned
         found = []
         for value, slope in zip(self.values(), (np.sin(turned), np.cos(turned)), strict=True):
             # A float32 function of a math library is right to an ulp, and so is the table that is made with it; at 0 it
@@ -110,7 +121,9 @@ def solve(config: ModelConfig, positions: np.ndarray, turned: Iterable[Turned], 
 
     def misfit(frequencies: np.ndarray, narrow: bool) -> np.ndarray:
         """[R/2], or [J, R/2] of frequencies [J, R/2]."""
-        table = np.stack([angles(places, f, narrow) for f in np.atleast_2d(frequencies)])
+        return of_angles(np.stack([angles(places, f, narrow) for f in np.atleast_2d(frequencies)]))
+
+    def of_angles(table: np.ndarray) -> np.ndarray:
         off = error_NR - (table - angles(places, truth, False))
         off -= 2 * np.pi * np.round(off / (2 * np.pi))
         return (weight_NR * np.square(off)).sum(axis=1)
@@ -123,6 +136,10 @@ def solve(config: ModelConfig, positions: np.ndarray, turned: Iterable[Turned], 
     near_JR = _neighbours(truth)
     known = (_EXACT, truth, False), (_AS_TORCH, np.asarray(as_torch.inv_freq, np.float64), True)
     found = [(float(misfit(f, narrow).sum()), tables(name, f, narrow)) for name, f, narrow in known]
+    if dtype == "float32":  # in a narrow format nothing is told by so few ulp
+        for chain in chains(exact):
+            made = Tables(positions, truth, True, exact.attention_factor, _CHAINED, chain=chain)
+            found.append((float(of_angles(chain.angles(places)[None]).sum()), made))
     for narrow in (False, True):
         each = misfit(near_JR, narrow)
         as_good = each <= each.min(axis=0) * (1 + limits.TABLES_NO_WORSE / len(places)) + 1e-30

@@ -12,9 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from refllm.accuracy.profiled import Profiled
-from refllm.accuracy.propagation import Uncertain
-from refllm.accuracy.recognise import Made
 from refllm.accuracy.tables import Tables
 from refllm.check.asked import Asked
 from refllm.check.difference import require_same_run
@@ -58,17 +55,13 @@ class _Beside(Judge):
         self, name: str, exact: np.ndarray, variance: np.ndarray, alone: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         if alone:
+            self._measured = "", self._measured[1]  # that was against the page
             beyond, of_good = self.good.alone[name]
             return exact + beyond, variance + of_good
         return self._rows(self.good.trace.taps[name]), variance + self.good.whole[name]
 
     def _misrounded(self, candidate: np.ndarray, rounded: np.ndarray | None) -> float:
         return 0.0  # neither run is asked for the bits of the other
-
-    def _in_an_order(self, name: str, made: Made, op: Profiled, candidate: np.ndarray) -> Uncertain:
-        found = super()._in_an_order(name, made, op, candidate)
-        self._measured = "", self._measured[1]  # that was against the page
-        return found
 
 
 def judge_against(

@@ -105,8 +105,7 @@ def _of_factory(function: Callable[[str], Any], opening: Opening) -> Candidate:
 
 def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str, ...] = ()) -> Trace:
     """Run a candidate and keep what it names, in the shapes of the vocabulary. model: of the same checkpoint, for its
-    config and head; its detail `note` is said in the report. layout: how the values lie, where their shapes do not tell
-    (`refllm.check.layout.LAYOUTS`).
+    config and head. layout: how the values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
 
     Raises MisbehavesError as `run_candidate`, and for one that names nothing.
     """
@@ -123,7 +122,7 @@ def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str
         config_hash=config_hash(model.config),
         details=candidate.details,
         weights=weights,
-        notes=[*filter(None, [candidate.details.get("note")]), *kept.notes, *laid.notes],
+        notes=[*kept.notes, *laid.notes],
         doubts=laid.doubts,
     )
 

@@ -92,10 +92,10 @@ def _compare(name: str, a: np.ndarray, b: np.ndarray, valid: np.ndarray, dtype: 
     if name.endswith("_rope"):  # a partial rotation may be recorded without the dims that pass through
         width = min(a.shape[-1], b.shape[-1])
         a, b = a[..., :width], b[..., :width]
-    if a.shape != b.shape:
+    rows = [_rows(x, valid) for x in (a, b)]
+    if rows[0] is None or rows[1] is None or rows[0].shape != rows[1].shape:
         raise InputError(f"{name}: shape {list(a.shape)} in the first trace, {list(b.shape)} in the second")
-    a, b = (x.astype(np.float64) if x.ndim == 3 else x.transpose(0, 2, 1, 3).astype(np.float64) for x in (a, b))
-    a, b = a[valid], b[valid]
+    a, b = rows[0].astype(np.float64), rows[1].astype(np.float64)
     finite = np.isfinite(a) & np.isfinite(b)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     error = np.where(finite, np.abs(np.where(finite, a, 0) - np.where(finite, b, 0)), 0)
@@ -112,6 +112,19 @@ def _compare(name: str, a: np.ndarray, b: np.ndarray, valid: np.ndarray, dtype: 
         nonfinite=int(np.count_nonzero(~finite & ~same)),
         ulps=ulp_histogram(b, a, dtype),
     )
+
+
+def _rows(x: np.ndarray, valid: np.ndarray) -> np.ndarray | None:
+    """[N, n] or [N, heads, D], the positions that are no padding, of a value in the shape of the vocabulary, with the
+    sequence or the tokens first, or with heads after the sequence; None for another shape."""
+    B, S = valid.shape
+    if x.ndim == 4 and (x.shape[0], x.shape[2]) == (B, S):
+        return np.asarray(x.transpose(0, 2, 1, 3)[valid])
+    if x.shape[:2] == (B, S):
+        return np.asarray(x[valid])
+    if x.shape[:1] == (B * S,):
+        return np.asarray(x[valid.reshape(-1)])
+    return np.asarray(x.swapaxes(0, 1)[valid]) if x.shape[:2] == (S, B) else None
 
 
 def require_same_run(first: Trace, second: Trace) -> None:

@@ -115,9 +115,10 @@ class _Family:
     biases: frozenset[str] = frozenset()
     rotary: str = "R"
     head_dim: str = "D"
+    window: int | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig | None) -> "_Family":
+    def of(cls, config: ModelConfig | None, layer: int | None) -> "_Family":
         if config is None:
             return cls()
         c: Any = config
@@ -135,7 +136,13 @@ class _Family:
             ),
             rotary=str(c.rotary_dim),
             head_dim=str(c.head_dim),
+            window=None if layer is None else c.window(layer),
         )
+
+    @property
+    def seen(self) -> str:
+        """What the mask says beside causality."""
+        return "" if self.window is None else f"; a query sees the last {self.window} keys, its own included"
 
     @property
     def norm_operator(self) -> str:
@@ -158,10 +165,11 @@ class _Family:
 
 
 def formula(name: str, config: ModelConfig | None = None) -> Formula:
-    """The definition of a tap by its name, as this model has it. An unknown name raises KeyError."""
-    family = _Family.of(config)
+    """The definition of a tap by its name, as this model has it. A name that only a page from outside has is what its
+    ending says; without a config an unknown name raises KeyError."""
+    family = _Family.of(config, split(name)[0])
     suffix = split(name)[1]
-    for group in (_norms, _projections, _attention, _mlp, _residuals, _ends):
+    for group in (_norms, _projections, _attention, _mlp, _residuals, _ends, *([_others] if config else [])):
         found = group(suffix, family)
         if found is not None:
             text, operator, points, convention = found
@@ -227,14 +235,15 @@ def _attention(suffix: str, f: _Family) -> _Definition:
             "p = softmax(s + mask)",
             "attention",
             "probs",
-            "normalised: each row sums to 1, also where a kernel divides by the sum only after the product with v",
+            "normalised: each row sums to 1, also where a kernel divides by the sum only after the product with v"
+            + f.seen,
         ),
         "self_attn.context": (
             "o = softmax(D^-1/2 q k^T + mask) v",
             "attention",
             "attention",
             "weights times values, [B, H, S, D], before the heads are merged and before o_proj; alone it is judged on "
-            "the candidate's q_rope, k_rope and v_proj",
+            f"the candidate's q_rope, k_rope and v_proj{f.seen}",
         ),
         "self_attn.o_proj": (
             f.linear("y", "o", "o", "o_proj"),
@@ -294,6 +303,16 @@ def _residuals(suffix: str, f: _Family) -> _Definition:
             "the residual stream after the layer, before any norm: what the next layer, or the final norm, receives",
         ),
     }.get(suffix)
+
+
+def _others(suffix: str, f: _Family) -> _Definition:
+    """Names that none of the families here has: what a page from outside computes there."""
+    words = f"{suffix}, as the page of this family has it"
+    if suffix.endswith("_proj"):
+        return f.linear("y", "x", suffix.rpartition(".")[2], suffix.rpartition(".")[2]), "linear", "linear", words
+    if suffix.endswith("norm"):
+        return f.norm("x"), f.norm_operator, f.norm_operator, words
+    return suffix, "add", "add", words
 
 
 def _ends(suffix: str, f: _Family) -> _Definition:

@@ -11,8 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -48,14 +47,14 @@ _NAMED_AT_MOST = 4
 Taps = dict[str, np.ndarray]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Laid:
     """Values in the shapes of the vocabulary. notes: sentences on what was not shown so. doubts: sentences on what the
     shapes do not tell, for a reader whose values do not hold."""
 
     taps: Taps
-    notes: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    notes: list[str]
+    doubts: list[str]
 
 
 @dataclass(frozen=True)
@@ -103,23 +102,23 @@ def laid_out(
     `LAYOUTS`, where the shapes do not tell. A name that the model does not have is left as it is. Raises InputError,
     with what would fit, for a shape that is none.
     """
-    found = Laid({})
+    notes: list[str] = []
     work = _Work(config, head, inputs, frozenset(layout), source)
-    taps = work.split(taps, found.notes)
+    taps = work.split(taps, notes)
     readings = {name: work.readings(name, value) for name, value in taps.items() if name in work.axes}
     work.decide(readings.values())
+    laid: Taps = {}
     shown: dict[str, list[str]] = {}
     for name in filter(readings.__contains__, work.axes):
         reading = work.chosen(readings[name])
-        found.taps[name] = work.taken(name, taps[name], reading)
+        laid[name] = work.taken(name, taps[name], reading)
         said = work.said(name, reading)
         if said:
             shown.setdefault(said, []).append(name)
-    found.taps |= {name: value for name, value in taps.items() if name not in readings}
-    found.notes += [f"{_listed(names)}: {said}" for said, names in shown.items()]
-    found.notes += work.in_order(found.taps)
-    found.doubts += work.doubts(readings.values())
-    return found
+    laid |= {name: value for name, value in taps.items() if name not in readings}
+    notes += [f"{_listed(names)}: {said}" for said, names in shown.items()]
+    notes += work.in_order(laid)
+    return Laid(laid, notes, work.doubts(readings.values()))
 
 
 def put_together(parts: list[np.ndarray], lengths: list[int], batch: int) -> np.ndarray | None:
@@ -230,9 +229,9 @@ class _Work:
         elif names[-1] in "EFVC":
             own["n"] = self.sizes[names[-1]]
         found = [own]
-        c: Any = self.config
-        if name.endswith("_rope") and c.rotary_dim < self.sizes["D"]:
-            found.append(own | {"D": c.rotary_dim})
+        rotary = getattr(self.config, "rotary_dim", None)
+        if name.endswith("_rope") and rotary is not None and rotary < self.sizes["D"]:
+            found.append(own | {"D": rotary})
         if heads == "K" and self.sizes["K"] < self.sizes["H"]:
             found += [sizes | {"h": self.sizes["H"]} for sizes in list(found)]
         if name == "lm_head" and shape and shape[-1] > self.sizes["V"]:

@@ -32,7 +32,7 @@ from refllm.check.layout import no_name
 from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.record import Habit, Record, chosen
-from refllm.check.reordered import REORDERED, by_words, order_of, put_in_order, readers
+from refllm.check.reordered import REORDERED, ROWS, by_words, order_of, put_in_order, readers
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
 from refllm.check.unseen import never_read, never_shown
@@ -41,8 +41,10 @@ from refllm.config import ModelConfig
 from refllm.config.digest import config_hash
 from refllm.config.traits import traits_of
 from refllm.errors import InputError
+from refllm.forward.dry_run import names_of
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
+from refllm.models.own_page import current
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
 _OF_THE_TAP = "and put in order: it is the tap's, not the model's, since what reads it holds"
@@ -234,12 +236,14 @@ class Judge:
     def _turned(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Heads before and after the rotation, as far as the candidate shows both: (positions, before, after)."""
         c: Any = self.model.config
+        named = names_of(self.model.page, c)
         interleaved, layers = traits_of(c).interleaved, range(c.num_hidden_layers)
         for layer in list(layers)[:: max(1, len(layers) // _LAYERS_OF_TABLES)]:
             for letter in "qk":
                 at = f"model.layers.{layer}.self_attn.{letter}_"
                 after = self.trace.taps.get(f"{at}rope")
-                before = self.trace.taps.get(f"{at}layernorm" if getattr(c, "qk_layernorm", False) else f"{at}proj")
+                normed = next((name for name in (f"{at}layernorm", f"{at}norm") if name in named), f"{at}proj")
+                before = self.trace.taps.get(normed)
                 if after is None or before is None or after.ndim != 4:
                     continue
                 heads = after.shape[1]
@@ -391,12 +395,18 @@ class Judge:
         """Puts the channels of a value in order, if that is all that is wrong with it."""
         if not self.reorder or formulas.short(name) not in REORDERED:
             return False
-        order = order_of(self._rows(candidate), self._rows(x.value, candidate))
+        order = order_of(self._some_rows(candidate), self._some_rows(x.value[..., : candidate.shape[-1]]))
         if order is None:
             return False
         self.orders[name] = order
         self.trace.taps[name] = put_in_order(self.trace.taps[name], order)
         return True
+
+    def _some_rows(self, values: np.ndarray) -> np.ndarray:
+        """[N, n] or [N, H, n]: at most `ROWS` of the positions that are not padding, from all over."""
+        some = np.unique(np.linspace(0, len(self.places) - 1, ROWS).astype(int))
+        row, position = self.places[some].T
+        return values[row, position] if values.ndim == 3 else values[row, :, position]
 
     def _overflow(self, rows: np.ndarray, exact: np.ndarray) -> float:
         """The largest exact number past what the format holds, where the candidate has an infinity for it."""
@@ -720,6 +730,7 @@ def judge(
     else:
         notes = []
     ask_again(model, trace, collected.nearest_policy(), taps, step)
+    by_page = [f"read by the page {current()}"] if current() else []
     report = Report(
         checkpoint=checkpoint,
         candidate=trace.source,
@@ -730,7 +741,7 @@ def judge(
         taps=taps,
         next_tokens=collected.next_tokens,
         attribution=dict(sorted(collected.shares.items(), key=lambda item: -item[1])),
-        notes=[*trace.notes, *notes],
+        notes=[*trace.notes, *notes, *by_page],
         config=model.config,
         habits=collected.habits(),
         unsaid=collected.unsaid(),

@@ -27,6 +27,7 @@ from refllm.forward.model import Model
 from refllm.forward.taps import axes_of_values
 from refllm.precision import POLICIES, Policy
 from refllm.precision.dtype_names import dtype_name
+from refllm.storage.hub_cache import local_folder
 from refllm.storage.not_a_checkpoint import explain
 
 Step = Callable[..., None]
@@ -122,14 +123,18 @@ def find_policy(name: str | None, attention: str = "eager") -> Policy:
 
 
 def folders_to_check(checkpoint: Path | None) -> list[Path]:
-    """The folder given, or those of all embedded checkpoints. Raises InputError for what is no folder."""
+    """The folder given, by its name on the hub too, or those of all embedded checkpoints.
+
+    Raises InputError for what is no folder.
+    """
     if checkpoint is None:
         from refllm import golden
 
         return [Path(folder) for folder in golden.checkpoints().values()]
-    if not checkpoint.is_dir():
+    folder = local_folder(checkpoint)
+    if not folder.is_dir():
         raise InputError(f"{checkpoint}: {explain(checkpoint)}")
-    return [checkpoint]
+    return [folder]
 
 
 def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tuple[list[str], list[str]]:
@@ -259,7 +264,7 @@ def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: No
         candidate = job.open(processes)
         ids, notes = tokens_for(folder, settings.tokens)
         step(f"{folder.name}: {settings.candidate}")
-        trace = record(candidate, load(folder, candidate.dtype), Inputs(ids))
+        trace = record(candidate, load(folder, candidate.dtype), Inputs(ids), words_of(settings.layout, "--layout"))
     policy = settings.rounding.name or ""
     trace.details |= {"checkpoint": folder.name, "policy": policy, "notes": "; ".join(notes)}
     return trace

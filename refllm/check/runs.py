@@ -180,7 +180,8 @@ class Runs:
     def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
         if self.against is None:
             return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step)
-        good, asked = canonical(self.against, self._model), Asked.of(self.policy)
+        layout = ",".join(self.layout) if self.against.is_plain else ""
+        good, asked = canonical(self.against, self._model, layout), Asked.of(self.policy)
         return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)
 
     def _misbehaving(self, inputs: Inputs, found: Misbehaviour) -> Report:

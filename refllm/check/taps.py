@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from refllm.check.inputs import Inputs
+from refllm.check.inputs import FAR, Inputs
 from refllm.inputs import to_numpy
 
 Sink = Callable[[str, Any], None]
@@ -51,6 +51,8 @@ def cannot_run(candidate: Candidate, inputs: Inputs) -> str:
         "batch": len(inputs.input_ids) > 1,
     }
     lacks = [what for what, needed in wanted.items() if needed and what not in takes]
+    if not lacks and NEAR in takes and inputs.positions.max() >= FAR:
+        return f"it has no positions from {FAR} on"
     return f"it takes no {lacks[0]}" if lacks else ""
 
 
@@ -59,6 +61,8 @@ ALWAYS = ("mask", "positions", "batch")
 LENGTHS = "lengths"
 """What an engine takes that knows rows of different lengths and counts the tokens of each from 0: no other mask, and no
 other positions."""
+NEAR = "near positions"
+"""In `Candidate.takes`: it has tables, or a cache, that end before `refllm.check.inputs.FAR`."""
 EVERYTHING = ("dtype", "cache", "embeddings", *ALWAYS)
 """What a candidate may take besides one row of ids (`Candidate.takes`)."""
 

@@ -98,7 +98,7 @@ class Trace:
             tensors, metadata = _read(path)
             if metadata.get("format") == FORMAT:
                 return _of_refllm(tensors, metadata, input_ids)
-            return _plain(tensors, metadata, input_ids)
+            return _plain(tensors, metadata, input_ids, path.name)
         except (CheckpointError, InputError) as error:
             said = str(error).removeprefix(f"{path}: ")
             raise InputError(f"{path}: {said}; a trace is made by refllm trace, or by any program ({_PAGE})") from None
@@ -125,6 +125,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     input_file.must_be_regular(path)
     with open(path, "rb") as raw:
         infos, metadata = read_header(raw, str(path))  # refuses what the library would fill the memory with
+    if metadata.get("format") == INPUTS_FORMAT:
+        raise InputError("it holds inputs to run, and no values; run them, and record what comes out")
     strange = next((name for name, info in infos.items() if not _readable(name, info.dtype)), None)
     if strange is not None:
         raise InputError(f"{strange} is {infos[strange].dtype}; expected float32, bfloat16, float16 or float64")
@@ -149,10 +151,8 @@ def _of_refllm(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: 
     return Trace(taps, inputs, about["source"], dtype, about["head"], about["config_hash"], _texts(details))
 
 
-def _plain(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.ndarray | None) -> Trace:
-    """What any program may write: see `_PAGE`."""
-    if metadata.get("format") == INPUTS_FORMAT:
-        raise InputError("it holds inputs to run, and no values; run them, and record what comes out")
+def _plain(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.ndarray | None, file: str) -> Trace:
+    """What any program may write: see `_PAGE`. file: what to call it if it does not say."""
     ids, mask, positions = (tensors.pop(name, None) for name in _INPUTS)
     dtype, scale = metadata.get("dtype", ""), metadata.get("embeds_scale")
     stored = [d for d in DTYPES[1:3] if any(value.dtype.name == d for value in tensors.values())]
@@ -162,7 +162,7 @@ def _plain(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.n
     return Trace(
         taps,
         inputs,
-        source=metadata.get("source", "recorded run"),
+        source=metadata.get("source", file),
         dtype=_dtype(dtype) if dtype else stored[0] if len(stored) == 1 else format_of(taps),
         head="",
         config_hash=metadata.get("config_hash", ""),

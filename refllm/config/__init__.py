@@ -15,6 +15,7 @@ from refllm.config.config import (
     LlamaConfig,
     ModelConfig,
     StableLmConfig,
+    as_config,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "LlamaConfig",
     "ModelConfig",
     "StableLmConfig",
+    "as_config",
 ]

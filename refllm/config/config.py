@@ -18,8 +18,9 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from refllm.config.rope_parameters import LEGACY_KEYS, check_rope, normalise_rope, rotary_dim_of, unused_rope_keys
@@ -35,9 +36,9 @@ from refllm.config.values import (
     read_str,
     warn,
 )
-from refllm.errors import ConfigError, RefllmError
+from refllm.errors import CheckpointError, ConfigError, InputError, RefllmError
 from refllm.precision.dtype_names import IN_TORCH
-from refllm.storage import input_file, output_file
+from refllm.storage import hub_cache, input_file, output_file
 from refllm.storage.json_text import show
 from refllm.storage.not_a_checkpoint import no_config
 
@@ -129,6 +130,16 @@ DANGEROUS_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def _must_be_readable(source: str, quantization: Mapping[str, Any]) -> None:
+    """Raises ConfigError for weights that are quantised as refllm does not read them."""
+    from refllm.storage.quantized import page_of
+
+    try:
+        page_of(quantization)
+    except CheckpointError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
 def _read_sizes_or_none(source: str, name: str, value: Any) -> int | None:
     return None if value is None else read_size(source, name, value)
 
@@ -215,6 +226,17 @@ _READERS_BY_NAME = {
     "hidden_act": _read_activation,
     "num_hidden_layers": _read_layers,
 }
+
+
+def reader_of(field: dataclasses.Field[Any]) -> Callable[[str, str, Any], Any]:
+    """What reads a key of config.json, by its name or annotation. Raises ConfigError where there is nothing."""
+    annotation = getattr(field.type, "__name__", str(field.type))
+    reader = _READERS_BY_NAME.get(field.name) or _READERS.get(annotation)
+    if reader is None:
+        raise ConfigError(f"the key {field.name} is annotated {annotation}; use one of {', '.join(_PLAIN_READERS)}")
+    return reader
+
+
 # Fields that other steps of the constructor fill.
 _COMPOSED = ("rope_parameters", "id2label", "label2id", "generation_defaults", "extra")
 
@@ -276,8 +298,8 @@ class ModelConfig:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **overrides: Any) -> Self:
         """Read config.json of a checkpoint folder (or the JSON file itself); keyword arguments replace its keys."""
-        path, values = read_config_json(folder)
-        return cls.from_dict({**values, **overrides}, source=str(path))
+        path, values = read_config_json(folder, overrides)
+        return cls.from_dict({**values, **_without_hub(overrides)}, source=str(path))
 
     def _read(self, values: Mapping[str, Any], source: str) -> None:
         if not isinstance(values, Mapping):
@@ -298,7 +320,8 @@ class ModelConfig:
         self._read_labels(source, values)
         self._read_rope(source, values)
         used = {f.name for f in dataclasses.fields(self) if f.init}
-        used |= {"model_type", "torch_dtype", "num_labels", *self._used_legacy_rope_keys()}
+        # The weights of a quantised checkpoint are read dequantised, and what is saved of them is not quantised.
+        used |= {"model_type", "torch_dtype", "num_labels", "quantization_config", *self._used_legacy_rope_keys()}
         rest = {key: copy.deepcopy(value) for key, value in values.items() if key not in used}
         self.generation_defaults = {key: rest.pop(key) for key in list(rest) if key in GENERATION_KEYS}
         self.extra = rest
@@ -308,19 +331,15 @@ class ModelConfig:
         name, value = field.name, values.get(field.name, field.default)
         if name == "dtype" and value is None:
             name, value = "torch_dtype", values.get("torch_dtype")
-        reader = _READERS_BY_NAME.get(field.name) or _READERS.get(getattr(field.type, "__name__", str(field.type)))
-        if reader is None:
-            raise ConfigError(
-                f"{type(self).__name__}: the key {name} is annotated {field.type}; use one of "
-                f"{', '.join(_PLAIN_READERS)}"
-            )
-        return reader(source, name, value)
+        return reader_of(field)(source, name, value)
 
     def _refuse_dangerous_keys(self, source: str, values: Mapping[str, Any]) -> None:
         fields = {field.name for field in dataclasses.fields(self)}
         for key, (harmless, effect) in DANGEROUS_KEYS.items():
             value = values.get(key)
-            if key not in fields and not any(
+            if key == "quantization_config" and isinstance(value, Mapping) and value:
+                _must_be_readable(source, value)
+            elif key not in fields and not any(
                 value is item or (type(value) is type(item) and value == item) for item in harmless
             ):
                 raise ConfigError(
@@ -650,37 +669,46 @@ class AutoConfig:
     @staticmethod
     def from_pretrained(folder: str | os.PathLike[str], **overrides: Any) -> ModelConfig:
         """Read config.json of a checkpoint folder; its model_type selects the class. Raises ConfigError."""
-        path, values = read_config_json(folder)
-        return AutoConfig.from_dict({**values, **overrides}, source=str(path))
+        path, values = read_config_json(folder, overrides)
+        return _found({**values, **_without_hub(overrides)}, str(path), path)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """The config that a parsed config.json describes; its model_type selects the class. Raises ConfigError."""
-        if "model_type" not in values:
-            raise ConfigError(f"{source}: the key model_type is missing; it must be {_families()}")
-        return _config_class(values["model_type"], source, values).from_dict(values, source)
+        return _found(values, source)
 
     @staticmethod
     def for_model(model_type: str, **values: Any) -> ModelConfig:
         """A config of the family with the given keys and defaults for the rest. Raises ConfigError."""
-        return _config_class(model_type, "AutoConfig")(**values)
+        return _config_class({**values, "model_type": model_type}, "AutoConfig")(**values)
+
+
+def _without_hub(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in overrides.items() if name not in hub_cache.KEYWORDS}
 
 
 def _families() -> str:
     return "one of " + ", ".join(CONFIG_CLASSES)
 
 
-def _config_class(model_type: Any, source: str, values: Mapping[str, Any] | None = None) -> type[ModelConfig]:
-    """The class of a model_type. values: the config.json that names it, for what to say of one that is not known."""
+def _found(values: Mapping[str, Any], source: str, file: Path | None = None) -> ModelConfig:
+    if "model_type" not in values:
+        raise ConfigError(f"{source}: the key model_type is missing; it must be {_families()}")
+    return _config_class(values, source, file).from_dict(values, source)
+
+
+def _config_class(values: Mapping[str, Any], source: str, file: Path | None = None) -> type[ModelConfig]:
+    """The class of the model_type of a config. file: of the config, beside which tensors may be."""
+    model_type = values["model_type"]
     if isinstance(model_type, str) and model_type in CONFIG_CLASSES:
         return CONFIG_CLASSES[model_type]
     hint = ""
     if model_type == "stablelm_epoch":
         hint = " (stablelm_epoch files name their keys differently; newer revisions of the checkpoint are stablelm)"
-    elif isinstance(model_type, str) and values is not None:
+    elif isinstance(model_type, str):
         from refllm.config.nearest import nearest
 
-        hint = f": {nearest(values, _tensor_names(Path(source))).sentence}"
+        hint = f": {nearest(values, () if file is None else _tensor_names(file)).sentence}"
     raise ConfigError(f"{source}: model_type={show(model_type)} must be {_families()}{hint}")
 
 
@@ -702,9 +730,28 @@ def _missing_config(folder: Path) -> str:
     return "a checkpoint folder holds a config.json"
 
 
-def read_config_json(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The path and the parsed content of FOLDER/config.json, or of the JSON file itself. Raises ConfigError."""
-    path = Path(folder)
+def as_config(what: str, config: Any, wanted: type[ModelConfig] = ModelConfig) -> ModelConfig:
+    """A config of the class `wanted`: the very one that `what` was given, or what a config of Transformers says.
+
+    Raises ConfigError for a config of no family, and InputError for anything else than a `wanted`.
+    """
+    read = config
+    if not isinstance(config, ModelConfig) and hasattr(config, "model_type") and hasattr(config, "to_dict"):
+        read = AutoConfig.from_dict(config.to_dict(), source=type(config).__name__)
+    if not isinstance(read, wanted):
+        names = [cls.__name__ for cls in CONFIG_CLASSES.values()] if wanted is ModelConfig else [wanted.__name__]
+        raise InputError(f"{what}: expected a {' or '.join(names)}, found {type(config).__name__}")
+    return read
+
+
+def read_config_json(
+    folder: str | os.PathLike[str], keywords: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Path, dict[str, Any]]:
+    """The path and the parsed content of FOLDER/config.json, or of the JSON file itself. Raises ConfigError.
+
+    folder may be a name of the hub; keywords: see `refllm.storage.hub_cache.local_folder`.
+    """
+    path = hub_cache.local_folder(folder, keywords)
     if (found := no_config(path)) is not None:
         raise ConfigError(f"{path}: {found}")
     if path.is_dir():

@@ -19,13 +19,24 @@ class PageError(ValueError):
     """Something that is wrong with a page: a clause, which stands behind its file and line."""
 
 
-class _Unnamed(np.ndarray):
+class _Value(np.ndarray):
+    """A value of the model: nothing may be computed of it but by an operator, which is judged."""
+
+    def __array_ufunc__(self, ufunc: np.ufunc, *_: Any, **__: Any) -> Any:
+        raise PageError(f"{ufunc.__name__} of a value of the model; every step is an operator of `op`, which is judged")
+
+
+class _Unnamed(_Value):
     """The result of an operator that has no name yet: what judges it has to see it first."""
 
 
-def of_shape(*shape: int) -> np.ndarray:
+def _zeros(*shape: int) -> np.ndarray:
     """Zeros without memory."""
     return np.broadcast_to(np.float32(0), shape)
+
+
+def _value(*shape: int) -> np.ndarray:
+    return _zeros(*shape).view(_Value)
 
 
 class DryOperators:
@@ -51,7 +62,7 @@ class DryOperators:
         if full in self.names:
             raise PageError(f"{full} is named twice")
         self.names.append(full)
-        return x.view(np.ndarray)
+        return x.view(_Value)
 
     def linear(self, x: Any, weight: np.ndarray, bias: np.ndarray | None = None) -> Any:
         self._given("linear", x)
@@ -86,12 +97,12 @@ class DryOperators:
     def split_heads(self, x: Any, heads: int) -> Any:
         self._given("split_heads", x)
         _require(x.ndim == 3 and x.shape[-1] % heads == 0, f"split_heads into {heads}", x=x)
-        return ops.split_heads(of_shape(*x.shape), heads)
+        return ops.split_heads(_value(*x.shape), heads)
 
     def merge_heads(self, x: Any) -> Any:
         self._given("merge_heads", x)
         _require(x.ndim == 4, "merge_heads", x=x)
-        return ops.merge_heads(of_shape(*x.shape))
+        return ops.merge_heads(_value(*x.shape))
 
     def rope(self, q: Any, k: Any, cos: Any, sin: Any, *, interleaved: bool) -> Any:
         self._given("rope", q, k, interleaved=bool(interleaved))
@@ -142,7 +153,7 @@ class DryOperators:
 
 
 def _new(*shape: int) -> np.ndarray:
-    return of_shape(*shape).view(_Unnamed)
+    return _zeros(*shape).view(_Unnamed)
 
 
 def _require(fits: Any, operator: str, **arrays: Any) -> None:
@@ -168,7 +179,7 @@ class DryWeights(Mapping[str, np.ndarray]):
         if name not in self.shapes:
             raise PageError(f"it reads the tensor {self._prefix + name!r}, which its `tensors` does not list")
         self.read.add(self._prefix + name)
-        return of_shape(*self.shapes[name])
+        return _zeros(*self.shapes[name])
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self.shapes else default
@@ -183,12 +194,14 @@ class DryWeights(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
 
-def dry_run(forward: Callable[..., Any], config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, set[str]]:
+def dry_run(
+    forward: Callable[..., Any], config: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[DryOperators, set[str]]:
     """The operators and the tensors that `forward` of a page uses. Raises PageError for what cannot be right, and
     whatever else the page raises."""
     op, weights = DryOperators(), DryWeights(shapes)
-    x_BSE = of_shape(_B, _S, config.hidden_size)
-    table = of_shape(_B, _S, config.rotary_dim // 2)
+    x_BSE = _value(_B, _S, config.hidden_size)
+    table = _value(_B, _S, config.rotary_dim // 2)
     out = forward(op, config, weights, x_BSE, table, table, {"causal": True}, NoCache())
     shape = getattr(out, "shape", None)
     if shape != x_BSE.shape:
@@ -198,3 +211,8 @@ def dry_run(forward: Callable[..., Any], config: Any, shapes: Mapping[str, tuple
     if isinstance(out, _Unnamed):
         raise PageError("what forward returns has no name; it is model.norm")
     return op, weights.read
+
+
+def names_of(page: Any, config: Any) -> list[str]:
+    """The names of all values of a page."""
+    return dry_run(page.forward, config, page.tensors(config))[0].names

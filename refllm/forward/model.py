@@ -10,28 +10,34 @@ A call checks its inputs, prepares positions, masks and rotary tables, and hands
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
+from functools import cached_property
 from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
 
-from refllm.config import ModelConfig
+from refllm.config import ModelConfig, as_config
+from refllm.devices import CPU, Device, backend, found
 from refllm.errors import InputError
 from refllm.forward.cache import DynamicCache, NoCache, StaticCache
+from refllm.forward.loading import shard_bytes, understood
 from refllm.forward.masks import masking
 from refllm.forward.operators import Operators, Recorder
 from refllm.forward.outputs import ModelOutput
 from refllm.forward.rotary import RotaryEmbedding
-from refllm.inputs import as_array, as_integers
-from refllm.precision import Arithmetic, Policy, arithmetic, rounding
-from refllm.precision.dtype_names import dtype_name
-from refllm.storage.checkpoint import Checkpoint, one_model
+from refllm.inputs import as_array, as_integers, is_tensor, refuse_unknown, to_numpy
+from refllm.precision import DTYPES, Arithmetic, Policy, arithmetic, check_dtype, rounding
+from refllm.precision.dtype_names import DtypeName, dtype_name
+from refllm.storage.checkpoint import one_model
 from refllm.storage.checkpoint_writer import save_checkpoint
-from refllm.storage.weights import Weights, fresh_weights, load_weights
+from refllm.storage.fresh_tensors import fresh_tensor
+from refllm.storage.hub_cache import local_folder
+from refllm.storage.load_report import file_name
+from refllm.storage.quantized import open_checkpoint
+from refllm.storage.weights import Weights, free_memory, fresh_weights, load_weights
 
 Progress = Callable[[int, int], None]
 
@@ -50,12 +56,44 @@ class Model:
     head: str
     fast_class: Callable[[str, str | Policy | None, bool], Any]
 
-    def __init__(self, config: ModelConfig, weights: Weights, ar: Arithmetic, generation_config: Any = None) -> None:
-        self.config = config
-        self.weights = weights
+    attention_asked_for: str | None = None
+    training = False
+
+    def __init__(
+        self,
+        config: Any,
+        weights: Weights | None = None,
+        ar: Arithmetic | None = None,
+        generation_config: Any = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        """A model of these weights, or of a config alone, Transformers' or one of this package: then a fresh one in
+        float32, as `from_config` makes it. Raises InputError for the config of another family."""
+        self.config = as_config(type(self).__name__, config, self.config_class)
+        if weights is not None:
+            self.weights = weights
+        ar = arithmetic("float32") if ar is None else ar
+        self._seed = seed
         self.arithmetic = replace(ar, policy=ar.policy.without(self.page.NOT_ROUNDED))
-        self.rotary = RotaryEmbedding(config, exact=ar.exact)
+        self.rotary = RotaryEmbedding(self.config, exact=ar.exact)
         self._generation_config = generation_config
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The tensors. Of a model made from its config alone they are made when they are first needed; where they do
+        not fit into memory, at every use, with a warning."""
+        numbers = self.num_parameters()
+        fits = numbers * np.dtype(self.arithmetic.work).itemsize < free_memory()
+        if not fits:
+            warnings.warn(
+                f"{type(self).__name__}: {numbers:,} random weights do not fit into the free memory, so each tensor is "
+                "made at every use, which is slow; a config of fewer or smaller layers is faster",
+                UserWarning,
+                stacklevel=3,
+            )
+        shapes, tied, onto_grid = self.tensors(self.config), self.tied(self.config), rounding(self.dtype)
+        return fresh_weights(shapes, self.config, self._seed, tied=tied, round=onto_grid, low_memory=not fits)
 
     # ------------------------------------------------------------------------------------------------ making and saving
 
@@ -64,56 +102,83 @@ class Model:
         cls,
         folder: str | os.PathLike[str],
         *,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         policy: str | Policy | None = None,
         low_memory: bool = False,
         progress: Progress | None = None,
         seed: int = 0,
         backend: str = "numpy",
-        device: str | None = None,
+        device: Any = None,
+        **keywords: Any,
     ) -> "Model":
-        """Read a checkpoint folder in Hugging Face format (config.json, model.safetensors or shards).
+        """Read a checkpoint folder in Hugging Face format (config.json, model.safetensors or shards), or the one that
+        the local cache has for a name of the hub.
 
-        dtype, policy: see `refllm.precision.arithmetic`. low_memory: weights stay in the memory-mapped file and are
-        converted when used. progress: called with (bytes done, bytes in all). seed: for head tensors that the file
-        lacks, which are initialised at random with a warning. backend, device: see `refllm.load`.
-        Raises ConfigError or CheckpointError with what is wrong, or InputError for an unknown dtype or policy.
+        dtype, policy: see `refllm.precision.arithmetic`; dtype "auto" is the checkpoint's own. low_memory: weights stay
+        in the memory-mapped file and are converted when used. progress: called with (bytes done, bytes in all). seed:
+        for head tensors that the file lacks, which are initialised at random with a warning. backend, device: see
+        `refllm.load`. keywords: keys of the config (num_labels, ...) and Transformers' arguments
+        (`refllm.forward.loading`). Raises ConfigError or CheckpointError with what is wrong, or InputError for an
+        argument that is unknown or not possible.
         """
-        if backend != "numpy":
-            fast = cls.fast_class(backend, policy, low_memory)
-            return fast.load(folder, dtype=dtype, backend=backend, device=device, progress=progress, seed=seed)
-        if device not in (None, "cpu"):
+        folder = local_folder(folder, keywords)
+        own = {"dtype": dtype, "policy": policy, "backend": backend, "device": device}
+        asked = understood(f"{cls.__name__}.from_pretrained", cls.config_class, keywords, **own, folder=folder)
+        numpy = asked.backend == "numpy"
+        if numpy and asked.device is not None and str(asked.device) != "cpu":
             raise InputError(f"device={device!r}: the NumPy backend runs on the CPU; leave device out")
-        ar = arithmetic(dtype, policy)
+        fast = None if numpy else cls.fast_class(asked.backend, policy, low_memory)
         from refllm.generation.config import GenerationConfig
 
         with one_model(folder):
-            config = cls.config_class.from_pretrained(folder)
-            checkpoint = Checkpoint.open(folder)
-            defaults = GenerationConfig.from_checkpoint(Path(folder))
-        weights = load_weights(
-            checkpoint,
-            cls.tensors(config),
-            optional_zero=norm_biases(cls.tensors(config)),
-            tied=cls.tied(config),
-            round=rounding(ar.dtype),
-            low_memory=low_memory,
-            progress=progress,
-            seed=seed,
-            initializer_range=config.initializer_range,
-        )
-        return cls(config, weights, ar, defaults)
+            config = asked.read_config(cls.config_class, folder)
+            checkpoint = open_checkpoint(folder)
+            given = asked.generation_config
+            defaults = GenerationConfig.from_checkpoint(folder) if given is None else GenerationConfig.of(given)
+        dtype = asked.dtype_for(config, checkpoint.dtype(checkpoint.names[0]))
+        if fast is not None:
+            where = {"backend": asked.backend, "device": asked.device}
+            model: Model = fast.load(config, checkpoint, defaults, dtype=dtype, **where, progress=progress, seed=seed)
+        else:
+            ar = arithmetic(dtype, asked.policy_for(dtype))
+            weights = load_weights(
+                checkpoint,
+                cls.tensors(config),
+                optional_zero=norm_biases(cls.tensors(config)),
+                tied=cls.tied(config),
+                round=rounding(ar.dtype),
+                low_memory=low_memory,
+                progress=progress,
+                seed=seed,
+                initializer_range=config.initializer_range,
+            )
+            model = cls(config, weights, ar, defaults)
+        model.attention_asked_for = asked.attention
+        return model
 
     @classmethod
     def from_config(
-        cls, config: ModelConfig, *, seed: int = 0, dtype: str = "float32", policy: str | Policy | None = None
+        cls,
+        config: Any,
+        *,
+        seed: int = 0,
+        dtype: Any = "float32",
+        policy: str | Policy | None = None,
+        **keywords: Any,
     ) -> Self:
-        """A fresh model: linear and embedding weights N(0, initializer_range), biases 0, norms 1, padding row 0."""
-        if not isinstance(config, cls.config_class):
-            raise InputError(f"{cls.__name__}: expected a {cls.config_class.__name__}, found {type(config).__name__}")
-        ar = arithmetic(dtype, policy)
-        weights = fresh_weights(cls.tensors(config), config, seed=seed, round=rounding(ar.dtype), tied=cls.tied(config))
-        return cls(config, weights, ar)
+        """A fresh model: linear and embedding weights N(0, initializer_range), biases 0, norms 1, padding row 0.
+
+        config: of this package or of Transformers. The weights are made when they are first needed. keywords: those of
+        `from_pretrained` that have a meaning without a checkpoint. Raises InputError.
+        """
+        asked = understood(f"{cls.__name__}.from_config", cls.config_class, keywords, dtype=dtype, policy=policy)
+        config = as_config(cls.__name__, config, cls.config_class)
+        if asked.changes:
+            config = type(config).from_dict({**config.to_dict(), **asked.changes})
+        dtype = asked.dtype_for(config)
+        model = cls(config, None, arithmetic(dtype, asked.policy_for(dtype)), seed=seed)
+        model.attention_asked_for = asked.attention
+        return model if asked.device is None else model.to(asked.device)
 
     @classmethod
     def tensors(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -126,19 +191,32 @@ class Model:
         tied = cls.head == "causal_lm" and config.tie_word_embeddings
         return {"lm_head.weight": "embed_tokens.weight"} if tied else {}
 
-    def save_pretrained(self, folder: str | os.PathLike[str], dtype: str | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: Any = None,
+        *,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        **unknown: Any,
+    ) -> None:
         """Write config.json, generation_config.json and the weights, as Transformers reads them.
 
         Over another model, who reads finds that one or this one, or no config.json: also after a kill at any moment.
-        dtype: of the file; None takes the model's own. Raises CheckpointError if the folder cannot be written.
+        dtype: of the file; None takes the model's own. max_shard_size: of one file. Raises CheckpointError if the
+        folder cannot be written, InputError for an argument that is unknown or not possible.
         """
+        refuse_unknown(unknown, ("dtype", "max_shard_size", "safe_serialization"), "save_pretrained")
+        if not safe_serialization:
+            raise InputError("save_pretrained: safe_serialization=False asks for a pickle; leave it out")
         dtype = dtype_name(dtype or self.dtype)
         architectures = [type(self).__name__]
         texts = {
             "generation_config.json": self.generation_config.to_json_string(),
             "config.json": self.config.to_json_string(architectures=architectures, dtype=dtype),
         }
-        save_checkpoint(folder, self.weights.renamed(self.prefix), dtype, texts=texts)
+        tensors, limit = self.weights.renamed(self.prefix), shard_bytes(max_shard_size)
+        save_checkpoint(folder, tensors, dtype, texts=texts, max_shard_bytes=limit)
         self.config.architectures, self.config.dtype = architectures, dtype
 
     @property
@@ -150,7 +228,13 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        return self.arithmetic.dtype
+        """The name of the dtype, which is equal to Torch's dtype of that name."""
+        return DtypeName(self.arithmetic.dtype)
+
+    @property
+    def device(self) -> Any:
+        """Where the model computes."""
+        return CPU
 
     @property
     def policy(self) -> str | None:
@@ -169,7 +253,9 @@ class Model:
 
     @generation_config.setter
     def generation_config(self, value: Any) -> None:
-        self._generation_config = value
+        from refllm.generation.config import GenerationConfig
+
+        self._generation_config = GenerationConfig.of(value)
 
     def num_parameters(self) -> int:
         """Numbers in all tensors; a tied tensor counts once."""
@@ -178,6 +264,131 @@ class Model:
     def new_cache(self, max_cache_len: int | None = None) -> DynamicCache:
         """An empty cache for this model; max_cache_len: one of that many slots, which does not grow."""
         return DynamicCache(self.config) if max_cache_len is None else StaticCache(self.config, max_cache_len)
+
+    def report(self) -> str:
+        """What computes this model, where it rounds, and what is unusual about its weights; one line each."""
+        asked = f"{self.attention_asked_for} was asked for: " if self.attention_asked_for else ""
+        return (
+            f"{type(self).__name__}, {self.dtype} on {self.device}\n"
+            f"attention  {asked}{self._attention()}\n"
+            f"weights    {self.num_parameters():,} numbers, {self._kept()}"
+        )
+
+    def _kept(self) -> str:
+        if "weights" not in vars(self):
+            return "random, to be made when they are needed"
+        kept = "read or made at every use" if self.weights.low_memory else "in memory"
+        report = self.weights.report
+        unusual = {"random": report.fresh, "not used": report.unexpected, "NaN or infinite in": [*report.nonfinite]}
+        return "; ".join([kept, *(f"{what}: {', '.join(names)}" for what, names in unusual.items() if names)])
+
+    def _attention(self) -> str:
+        if self.policy is None:
+            return "NumPy, exact" if self.arithmetic.exact else "NumPy, nothing rounded but by float32 itself"
+        steps = "after every step" if self.arithmetic.policy.normalize_first else "its result alone, float32 inside"
+        return f"NumPy, rounded as policy {self.policy} says: {steps}"
+
+    # ------------------------------------------------------------------------------------------- as a torch.nn.Module
+
+    def to(self, *where: Any, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:
+        """This model, moved to a device: on a GPU the fast model of the same name. A device that is not here is the
+        CPU (`refllm.devices.found`). Raises InputError for another dtype: that is chosen when a model is loaded."""
+        for value in where:
+            if dtype_name(value) in DTYPES:
+                dtype = value
+            else:
+                device = value
+        if dtype is not None and check_dtype(dtype) != self.dtype:
+            raise InputError(f"to: this model is {self.dtype}; load it again with dtype={check_dtype(dtype)!r} instead")
+        if device is not None:
+            self._move(found(device))
+        return self
+
+    def _move(self, device: Device) -> None:
+        if device == CPU:
+            return
+        fast = self.fast_class(backend(), None, False).of(self, backend=backend(), device=device)
+        fast.attention_asked_for = self.attention_asked_for
+        self.__class__, self.__dict__ = type(fast), vars(fast)
+
+    def cuda(self, device: int = 0) -> Self:
+        """`to` a GPU."""
+        return self.to(device)
+
+    def cpu(self) -> Self:
+        """`to` the CPU."""
+        return self.to(CPU)
+
+    def half(self) -> Self:
+        """`to` float16."""
+        return self.to("float16")
+
+    def bfloat16(self) -> Self:
+        """`to` bfloat16."""
+        return self.to("bfloat16")
+
+    def float(self) -> Self:
+        """`to` float32."""
+        return self.to("float32")
+
+    def eval(self) -> Self:
+        """This model, which never drops anything out."""
+        return self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """This model. Raises InputError if training it would mean dropout, which is not computed."""
+        c = self.config
+        drops = ("attention_dropout", "hidden_dropout", "classifier_dropout")
+        asked = [f"{name}={getattr(c, name)}" for name in drops if getattr(c, name, None)]
+        if mode and asked:
+            raise InputError(f"train: nothing is dropped out here, and the config has {', '.join(asked)}; set it to 0")
+        self.training = mode
+        return self
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """Each tensor with its name in a file, a tied one once: arrays, on a fast backend tensors."""
+        for name in self.weights.shapes:
+            yield file_name(name, self.prefix), self.weights[name]
+
+    def parameters(self) -> Iterator[Any]:
+        """The tensors of `named_parameters`."""
+        return (tensor for _, tensor in self.named_parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Name in a file -> tensor, tied ones under all their names."""
+        return dict(self.named_parameters()) | {name: self.weights[name] for name in self.tied(self.config)}
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
+        """Makes the vocabulary larger or smaller, in the embeddings and in lm_head, and returns the embeddings [V, E].
+
+        New rows are the mean of the old ones; with mean_resizing=False they are drawn as those of a fresh model.
+        """
+        rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        rows += -rows % (pad_to_multiple_of or 1)
+        if rows < 1:
+            raise InputError(f"resize_token_embeddings: {new_num_tokens} tokens are no vocabulary")
+        names = [name for name in ("embed_tokens.weight", "lm_head.weight") if name in self.weights.shapes]
+        self.weights = self.weights.resized({name: self._resized(name, rows, mean_resizing) for name in names})
+        self.config.vocab_size = rows
+        return self.weights["embed_tokens.weight"]
+
+    def _resized(self, name: str, rows: int, mean: bool) -> np.ndarray:
+        old = to_numpy(self.weights[name])
+        if rows <= len(old):
+            return old[:rows]
+        shape = (rows, old.shape[1])
+        new = old.mean(axis=0) if mean else fresh_tensor(name, shape, self.config.initializer_range, self._seed)
+        added = np.broadcast_to(new, shape)[len(old) :]
+        return np.concatenate([old, rounding(self.dtype)(added.astype(self.arithmetic.work))])
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Raises InputError."""
+        raise InputError(
+            "gradient_checkpointing_enable: no gradients are computed here, so there is no memory of theirs to save; "
+            "leave it out"
+        )
 
     # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -207,8 +418,9 @@ class Model:
         `refllm.models.heads.select`. labels (start_positions, end_positions): see the losses of `refllm.models.heads`;
         loss_options are shift_labels, num_items_in_batch and ignore_index. recorder: is shown every named value
         (`refllm.forward.operators`). Returns a `ModelOutput`, or with return_dict=False the tuple of what it holds.
-        Raises InputError for inputs that contradict each other or the model.
+        Tensors of Torch in give tensors out. Raises InputError for inputs that contradict each other or the model.
         """
+        loss_options.pop("token_type_ids", None)  # some tokenizers make them, and no model of these families reads them
         options = {
             **loss_options,
             "labels": labels,
@@ -235,13 +447,26 @@ class Model:
             raise
         out.past_key_values = cache
         out.hidden_states, out.attentions = collector.hidden_states(), collector.attentions()
+        if any(map(is_tensor, (input_ids, inputs_embeds, attention_mask, labels, start_positions))):
+            out = out.as_tensors(self.dtype)
         return out if return_dict else out.to_tuple()
 
-    def generate(self, input_ids: np.ndarray | None = None, **options: Any) -> Any:
-        """Continue a prompt: `refllm.generation.generate.generate` with this model."""
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """The call itself."""
+        return self(*arguments, **keywords)
+
+    def generate(self, input_ids: Any = None, generation_config: Any = None, **options: Any) -> Any:
+        """Continue a prompt: `refllm.generation.generate.generate` with this model.
+
+        input_ids may be all that a tokenizer returned.
+        """
         from refllm.generation.generate import generate
 
-        return generate(self, input_ids, **options)
+        if isinstance(input_ids, Mapping):
+            input_ids, options = None, {**input_ids, **options}
+
+        input_ids = options.pop("input_ids", input_ids)
+        return generate(self, input_ids, generation_config=generation_config, **options)
 
     def _operators(self, recorder: Recorder | None) -> Any:
         """What the page computes with. A backend other than NumPy has its own."""
@@ -281,7 +506,7 @@ class Model:
     def _embed(self, op: Operators, ids_BS: np.ndarray | None, inputs_embeds: Any) -> np.ndarray:
         if ids_BS is not None:
             return op.tap("model.embed_tokens", self.weights.rows("embed_tokens.weight", ids_BS))
-        values = rounding(self.dtype)(np.asarray(inputs_embeds, self.arithmetic.work))
+        values = rounding(self.dtype)(to_numpy(inputs_embeds).astype(self.arithmetic.work))
         return op.tap("model.embed_tokens", values)
 
     def _backbone(

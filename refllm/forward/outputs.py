@@ -1,9 +1,11 @@
 """What a call returns: named arrays, readable as attributes, by key or by position, as in Transformers."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+
+from refllm.inputs import as_tensor
 
 
 @dataclass
@@ -30,6 +32,11 @@ class ModelOutput:
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.keys())
+
+    def as_tensors(self, dtype: str) -> "ModelOutput":
+        """The same as tensors of Torch in `dtype`, which the values lie on the grid of; the loss keeps its own."""
+        arrays = {name: as_tensor(getattr(self, name), dtype) for name in self.keys() if name != "loss"}
+        return replace(self, **arrays, loss=None if self.loss is None else as_tensor(self.loss))
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from refllm.errors import ConfigError, InputError
-from refllm.generation.values import read_setting, refuse_out_of_range, refuse_unknown
+from refllm.generation.values import read_setting, refuse_out_of_range
 from refllm.generation.watermark import WatermarkingConfig
+from refllm.inputs import refuse_unknown
 from refllm.storage import input_file, output_file
+from refllm.storage.hub_cache import local_folder
 
 FILE_NAME = "generation_config.json"
 
@@ -207,7 +209,8 @@ class GenerationConfig:
     @classmethod
     def from_pretrained(cls, folder: str | Path, file_name: str = FILE_NAME) -> GenerationConfig:
         """Reads generation_config.json of a checkpoint folder. Raises ConfigError."""
-        return cls.from_dict(input_file.read_object(Path(folder) / file_name, ConfigError), source=file_name)
+        path = local_folder(folder) / file_name
+        return cls.from_dict(input_file.read_object(path, ConfigError), source=file_name)
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path) -> GenerationConfig:
@@ -219,6 +222,15 @@ class GenerationConfig:
         if os.path.lexists(Path(folder) / FILE_NAME):
             return cls.from_pretrained(folder)
         return cls.from_model_config(input_file.read_object(Path(folder) / "config.json", ConfigError))
+
+    @classmethod
+    def of(cls, value: Any) -> GenerationConfig:
+        """The settings of this class, or those that a GenerationConfig of Transformers has set. Raises InputError."""
+        if isinstance(value, cls):
+            return value
+        if not hasattr(value, "to_diff_dict"):
+            raise InputError(f"generate: generation_config is a {type(value).__name__}, not a GenerationConfig")
+        return cls.from_dict(value.to_diff_dict(), source="generation_config")
 
     @classmethod
     def from_model_config(cls, config: Any) -> GenerationConfig:
@@ -268,7 +280,7 @@ class GenerationConfig:
 
     @classmethod
     def resolve(
-        cls, arguments: Mapping[str, Any], passed: GenerationConfig | None, model_defaults: GenerationConfig | None
+        cls, arguments: Mapping[str, Any], passed: Any, model_defaults: GenerationConfig | None
     ) -> tuple[GenerationConfig, bool]:
         """Merges the three places a setting can come from with `DEFAULTS`: call, passed config, model's config.
 
@@ -276,8 +288,7 @@ class GenerationConfig:
         tokens). Raises InputError.
         """
         refuse_unknown(arguments, FIELDS, "generate")
-        if passed is not None and not isinstance(passed, cls):
-            raise InputError(f"generate: generation_config is a {type(passed).__name__}, not a GenerationConfig")
+        passed = None if passed is None else cls.of(passed)
         given = {name: v for name, v in arguments.items() if v is not None or name not in _NONE_IS_UNSET}
         by_caller = (passed.set_fields() if passed is not None else {}) | given
         by_anyone = (model_defaults.set_fields() if model_defaults is not None else {}) | by_caller

@@ -7,7 +7,7 @@ Rules of `GenerationMixin` of Transformers 5.23.0: `_prefill`, `prepare_inputs_f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from refllm.errors import InputError
 from refllm.generation.logits_process import LogitsProcessorList, softmax
 from refllm.generation.stopping import StoppingCriteriaList
 from refllm.generation.streamers import BaseStreamer
-from refllm.inputs import to_numpy
+from refllm.inputs import as_tensor, to_numpy
 
 
 @dataclass(kw_only=True)
@@ -41,6 +41,10 @@ class GenerateOutput:
     hidden_states: tuple[Any, ...] | None = None
     """One entry per step: what the model returned."""
     past_key_values: Any = None
+
+    def as_tensors(self, device: Any) -> GenerateOutput:
+        """The same, its arrays as tensors of Torch."""
+        return replace(self, **{name: as_tensor(value, device=device) for name, value in vars(self).items()})
 
     def keys(self) -> list[str]:
         """The names of the fields that are there."""

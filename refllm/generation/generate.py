@@ -23,6 +23,7 @@ from refllm.generation.config import FIELDS, GenerationConfig
 from refllm.generation.decoding import Decoder, GenerateOutput, Recorder, decode_loop
 from refllm.generation.logits_process import LogitsProcessor
 from refllm.generation.processor_order import ProcessorInputs, make_processors
+from refllm.generation.seeds import generator
 from refllm.generation.stopping import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -32,7 +33,7 @@ from refllm.generation.stopping import (
     StopStringCriteria,
 )
 from refllm.generation.streamers import BaseStreamer, TextIteratorStreamer
-from refllm.generation.values import refuse_unknown
+from refllm.inputs import is_tensor, refuse_unknown, to_numpy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def generate(
         generation_config, settings: see `GenerationConfig`. Settings win.
         tokenizer: needed for `stop_strings`.
         streamer: gets the prompt and every new token; not with beams.
-        seed: for sampling: an integer, a NumPy generator, or None for fresh randomness.
+        seed: for sampling: an integer, a NumPy generator, or None for that of `set_seed`, or else fresh randomness.
         logits_processor, stopping_criteria: the caller's own, after the standard ones.
         prefix_allowed_tokens_fn: (row, ids_T) -> ids that may follow.
         negative_prompt_ids: [B, N], the other side of classifier-free guidance (`guidance_scale`).
@@ -107,7 +108,7 @@ def generate(
 
     Returns:
         int64 [B * num_return_sequences, T], prompt included, or a GenerateOutput with
-        `return_dict_in_generate=True`.
+        `return_dict_in_generate=True`. For a prompt of tensors they are tensors, on its device.
 
     Raises:
         InputError: for anything that cannot be done, in one sentence.
@@ -116,6 +117,7 @@ def generate(
         if input_ids is not None:
             raise InputError("generate: inputs and input_ids are two names of the same argument; give one")
         input_ids = settings.pop("inputs")
+    settings = _without_absent(settings)
     refuse_unknown(settings, FIELDS | _ARGUMENTS, "generate")
     if (head := getattr(model, "head", "causal_lm")) != "causal_lm":
         raise InputError(f"generate: text needs a causal language model, and this one has the head {head}")
@@ -164,7 +166,7 @@ def generate(
         options={name: True for name in ("output_attentions", "output_hidden_states") if getattr(config, name)},
         greedy=getattr(model, "greedy_tokens", None) if only_the_largest else None,
     )
-    random = _random(seed) if config.do_sample else None
+    random = generator(seed) if config.do_sample else None
     if streamer is not None:
         streamer.put(rows.ids)
     logits_BV = decoder.prefill(rows.ids, rows.embeds, prompt.new)
@@ -186,7 +188,23 @@ def generate(
             recorder=recorder,
         )
         output = GenerateOutput(sequences=sequences, past_key_values=decoder.cache, **recorder.fields())
+    tensor = next((given for given in (input_ids, attention_mask, inputs_embeds) if is_tensor(given)), None)
+    if tensor is not None:
+        output = output.as_tensors(tensor.device)
     return output if config.return_dict_in_generate else output.sequences
+
+
+_OTHER_WAYS = frozenset({"assistant_model", "assistant_tokenizer", "custom_generate", "synced_gpus"})
+
+
+def _without_absent(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without arguments of Transformers that ask for nothing. Raises InputError for those that do."""
+    for name in sorted(_OTHER_WAYS & settings.keys()):
+        if settings[name]:
+            raise InputError(f"generate: {name} is not supported; refllm does greedy, sampling and beam search")
+    # No model of these families reads token types, which some tokenizers make; defaults are used in one way.
+    dropped = _OTHER_WAYS | {"token_type_ids", "use_model_defaults", "trust_remote_code"}
+    return {name: value for name, value in settings.items() if name not in dropped}
 
 
 _ARGUMENTS = frozenset(inspect.signature(generate).parameters) - {"settings"}
@@ -230,7 +248,7 @@ class _ModelLimits:
 
 
 def _integers(value: Any, name: str) -> np.ndarray:
-    array = np.asarray(value)
+    array = to_numpy(value)
     if array.ndim != 2:
         raise InputError(f"generate: {name} has the shape {array.shape}, expected [rows, length]")
     if array.dtype.kind not in "iu":
@@ -241,7 +259,7 @@ def _integers(value: Any, name: str) -> np.ndarray:
 def _read_prompt(
     input_ids: Any, inputs_embeds: Any, config: GenerationConfig, limits: _ModelLimits
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    embeds = None if inputs_embeds is None else np.asarray(inputs_embeds)
+    embeds = None if inputs_embeds is None else to_numpy(inputs_embeds)
     if embeds is not None and (embeds.ndim != 3 or embeds.shape[1] == 0):
         text = f"generate: inputs_embeds has the shape {embeds.shape}, expected [rows, length > 0, hidden_size]"
         raise InputError(text)
@@ -288,7 +306,7 @@ def _prepare_prompt(
     """Mask, positions, and how much of the prompt is new to the cache."""
     length = ids.shape[1] if embeds is None else embeds.shape[1]
     if attention_mask is not None:
-        mask = np.asarray(attention_mask)
+        mask = to_numpy(attention_mask)
         if mask.ndim != 2 or mask.shape[0] != ids.shape[0]:
             text = f"generate: attention_mask has the shape {mask.shape}, expected [{ids.shape[0]}, length]"
             raise InputError(text)
@@ -424,13 +442,6 @@ def _cache(config: GenerationConfig, prompt: Prompt, model: Any) -> Any:
     assert config.max_length is not None
     length = config.max_length - 1 + (prompt.new - prompt.ids.shape[1] if prompt.embeds is not None else 0)
     return model.new_cache(max_cache_len=max(length, config.max_cache_len or 0))
-
-
-def _random(seed: int | np.random.Generator | None) -> np.random.Generator:
-    try:
-        return np.random.default_rng(seed)
-    except (TypeError, ValueError):
-        raise InputError(f"generate: seed={seed!r} must be an integer of at least 0, or None") from None
 
 
 def _beam_settings(config: GenerationConfig, random: np.random.Generator | None, limits: _ModelLimits) -> BeamSettings:

@@ -9,6 +9,7 @@ pipe([{"role": "user", "content": "Hello"}])          # [{"generated_text": [...
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
@@ -17,6 +18,9 @@ from typing import Any
 import numpy as np
 
 from refllm.errors import InputError
+from refllm.generation.config import GenerationConfig
+from refllm.inputs import to_numpy
+from refllm.storage import hub_cache
 from refllm.text.tokenizer import AutoTokenizer, warn_about_vocabulary
 
 DEFAULTS = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
@@ -28,46 +32,67 @@ Chat = list[dict[str, Any]]
 
 
 def pipeline(
-    task: str = "text-generation",
+    task: str | None = "text-generation",
     model: Any = None,
     tokenizer: Any = None,
     *,
-    dtype: str = "float32",
+    dtype: Any = "float32",
     policy: Any = None,
     low_memory: bool = False,
     backend: str = "numpy",
-    device: str | None = None,
+    device: Any = None,
     **options: Any,
 ) -> TextGenerationPipeline:
     """A text generation pipeline.
 
-    model: a checkpoint folder, or a loaded causal language model. tokenizer: a folder, a tokenizer, or None for the one
-    in the model's folder. dtype, policy, low_memory, backend, device: as in `refllm.load`, for a model that is loaded
-    here; dtype "auto" is the checkpoint's own. options: defaults for the calls, `batch_size` or `max_new_tokens`, say.
+    model: a checkpoint folder, a name of the hub that is in its local cache, or a loaded causal language model.
+    tokenizer: a folder, a tokenizer, of Transformers too, or None for the one in the model's folder. dtype, policy,
+    low_memory, backend: as in `from_pretrained`, for a model that is loaded here, as are the `options` of `_LOADING`
+    and `model_kwargs`. device: a name or the number of a GPU; one that is not here is the CPU, with a warning. Other
+    options: defaults for the calls, `batch_size` or `max_new_tokens`, say.
 
     Raises InputError for another task and for a model without language model head, and what loading raises.
     """
-    if task != "text-generation":
-        raise InputError(f"pipeline: the task {task!r} is not supported, only 'text-generation'")
+    if task not in (None, "text-generation"):
+        raise InputError(
+            f"pipeline: the task {task!r} is not supported, only 'text-generation'; for other heads call a model of "
+            "AutoModelForSequenceClassification, AutoModelForTokenClassification or AutoModelForQuestionAnswering"
+        )
     if model is None:
         raise InputError("pipeline: name a model, that is a checkpoint folder or a loaded model")
+    if options.get("device_map") is not None and device is not None:
+        raise InputError("pipeline: device and device_map both say where the model goes; give one of them")
     folder = model if isinstance(model, (str, os.PathLike)) else None
+    loading = {name: options.pop(name) for name in _LOADING & options.keys()} | options.pop("model_kwargs", {})
+    for name in _NOTHING_TO_CHOOSE & options.keys():
+        del options[name]
     source = folder if tokenizer is None else tokenizer
     if source is None:
         raise InputError("pipeline: a loaded model comes without its tokenizer, pass tokenizer= as well")
     if isinstance(source, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(os.fspath(source))
+        where = {name: loading[name] for name in hub_cache.KEYWORDS & loading.keys()}
+        tokenizer = AutoTokenizer.from_pretrained(os.fspath(source), **where)
     if folder is not None:
-        model = _load(folder, dtype, policy=policy, low_memory=low_memory, backend=backend, device=device)
+        how = {"dtype": dtype, "policy": policy, "low_memory": low_memory, "backend": backend}
+        model = _load(folder, device, **(how | loading))
+    elif device is not None:
+        model.to(device)
     return TextGenerationPipeline(model, tokenizer, **options)
 
 
-def _load(folder: str | os.PathLike[str], dtype: str, **options: Any) -> Any:
-    import refllm  # its front door: the models are built on this package
+_LOADING = hub_cache.KEYWORDS | {"device_map", "torch_dtype", "attn_implementation", "config", "low_cpu_mem_usage"}
+_NOTHING_TO_CHOOSE = {"framework", "use_fast", "feature_extractor", "image_processor", "processor", "num_workers"}
+_NOTHING_TO_CHOOSE |= {"binary_output", "pipeline_class"}
 
-    if dtype == "auto":
-        dtype = refllm.AutoConfig.from_pretrained(folder).dtype or "float32"
-    return refllm.load(folder, head="causal_lm", dtype=dtype, **options)
+
+def _load(folder: str | os.PathLike[str], device: Any, **options: Any) -> Any:
+    import refllm  # its front door: the models are built on this package
+    from refllm.terminal.progress import loading_bar
+
+    if device is not None:
+        options["device_map"] = device
+    with loading_bar(sys.stderr) as progress:
+        return refllm.AutoModelForCausalLM.from_pretrained(folder, progress=progress, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +152,11 @@ class TextGenerationPipeline:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         warn_about_vocabulary(tokenizer, model.config.vocab_size)
 
+    @property
+    def device(self) -> Any:
+        """Where the model computes."""
+        return self.model.device
+
     def __call__(self, text_inputs: Any, **options: Any) -> Any:
         """Continue a text or a chat, or each of a list of them; an iterator of prompts gives an iterator of results.
 
@@ -179,6 +209,7 @@ class TextGenerationPipeline:
     def _known(self, generation: Mapping[str, Any]) -> dict[str, Any]:
         """Every generation setting that someone has made."""
         passed = generation.get("generation_config")
+        passed = None if passed is None else GenerationConfig.of(passed)
         known = dict(self.model.generation_config.set_fields())
         return known | (passed.set_fields() if passed is not None else {}) | dict(generation)
 
@@ -251,7 +282,7 @@ class TextGenerationPipeline:
             output = self.model.generate(None, **arguments)
         else:
             output = self.model.generate(ids_BS, attention_mask=mask_BS, **arguments)
-        return np.asarray(getattr(output, "sequences", output))
+        return to_numpy(getattr(output, "sequences", output))
 
     def _record(self, prompt: str | Chat, ids_T: np.ndarray, width: int, text: _Options) -> dict[str, Any]:
         if text.return_tensors:

@@ -6,7 +6,6 @@ A reader takes (source, name, value) and raises ConfigError with one sentence fo
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from refllm.config.values import read_bool, read_choice, read_float, read_int, read_size
 from refllm.errors import ConfigError, InputError
 from refllm.generation.watermark import WatermarkingConfig
+from refllm.inputs import refuse_unknown
 from refllm.storage.json_text import show
 from refllm.text.arguments import check_unicode
 
@@ -45,16 +45,6 @@ def refuse_out_of_range(values: Mapping[str, Any], source: str) -> None:
         if value is not None and not low <= value <= high:
             wanted = f"lie in [{low:g}, {high:g}]" if high < math.inf else f"be at least {low:g}"
             raise InputError(f"{source}: {name}={show(value)} must {wanted}")
-
-
-def refuse_unknown(names: Iterable[str], known: Iterable[str], source: str) -> None:
-    """Raises InputError where a name is not among the known ones; suggests the nearest."""
-    known = sorted(known)
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"{source}: unknown argument {name}{hint}")
 
 
 def _count(source: str, name: str, value: Any) -> int:

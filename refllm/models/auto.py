@@ -4,12 +4,13 @@ import os
 import sys
 from typing import Any
 
-from refllm.config import AutoConfig, ModelConfig
+from refllm.config import AutoConfig, ModelConfig, as_config
 from refllm.errors import ConfigError, InputError
 from refllm.forward.model import Model
 from refllm.models import families
 from refllm.models.heads import HEADS
-from refllm.precision import Policy
+from refllm.precision import Policy, check_dtype
+from refllm.storage import hub_cache
 
 BACKENDS = ("numpy", "torch", "triton")
 
@@ -38,7 +39,7 @@ def load(
 
     options: dict[str, Any] = {"policy": policy, "low_memory": low_memory, "backend": backend, "device": device}
     with in_use(page), loading_bar(sys.stderr) as progress:
-        cls = model_class(AutoConfig.from_pretrained(path), head)
+        cls, dtype = model_class(AutoConfig.from_pretrained(path), head), check_dtype(dtype)
         return cls.from_pretrained(path, dtype=dtype, progress=progress, **options)
 
 
@@ -71,11 +72,14 @@ class _Auto:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> Model:
         """See `refllm.forward.model.Model.from_pretrained`."""
-        return model_class(AutoConfig.from_pretrained(folder), cls.head).from_pretrained(folder, **options)
+        where = {name: options[name] for name in hub_cache.KEYWORDS & options.keys()}
+        config = AutoConfig.from_pretrained(folder, **where)
+        return model_class(config, cls.head).from_pretrained(folder, **options)
 
     @classmethod
-    def from_config(cls, config: ModelConfig, **options: Any) -> Model:
+    def from_config(cls, config: Any, **options: Any) -> Model:
         """See `refllm.forward.model.Model.from_config`."""
+        config = as_config(cls.__name__, config)
         return model_class(config, cls.head).from_config(config, **options)
 
 

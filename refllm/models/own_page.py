@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from refllm.config import CONFIG_CLASSES, ModelConfig
-from refllm.config.config import read_as
+from refllm.config.config import read_as, reader_of
 from refllm.config.digest import config_hash
 from refllm.config.traits import TRAITS, Traits
-from refllm.errors import InputError, RefllmError
+from refllm.errors import ConfigError, InputError, RefllmError
 from refllm.forward.dry_run import PageError, dry_run
 from refllm.models import families
+from refllm.precision import POLICIES
 from refllm.user_code import load_file
 
 _NAMES = ("TRAITS", "Config", "tensors", "forward", "block")
@@ -136,6 +137,12 @@ class OwnPage:
         cls.model_type, cls.traits = self.traits.model_type, self.traits
         if "__dataclass_fields__" not in vars(cls):
             cls = dataclasses.dataclass(init=False, kw_only=True)(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in vars(cls).get("__annotations__", ()):
+                try:
+                    reader_of(field)
+                except ConfigError as error:
+                    raise self.error(f"Config: {error}", rf"\s+{field.name}") from None
         return cls
 
     def _check_traits(self) -> None:
@@ -144,6 +151,14 @@ class OwnPage:
             raise self.error(f"TRAITS: norm={traits.norm!r} is not known; use {' or '.join(_NORMS)}", "TRAITS")
         if unknown := [head for head in traits.heads if head not in heads]:
             raise self.error(f"TRAITS: heads has {unknown[0]!r}; use {', '.join(heads)}", "TRAITS")
+        known = frozenset().union(*(policy.points for policy in POLICIES.values()))
+        if unknown := sorted(map(str, self.NOT_ROUNDED - known)):
+            points = ", ".join(sorted(known))
+            raise self.error(f"NOT_ROUNDED: {unknown[0]!r} is no rounding point; those are {points}", "NOT_ROUNDED")
+        if traits.norm == "rms" and traits.rounds_before_weight == ("rms_norm.normalized" in self.NOT_ROUNDED):
+            means = "does not have" if traits.rounds_before_weight else "has"
+            stated = f"TRAITS: rounds_before_weight={traits.rounds_before_weight}"
+            raise self.error(f"{stated} means that NOT_ROUNDED {means} rms_norm.normalized", "TRAITS")
         if not traits.model_type or not traits.class_prefix.isidentifier():
             raise self.error("TRAITS: model_type and class_prefix must be names", "TRAITS")
 

@@ -24,6 +24,11 @@ def grouped(config: Any) -> bool:
     return bool(1 < config.num_key_value_heads < config.num_attention_heads)
 
 
+def windowed(config: Any) -> bool:
+    """Whether queries of some layer see a window of the keys."""
+    return any(config.window(layer) is not None for layer in range(config.num_hidden_layers))
+
+
 def _scaled_by(change: Any) -> Any:
     def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
         return attend(q, repeated(module, k), repeated(module, v), mask, change(module))
@@ -48,6 +53,19 @@ def _one_more(seen: Any, s: Any, t: Any) -> Any:
     more = seen.clone()
     more[..., 1:] |= seen[..., :-1]
     return more
+
+
+def _one_older(seen: Any, s: Any, t: Any) -> Any:
+    more = seen.clone()
+    more[..., :-1] |= seen[..., 1:]
+    return more & (t <= s)
+
+
+def _oldest_hidden(seen: Any, s: Any, t: Any) -> Any:
+    """The first key that a query sees is hidden, unless it is the first of all."""
+    less = seen.clone()
+    less[..., 1:] &= seen[..., :-1]
+    return less
 
 
 def _stale(module: Any, q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
@@ -155,7 +173,11 @@ ATTENTION: dict[str, dict[str, Any]] = {
         "plant": _seeing(lambda seen, s, t: seen & (t < len(t) // _TILE * _TILE)),
         "source": "ROCm/aiter#4673",
     },
-    "unwanted window": {"taps": _ATTENTION, "plant": _seeing(lambda seen, s, t: seen & (t > s - _WINDOW))},
+    "unwanted window": {
+        "taps": _ATTENTION,
+        "plant": _seeing(lambda seen, s, t: seen & (t > s - _WINDOW)),
+        "applies": lambda config: not windowed(config),
+    },
     "key and value heads tiled instead of repeated": {
         "taps": _ATTENTION,
         "plant": attention_is(_tiled),
@@ -170,3 +192,10 @@ ATTENTION: dict[str, dict[str, Any]] = {
         "equivalent": "scores stay within a few hundred, so exp(-10000 - score) is 0 as with an infinite sentinel",
     },
 }
+
+WINDOW: dict[str, dict[str, Any]] = {
+    "window one too wide": {"taps": _ATTENTION, "plant": _seeing(_one_older), "applies": windowed},
+    "window one too narrow": {"taps": _ATTENTION, "plant": _seeing(_oldest_hidden), "applies": windowed},
+    "window ignored": {"taps": _ATTENTION, "plant": _seeing(lambda seen, s, t: t <= s), "applies": windowed},
+}
+"""What only families with a window can have."""

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from refllm.config.traits import traits_of
-from refllm.mutants.planting import forward_of, forward_of_block, forward_of_model, layer_of, replaced
+from refllm.mutants.planting import forward_of, forward_of_block, forward_of_model, layer_of, module_at, replaced
 
 Forward = Callable[..., Any]
 
@@ -73,10 +73,10 @@ def _with_bias(norm: Any, y: Any) -> Any:
 
 
 def wrong_eps(model: Any, layer: int) -> AbstractContextManager[None]:
-    """1e-6, what most code has as its default, or 1e-5 where that is further away."""
+    """1e-6, what most code has as its default, or 1e-5 where that is further away or it is the right one."""
     norm = layer_of(model, layer).input_layernorm
     name = "eps" if hasattr(norm, "eps") else "variance_epsilon"
-    return replaced(norm, name, 1e-5 if getattr(norm, name) < 1e-6 else 1e-6)
+    return replaced(norm, name, 1e-5 if getattr(norm, name) <= 1e-6 else 1e-6)
 
 
 def _other_centring(norm: Any) -> Forward:
@@ -345,6 +345,14 @@ def projection_of_q_for_k(model: Any, layer: int) -> AbstractContextManager[None
     return replaced(attention.k_proj, "forward", lambda x: torch.nn.functional.linear(x, q.weight[:n], bias))
 
 
+def bias_of_k_for_v(model: Any, layer: int) -> AbstractContextManager[None]:
+    """Values are made with the keys' bias."""
+    import torch
+
+    k, v = (module_at(model, layer, f"self_attn.{letter}_proj") for letter in "kv")
+    return replaced(v, "forward", lambda x: torch.nn.functional.linear(x, v.weight, k.bias))
+
+
 BLOCK: dict[str, dict[str, Any]] = {
     "sequential block run as parallel": {
         "taps": ("mlp.gate_proj", "mlp.up_proj"),
@@ -387,6 +395,11 @@ BLOCK: dict[str, dict[str, Any]] = {
         "plant": forward_of_block(lambda block: lambda hidden_states, **kwargs: hidden_states),
     },
 }
+
+BIASES: dict[str, dict[str, Any]] = {
+    "k_proj bias used for v": {"taps": ("self_attn.v_proj",), "plant": bias_of_k_for_v, "applies": qkv_biases},
+}
+"""What is planted in families from outside besides."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- head

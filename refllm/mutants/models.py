@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from refllm.config import ModelConfig
-from refllm.mutants.attention import ATTENTION
-from refllm.mutants.blocks import BLOCK, HEAD, MLP, NORM
+from refllm.mutants.attention import ATTENTION, WINDOW
+from refllm.mutants.blocks import BIASES, BLOCK, HEAD, MLP, NORM
 from refllm.mutants.planting import Plant
 from refllm.mutants.rotary import ROPE
 
@@ -69,7 +69,18 @@ OUTSIDE = ("model.norm", "lm_head")
 """Values that belong to no layer."""
 
 
+_AREAS = {"norm": NORM, "rope": ROPE, "attention": ATTENTION, "mlp": MLP, "block": BLOCK, "head": HEAD}
+
+
 def catalogue() -> list[Mutant]:
-    """Every mutant, area by area."""
-    areas = {"norm": NORM, "rope": ROPE, "attention": ATTENTION, "mlp": MLP, "block": BLOCK, "head": HEAD}
+    """Every mutant of the families that refllm knows, area by area."""
+    return _made(_AREAS)
+
+
+def of_own_pages() -> list[Mutant]:
+    """Every mutant, and those of what pages from outside have: a window of keys, biases in three projections."""
+    return _made({**_AREAS, "attention": ATTENTION | WINDOW, "block": BLOCK | BIASES})
+
+
+def _made(areas: dict[str, dict[str, dict[str, Any]]]) -> list[Mutant]:
     return [Mutant(name=name, area=area, **entry) for area, part in areas.items() for name, entry in part.items()]

@@ -16,6 +16,18 @@ _SHORT = {"fp64": "float64", "f64": "float64", "fp32": "float32", "f32": "float3
 _SHORT |= {"bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 
 
+class DtypeName(str):
+    """The name of a dtype, "bfloat16". Torch's dtype of that name is equal to it."""
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) == str(other).removeprefix("torch.")
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 def dtype_name(dtype: Any) -> Any:
     """The one name of a dtype that a user gave as text, as a dtype of Torch, NumPy or ml_dtypes, or as a NumPy type.
 

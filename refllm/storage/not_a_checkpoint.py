@@ -5,12 +5,12 @@ Nothing is opened but the first bytes of a regular file, and nothing is unpacked
 
 import json
 import os
-import re
 import stat
 from pathlib import Path
 
+from refllm.storage.hub_cache import cache_folder, hub_name
+
 WANTED = "a folder with config.json and safetensors files"
-_HUB_NAME = re.compile(r"(?:(?:https?://)?(?:www\.)?huggingface\.co/|hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?")
 _BEGINNINGS = (
     (
         b"GGUF",
@@ -66,13 +66,12 @@ def no_config(path: Path) -> str | None:
 
 
 def _nothing_there(path: Path) -> str:
-    hub = _HUB_NAME.fullmatch(re.sub(r"^(https?|hf):/+", r"\1://", path.as_posix()))
-    if hub is None or Path(hub[1]).parent.is_dir():  # in a folder that is there it is a misspelt path
+    name = hub_name(path)
+    if name is None:
         return f"there is no such folder or file; expected {WANTED}"
-    name = hub[1]
     return (
-        f"there is no such folder, and nothing is downloaded: if this is a model of the Hugging Face hub, get it with "
-        f"'hf download {name} --local-dir {name.rpartition('/')[2]}' and give that folder"
+        f"there is no such folder, it is not in the Hugging Face cache ({cache_folder()}), and nothing is downloaded: "
+        f"if this is a model of the hub, 'hf download {name}' puts it into the cache"
     )
 
 

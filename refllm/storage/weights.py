@@ -119,6 +119,11 @@ class Weights(Mapping[str, NDArray[Any]]):
         backbone names: what `save_checkpoint` takes. Tied tensors occur once."""
         return _Renamed(self, {file_name(name, prefix): name for name in self.shapes})
 
+    def resized(self, arrays: Mapping[str, NDArray[Any]]) -> "Weights":
+        """These weights with other arrays, of other shapes, in the place of some; a tied tensor stays tied."""
+        shapes = {**self.shapes, **{name: array.shape for name, array in arrays.items()}}
+        return Weights(shapes, {**self._kept, **arrays}, source=self._source, tied=self.tied, report=self.report)
+
     def replaced(self, others: Mapping[str, NDArray[Any]]) -> "Weights":
         """These weights with other arrays in the place of some, by their names here; each is asked for at every access.
         A tied tensor that has an array of its own is tied no more."""
@@ -215,7 +220,7 @@ def load_weights(
     report, found = compare(stored_shapes, expected, optional_zero, tied, checkpoint.path)
     require_usable(report, checkpoint.path)
     for stored in found.values():
-        checkpoint.weight(stored)  # refuses a dtype that is no weight, before the long work begins
+        checkpoint.must_be_weight(stored)  # before the long work begins
     tied = _tie(checkpoint, found, tied)
     shapes = {name: tuple(shape) for name, shape in expected.items() if name not in tied}
     shapes |= {name: checkpoint.shape(stored) for name, stored in found.items()}
@@ -309,7 +314,17 @@ class _CheckpointSource:
         together = rooms(shapes, self._dtype)
         for name in self._found:
             arrays[name], pieces = self._prepare(name, None, together.get(name))
-            todo += pieces
+            if self._checkpoint.makes(self._found[name]):  # one after another: what is made is as large as the result
+                self._finish(pieces, None)
+            else:
+                todo += pieces
+        self._finish(todo, progress)
+        for stored in self._found.values():
+            self._checkpoint.must_be_as_opened(stored)
+        return arrays
+
+    def _finish(self, todo: Sequence[_Block], progress: Progress | None) -> None:
+        """Converts blocks, and counts what is not finite."""
         done, total = 0, sum(block.stored.nbytes for block in todo)
         for block, count in zip(todo, self._map(todo), strict=True):
             done += block.stored.nbytes
@@ -318,9 +333,6 @@ class _CheckpointSource:
                 self._report.nonfinite[stored] = self._report.nonfinite.get(stored, 0) + count
             if progress is not None:
                 progress(done, total)
-        for stored in self._found.values():
-            self._checkpoint.must_be_as_opened(stored)
-        return arrays
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_CheckpointSource":
         return self  # it only reads
@@ -386,6 +398,16 @@ def keeps_grid(round: Round, dtype: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Fresh weights
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def free_memory() -> int:
+    """Bytes that this process can take without others being swapped out; a large number where no one says."""
+    try:
+        with open("/proc/meminfo") as file:
+            found = {line.partition(":")[0]: line.split()[1] for line in file}
+        return int(found["MemAvailable"]) * 1024
+    except (OSError, KeyError):
+        return 1 << 62
 
 
 class _FreshSource:

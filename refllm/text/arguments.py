@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from refllm.errors import InputError
+from refllm.extras import require
+from refllm.inputs import as_tensor
 
 
 def check_unicode(text: str, name: str) -> None:
@@ -55,13 +57,20 @@ def check_pair(text: Any, pair: Any, batched: bool, split: bool) -> None:
         raise InputError(f"text has {len(text)} entries and text_pair has {len(pair)}: they must be pairs")
 
 
-def as_array(name: str, rows: list[Any], kind: str) -> np.ndarray:
-    """Rows of equal length as int64 [B, S]; `kind` is the caller's `return_tensors`, `name` what the rows are."""
-    if kind != "np":
-        raise InputError(f"return_tensors={kind!r}: refllm works on NumPy arrays, so only 'np' and None are possible")
+def as_array(name: str, rows: list[Any], kind: Any) -> Any:
+    """Rows of equal length as int64 [B, S]; `kind` is the caller's `return_tensors`: "np" for an array, "pt" for a
+    tensor. `name` is what the rows are."""
+    kind = getattr(kind, "value", kind)  # Transformers has an enumeration of them
+    if kind not in ("np", "pt"):
+        raise InputError(
+            f"return_tensors={kind!r}: use 'np' for NumPy arrays, 'pt' for tensors of Torch, None for lists"
+        )
+    if kind == "pt":
+        require("return_tensors='pt'", "torch")
     if len({len(row) for row in rows if isinstance(row, list)}) > 1:
         raise InputError(f"{name}: the texts have different lengths, which no array can hold: pass padding=True")
-    return np.array(rows, dtype=np.int64)
+    array = np.array(rows, dtype=np.int64)
+    return array if kind == "np" else as_tensor(array)
 
 
 def as_ids(ids: Any) -> Any:

@@ -9,6 +9,7 @@ Behaviour follows transformers 5 (`tokenization_utils_tokenizers.py`, class Toke
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import warnings
@@ -20,8 +21,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from refllm import devices
 from refllm.errors import InputError, RefllmError, TokenizerError
-from refllm.storage import input_file
+from refllm.inputs import is_tensor, refuse_unknown
+from refllm.storage import hub_cache, input_file
 from refllm.storage.not_a_checkpoint import explain
 from refllm.text import growth
 from refllm.text.arguments import as_array, as_ids, check_pair, check_text, check_unicode
@@ -62,6 +65,12 @@ class BatchEncoding(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"this encoding has no {name!r}, only {', '.join(self)}") from None
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> BatchEncoding:
+        """This encoding, its tensors moved to a device; arrays and lists are on none. See `refllm.devices.found`."""
+        where = devices.found(device)
+        self.update({name: value.to(where) for name, value in self.items() if is_tensor(value)})
+        return self
 
     def tokens(self, index: int = 0) -> list[str]:
         """The tokens of text `index`, as strings of the vocabulary."""
@@ -134,11 +143,15 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **overrides: Any) -> Tokenizer:
-        """Read the tokenizer of a checkpoint folder; `overrides` win over the entries of tokenizer_config.json.
+        """Read the tokenizer of a checkpoint folder, or of a model of the hub that is in its local cache.
 
-        Raises TokenizerError for a folder without a tokenizer.json that the `tokenizers` library can read.
+        `overrides` win over the entries of tokenizer_config.json; those of `hub_cache.KEYWORDS` say where the folder
+        is. Raises TokenizerError for a folder without a tokenizer.json that the `tokenizers` library can read.
         """
-        folder = Path(folder)
+        folder = hub_cache.local_folder(folder, overrides)
+        # There is one kind of tokenizer here, and the model's config and class say nothing about it.
+        nothing_to_choose = hub_cache.KEYWORDS | {"use_fast", "config", "tokenizer_type", "legacy", "device_map"}
+        overrides = {name: value for name, value in overrides.items() if name not in nothing_to_choose}
         backend = _read_backend(folder)
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
         return cls(backend, **(read_config(folder, known) | overrides))
@@ -305,17 +318,19 @@ class Tokenizer:
         return_offsets_mapping: bool = False,
         return_length: bool = False,
         verbose: bool = True,
+        **unknown: Any,
     ) -> BatchEncoding:
         """Token ids of one text or of a batch of texts.
 
         `input_ids` and `attention_mask` (1 for a token, 0 for padding), as lists; with `return_tensors="np"` as int64
-        arrays [B, S], for one text too. `padding` is False, True or "longest", "max_length"; `truncation` is False,
-        True or one of "longest_first", "only_first", "only_second". A `max_length` alone truncates. Special tokens
-        are added as the post-processor of tokenizer.json says.
+        arrays [B, S], with "pt" as tensors of Torch, for one text too. `padding` is False, True or "longest",
+        "max_length"; `truncation` is False, True or one of "longest_first", "only_first", "only_second". A `max_length`
+        alone truncates. Special tokens are added as the post-processor of tokenizer.json says.
 
         Raises InputError for arguments that do not fit together: no text, padding without a pad token, texts of
         several lengths for one array.
         """
+        refuse_unknown(unknown, _ARGUMENTS, "tokenizer")
         batched = check_text(text, "text", is_split_into_words)
         if text_pair is not None:
             check_pair(text, text_pair, batched, is_split_into_words)
@@ -424,12 +439,17 @@ class Tokenizer:
     # --- ids to text --------------------------------------------------------------------------------------------------
 
     def decode(
-        self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **unknown: Any,
     ) -> Any:
         """The text of token ids: of an int, a list or a 1-D array one string; of nested lists or a 2-D array a list.
 
         Ids that no token has are left out. Raises InputError for what is no id.
         """
+        refuse_unknown(unknown, ("skip_special_tokens", "clean_up_tokenization_spaces"), "decode")
         values = as_ids(token_ids)
         if isinstance(values, int):
             values = [values]
@@ -444,10 +464,14 @@ class Tokenizer:
         return text
 
     def batch_decode(
-        self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+        self,
+        sequences: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **unknown: Any,
     ) -> list[str]:
         """The texts of a batch of token id sequences."""
-        texts = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
+        texts = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces, **unknown)
         return [texts] if isinstance(texts, str) else texts
 
     def _without_token_spaces(self, text: str) -> str:
@@ -534,14 +558,15 @@ class Tokenizer:
         return encoding if return_dict else encoding["input_ids"]
 
 
+_ARGUMENTS = frozenset(inspect.signature(Tokenizer.__call__).parameters) - {"self", "unknown"}
+
+
 class AutoTokenizer:
     """The tokenizer of a checkpoint, whatever the family."""
 
     @staticmethod
     def from_pretrained(folder: str | Path, **overrides: Any) -> Tokenizer:
         """`Tokenizer.from_pretrained`: raises TokenizerError for a folder without a readable tokenizer.json."""
-        for name in ("use_fast", "trust_remote_code", "revision", "local_files_only"):
-            overrides.pop(name, None)  # accepted for the sake of Transformers examples; there is nothing to choose here
         return Tokenizer.from_pretrained(folder, **overrides)
 
 

@@ -115,6 +115,21 @@ def test_a_partial_rotation_is_compared_where_both_have_it() -> None:
         diff(trace(), second)
 
 
+def test_values_are_compared_in_whatever_layout_their_shapes_tell() -> None:
+    rng, first = np.random.default_rng(0), trace()
+    first.taps = {name: rng.random(value.shape).astype(np.float32) for name, value in first.taps.items()}
+    embed, rope, head = first.taps.values()
+    for shown in (
+        (embed.reshape(6, 4), rope.transpose(0, 2, 1, 3).reshape(6, 2, 4), head.reshape(6, 4)),
+        (embed.swapaxes(0, 1), rope.swapaxes(1, 2), head.swapaxes(0, 1)),
+    ):
+        second = trace(taps=dict(zip(NAMES, shown, strict=True)), config_hash="", source="yours")
+        assert diff(first, second).identical
+    second.taps[NAMES[2]] = head[:, 1:]
+    with pytest.raises(InputError, match=r"lm_head: shape \[2, 3, 4\] in the first trace, \[2, 2, 4\] in the second"):
+        diff(first, second)
+
+
 def test_traces_of_other_runs_are_refused() -> None:
     mine = trace().inputs
     for inputs, words in (

@@ -15,8 +15,8 @@ from refllm.accuracy.measure import measure
 from refllm.accuracy.parts import ONE_BY_ONE, Parts, possible
 from refllm.accuracy.profiled import Profiled
 from refllm.accuracy.profiles import DEFECTS, Profile, in_words
-from refllm.accuracy.propagation import ONE_CHAIN, Uncertain
-from refllm.accuracy.recognise import Made
+from refllm.accuracy.propagation import ONE_CHAIN, Uncertain, certain
+from refllm.accuracy.recognise import Made, Recogniser
 from refllm.check import html
 from refllm.check.api import compare
 from refllm.check.asked import Asked
@@ -263,6 +263,31 @@ def test_a_mistake_on_top_of_a_habit_is_named_first(mistake: str) -> None:
     if "rounds  " in text:  # the habits come after it
         assert text.index("rounds  ") > text.index(words)
     assert all(tap.cause != "defect" for tap in report.taps if tap is not first)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_a_row_shares_is_named_where_everything_is_computed_in_the_format(dtype: str) -> None:
+    """Code without a cast, as it is written first."""
+    rng, places = np.random.default_rng(0), np.argwhere(np.ones((1, 48)))
+
+    def recognised(operator: str, arrays: tuple[Any, ...], how: dict[str, Any], y: Any) -> str:
+        made = Made(operator, tuple(certain(a.double().numpy()) for a in arrays), how)
+        return Recogniser(dtype, places)(made, y.float().numpy()).defect
+
+    x, q, k, v = (torch.from_numpy(rng.normal(size=s)).to(getattr(torch, dtype))
+                  for s in ((1, 48, 80), (1, 4, 48, 24), (1, 4, 48, 24), (1, 4, 48, 24)))  # fmt: skip
+    weight = torch.from_numpy(1 + 0.1 * rng.normal(size=80)).to(x.dtype)
+    y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-3) * weight
+    how = {"weight": weight.double().numpy(), "eps": 1e-3}
+    assert recognised("rms_norm", (x,), how, y) == "everything that a row shares is rounded (narrow statistics)"
+    s = (q @ k.mT * 24**-0.5).masked_fill(~torch.ones(48, 48, dtype=torch.bool).tril(), -torch.inf)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    o = (e / e.sum(-1, keepdim=True)) @ v
+    words = "the denominator of the softmax, which a row shares, is rounded"
+    assert recognised("attention", (q, k, v), {"scale": 24**-0.5, "key_mask": None}, o) == words
+    e = (s.float() - s.float().amax(-1, keepdim=True)).exp()
+    o = (e / e.sum(-1, keepdim=True)).to(q.dtype) @ v
+    assert recognised("attention", (q, k, v), {"scale": 24**-0.5, "key_mask": None}, o) == ""
 
 
 def test_a_mistake_comes_before_habits_under_a_named_policy_too() -> None:

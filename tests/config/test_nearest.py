@@ -9,7 +9,7 @@ import transformers
 
 from refllm.config import AutoConfig, LlamaConfig
 from refllm.config.config import read_as
-from refllm.config.nearest import compared_with, nearest
+from refllm.config.nearest import PAGES, compared_with, nearest
 from refllm.errors import ConfigError
 
 LLAMA = [
@@ -101,6 +101,13 @@ def test_the_names_of_tensors_say_what_a_config_does_not(more: list[str], withou
     assert any(words in clause for clause in found.differs), found
 
 
+def test_a_page_that_is_there_is_named() -> None:
+    written = Path(__file__).parents[2] / "docs" / "pages"
+    assert set(PAGES) == {page.stem for page in written.glob("*.py")}
+    assert "docs/pages/qwen2.py" in nearest(config_of("qwen2")).sentence
+    assert "docs/pages says how to write one" in nearest(config_of("gemma")).sentence
+
+
 def test_all_four_biases_are_no_difference() -> None:
     biases = [f"self_attn.{name}_proj.bias" for name in "qkvo"]
     assert compared_with("llama", config_of("llama") | {"model_type": "next"}, names(*LLAMA, *biases)).differs == ()
@@ -108,11 +115,13 @@ def test_all_four_biases_are_no_difference() -> None:
 
 @pytest.mark.parametrize("value", [None, True, -1, 10**400, float("nan"), "x", [], [[]], {}, {"a": 1}])
 def test_no_value_of_any_key_ends_it(value: Any) -> None:
+    found = set()
     for model_type in ("mistral", "gemma2", "glm", "next"):
         values = config_of(model_type if model_type != "next" else "llama") | {"model_type": model_type}
-        for key in [*values, "rope_scaling", "hidden_activation", "layer_types", "query_pre_attn_scalar", "rotary_pct"]:
-            if key != "model_type":
-                assert nearest(values | {key: value}).family in ("llama", "helium", "arcee", "stablelm")
+        keys = [*values, "rope_scaling", "hidden_activation", "layer_types", "query_pre_attn_scalar", "rotary_pct"]
+        found |= {nearest(values | {key: value}).family for key in keys if key != "model_type"}
+    assert found <= {"llama", "helium", "arcee", "stablelm"}
+    assert found
 
 
 def write(folder: Path, values: dict[str, Any]) -> Path:

@@ -76,17 +76,18 @@ def rows(x, y, stride, n, WIDE: tl.constexpr):
     row = tl.program_id(0)
     if WIDE:
         row = row.to(tl.int64)
-    tl.store(y + row, tl.load(x + row * stride, mask=row < n, other=0.0))
+    tl.store(y + row, tl.load(x + row * stride, mask=row == n, other=0.0))
 
 
 def test_int32_overflow_names_operation_and_program() -> None:
     x, y = torch.zeros(1), torch.zeros(3)
     with interpreted():
-        rows[(3,)](x, y, 2**30, 1, WIDE=True)
+        rows[(3,)](x, y, 2**30, 0, WIDE=True)
+        rows[(3,)](x, y, 2**30, 0, WIDE=False)  # the lane that overflows is masked off
         with pytest.raises(IntegerOverflowError, match=r"rows, program 2, .*: a multiplication leaves .* int32"):
-            rows[(3,)](x, y, 2**30, 1, WIDE=False)
+            rows[(3,)](x, y, 2**30, 2, WIDE=False)
     with interpreted(overflow=False):
-        rows[(3,)](x, y, 2**30, 1, WIDE=False)
+        rows[(3,)](x, y, 2**30, 0, WIDE=False)
 
 
 @triton.jit
@@ -363,7 +364,7 @@ def two_targets(x):
 
 def test_what_cannot_run_is_said() -> None:
     with interpreted():
-        with pytest.raises(KernelError, match="cannot run inline assembly"):
+        with pytest.raises(KernelError, match="cannot run the inline assembly"):
             assembly[(1,)](torch.zeros(1))
         with pytest.raises(KernelError, match=r"two_targets: Triton does not compile the double assignment `a = b ="):
             two_targets[(1,)](torch.zeros(1))

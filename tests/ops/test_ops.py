@@ -282,6 +282,26 @@ def test_attention_equals_torch(case: tuple[Arrays, dict[str, Any]]) -> None:
     close(ops.attention(*qkv, **options), torch_attention(*qkv, **options), tolerance)
 
 
+@pytest.mark.parametrize("ar", ARITHMETICS, ids=lambda ar: f"{ar.dtype}-{ar.policy.name}")
+@pytest.mark.parametrize(("S", "T"), [(1, 1), (5, 5), (3, 40), (150, 150), (1, 300)])
+def test_a_window_is_a_mask_of_the_last_keys_that_causality_shows(S: int, T: int, ar: Arithmetic) -> None:
+    rng = np.random.default_rng(S + T)
+    q, k, v = (ar.array(normal(rng, 2, heads, n, 8)) for heads, n in ((4, S), (2, T), (2, T)))
+    key_mask = rng.random((2, T)) < 0.8
+    ago = np.arange(T - S, T)[:, None] - np.arange(T)
+    for window in (1, 2, 7, T, T + 3):
+        seen = (ago >= 0) & (ago < window)
+        for padding in (None, key_mask):
+            expected = ops.attention(q, k, v, key_mask=padding, mask=seen, ar=ar)
+            found = ops.attention(q, k, v, key_mask=padding, window=window, ar=ar)
+            np.testing.assert_array_equal(found, expected)
+            if window >= T:
+                np.testing.assert_array_equal(found, ops.attention(q, k, v, key_mask=padding, ar=ar))
+    np.testing.assert_array_equal(
+        ops.attention(q, k, v, causal=False, window=1, ar=ar), ops.attention(q, k, v, causal=False, ar=ar)
+    )
+
+
 @given(attention_cases())
 @settings(max_examples=60)
 def test_lse_is_the_logsumexp_of_the_masked_scores(case: tuple[Arrays, dict[str, Any]]) -> None:

@@ -550,7 +550,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Tokenizer], Any], str]] = {
     "padding": (lambda t: t("a", padding="most"), "padding='most'"),
     "truncation": (lambda t: t("a", truncation="some"), "truncation='some'"),
     "side": (lambda t: t(["a", "b c"], padding=True, padding_side="top"), "padding_side='top'"),
-    "tensors of torch": (lambda t: t("a", return_tensors="pt"), "return_tensors='pt'"),
+    "tensors of tensorflow": (lambda t: t("a", return_tensors="tf"), "return_tensors='tf'"),
     "ragged array": (lambda t: t(["a", "b c d"], return_tensors="np"), "pass padding=True"),
     "stride": (lambda t: t("a b c d", max_length=2, stride=5), "stride=5"),
     "multiple": (

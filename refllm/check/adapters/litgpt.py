@@ -61,8 +61,6 @@ def config_of(c: dict[str, Any], head: str) -> dict[str, Any]:
         f"model_type {kind}: it has {' and '.join(FAMILIES)}": kind not in FAMILIES,
         f"the head {head}: it has the one of a causal language model": head != "causal_lm",
         "qk_layernorm: its norm has one weight for all heads": c.get("qk_layernorm", False),
-        "attention_bias: its converter drops that of o_proj": c.get("attention_bias", False),
-        "mlp_bias: its converter refuses it": c.get("mlp_bias", False),
         f"hidden_act {c.get('hidden_act')}: it has silu": c.get("hidden_act", "silu") != "silu",
         f"rope_type {scaling['rope_type']}": scaling["rope_type"] not in ("default", "linear", "llama3", "yarn"),
     }
@@ -113,12 +111,16 @@ def _adjustments(scaling: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def weights_of(folder: Path, config: Any, dtype: Any) -> dict[str, Any]:
-    """The tensors of a checkpoint folder under litgpt's names, by its own converter."""
+    """The tensors of a checkpoint folder under litgpt's names, by its own converter. Raises InputError for a tensor
+    that it does not know."""
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from safetensors.torch import load_file
 
     waiting: dict[int, Any] = {}
     state: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        copy_weights_hf_llama(config, waiting, state, load_file(file), dtype=dtype)
+        try:
+            copy_weights_hf_llama(config, waiting, state, load_file(file), dtype=dtype)
+        except KeyError as error:  # it looks every name up in a table
+            raise InputError(f"--candidate litgpt has no {error.args[0]}: its converter does not know it") from None
     return state

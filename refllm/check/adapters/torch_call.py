@@ -1,29 +1,42 @@
 """How a torch module is called: which of its arguments are token ids, masks and positions, and what it returns."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from refllm.check.adapters.torch_names import Place
 from refllm.check.functions import result_and_cache
+from refllm.check.inputs import FAR
 from refllm.check.misbehaviour import misbehaves
-from refllm.check.taps import is_array
+from refllm.check.taps import NEAR, is_array
+from refllm.errors import InputError
 
 IDS = ("input_ids", "idx", "ids", "tokens", "token_ids", "inputs", "input", "x")
 POSITIONS = ("position_ids", "positions", "input_pos", "pos_ids")
 _TRIED = 3  # tokens of the call that finds out
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How a module is called. targets: it computes all logits only if it is given targets. always: it is given usual
+    positions, too; in_a_row: those of one sequence, [S]. flat: it is given the tokens of one sequence, without a batch.
+    """
+
+    targets: bool = False
+    always: bool = False
+    in_a_row: bool = False
+    flat: bool = False
+
+
 class Call:
     """Calls a module. takes: see `Candidate.takes`.
 
-    ids, positions: the names of its arguments, "" for none. targets: whether it computes all logits only if it is given
-    targets. flat: whether it is given the tokens of one sequence, without a batch.
+    ids, positions: the names of its arguments, "" for none.
     """
 
     def __init__(self, module: Any) -> None:
-        self.module, self.targets, self.flat = module, False, False
+        self.module, self.way = module, _Way()
         self.arguments = _arguments(module)
         required = [name for name, argument in self.arguments.items() if argument.default is argument.empty]
         self.ids = next((name for name in IDS if name in self.arguments), required[0] if required else "")
@@ -53,18 +66,31 @@ class Call:
 
         ids = self.tensor(np.arange(_TRIED)[None])
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids.clone()}
-        ways = [(False, False), *([(True, False)] if "targets" in self.arguments else []), (False, True)]
-        for self.targets, self.flat in ways:
-            try:
-                with torch.no_grad():
-                    result, _ = self({name: tensor.clone() for name, tensor in given.items()}, None, None)
-            except Exception:  # whatever the module raises in a way that is not its own
-                continue
-            if tuple(result.shape[:-1]) in ((1, _TRIED), (_TRIED,)):
-                in_a_row = result.ndim == 2  # whatever it is given: the tokens of one sequence
-                self.takes = tuple(what for what in self.takes if what == "positions" or not in_a_row)
+        ways: list[dict[str, bool]] = [{}]
+        ways += [{"targets": True}] if "targets" in self.arguments else []
+        ways += [{"always": True}, {"always": True, "in_a_row": True}] if self.positions else []
+        for way in [*ways, {"always": True, "flat": True}]:
+            self.way = _Way(**way)
+            result = self._tried(given)
+            if result is not None and tuple(result.shape[:-1]) in ((1, _TRIED), (_TRIED,)):
+                flattened = result.ndim == 2  # whatever it is given: the tokens of one sequence
+                self.takes = tuple(what for what in self.takes if what == "positions" or not flattened)
+                if self.way.in_a_row:  # rows that are padded differently have different positions
+                    self.takes = tuple(what for what in self.takes if what != "mask")
+                if self.positions and self._tried({**given, "position_ids": ids + FAR}) is None:
+                    self.takes += (NEAR,)
                 return
-        self.targets = self.flat = False
+        self.way = _Way()
+
+    def _tried(self, given: dict[str, Any]) -> Any:
+        """The result, or None where the module raises."""
+        import torch
+
+        try:
+            with torch.no_grad():
+                return self({name: tensor.clone() for name, tensor in given.items()}, None, None)[0]
+        except Exception:  # of whatever kind: this way is not its own
+            return None
 
     def __call__(self, given: dict[str, Any], rows: Any, cache: Any, use_cache: bool = False) -> tuple[Any, Any]:
         """The result for every token, and the cache. rows: embeddings to take instead of ids."""
@@ -74,23 +100,31 @@ class Call:
             needed = argument.default is argument.empty
             if name == self.ids:
                 arguments[name] = given["input_ids"] if rows is None else None
-            elif name == self.positions and (needed or not usual):
-                arguments[name] = given["position_ids"]
+            elif name == self.positions and (needed or not usual or self.way.always):
+                arguments[name] = self._positions(given["position_ids"])
             elif name == "attention_mask" and (needed or not bool(given["attention_mask"].all())):
                 arguments[name] = given["attention_mask"]
             elif name == "start_pos" and needed:
                 arguments[name] = 0
-            elif name == "targets" and self.targets:
+            elif name == "targets" and self.way.targets:
                 arguments[name] = given["input_ids"].clone()
         if rows is not None:
             arguments["inputs_embeds"] = rows
         if use_cache:
             arguments |= {"past_key_values": cache, "use_cache": True, "attention_mask": given["attention_mask"]}
             arguments |= {self.positions: given["position_ids"]} if self.positions else {}
-        if self.flat:
+        if self.way.flat:
             arguments = {k: v[0] if hasattr(v, "shape") else v for k, v in arguments.items()}
         out, cache = result_and_cache(self.module(**arguments))
         return _logits(out), cache
+
+    def _positions(self, rows: Any) -> Any:
+        """The positions [B, S] as the module takes them."""
+        if not self.way.in_a_row:
+            return rows
+        if bool((rows != rows[:1]).any()):
+            raise InputError(f"{type(self.module).__name__} takes the positions of one sequence, [S]: give it one row")
+        return rows[0]
 
 
 def _arguments(module: Any) -> dict[str, inspect.Parameter]:
@@ -113,17 +147,3 @@ def _logits(out: Any) -> Any:
         kind = "nothing (None)" if out is None else f"a {type(out).__name__}"
         raise misbehaves("result", f"it returns {kind}; expected a tensor of logits, [B, S, vocabulary]")
     return found
-
-
-def in_order(projection: Place | None, width: int) -> np.ndarray | None:
-    """[width] int: which of the rotated dims of a head is each of the page's; None if they are in order.
-
-    A projection whose rows are permuted within heads (as in files of Meta's own layout) makes heads with permuted dims.
-    """
-    if projection is None or projection.channels is None or len(projection.channels) % width:
-        return None
-    heads = projection.channels.reshape(-1, width)
-    within = heads - heads.min(axis=1, keepdims=True)
-    if (within != within[0]).any() or (np.sort(within[0]) != np.arange(width)).any():
-        return None
-    return None if (within[0] == np.arange(width)).all() else within[0]

@@ -23,6 +23,8 @@ _COLUMNS = 16
 """Of a row, as many numbers tell it from all others."""
 _ALMOST = 0.98
 """Share of a tensor's rows that a module has to have: rows may be equal, and the last of a vocabulary may be new."""
+NO_PLACE = ("_rope", ".scores", ".probs")
+"""What is no input or output of a part in most modules."""
 _ROTATES = re.compile(r"(?!.*(half|freq|cache|build|compute|table|init|get)).*(rot|rope)", re.IGNORECASE)
 """Names of what may rotate heads; whether it does, its arguments and results tell."""
 _HINTS = {
@@ -47,7 +49,7 @@ _INPUTS = {
 """Value -> of which other's module it is the input, where no module is known that returns it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
     """A module with a weight. rows: [out, at most 16] numbers of it, or the vector of a norm as one row."""
 
@@ -73,13 +75,17 @@ def guess(module: Any, weights: Mapping[str, Any], config: ModelConfig, head: st
     values = axes_of_values(config, head)
     tensors = {_value_of(name): name for name in _names(weights) if _value_of(name) in values}
     found = list(_matched(parts, tensors, weights))
-    names = Names(rotations=rotations(module), said="found in its weights")
-    names.places |= _outside(found)
+    names = Names(rotations=rotating(module), said="found in its weights")
+    names.places |= _outside(found, parts, tensors, weights, names.notes)
     layers = _Layers(config.num_hidden_layers, {part.path: part for part in parts}, names.notes)
     names.places |= layers.places(found, tensors, weights)
     names.places = {name: names.places[name] for name in values if name in names.places}
     _followed(names, values)
     names.places |= _blocks(names.places, config.num_hidden_layers)
+    missing = [name for name in values if name not in names.places and not name.endswith(NO_PLACE)]
+    short = dict.fromkeys(re.sub(r"^model\.(layers\.\d+\.)?", "", name) for name in missing)
+    if short:
+        names.notes.append(f"not found: {', '.join(short)}; --names F.json tells where they are")
     return names
 
 
@@ -151,12 +157,23 @@ def _channels(number: int, places: list[list[tuple[int, int]]], part: _Part) -> 
     return None if same else channels
 
 
-def _outside(found: list[_Found]) -> dict[str, Place]:
-    """The values outside the layers. A norm is told from those in the layers by standing in no numbered list."""
+def _outside(
+    found: list[_Found], parts: list[_Part], tensors: Mapping[str, str], weights: Any, notes: list[str]
+) -> dict[str, Place]:
+    """The values outside the layers. Parts of layers stand in a numbered list. What has no weight of the checkpoint is
+    the only part of that kind and shape."""
     places: dict[str, Place] = {}
+    outside = [part for part in parts if not any(word.isdigit() for word in part.path.split("."))]
     for each in found:
-        if "layers." not in each.value and not (each.value == "model.norm" and re.search(r"\.\d+\.", each.part.path)):
+        if _split(each.value)[0] < 0 and each.part in outside:
             places.setdefault(each.value, Place(each.part.path, channels=each.channels))
+    for value, name in tensors.items():
+        if _split(value)[0] < 0 and value not in places:
+            shape = weights.shapes[weights.tied.get(name, name)]
+            alike = [p for p in outside if p.shape[1:] == shape[1:] and len(p.shape) == len(shape) and _kind(value, p)]
+            if len(alike) == 1:
+                places[value] = Place(alike[0].path)
+                notes.append(f"{alike[0].path}: its weight is not {value} in the checkpoint")
     return places
 
 
@@ -232,9 +249,10 @@ class _Layers:
             if len(named) == 1:
                 chosen[role] = named[0], offset
                 taken.add(named[0])
-            else:
-                several = f"{' or '.join(named or fitting)}" if fitting else "no part has such a weight"
-                self.notes.append(f"{role} is not shown: {several}")
+                by = "shape" if len(fitting) == 1 else "name"
+                self.notes.append(f"{named[0]}: its weight is not {role} in the checkpoint; taken for it by its {by}")
+            elif fitting:
+                self.notes.append(f"{role} may be {' or '.join(named or fitting)}")
 
 
 def _as_bytes(channels: np.ndarray | None) -> bytes | None:
@@ -294,7 +312,7 @@ def _common(paths: set[str]) -> str:
     return ".".join(found)
 
 
-def rotations(module: Any) -> tuple[str, ...]:
+def rotating(module: Any) -> tuple[str, ...]:
     """What may rotate queries and keys, by its name: functions of the module's own files, and parts of it."""
     import inspect
     import sys

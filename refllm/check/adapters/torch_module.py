@@ -5,17 +5,17 @@ The map is the user's (`--names F`, `compare(..., names=F)`), else the shipped o
 what it leaves out, or everything, is found in the module's weights (`torch_guess`).
 """
 
-import functools
+import math
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from refllm.check.adapters import torch_names
-from refllm.check.adapters.torch_call import Call, in_order
-from refllm.check.adapters.torch_guess import guess, rotations
+from refllm.check.adapters.torch_call import Call
+from refllm.check.adapters.torch_guess import NO_PLACE, guess, rotating
 from refllm.check.adapters.torch_names import Names, Place
+from refllm.check.adapters.torch_rotations import Rotations, must_rotate, tensors_of
 from refllm.check.functions import scaled_rows
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import must_not_have_changed
@@ -23,9 +23,8 @@ from refllm.check.stacks import Opening
 from refllm.check.taps import Sink, cannot_run
 from refllm.errors import InputError
 from refllm.forward.taps import HEAD_TAPS, axes_of_values
+from refllm.storage.input_file import read_object
 
-NO_PLACE = ("_rope", ".scores", ".probs")
-"""What is no input or output of a module in most."""
 _STREAM = re.compile(r"model\.layers\.\d+(\.residual_mid)?")
 SHIPPED = {"transformers": "Transformers' names", "litgpt": "litgpt's names"}
 
@@ -38,6 +37,10 @@ def wrap(model: Any, opening: Opening) -> "TorchModuleCandidate":
     if not isinstance(model, torch.nn.Module):
         kind = type(model).__name__
         raise InputError(f"{opening.name or kind}: a {kind} is no torch.nn.Module; hand over the module itself")
+    if hasattr(model, "_orig_mod"):
+        raise InputError(
+            f"{opening.name or 'the module'} is compiled, and shows no values; hand over what was compiled"
+        )
     return TorchModuleCandidate(model, opening)
 
 
@@ -67,11 +70,8 @@ class TorchModuleCandidate:
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`. Raises InputError for inputs that `cannot_run` has a reason for."""
-        import torch
-
         if reason := cannot_run(self, inputs):
             raise InputError(f"{self.name}: {inputs.label}: {reason}")
-        last = HEAD_TAPS.get(self.opening.head, "model.norm")
         embeds = scaled_rows(self.opening.folder, self.opening.head, self.dtype, inputs)
         cache = None
         for piece in inputs.pieces():
@@ -80,12 +80,27 @@ class TorchModuleCandidate:
                 "attention_mask": inputs.mask[:, : piece.stop],
                 "position_ids": inputs.positions[:, piece],
             }
-            tensors = {name: self.call.tensor(value) for name, value in given.items()}
-            rows = None if embeds is None else self.call.tensor(embeds[:, piece])
-            with torch.no_grad(), recorded(self.module, self.names, sink, without=last):
-                result, cache = self.call(tensors, rows, cache, use_cache=bool(inputs.chunks))
-            sink(last, result)
-            must_not_have_changed(given, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+            cache = self._call(given, None if embeds is None else embeds[:, piece], cache, bool(inputs.chunks), sink)
+
+    def _call(self, given: dict[str, Any], embeds: Any, cache: Any, use_cache: bool, sink: Sink) -> Any:
+        """One pass. Returns its cache."""
+        import torch
+
+        last, head = HEAD_TAPS.get(self.opening.head, "model.norm"), []
+
+        def tell(name: str, value: Any) -> None:
+            head.append(value) if name == last else sink(name, value)
+
+        tensors = {name: self.call.tensor(value) for name, value in given.items()}
+        rows = None if embeds is None else self.call.tensor(embeds)
+        with torch.no_grad(), recorded(self.module, self.names, tell):
+            result, cache = self.call(tensors, rows, cache, use_cache)
+        tokens = given["input_ids"].size
+        # What is returned counts, unless that is less than the head has computed: of the last token, or a class.
+        of_all = [value for value in (result, *head) if math.prod(value.shape[:-1]) == tokens]
+        sink(last, of_all[0] if of_all else result)
+        must_not_have_changed(given, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+        return cache
 
 
 def names_of(module: Any, opening: Opening, dtype: str) -> Names:
@@ -98,7 +113,7 @@ def names_of(module: Any, opening: Opening, dtype: str) -> Names:
     said = next((name for name in SHIPPED if torch_names.fits(torch_names.shipped(name), modules)), "")
     if opening.names is not None:
         where = f"--names {opening.names}"
-        written, said = torch_names.read(opening.names), str(opening.names)
+        written, said = read_object(opening.names, InputError), str(opening.names)
     elif said:
         written, said = torch_names.shipped(said), SHIPPED[said]
     names = torch_names.resolve(written, modules, model.config, model.head, where)
@@ -111,8 +126,10 @@ def names_of(module: Any, opening: Opening, dtype: str) -> Names:
         for value, place in found.places.items():
             if torch_names.template(value) not in without:
                 names.places.setdefault(value, place)
+    if where:
+        must_rotate(names.rotations, module, where)
     if not (where and names.rotations):
-        names.rotations += rotations(module)
+        names.rotations += rotating(module)
     return names
 
 
@@ -132,19 +149,18 @@ def _dtype_of(module: Any) -> str:
 
 
 @contextmanager
-def recorded(module: Any, names: Names, sink: Sink, without: str = "") -> Iterator[None]:
-    """A context in which sink is told every value of the module's forward passes that has a place. without: a value
-    that is not wanted."""
+def recorded(module: Any, names: Names, sink: Sink) -> Iterator[None]:
+    """A context in which sink is told every value of the module's forward passes that has a place."""
     with ExitStack() as stack:
         modules = dict(module.named_modules())
-        turned = _Rotations(sink, names.places)
+        rotations = Rotations(sink, names.places, names.heads)
         for name, place in names.places.items():
-            if name != without:
-                stack.callback(_hook(modules[place.path], name, place, sink).remove)
-            if name.endswith(".self_attn.q_proj"):
-                begin = modules[place.path].register_forward_pre_hook(turned.entering(name.removesuffix(".q_proj")))
-                stack.callback(begin.remove)
-        stack.enter_context(turned.watched(module, names.rotations))
+            stack.callback(_hook(modules[place.path], name, place, sink).remove)
+            attention, _, projection = name.rpartition(".")
+            if projection in ("q_proj", "k_proj"):
+                hook = rotations.projected(attention, projection[0])
+                stack.callback(modules[place.path].register_forward_hook(hook).remove)
+        stack.enter_context(rotations.watched(module, names.rotations))
         yield
 
 
@@ -152,7 +168,7 @@ def _hook(part: Any, name: str, place: Place, sink: Sink) -> Any:
     if place.side == "output":
 
         def made(_module: Any, _args: Any, out: Any) -> None:
-            value = _added(_tensors(out)) if _STREAM.fullmatch(name) else _first(_tensors(out))
+            value = _added(tensors_of(out)) if _STREAM.fullmatch(name) else _first(tensors_of(out))
             sink(name, value if place.channels is None else value[..., place.channels])
 
         return part.register_forward_hook(made)
@@ -160,13 +176,13 @@ def _hook(part: Any, name: str, place: Place, sink: Sink) -> Any:
     if _STREAM.fullmatch(name):  # a norm that adds what it is given returns the sum beside its result
 
         def summed(_module: Any, args: Any, kwargs: Any, out: Any) -> None:
-            returned = _tensors(out)
-            sink(name, returned[1] if len(returned) == 2 else _added(_tensors([*args, *kwargs.values()])))
+            returned = tensors_of(out)
+            sink(name, returned[1] if len(returned) == 2 else _added(tensors_of([*args, *kwargs.values()])))
 
         return part.register_forward_hook(summed, with_kwargs=True)
 
     def given(_module: Any, args: Any, kwargs: Any) -> None:
-        sink(name, _first(_tensors([*args, *kwargs.values()])))
+        sink(name, _first(tensors_of([*args, *kwargs.values()])))
 
     return part.register_forward_pre_hook(given, with_kwargs=True)
 
@@ -180,69 +196,3 @@ def _added(tensors: list[Any]) -> Any:
     later, their sum."""
     pair = len(tensors) == 2 and tensors[0].shape == tensors[1].shape
     return tensors[0] + tensors[1] if pair else _first(tensors)
-
-
-def _tensors(values: Any) -> list[Any]:
-    """The tensors of floats among arguments or results."""
-    values = values if isinstance(values, tuple | list) else (values,)
-    return [value for value in values if hasattr(value, "is_floating_point") and value.is_floating_point()]
-
-
-class _Rotations:
-    """Sees the rotated queries and keys where a function or a part of the module makes them: both at once, or the
-    queries and then the keys. What has other shapes than what it is given rotates nothing."""
-
-    def __init__(self, sink: Sink, places: dict[str, Place]) -> None:
-        self.sink, self.places, self.attention, self.seen, self.inside = sink, places, "", 2, False
-
-    def entering(self, attention: str) -> Callable[..., None]:
-        """A hook for the projection of the queries, after which they are rotated."""
-
-        def enter(*_: Any) -> None:
-            self.attention, self.seen = attention, 0
-
-        return enter
-
-    @contextmanager
-    def watched(self, module: Any, names: tuple[str, ...]) -> Iterator[None]:
-        """A context in which these functions of the files of the module's classes, and these parts, are watched."""
-        files = [vars(sys.modules[name]) for name in {type(part).__module__ for part in module.modules()}]
-        functions = [(file, name, file[name]) for file in files for name in names if callable(file.get(name))]
-        parts = [part for path, part in module.named_modules() if torch_names.template(path) in names or path in names]
-        with ExitStack() as stack:
-            for file, name, original in functions:
-                file[name] = self._watched(original)
-                stack.callback(file.__setitem__, name, original)
-            for part in parts:
-                hook = part.register_forward_hook(
-                    lambda _, args, kwargs, out: self._see((args, kwargs), out), with_kwargs=True
-                )
-                stack.callback(hook.remove)
-            yield
-
-    def _watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            outermost, self.inside = not self.inside, True
-            try:
-                out = original(*args, **kwargs)
-            finally:
-                self.inside = not outermost
-            if outermost:
-                self._see((args, kwargs), out)
-            return out
-
-        return watched
-
-    def _see(self, given: tuple[Any, Any], out: Any) -> None:
-        args, kwargs = given
-        shapes = [tensor.shape for tensor in _tensors([*args, *kwargs.values()])]
-        turned = _tensors(out)
-        if len(turned) > 2 or self.seen + len(turned) > 2 or any(t.shape not in shapes for t in turned):
-            return
-        for value in turned:
-            letter, self.seen = "qk"[self.seen], self.seen + 1
-            name = f"{self.attention}.{letter}_rope"
-            if name not in self.places:
-                order = in_order(self.places.get(f"{self.attention}.{letter}_proj"), value.shape[-1])
-                self.sink(name, value if order is None else value[..., order])

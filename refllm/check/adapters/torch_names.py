@@ -31,7 +31,6 @@ import numpy as np
 from refllm.config import ModelConfig
 from refllm.errors import InputError
 from refllm.forward.taps import axes_of_values, sizes_of_axes
-from refllm.storage.input_file import read_json
 
 ROTATION = "rotation"
 """The key of what rotates."""
@@ -52,11 +51,12 @@ class Place:
 
 @dataclass
 class Names:
-    """The places of the values that are known, by their full names, and the functions and modules that rotate. said:
-    which map it is. notes: sentences on what was not found."""
+    """The places of the values that are known, by their full names, and the functions and parts that rotate. heads: of
+    queries, and of keys. said: which map it is. notes: sentences on what was not found."""
 
     places: dict[str, Place] = field(default_factory=dict)
     rotations: tuple[str, ...] = ()
+    heads: tuple[int, int] = (0, 0)
     said: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -74,14 +74,6 @@ def fits(written: Mapping[str, Any], modules: Mapping[str, Any]) -> bool:
     return all(_first(written[name], 0, modules) is not None for name in asked)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A map of the user's own. Raises InputError for what is none."""
-    written = read_json(path)
-    if not isinstance(written, dict):
-        raise InputError(f"--names {path}: expected a JSON object, names of values -> places in the module")
-    return written
-
-
 def resolve(
     written: Mapping[str, Any],
     modules: Mapping[str, Any],
@@ -92,7 +84,8 @@ def resolve(
     """The map with the paths of a module's layers. where: what to call a map whose every path has to be there; "" one
     of which the module may have a part. Raises InputError for a value or a path that there is none of."""
     values = axes_of_values(config, head)
-    names, layers = Names(rotations=tuple(_listed(written.get(ROTATION)))), config.num_hidden_layers
+    sizes, layers = sizes_of_axes(config, head), config.num_hidden_layers
+    names = Names(rotations=tuple(_listed(written.get(ROTATION))), heads=(sizes["H"], sizes["K"]))
     for key, place in written.items():
         if key == ROTATION:
             continue
@@ -166,7 +159,7 @@ def template(name: str) -> str:
 def _listed(value: Any) -> list[str]:
     if value is None:
         return []
-    return [value] if isinstance(value, str) else [str(each) for each in value] if isinstance(value, list) else ["?"]
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
 
 
 def _no_value(key: str, values: Iterable[str]) -> str:

@@ -1,0 +1,170 @@
+"""llama.cpp, by the library that REFLLM_LLAMA_LIBRARY names: right files hold, and bugs that are planted in a file are
+named. The planted bugs are those of converters: llama.cpp is not ours to change."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_writer import write_gguf
+from harness import Bug, Checks, must_be_named, must_hold
+
+from refllm import golden
+from refllm.check import compare
+from refllm.errors import InputError
+from refllm.storage.checkpoint import Checkpoint, save_checkpoint
+
+LIBRARY = "REFLLM_LLAMA_LIBRARY"
+CHECKS = Checks(
+    "gguf", ("llama-tiny", "stablelm-tiny-parallel", "stablelm-tiny-sequential", "arcee-tiny"), ("float32",)
+)
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    assert LIBRARY in os.environ, f"{LIBRARY} names libllama.so of a build of llama.cpp"
+    return Path(os.environ[LIBRARY])
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The embedded checkpoint; of arcee without biases, which llama.cpp has not there."""
+
+    def found(name: str) -> Path:
+        source = golden.path(name)
+        if name != "arcee-tiny":
+            return source
+        folder = tmp_path_factory.mktemp(name)
+        config = json.loads((source / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"mlp_bias": False, "attention_bias": False}))
+        with Checkpoint.open(source) as checkpoint:
+            tensors = {name: checkpoint.read(name) for name in checkpoint.names if not name.endswith("bias")}
+            save_checkpoint(folder, tensors, "bfloat16")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(source / file, folder / file)
+        return folder
+
+    return found
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*factor=20")
+
+
+@pytest.mark.parametrize(("checkpoint", "dtype"), CHECKS.right())
+def test_right_models_hold(checkpoint: str, dtype: str, library: Path, folder_of: Any, tmp_path: Path) -> None:
+    folder = folder_of(checkpoint)
+    file = write_gguf(folder, tmp_path / "m.gguf")
+    reports = must_hold(
+        CHECKS, checkpoint, dtype, f"gguf:{file}", folder=folder, library=library, stress=True, isolate=False
+    )
+    assert len(reports) == 5  # batches, padding, far positions and a cache as well
+
+
+def metadata(**changes: Any) -> dict[str, Any]:
+    return {"metadata": {f"ARCH.{key}": value for key, value in changes.items()}}
+
+
+def edited(edit: Callable[[Tensors], None]) -> dict[str, Any]:
+    return {"edit": edit}
+
+
+def swap(first: str, second: str) -> dict[str, Any]:
+    def edit(tensors: Tensors) -> None:
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+
+    return edited(edit)
+
+
+def rows(name: str, order: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+    def edit(tensors: Tensors) -> None:
+        tensors[name] = order(tensors[name])
+
+    return edited(edit)
+
+
+LAYER = "model.layers.1."
+BUGS = (
+    Bug("rows of q and k as they are", {"rows_as_they_are": True}, ("self_attn.q_proj", "self_attn.k_proj")),
+    Bug("gate and up swapped", swap(f"{LAYER}mlp.gate_proj.weight", f"{LAYER}mlp.up_proj.weight"), "1.mlp.gate_proj"),
+    Bug(
+        "k and v swapped",
+        swap(f"{LAYER}self_attn.k_proj.weight", f"{LAYER}self_attn.v_proj.weight"),
+        "1.self_attn.k_proj",
+    ),
+    Bug(
+        "the two norms of a layer swapped",
+        swap(f"{LAYER}input_layernorm.weight", f"{LAYER}post_attention_layernorm.weight"),
+        "1.input_layernorm",
+    ),
+    Bug("o_proj transposed", rows(f"{LAYER}self_attn.o_proj.weight", lambda w: w.T.copy()), "1.self_attn.o_proj"),
+    Bug(
+        "heads of v in another order",
+        rows(f"{LAYER}self_attn.v_proj.weight", lambda w: np.roll(w, 16, 0)),
+        "1.self_attn.v_proj",
+    ),
+    Bug(
+        "last row of down_proj zero",
+        rows(f"{LAYER}mlp.down_proj.weight", lambda w: w * (np.arange(len(w)) < len(w) - 1)[:, None]),
+        "1.mlp.down_proj",
+    ),
+    Bug("final norm times 1.01", rows("model.norm.weight", lambda w: w * np.float32(1.01)), "model.norm"),
+    Bug("norm weight is one less", rows(f"{LAYER}input_layernorm.weight", lambda w: w - 1), "1.input_layernorm"),
+    Bug("base of RoPE 1e6", metadata(**{"rope.freq_base": 1e6}), ("self_attn.q_rope", "self_attn.k_rope")),
+    Bug("eps of the norms 1e-3", metadata(**{"attention.layer_norm_rms_epsilon": 1e-3}), "0.input_layernorm"),
+    Bug("factors of llama3 left out", {"without": "rope_freqs"}, ("self_attn.q_rope", "self_attn.k_rope")),
+    Bug(
+        "bias of q left out",
+        rows(f"{LAYER}self_attn.q_proj.bias", lambda b: b * 0),
+        "1.self_attn.q_proj",
+        "stablelm-tiny-parallel",
+    ),
+    Bug(
+        "norms of the heads of q and k swapped",
+        swap(f"{LAYER}self_attn.q_layernorm.norms.0.weight", f"{LAYER}self_attn.k_layernorm.norms.0.weight"),
+        ("1.self_attn.q_layernorm", "1.self_attn.k_layernorm"),
+        "stablelm-tiny-parallel",
+    ),
+    Bug(
+        "a rotation of all dims",
+        metadata(**{"rope.dimension_count": 80}),
+        ("self_attn.q_rope", "self_attn.k_rope"),
+        "stablelm-tiny-sequential",
+    ),
+    Bug(
+        "yarn left out",
+        metadata(**{"rope.scaling.factor": 1.0}),
+        ("self_attn.q_rope", "self_attn.k_rope"),
+        "arcee-tiny",
+    ),
+)
+
+
+@pytest.mark.parametrize(("bug", "dtype"), CHECKS.planted(BUGS))
+def test_planted_bugs_are_named(bug: Bug, dtype: str, library: Path, folder_of: Any, tmp_path: Path) -> None:
+    folder = folder_of(bug.checkpoint)
+    file = write_gguf(folder, tmp_path / "m.gguf", **bug.plant)
+    must_be_named(CHECKS, bug, dtype, f"gguf:{file}", folder=folder, library=library, isolate=False)
+
+
+def test_what_is_no_library_is_one_sentence(tmp_path: Path) -> None:
+    file = write_gguf(golden.path("llama-tiny"), tmp_path / "m.gguf")
+    (tmp_path / "libllama.so").write_bytes(b"no library")
+    for given, said in (
+        (None, "needs llama.cpp's shared library, --library F"),
+        (tmp_path / "none.so", "there is no such file"),
+        (tmp_path / "libllama.so", "it cannot be loaded"),
+        (Path(np._core._multiarray_umath.__file__), "it has not what llama.cpp's library has"),
+    ):
+        with pytest.raises(InputError, match=said):
+            compare(golden.path("llama-tiny"), f"gguf:{file}", dtype="float32", library=given, isolate=False)
+
+
+def test_a_file_of_another_model_is_one_sentence(library: Path, tmp_path: Path) -> None:
+    file = write_gguf(golden.path("llama-tiny"), tmp_path / "m.gguf")
+    with pytest.raises(InputError, match=r"general\.architecture is llama, the checkpoint .* has stablelm"):
+        compare(golden.path("stablelm-tiny-parallel"), f"gguf:{file}", library=library, isolate=False)
