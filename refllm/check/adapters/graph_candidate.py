@@ -121,14 +121,9 @@ class GraphCandidate:
         """The embeddings to feed, on the grid of the dtype."""
         name = self.values[EMBEDDING]
         rows = self.outputs([name], given)[name]
-<<<<<<< HEAD
-        scaled = np.asarray(rows, np.float32) * np.float32(scale)
-        return np.asarray(rounding(self.computes_in)(scaled), rows.dtype)
-=======
         whole = inputs.embedded(lambda _: np.float32(rows))
         embeds = whole if inputs.embeds is None else whole[:, piece]
         return np.asarray(rounding(self.computes_in)(embeds), rows.dtype)
->>>>>>> main
 
     def _in_heads(self, merged: np.ndarray) -> np.ndarray:
         """[B, S, H*D] -> [B, H, S, D]."""
