@@ -82,10 +82,6 @@ def guess(module: Any, weights: Mapping[str, Any], config: ModelConfig, head: st
     names.places = {name: names.places[name] for name in values if name in names.places}
     _followed(names, values)
     names.places |= _blocks(names.places, config.num_hidden_layers)
-    missing = [name for name in values if name not in names.places and not name.endswith(NO_PLACE)]
-    short = dict.fromkeys(re.sub(r"^model\.(layers\.\d+\.)?", "", name) for name in missing)
-    if short:
-        names.notes.append(f"not found: {', '.join(short)}; --names F.json tells where they are")
     return names
 
 
