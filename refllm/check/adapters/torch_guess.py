@@ -20,7 +20,7 @@ from refllm.config import ModelConfig
 from refllm.forward.taps import axes_of_values
 
 _COLUMNS = 16
-"""Of a row, as many numbers tell it from all others."""
+"""So many numbers of a row tell it from all others."""
 _ALMOST = 0.98
 """Share of a tensor's rows that a module has to have: rows may be equal, and the last of a vocabulary may be new."""
 NO_PLACE = ("_rope", ".scores", ".probs")
