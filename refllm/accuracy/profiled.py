@@ -244,7 +244,9 @@ class Profiled(Propagation):
             return None, None
         if made.operator == "linear" and "product" in profile.points:
             stores = Stores(profile.points, self.dtype)
-            return FORMS["linear"](stores, (np.asarray(arrays[0], np.float64),), made.how | {"parts": profile.parts}), None
+            return FORMS["linear"](
+                stores, (np.asarray(arrays[0], np.float64),), made.how | {"parts": profile.parts}
+            ), None
         if made.operator not in _TO_THE_BIT:
             return x.value, None
         values = tuple(a for a in arrays if a is not None)

@@ -282,6 +282,9 @@ def test_wrong_use_is_one_sentence(tmp_path: Path) -> None:
         compare(golden.path(LLAMA), f"jax:{tmp_path / 'broken.py'}:forward", isolate=False)
     with pytest.raises(InputError, match=r"jax_port.py has no function 'backward'"):
         compare(golden.path(LLAMA), f"jax:{FILE}:backward", isolate=False)
-    for name, said in {"jax": "needs what it reads: --candidate jax:FILE.PY:FUNCTION", "jax:x": "names no function"}.items():
+    for name, said in {
+        "jax": "needs what it reads: --candidate jax:FILE.PY:FUNCTION",
+        "jax:x": "names no function",
+    }.items():
         with pytest.raises(InputError, match=said):
             compare(golden.path(LLAMA), name, isolate=False)
