@@ -95,14 +95,14 @@ class FunctionCandidate:
 
 
 def scaled_rows(folder: Path, head: str, dtype: str, inputs: Inputs) -> np.ndarray | None:
-    """The scaled rows of the checkpoint's embedding, on the grid of the dtype; None where ids are fed."""
-    if inputs.embeds_scale is None:
+    """The embeddings to feed, on the grid of the dtype: given ones, or the checkpoint's scaled; None where ids are."""
+    if not inputs.feeds_embeddings:
         return None
     from refllm.models.auto import load
 
     weights = load(folder, head=head, dtype=dtype, low_memory=True).weights
-    rows = as_array(weights.rows("embed_tokens.weight", inputs.input_ids))
-    return np.asarray(rounding(dtype)(rows * rows.dtype.type(inputs.embeds_scale)), np.float32)
+    rows = inputs.embedded(lambda ids: as_array(weights.rows("embed_tokens.weight", ids)))
+    return np.asarray(rounding(dtype)(rows), np.float32)
 
 
 def imported(reference: str) -> Forward:

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -230,9 +229,9 @@ class _Work:
         elif names[-1] in "EFVC":
             own["n"] = self.sizes[names[-1]]
         found = [own]
-        c: Any = self.config
-        if name.endswith("_rope") and c.rotary_dim < self.sizes["D"]:
-            found.append(own | {"D": c.rotary_dim})
+        rotary = getattr(self.config, "rotary_dim", None)
+        if name.endswith("_rope") and rotary is not None and rotary < self.sizes["D"]:
+            found.append(own | {"D": rotary})
         if heads == "K" and self.sizes["K"] < self.sizes["H"]:
             found += [sizes | {"h": self.sizes["H"]} for sizes in list(found)]
         if name == "lm_head" and shape and shape[-1] > self.sizes["V"]:
