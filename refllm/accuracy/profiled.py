@@ -242,6 +242,11 @@ class Profiled(Propagation):
         arrays = [known(i) for i in (inputs[:1] if made.operator == "rope" else inputs)]
         if any(a is None for a in arrays):
             return None, None
+        if made.operator == "linear" and "product" in profile.points:
+            stores = Stores(profile.points, self.dtype)
+            return FORMS["linear"](
+                stores, (np.asarray(arrays[0], np.float64),), made.how | {"parts": profile.parts}
+            ), None
         if made.operator not in _TO_THE_BIT:
             return x.value, None
         values = tuple(a for a in arrays if a is not None)

@@ -7,7 +7,7 @@ with `input_ids` and tensors whose names are those of `refllm.forward.taps` (doc
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class Trace:
             value = getattr(self.inputs, name)
             if value is not None:
                 tensors[f"input.{name}"] = np.ascontiguousarray(value.astype(np.int64))
+        if self.inputs.embeds is not None:
+            tensors["input.embeds"] = np.ascontiguousarray(self.inputs.embeds, np.float32)
         about: dict[str, Any] = {
             "source": self.source,
             "dtype": self.dtype,
@@ -147,6 +149,7 @@ def _of_refllm(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: 
     ids, mask, positions = (tensors.get(f"input.{name}") for name in _INPUTS)
     chunks = tuple(int(size) for size in about["chunks"])
     inputs = _inputs(ids, mask, positions, given, chunks=chunks, embeds_scale=scale, label=about["label"])
+    inputs = replace(inputs, embeds=tensors.get("input.embeds"))
     taps = {n.split(".", 2)[2]: _wide(value) for n, value in sorted(tensors.items()) if n.startswith("tap.")}
     return Trace(taps, inputs, about["source"], dtype, about["head"], about["config_hash"], _texts(details))
 

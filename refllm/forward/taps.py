@@ -16,6 +16,8 @@ A tap is a named value of a forward pass. Names are the module paths of Transfor
       .mlp.gate_proj, up_proj               [B, S, F]
       .mlp.act                              [B, S, F]     what down_proj receives: act(gate) * up, or act(up)
       .mlp.down_proj                        [B, S, E]     the MLP's contribution to the residual stream
+      .self_attn.q_norm, k_norm             [B, H, S, D]  norms of heads, or [B, S, H*D] of all (other families)
+      .pre_, .post_feedforward_layernorm    [B, S, E]     norms before and after the MLP (other families)
     model.layers.{i}                        [B, S, E]     residual stream after the layer, before any norm
     model.norm                              [B, S, E]     after the final norm
     lm_head | score | qa_outputs            [B, S, n]     the head at every position

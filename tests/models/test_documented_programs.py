@@ -33,7 +33,7 @@ from refllm import (
 )
 from refllm.errors import InputError, TokenizerError
 from refllm.forward import model as model_module
-from refllm.forward.loading import understood
+from refllm.forward.loading import shard_bytes, understood
 from refllm.generation import seeds
 from refllm.models.families import CLASSES
 
@@ -224,6 +224,7 @@ def test_a_model_of_its_config_alone(name: str) -> None:
 def test_a_fresh_model_is_that_of_from_config(name: str) -> None:
     config = tiny_config(name.split("For")[0])
     fresh, made = CLASSES[name](config), CLASSES[name].from_config(config)
+    assert not fresh.weights.low_memory
     assert fresh.weights.keys() == made.weights.keys()
     assert all(np.array_equal(fresh.weights[key], made.weights[key]) for key in made.weights)
 
@@ -313,7 +314,20 @@ def test_an_answer_in_a_text(name: str) -> None:
 @pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
 def test_a_class_for_any_family_takes_the_same(auto: Any) -> None:
     model = auto.from_pretrained(STABLELM, num_labels=5, torch_dtype="float16", attn_implementation="sdpa")
-    assert (model.config.num_labels, model.dtype, model.policy) == (5, "float16", "hf-sdpa")
+    fresh = auto.from_config(model.config, num_labels=4, dtype=torch.float16, attn_implementation="sdpa")
+    assert [each.config.num_labels for each in (model, fresh)] == [5, 4]
+    assert {(each.dtype, each.policy) for each in (model, fresh)} == {("float16", "hf-sdpa")}
+
+
+def test_what_a_tokenizer_returns_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the one device beside the CPU that Torch has everywhere."""
+    monkeypatch.setattr(devices, "found", lambda device: torch.device("meta"))
+    tokenizer = AutoTokenizer.from_pretrained(HELIUM)
+    inputs = tokenizer("a", return_tensors="pt")
+    assert inputs.to("cuda") is inputs
+    assert {value.device.type for value in inputs.values()} == {"meta"}
+    assert isinstance(tokenizer("a", return_tensors="np").to("cuda").input_ids, np.ndarray)
+    assert tokenizer("a").to("cuda").input_ids == tokenizer("a").input_ids
 
 
 # -------------------------------------------------------------------------------------------- what the text tells about
@@ -491,6 +505,18 @@ def test_a_resized_vocabulary_is_saved_and_loads_in_transformers(tmp_path: Path,
     with torch.no_grad():
         torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
     assert model.resize_token_embeddings(7).shape == (7, config.hidden_size)
+    drawn = np.asarray(model.resize_token_embeddings(9, mean_resizing=False))[7:]
+    assert 0.5 < drawn.std() / config.initializer_range < 2
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("5GB", 5 * 10**9), ("3 MiB", 3 << 20), ("10kb", 10_000), (17, 17), ("2TB", 2 * 10**12)]
+)
+def test_sizes_of_shards_are_read_as_in_transformers(size: int | str, expected: int) -> None:
+    assert shard_bytes(size) == expected
+    with pytest.raises(InputError, match="is no size; expected one like '5GB'"):
+        shard_bytes(0)
 
 
 def test_on_a_gpu_a_model_becomes_the_fast_one_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

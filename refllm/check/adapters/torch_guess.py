@@ -23,6 +23,8 @@ _COLUMNS = 16
 """Of a row, as many numbers tell it from all others."""
 _ALMOST = 0.98
 """Share of a tensor's rows that a module has to have: rows may be equal, and the last of a vocabulary may be new."""
+NO_PLACE = ("_rope", ".scores", ".probs")
+"""What is no input or output of a part in most modules."""
 _ROTATES = re.compile(r"(?!.*(half|freq|cache|build|compute|table|init|get)).*(rot|rope)", re.IGNORECASE)
 """Names of what may rotate heads; whether it does, its arguments and results tell."""
 _HINTS = {
@@ -80,6 +82,10 @@ def guess(module: Any, weights: Mapping[str, Any], config: ModelConfig, head: st
     names.places = {name: names.places[name] for name in values if name in names.places}
     _followed(names, values)
     names.places |= _blocks(names.places, config.num_hidden_layers)
+    missing = [name for name in values if name not in names.places and not name.endswith(NO_PLACE)]
+    short = dict.fromkeys(re.sub(r"^model\.(layers\.\d+\.)?", "", name) for name in missing)
+    if short:
+        names.notes.append(f"not found: {', '.join(short)}; --names F.json tells where they are")
     return names
 
 
@@ -243,9 +249,10 @@ class _Layers:
             if len(named) == 1:
                 chosen[role] = named[0], offset
                 taken.add(named[0])
-            else:
-                several = f"{' or '.join(named or fitting)}" if fitting else "no part has such a weight"
-                self.notes.append(f"{role} is not shown: {several}")
+                by = "shape" if len(fitting) == 1 else "name"
+                self.notes.append(f"{named[0]}: its weight is not {role} in the checkpoint; taken for it by its {by}")
+            elif fitting:
+                self.notes.append(f"{role} may be {' or '.join(named or fitting)}")
 
 
 def _as_bytes(channels: np.ndarray | None) -> bytes | None:
