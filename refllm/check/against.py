@@ -22,12 +22,12 @@ from refllm.forward.model import Model
 
 
 class _KnownGood(Judge):
-    """The known-good run, judged by the page. alone: value -> what it has beyond the page on its own inputs, with the
+    """The known-good run, judged by the page. beyond: value -> what it has beyond the page on its own inputs, with the
     variance of that; whole: value -> the variance end to end. Rows as `Judge._rows` has them."""
 
     def __init__(self, model: Model, trace: Trace, asked: Asked, guess: Tables | None) -> None:
         super().__init__(model, trace, asked, guess, reorder=False)
-        self.alone: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.beyond: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.whole: dict[str, np.ndarray] = {}
 
     def _expected(
@@ -36,7 +36,7 @@ class _KnownGood(Judge):
         if alone:
             with np.errstate(invalid="ignore"):  # infinities, which both may have
                 beyond = self._rows(self.trace.taps[name]) - exact
-            self.alone[name] = np.asarray(beyond, np.float32), np.asarray(variance, np.float32)
+            self.beyond[name] = np.asarray(beyond, np.float32), np.asarray(variance, np.float32)
         else:
             self.whole[name] = np.asarray(variance, np.float32)
         return exact, variance
@@ -56,7 +56,7 @@ class _Beside(Judge):
     ) -> tuple[np.ndarray, np.ndarray]:
         if alone:
             self._measured = "", self._measured[1]  # that was against the page
-            beyond, of_good = self.good.alone[name]
+            beyond, of_good = self.good.beyond[name]
             return exact + beyond, variance + of_good
         return self._rows(self.good.trace.taps[name]), variance + self.good.whole[name]
 
