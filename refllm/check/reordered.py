@@ -19,7 +19,7 @@ _WITHOUT_V = {"scores", "probs"}
 REORDERED = (*_ATTENTION, "context", *_MLP)
 """The short names of values that may be in another order, since what reads them may be in the same."""
 ROWS = 48
-"""Of which an order is made."""
+"""How many rows an order is made from."""
 _FAR = 0.2  # rms error over rms, from where a value may be another in disorder
 _NEAR = 0.05  # up to where it is that one
 _AT_ONCE = 512  # channels that are looked for at a time
