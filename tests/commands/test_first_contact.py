@@ -194,7 +194,17 @@ def test_no_message_has_a_command_of_its_own() -> None:
     assert [file.name for file in files if "pip install" in file.read_text()] == []
 
 
-ABSENT = ("torch", "triton", "transformers", "hypothesis", "matplotlib")
+ABSENT = (
+    "torch",
+    "triton",
+    "transformers",
+    "hypothesis",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "ctranslate2",
+)
 HELIUM = str(CHECKPOINTS["helium-tiny"])
 OPERATOR_FILE = str(Path(__file__).with_name("numpy_operators.py"))
 NUMPY_OPERATOR = ["--arrays", "numpy", "--max-examples", "0"]
@@ -214,6 +224,9 @@ WITHOUT: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "check": (["check"], ("torch", "triton")),
     "check CHECKPOINT": (["check", HELIUM], ("torch", "transformers")),
     "check, torch": (["check", HELIUM, "--candidate", "torch"], ("torch",)),
+    "check, onnx": (["check", HELIUM, "--candidate", "onnx:m.onnx"], ("onnx", "onnxruntime")),
+    "check, openvino": (["check", HELIUM, "--candidate", "openvino:m.xml"], ("openvino",)),
+    "check, ctranslate2": (["check", HELIUM, "--candidate", "ctranslate2:m"], ("ctranslate2",)),
     "trace, triton": (["trace", HELIUM, "--candidate", "triton", "-o", "{tmp}/t"], ("torch", "triton")),
     "generate, torch": (["generate", HELIUM, "--ids", "1", "--backend", "torch"], ("torch",)),
     "score, triton": (["score", HELIUM, "--ids", "1,2", "--backend", "triton"], ("torch", "triton")),

@@ -1,7 +1,6 @@
 """Models of Transformers in files of other runtimes, made by the lines of docs/exporting.md, with and without a bug."""
 
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,13 @@ def lines(heading: str) -> str:
     return str(code[0])
 
 
-def model_and_inputs(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """What the first lines of the page make: `model` and `inputs` among it."""
+def model_and_inputs(folder: Path, dtype: str = "float32", attention: str = "") -> dict[str, Any]:
+    """What the first lines of the page make: `model` and `inputs` among it. attention: "" for what is the default."""
     loading = lines("ONNX").replace('dtype="float32"', f'dtype="{dtype}"')
     scope: dict[str, Any] = {"folder": str(folder)}
     exec(loading[: loading.index("torch.onnx.export")], scope)
+    if attention:
+        scope["model"].set_attn_implementation(attention)
     return scope
 
 
@@ -45,9 +46,8 @@ def to_openvino(scope: dict[str, Any], file: Path) -> None:
 
 def planted(write: Any, bug: Bug, dtype: str, file: Path) -> Path:
     """A file with a bug of the catalogue in it. write: `to_onnx` or `to_openvino`."""
-    scope, mutant = model_and_inputs(golden.path(bug.checkpoint), dtype), bug.plant
-    scope["model"].set_attn_implementation("eager")
-    with mutant.planted(scope["model"], LAYER) if mutant else nullcontext():
+    scope = model_and_inputs(golden.path(bug.checkpoint), dtype, "eager")
+    with bug.plant.planted(scope["model"], LAYER):
         write(scope, file)
     return file
 
@@ -71,6 +71,6 @@ BUGS = (
     bug("gelu for silu"),
     bug("square without relu", "arcee-tiny"),
     bug("residual from the normed value"),
-    bug("weight of q_proj used for k", "stablelm-tiny-sequential"),
+    bug("weight of q_proj used for k"),
     bug("tied weight ignored"),
 )

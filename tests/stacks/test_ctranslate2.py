@@ -90,9 +90,14 @@ def test_only_rows_of_different_lengths_are_taken(right: tuple[Path, Path]) -> N
 # ---------------------------------------------------------------------------------------------------------------- bugs
 
 
-def _tensor(name: str, change: Callable[[dict[str, np.ndarray], str], Any]) -> Change:
+def _in_heads(weight: np.ndarray, parts: int = 1) -> np.ndarray:
+    """[heads * 16, E] -> [heads, parts, 16 / parts, E]."""
+    return weight.reshape(-1, parts, 16 // parts, weight.shape[-1])
+
+
+def _tensor(name: str, change: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Change:
     def plant(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-        tensors[name] = np.ascontiguousarray(change(tensors, name))
+        tensors[name] = np.ascontiguousarray(change(tensors).reshape(tensors[name].shape))
 
     return plant
 
@@ -108,19 +113,27 @@ def _swapped(one: str, other: str) -> Change:
     return plant
 
 
-AT = "model.layers.1"
+LAYER = "model.layers.1"
+Q, K, V, OUT = (f"{LAYER}.self_attn.{name}_proj.weight" for name in "qkvo")
+GATE, UP = f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.up_proj.weight"
+NORM = f"{LAYER}.input_layernorm.weight"
+
 BUGS = (
     Bug("the scaling of the frequencies is lost", None, "layers.1.self_attn.q_rope"),
-    Bug("theta times 10", _config(rope_parameters={"rope_type": "default", "rope_theta": 1e5}), "layers.1.self_attn.q_rope"),
+    Bug(
+        "theta is 1e6",
+        _config(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        "layers.1.self_attn.q_rope",
+    ),
     Bug("eps 1e-3", _config(rms_norm_eps=1e-3), "layers.1.input_layernorm"),
-    Bug("norm weight plus one", _tensor(f"{AT}.input_layernorm.weight", lambda t, n: t[n] + 1), "layers.1.input_layernorm"),
-    Bug("gate and up swapped", _swapped(f"{AT}.mlp.gate_proj.weight", f"{AT}.mlp.up_proj.weight"), "layers.1.mlp.gate_proj"),
-    Bug("rows of q in pairs", _tensor(f"{AT}.self_attn.q_proj.weight", lambda t, n: t[n].reshape(6, 2, 8, 96).swapaxes(1, 2).reshape(96, 96)), "layers.1.self_attn.q_proj"),
-    Bug("heads of k in another order", _tensor(f"{AT}.self_attn.k_proj.weight", lambda t, n: t[n].reshape(3, 16, 96)[::-1].reshape(48, 96)), "layers.1.self_attn.k_proj"),
-    Bug("v made with the weight of k", _tensor(f"{AT}.self_attn.v_proj.weight", lambda t, n: t[f"{AT}.self_attn.k_proj.weight"]), "layers.1.self_attn.v_proj"),
-    Bug("o_proj transposed", _tensor(f"{AT}.self_attn.o_proj.weight", lambda t, n: t[n].T), "layers.1.self_attn.o_proj"),
-    Bug("last norm of ones", _tensor("model.norm.weight", lambda t, n: np.ones_like(t[n])), "norm"),
-)  # fmt: skip
+    Bug("norm weight plus one", _tensor(NORM, lambda t: t[NORM] + 1), "layers.1.input_layernorm"),
+    Bug("gate and up swapped", _swapped(GATE, UP), "layers.1.mlp.gate_proj"),
+    Bug("rows of q in pairs", _tensor(Q, lambda t: _in_heads(t[Q], 2).swapaxes(1, 2)), "layers.1.self_attn.q_proj"),
+    Bug("heads of k in another order", _tensor(K, lambda t: _in_heads(t[K])[::-1]), "layers.1.self_attn.k_proj"),
+    Bug("v made with the weight of k", _tensor(V, lambda t: t[K]), "layers.1.self_attn.v_proj"),
+    Bug("o_proj transposed", _tensor(OUT, lambda t: t[OUT].T), "layers.1.self_attn.o_proj"),
+    Bug("last norm of ones", _tensor("model.norm.weight", lambda t: np.ones(96, np.float32)), "norm"),
+)
 
 
 @pytest.mark.parametrize(("bug", "dtype"), CHECKS.planted(BUGS))

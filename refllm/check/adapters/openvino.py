@@ -105,7 +105,8 @@ _FED = "refllm_fed"
 
 def _graph(model: Any) -> Graph:
     """The nodes of a model, and the modules of Torch that they come from."""
-    shapes, nodes = {}, []
+    shapes: dict[str, Shape] = {}
+    nodes = []
     for op in model.get_ordered_ops():
         if op.get_type_name() not in ("Parameter", "Result"):
             inputs = tuple(_name(each.get_source_output()) for each in op.inputs())
