@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_writer import write_gguf
 
 from refllm import golden
 from refllm.accuracy.chained_angles import chains
-from refllm.check.adapters.gguf import _Values
+from refllm.check.adapters.gguf import _Values, must_be_float32
 from refllm.check.adapters.llama_library import Landmarks, Seen
 from refllm.check.candidates import open_candidate
 from refllm.check.reordered import readers
@@ -19,7 +20,7 @@ from refllm.check.stacks import Opening
 from refllm.config import AutoConfig
 from refllm.errors import InputError
 from refllm.forward.rotary import RotaryEmbedding
-from refllm.storage.gguf_file import in_pairs
+from refllm.storage.gguf_file import GgufFile, in_pairs
 
 
 def defaults(between: tuple[int, ...], enums: int, flags: int = 8) -> bytes:
@@ -90,6 +91,13 @@ def test_without_a_library_it_is_said_how_to_get_one() -> None:
         InputError, match=r"needs llama.cpp's shared library, --library F: .* from a build of llama.cpp"
     ):
         open_candidate(opening)
+
+
+def test_a_file_whose_products_round_what_they_read_is_refused(tmp_path: Path) -> None:
+    file = GgufFile.open(write_gguf(golden.path("llama-tiny"), tmp_path / "m.gguf", "Q8_0"))
+    with pytest.raises(InputError, match=r"its tensors are Q8_0, .* which is not predicted; check a file in F32"):
+        must_be_float32(file)
+    must_be_float32(GgufFile.open(write_gguf(golden.path("llama-tiny"), tmp_path / "f.gguf")))
 
 
 @pytest.mark.filterwarnings("ignore:.*factor=20")
