@@ -35,7 +35,7 @@ def test_everything_that_can_be_stressed_holds() -> None:
     """Caches and scaled embeddings too, since the function has arguments for them."""
     more = {"input_ids": IDS[:32], "isolate": False, "stress": True}
     reports = must_hold(CHECKS, LLAMA, "bfloat16", f"jax:{FILE}:compiled", **more)
-    assert [report.inputs for report in reports[1:]] == [inputs.label for inputs in stressed(IDS[None])]
+    assert {inputs.label for inputs in stressed(IDS[None])} <= {report.inputs for report in reports}
 
 
 # ------------------------------------------------------------------------------------- other ways of writing it right

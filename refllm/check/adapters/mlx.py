@@ -203,7 +203,7 @@ class _Watcher:
 
         whole = self.inputs.embedded(lambda _: _as_numpy(rows))
         embeds = whole if self.inputs.embeds is None else whole[:, self.piece]
-        return mx.array(np.float32(embeds)).astype(rows.dtype)
+        return mx.array(np.asarray(embeds, np.float32)).astype(rows.dtype)
 
     def _before(self, path: str, x: Any) -> None:
         layer, _, inner = path.rpartition(".")
