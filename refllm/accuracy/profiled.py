@@ -318,7 +318,7 @@ class _Plain(Propagation):
         return noise * (_keys(probs) > 1) if self.order == BLOCKS else noise
 
     def _total_noise(self, probs: np.ndarray) -> np.ndarray | float:
-        """Of the keys that a row sees."""
+        """The same of the keys that a row sees."""
         if self.order != BLOCKS or self.dtype != "float32":
             return super()._total_noise(probs)
         keys, total = _keys(probs), 1 / np.maximum(probs.max(axis=-1, keepdims=True), np.finfo(self.width).tiny)

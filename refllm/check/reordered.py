@@ -14,6 +14,8 @@ from refllm.check.layout import gguf_order
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "q_layernorm", "k_layernorm", "q_rope", "k_rope")
 _MLP = ("gate_proj", "up_proj", "act")
+_WITHOUT_V = {"scores", "probs"}
+"""What stands between v and what reads it, and does not read it."""
 REORDERED = (*_ATTENTION, "context", *_MLP)
 """The short names of values that may be in another order, since what reads them may be in the same."""
 ROWS = 48
@@ -90,6 +92,8 @@ def readers(name: str, shown: Sequence[str], reordered: Iterable[str]) -> list[s
     first one that has left it. shown: all of them, in order of computation."""
     layer = formulas.split(name)[0]
     inside = {*(_ATTENTION if formulas.short(name) not in _MLP else _MLP)}
+    if formulas.short(name) == "v_proj":
+        inside |= _WITHOUT_V
     disordered, found = set(reordered), []
     for other in shown[list(shown).index(name) + 1 :]:
         found.append(other)

@@ -14,6 +14,7 @@ from refllm.accuracy.chained_angles import chains
 from refllm.check.adapters.gguf import _Values
 from refllm.check.adapters.llama_library import Landmarks, Seen
 from refllm.check.candidates import open_candidate
+from refllm.check.reordered import readers
 from refllm.check.stacks import Opening
 from refllm.config import AutoConfig
 from refllm.errors import InputError
@@ -105,3 +106,12 @@ def test_chained_angles_are_the_exact_ones_but_for_some_ulp(name: str) -> None:
     off = np.abs(found[0] - truth) / np.maximum(truth, 1e-30)
     assert (off <= allowed).all()
     assert off.max() > 2.0**-26  # they are no products
+
+
+def test_whose_order_v_has_is_told_by_what_reads_it() -> None:
+    """Not by scores and weights, which hold whatever v is."""
+    names = ("q_proj", "k_proj", "v_proj", "q_rope", "k_rope", "scores", "probs", "context", "o_proj")
+    shown = [f"model.layers.1.self_attn.{name}" for name in names]
+    v = "model.layers.1.self_attn.v_proj"
+    assert readers(v, shown, [v])[-1].endswith(".context")
+    assert readers(shown[0], shown, [shown[0]])[-1].endswith(".scores")

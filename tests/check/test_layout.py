@@ -4,6 +4,7 @@ bit, or a sentence."""
 import math
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -337,3 +338,16 @@ def test_readers_are_what_tells_whose_an_order_is() -> None:
     assert readers(f"{at}q_proj", blocks, []) == ["model.layers.0"]
     assert readers(f"{at}q_proj", blocks[:1], []) == []
     assert readers("model.layers.0.mlp.act", names, [])[-1] == "model.layers.0.mlp.down_proj"
+
+
+def test_a_family_from_outside_may_have_other_shapes_and_lack_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 16, "vocab_size": 23, "num_attention_heads": H, "num_key_value_heads": K, "head_dim": D}
+    config: Any = SimpleNamespace(model_type="llama", num_hidden_layers=1, **sizes)
+    axes = axes_of_values(config, "causal_lm")
+    assert "model.layers.0.mlp.act" not in axes
+    assert "model.layers.0.mlp.down_proj" in axes
+    odd = {"lm_head": np.zeros((B, S, 2, 3)), "model.layers.0.mlp.act": np.zeros((B, S, 5))}
+    with pytest.raises(InputError, match="lm_head has shape"):
+        laid_out(odd, config, "causal_lm", INPUTS)
+    monkeypatch.setattr("refllm.check.layout.current", lambda: "page.py")
+    assert laid_out(odd, config, "causal_lm", INPUTS).taps == odd

@@ -198,7 +198,6 @@ def test_what_no_weight_tells_is_found_by_shape_or_name_or_left_out_and_said() -
     assert names.notes == [
         "input_layernorm may be stack.{i}.quiet or stack.{i}.calm",
         "post_attention_layernorm may be stack.{i}.quiet or stack.{i}.calm",
-        "not found: residual_mid; --names F.json tells where they are",
     ]
 
 
@@ -284,7 +283,7 @@ def test_what_is_no_candidate_is_one_sentence() -> None:
     bare, compiled = nn.Identity(), nano(str(folder))
     compiled._orig_mod = None  # as `torch.compile` has it
     for module, options, said in (
-        (bare, {}, "Identity has no parameters of floats"),
+        (bare, {}, "Identity: its parameters are of none; expected a module in float32, bfloat16, float16"),
         (compiled, {}, "is compiled, and shows no values"),
         (
             nano(str(folder)),

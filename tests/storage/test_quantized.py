@@ -108,6 +108,7 @@ def test_weights_of_a_check_may_be_a_quantised_checkpoint(plain: Any, tmp_path: 
 
     values = write_quantized(plain, tmp_path / "q", "fp8 blocks")
     model = Given.open(tmp_path / "q").in_place_of(refllm.load(plain[0], dtype="float64"))
+    assert len(values) == len(model.weights)
     for tensor, value in values.items():
         np.testing.assert_array_equal(model.weights[tensor.removeprefix("model.")], value)
 

@@ -1,10 +1,10 @@
 """A function of JAX as a candidate, jitted or not. Needs `jax`.
 
-    def forward(params, input_ids, attention_mask, position_ids, dtype): -> {"model.embed_tokens": x, ..., "lm_head": z}
+    def forward(params, input_ids, attention_mask, position_ids, dtype) -> {"model.embed_tokens": x, ..., "lm_head": z}
 
-It is pure: it names its values (`refllm.forward.taps`) by what it returns, so that they survive a compilation. The logits
-may be called "logits" too. Parts of it may be dictionaries, as the intermediates of Flax are: "layers_0" in one is
-layers.0, and "intermediates" and "__call__" are no names.
+It is pure: it names its values (`refllm.forward.taps`) by what it returns, so that they survive a compilation. The
+logits may be called "logits" too. Parts of it may be dictionaries, as the intermediates of Flax are: "layers_0" in one
+is layers.0, and "intermediates" and "__call__" are no names.
 
 Its first argument, if it is called `params`, is a dictionary of the checkpoint's tensors, arrays of JAX in the dtype
 asked for, by the names that they have in its files; else it is the checkpoint's folder. The next three are int32

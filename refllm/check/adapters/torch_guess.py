@@ -20,7 +20,7 @@ from refllm.config import ModelConfig
 from refllm.forward.taps import axes_of_values
 
 _COLUMNS = 16
-"""Of a row, as many numbers tell it from all others."""
+"""So many numbers of a row tell it from all others."""
 _ALMOST = 0.98
 """Share of a tensor's rows that a module has to have: rows may be equal, and the last of a vocabulary may be new."""
 NO_PLACE = ("_rope", ".scores", ".probs")
@@ -82,10 +82,6 @@ def guess(module: Any, weights: Mapping[str, Any], config: ModelConfig, head: st
     names.places = {name: names.places[name] for name in values if name in names.places}
     _followed(names, values)
     names.places |= _blocks(names.places, config.num_hidden_layers)
-    missing = [name for name in values if name not in names.places and not name.endswith(NO_PLACE)]
-    short = dict.fromkeys(re.sub(r"^model\.(layers\.\d+\.)?", "", name) for name in missing)
-    if short:
-        names.notes.append(f"not found: {', '.join(short)}; --names F.json tells where they are")
     return names
 
 

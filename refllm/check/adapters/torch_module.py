@@ -16,7 +16,7 @@ from refllm.check.adapters.torch_call import Call
 from refllm.check.adapters.torch_guess import NO_PLACE, guess, rotating
 from refllm.check.adapters.torch_names import Names, Place
 from refllm.check.adapters.torch_rotations import Rotations, must_rotate, tensors_of
-from refllm.check.functions import scaled_rows
+from refllm.check.functions import DTYPES, scaled_rows
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import must_not_have_changed
 from refllm.check.stacks import Opening
@@ -86,10 +86,14 @@ class TorchModuleCandidate:
         """One pass. Returns its cache."""
         import torch
 
-        last, head = HEAD_TAPS.get(self.opening.head, "model.norm"), []
+        last = HEAD_TAPS.get(self.opening.head, "model.norm")
+        head: list[Any] = []
 
         def tell(name: str, value: Any) -> None:
-            head.append(value) if name == last else sink(name, value)
+            if name == last:
+                head.append(value)
+            else:
+                sink(name, value)
 
         tensors = {name: self.call.tensor(value) for name, value in given.items()}
         rows = None if embeds is None else self.call.tensor(embeds)
@@ -119,13 +123,15 @@ def names_of(module: Any, opening: Opening, dtype: str) -> Names:
     names = torch_names.resolve(written, modules, model.config, model.head, where)
     names.said = said or "found in its weights"
     without = {key for key, place in written.items() if place is None}
-    wanted = set(axes_of_values(model.config, model.head)) - names.places.keys()
-    if any(not name.endswith(NO_PLACE) and torch_names.template(name) not in without for name in wanted):
+    values = axes_of_values(model.config, model.head)
+    wanted = [name for name in values if not name.endswith(NO_PLACE) and torch_names.template(name) not in without]
+    if not names.places.keys() >= set(wanted):
         found = guess(module, model.weights, model.config, model.head)
         names.notes = [] if said else found.notes
-        for value, place in found.places.items():
-            if torch_names.template(value) not in without:
-                names.places.setdefault(value, place)
+        for name in wanted:
+            if name in found.places:
+                names.places.setdefault(name, found.places[name])
+        names.notes += torch_names.not_found([name for name in wanted if name not in names.places])
     if where:
         must_rotate(names.rotations, module, where)
     if not (where and names.rotations):
@@ -134,15 +140,17 @@ def names_of(module: Any, opening: Opening, dtype: str) -> Names:
 
 
 def _dtype_of(module: Any) -> str:
-    """The dtype of most of its numbers. Raises InputError for a module that has none."""
+    """The dtype of most of its numbers. Raises InputError for one that cannot be judged, and for a module without."""
     counts: dict[str, int] = {}
     for parameter in module.parameters():
         if parameter.is_floating_point():
             name = str(parameter.dtype).removeprefix("torch.")
             counts[name] = counts.get(name, 0) + parameter.numel()
-    if not counts:
-        raise InputError(f"{type(module).__name__} has no parameters of floats, so no dtype to judge it by")
-    return max(counts, key=lambda name: counts[name])
+    found = max(counts, key=lambda name: counts[name], default="none")
+    if found not in DTYPES:
+        kind = type(module).__name__
+        raise InputError(f"{kind}: its parameters are of {found}; expected a module in {', '.join(DTYPES)}")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- hooks

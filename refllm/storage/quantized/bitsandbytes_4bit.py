@@ -55,7 +55,7 @@ def dequantize(parts: Parts, settings: Mapping[str, Any]) -> NDArray[Any]:
 
 
 def _absmax(parts: Parts, state: dict[str, Any], blocks: int) -> NDArray[np.float32]:
-    """Of every block, float32."""
+    """The largest magnitude of every block, float32."""
     if "weight.nested_absmax" not in parts:
         return parts.of("weight.absmax", ("float32",), (blocks,))
     codes, size = parts.of("weight.absmax", ("uint8",), (blocks,)), _size(parts, state, "nested_blocksize")

@@ -18,12 +18,12 @@ TITLE = "bitsandbytes, 8 bits"
 MARKS = ("SCB",)
 PARTS = ("weight", "SCB", "weight_format")
 DTYPE = "float32"
-"""In which the library dequantises."""
+"""The library dequantises in it."""
 _1_127 = np.float32(1 / 127)
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of this format there is nothing to set."""
+    """Nothing: this format has nothing to set."""
     return {}
 
 

@@ -34,7 +34,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """bits, and the length of a group (0: none), of the one group of layers."""
     setting(config, "format", _FORMATS)
     setting(config, "quantization_status", ("compressed", "frozen", "initialized"), "compressed")
-    groups = config.get("config_groups")
+    groups: Any = config.get("config_groups")
     schemes = [group.get("weights") for group in groups.values()] if _are_objects(groups) else []
     if not schemes or not all(isinstance(scheme, dict) for scheme in schemes):
         raise CheckpointError("quantization_config: config_groups names no group of layers with quantised weights")
