@@ -121,8 +121,8 @@ class GraphCandidate:
         """The embeddings to feed, on the grid of the dtype."""
         name = self.values[EMBEDDING]
         rows = self.outputs([name], given)[name]
-        whole = inputs.embedded(lambda _: np.float32(rows))
-        embeds = whole if inputs.embeds is None else whole[:, piece]
+        whole = inputs.embedded(lambda _: np.asarray(rows, np.float32))
+        embeds = np.asarray(whole if inputs.embeds is None else whole[:, piece])
         return np.asarray(rounding(self.computes_in)(embeds), rows.dtype)
 
     def _in_heads(self, merged: np.ndarray) -> np.ndarray:

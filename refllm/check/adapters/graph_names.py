@@ -8,7 +8,8 @@ they are what the product of the scores reads.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from refllm.config import ModelConfig
 from refllm.forward.taps import HEAD_TAPS, axes_of_values, sizes_of_axes
@@ -45,28 +46,32 @@ class Node:
     """A transposition of the last two axes."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Graph:
     """nodes: in order of computation. shapes: of the values of floats, as far as known, None for what is not fixed.
 
-    results: the names of what the graph returns. constants: the names of weights. fixed: they, and what is made of them
-    and of shapes alone, such as a scale.
+    results: the names of what the graph returns. constants: the names of weights.
     """
 
     nodes: list[Node]
     shapes: Mapping[str, Shape]
     results: tuple[str, ...]
     constants: frozenset[str] = frozenset()
-    made_by: dict[str, Node] = field(init=False)
-    fixed: set[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.made_by = {name: node for node in self.nodes for name in node.outputs}
-        self.fixed = {"", *self.constants}
+    @cached_property
+    def made_by(self) -> dict[str, Node]:
+        """The node that makes a value."""
+        return {name: node for node in self.nodes for name in node.outputs}
+
+    @cached_property
+    def fixed(self) -> set[str]:
+        """The constants, and what is made of them and of shapes alone, such as a scale."""
+        found = {"", *self.constants}
         for node in self.nodes:
             given = node.inputs[:1] if node.kind in _LIKE else node.inputs
-            if node.kind in _SIZES or self.fixed.issuperset(given):
-                self.fixed.update(node.outputs)
+            if node.kind in _SIZES or found.issuperset(given):
+                found.update(node.outputs)
+        return found
 
 
 def path_in_model(path: str) -> str:

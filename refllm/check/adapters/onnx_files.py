@@ -113,7 +113,7 @@ def session(file: Path, optimised: Path | None = None) -> Any:
 
 
 def left(names: dict[str, str], source: Any, optimised: Any) -> dict[str, str]:
-    """Of the named values those that an optimised graph has, by their names there: what the next operator reads.
+    """The named values that an optimised graph has, by their names there: what the next operator reads.
 
     Where a conversion to float16 is gone, that is what was to be converted.
     """
