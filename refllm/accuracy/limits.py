@@ -129,8 +129,10 @@ MISROUNDED = 0.01
 """The share of the elements that may differ from what the policy's rounding points give, where that is known to the bit
 (norms, RoPE, activations, sums of two in a narrow format). Float32 arithmetic inside an operator, exact to a few times
 6e-8, moves an element across a rounding boundary of bfloat16 or float16 in at most 1 of 500 cases; one rounding point
-too many or too few moves every fifth. This sees what the error's size cannot: a rounding that is missing. Two elements
-more are granted, so that no single one decides about a small value."""
+too many or too few moves every fifth. This sees what the error's size cannot: a rounding that is missing."""
+
+GRANTED = 2
+"""So many elements more, so that no single one decides about a small value."""
 
 BORDER = 4.0
 """Within so many ulp of the largest finite number an infinity and a finite value are the same result."""
@@ -214,4 +216,4 @@ def misrounded_limit(elements: int, near: float = 0.0) -> float:
 
     near: the share that float32 arithmetic inside moves across a boundary between two numbers of the format.
     """
-    return MISROUNDED + 2 / max(1, elements) + near
+    return MISROUNDED + GRANTED / max(1, elements) + near

@@ -28,7 +28,7 @@ def predict_page(
     at_tap: Substitute,
     *,
     wants: Callable[[str], bool] = lambda name: True,
-    embeds_scale: float | None = None,
+    embeds: Callable[[Callable[[np.ndarray], np.ndarray]], np.ndarray] | None = None,
     exact_tables: bool = False,
     op: Propagation | None = None,
     tables: Callable[[Propagation], tuple[Uncertain, Uncertain]] | None = None,
@@ -36,16 +36,17 @@ def predict_page(
     """The page of `model`, run for an implementation in `dtype` under `policy`; at_tap sees every named value that is
     wanted, and what it returns is passed on. Returns the head's output, or the last norm's of a model without a head.
 
-    model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. embeds_scale: what the embedded
-    rows are multiplied by, and then rounded. exact_tables: see `rotary_tables`. op: other operators than those of the
-    policy. tables: cos and sin for these operators, other ones than `rotary_tables` makes.
+    model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. embeds: makes what is fed of a
+    function from ids to their rows, which is then rounded; None: those rows. exact_tables: see `rotary_tables`. op:
+    other operators than those of the policy. tables: cos and sin for these operators, other ones than `rotary_tables`
+    makes.
     """
     op = op or Propagation(dtype, policy.without(model.page.NOT_ROUNDED), at_tap, wants)
     c, w = model.config, model.weights
     cos, sin = tables(op) if tables else rotary_tables(op, c, positions_BS, exact_tables)
     rows = w.rows("embed_tokens.weight", input_ids_BS)
-    if embeds_scale is not None:
-        rows = rounding(dtype)(np.asarray(rows * embeds_scale, rows.dtype))
+    if embeds is not None:
+        rows = rounding(dtype)(embeds(lambda ids: rows))
     x = op.tap("model.embed_tokens", certain(rows))
     B, S = input_ids_BS.shape
     who = masking(mask, None, batch=B, queries=S, cached=0, has_cache=False, heads=c.num_attention_heads)

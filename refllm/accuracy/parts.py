@@ -65,7 +65,7 @@ def possible(terms: int, bias: bool, counts: Iterable[int]) -> list[Parts]:
 
 
 def _ways(count: int) -> tuple[str, ...]:
-    """Of two parts there is but one sum, and pairs are asked for where all of them are whole."""
+    """How parts are added, so many of them: of two there is one sum, and pairs are asked for where all are whole."""
     whole = count > 2 and not count & (count - 1)
     return (ONE_BY_ONE, IN_PAIRS, IN_FLOAT32) if whole else (ONE_BY_ONE, IN_FLOAT32)
 

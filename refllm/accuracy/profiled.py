@@ -242,6 +242,11 @@ class Profiled(Propagation):
         arrays = [known(i) for i in (inputs[:1] if made.operator == "rope" else inputs)]
         if any(a is None for a in arrays):
             return None, None
+        if made.operator == "linear" and "product" in profile.points:
+            stores = Stores(profile.points, self.dtype)
+            return FORMS["linear"](
+                stores, (np.asarray(arrays[0], np.float64),), made.how | {"parts": profile.parts}
+            ), None
         if made.operator not in _TO_THE_BIT:
             return x.value, None
         values = tuple(a for a in arrays if a is not None)
@@ -313,7 +318,7 @@ class _Plain(Propagation):
         return noise * (_keys(probs) > 1) if self.order == BLOCKS else noise
 
     def _total_noise(self, probs: np.ndarray) -> np.ndarray | float:
-        """Of the keys that a row sees."""
+        """The same of the keys that a row sees."""
         if self.order != BLOCKS or self.dtype != "float32":
             return super()._total_noise(probs)
         keys, total = _keys(probs), 1 / np.maximum(probs.max(axis=-1, keepdims=True), np.finfo(self.width).tiny)

@@ -78,7 +78,7 @@ _MIRRORED = [
 ]
 SCORES = _times(
     _either("raw scores", "scores", ("raw scores", "scores"), "scaled q", ("scaled q", "scores")), _either("scale")
-) + [frozenset({"root of the scale", "scaled q"}), frozenset({"root of the scale", "scaled q", "scores"})]
+) + [frozenset({"root of the scale", *more}) for more in ((), ("scores",), ("scaled q",), ("scaled q", "scores"))]
 """The points of the scaled scores."""
 _NARROW_SOFTMAX = ("less the largest", "exp", "probs")
 WEIGHTS = _either("probs", "exp", ("exp", "sum of rounded"), _NARROW_SOFTMAX, (*_NARROW_SOFTMAX, "sum of rounded")) + [

@@ -12,9 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from refllm.accuracy.profiled import Profiled
-from refllm.accuracy.propagation import Uncertain
-from refllm.accuracy.recognise import Made
 from refllm.accuracy.tables import Tables
 from refllm.check.asked import Asked
 from refllm.check.difference import require_same_run
@@ -25,12 +22,12 @@ from refllm.forward.model import Model
 
 
 class _KnownGood(Judge):
-    """The known-good run, judged by the page. alone: value -> what it has beyond the page on its own inputs, with the
+    """The known-good run, judged by the page. beyond: value -> what it has beyond the page on its own inputs, with the
     variance of that; whole: value -> the variance end to end. Rows as `Judge._rows` has them."""
 
     def __init__(self, model: Model, trace: Trace, asked: Asked, guess: Tables | None) -> None:
         super().__init__(model, trace, asked, guess, reorder=False)
-        self.alone: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.beyond: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.whole: dict[str, np.ndarray] = {}
 
     def _expected(
@@ -39,7 +36,7 @@ class _KnownGood(Judge):
         if alone:
             with np.errstate(invalid="ignore"):  # infinities, which both may have
                 beyond = self._rows(self.trace.taps[name]) - exact
-            self.alone[name] = np.asarray(beyond, np.float32), np.asarray(variance, np.float32)
+            self.beyond[name] = np.asarray(beyond, np.float32), np.asarray(variance, np.float32)
         else:
             self.whole[name] = np.asarray(variance, np.float32)
         return exact, variance
@@ -58,17 +55,13 @@ class _Beside(Judge):
         self, name: str, exact: np.ndarray, variance: np.ndarray, alone: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         if alone:
-            beyond, of_good = self.good.alone[name]
+            self._measured = "", self._measured[1]  # that was against the page
+            beyond, of_good = self.good.beyond[name]
             return exact + beyond, variance + of_good
         return self._rows(self.good.trace.taps[name]), variance + self.good.whole[name]
 
     def _misrounded(self, candidate: np.ndarray, rounded: np.ndarray | None) -> float:
         return 0.0  # neither run is asked for the bits of the other
-
-    def _in_an_order(self, name: str, made: Made, op: Profiled, candidate: np.ndarray) -> Uncertain:
-        found = super()._in_an_order(name, made, op, candidate)
-        self._measured = "", self._measured[1]  # that was against the page
-        return found
 
 
 def judge_against(
@@ -98,7 +91,9 @@ def judge_against(
     known, of_good = explained_best(lambda guess: _KnownGood(model, good_common, asked, guess))
     right = {tap.name for tap in of_good if not tap.wrong_here}
     beside = _Beside(model, replace(trace, taps=common), asked, known)
-    taps = [_difference(tap, tap.name in right) for tap in beside.run(step)]
+    beside.alone(step)
+    reports = beside.in_line(step)
+    taps = [_difference(tap, tap.name in right) for tap in reports]
     ask_again(model, trace, beside.nearest_policy(), taps, step, runs=2)
     report = Report(
         checkpoint=checkpoint,

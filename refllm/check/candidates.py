@@ -257,9 +257,8 @@ class ReferenceCandidate:
         """See `Candidate.run`."""
         cache = self.model.new_cache() if inputs.chunks else None
         embeds = None
-        if inputs.embeds_scale is not None:
-            rows = self.model.weights.rows("embed_tokens.weight", inputs.input_ids)
-            embeds = to_numpy(rows) * np.float32(inputs.embeds_scale)
+        if inputs.feeds_embeddings:
+            embeds = inputs.embedded(lambda ids: to_numpy(self.model.weights.rows("embed_tokens.weight", ids)))
         for piece in inputs.pieces():
             self.model(
                 input_ids=None if embeds is not None else inputs.input_ids[:, piece],

@@ -145,5 +145,6 @@ def require_same_run(first: Trace, second: Trace) -> None:
         if not np.array_equal(getattr(a, name), getattr(b, name)):
             what = {"valid": "attention masks", "positions": "position ids"}[name]
             raise InputError(f"the traces have different {what}; trace both with the same inputs")
-    if (a.embeds_scale or 1.0) != (b.embeds_scale or 1.0):
-        raise InputError("the traces have differently scaled embeddings; trace both with the same inputs")
+    one, other = (np.zeros(0) if inputs.embeds is None else inputs.embeds for inputs in (a, b))
+    if (a.embeds_scale or 1.0) != (b.embeds_scale or 1.0) or not np.array_equal(one, other):
+        raise InputError("the traces have different embeddings; trace both with the same inputs")

@@ -14,6 +14,7 @@ from refllm.errors import InputError
 from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import rounding
 from refllm.precision.dtype_names import dtype_name
+from refllm.user_code import find_function
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,7 +33,7 @@ What it returns may also be an object with `logits` (and `past_key_values`), as 
 head, the last norm's result or an object with `last_hidden_state`.
 """
 
-_TAKES = {"dtype": "dtype", "cache": "cache", "inputs_embeds": "embeddings"}
+TAKES = {"dtype": "dtype", "cache": "cache", "inputs_embeds": "embeddings"}
 """Argument -> what a function takes that has it (`Candidate.takes`)."""
 _IN_ORDER = 5  # arguments that are given by their place
 
@@ -77,7 +78,7 @@ class FunctionCandidate:
 
         copies = {name: np.array(value) for name, value in given.items()}
         named = {"dtype": self.dtype, "cache": cache, "embeddings": embeds}
-        more = {argument: named[what] for argument, what in _TAKES.items() if what in self.takes}
+        more = {argument: named[what] for argument, what in TAKES.items() if what in self.takes}
         try:
             out = self.function(str(self.folder), *copies.values(), tap, **more)
         except (KeyboardInterrupt, EnoughError):
@@ -94,14 +95,27 @@ class FunctionCandidate:
 
 
 def scaled_rows(folder: Path, head: str, dtype: str, inputs: Inputs) -> np.ndarray | None:
-    """The scaled rows of the checkpoint's embedding, on the grid of the dtype; None where ids are fed."""
-    if inputs.embeds_scale is None:
+    """The embeddings to feed, on the grid of the dtype: given ones, or the checkpoint's scaled; None where ids are."""
+    if not inputs.feeds_embeddings:
         return None
     from refllm.models.auto import load
 
     weights = load(folder, head=head, dtype=dtype, low_memory=True).weights
-    rows = as_array(weights.rows("embed_tokens.weight", inputs.input_ids))
-    return np.asarray(rounding(dtype)(rows * rows.dtype.type(inputs.embeds_scale)), np.float32)
+    rows = inputs.embedded(lambda ids: as_array(weights.rows("embed_tokens.weight", ids)))
+    return np.asarray(rounding(dtype)(rows), np.float32)
+
+
+def imported(reference: str) -> Forward:
+    """The function that "module:function" or "file.py:function" names. Raises InputError where there is none, and
+    MisbehavesError for a module that raises when it is imported."""
+    try:
+        return find_function(reference)
+    except InputError as error:
+        if error.__cause__ is not None:
+            raise raised(error.__cause__, " when it is imported") from None
+        raise
+    except BaseException as error:
+        raise raised(error, " when it is imported") from None
 
 
 def takes_a_checkpoint_alone(function: Any) -> bool:
@@ -115,14 +129,14 @@ def takes_a_checkpoint_alone(function: Any) -> bool:
 
 
 def _named(function: Forward) -> tuple[str, ...]:
-    """What of `_TAKES` a function has arguments for, beside those that are given by their place."""
+    """What of `TAKES` a function has arguments for, beside those that are given by their place."""
     try:
         arguments = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some of those that are written in C
         return ()
     only, either = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = [a.name for i, a in enumerate(arguments) if a.kind == only or (a.kind == either and i >= _IN_ORDER)]
-    return tuple(what for argument, what in _TAKES.items() if argument in names)
+    return tuple(what for argument, what in TAKES.items() if argument in names)
 
 
 def result_and_cache(out: Any) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """What a check runs: token ids with their mask and positions, and how they are fed (at once, or in cached pieces)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ class Inputs:
     input_ids: int [B, S]. attention_mask: [B, S], 1 = a token, 0 = padding; None: all tokens. position_ids: [B, S], or
     None for 0 .. S-1. chunks: sizes of the pieces to feed with a KV cache, () for all at once. embeds_scale: feed the
     embeddings times this (rounded to the dtype) instead of the ids. label: what to call it in a report. until: the name
-    of the value with which the run ends, if the candidate shows it; "" for the end of the pass.
+    of the value with which the run ends, if the candidate shows it; "" for the end of the pass. embeds: float32
+    [B, S, hidden_size] to feed instead of the ids.
     """
 
     input_ids: np.ndarray
@@ -24,6 +26,7 @@ class Inputs:
     embeds_scale: float | None = None
     label: str = "tokens"
     until: str = ""
+    embeds: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -35,6 +38,18 @@ class Inputs:
                 raise InputError(f"{name}: shape {value.shape} for input_ids of shape {shape}")
         if self.chunks and sum(self.chunks) != shape[1]:
             raise InputError(f"chunks: {sum(self.chunks)} tokens in all, the sequence has {shape[1]}")
+
+    @property
+    def feeds_embeddings(self) -> bool:
+        """Whether embeddings are fed, and no ids."""
+        return self.embeds is not None or self.embeds_scale is not None
+
+    def embedded(self, table: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """What is fed, not yet rounded to the dtype: float32 [B, S, hidden_size]. table: ids -> their rows."""
+        if self.embeds is not None:
+            return self.embeds
+        rows = table(self.input_ids)
+        return np.asarray(rows if self.embeds_scale is None else rows * rows.dtype.type(self.embeds_scale))
 
     @property
     def valid(self) -> np.ndarray:

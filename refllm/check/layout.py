@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from refllm.config import ModelConfig
 from refllm.config.traits import traits_of
 from refllm.errors import InputError
 from refllm.forward.taps import axes_of_values, sizes_of_axes
+from refllm.models.own_page import current
 
 LAYOUTS = {
     "tokens": "the tokens of all sequences after one another, [B*S, ...], or only those that are no padding",
@@ -106,7 +106,8 @@ def laid_out(
     notes: list[str] = []
     work = _Work(config, head, inputs, frozenset(layout), source)
     taps = work.split(taps, notes)
-    readings = {name: work.readings(name, value) for name, value in taps.items() if name in work.axes}
+    all_readings = {name: work.readings(name, value) for name, value in taps.items() if name in work.axes}
+    readings = {name: found for name, found in all_readings.items() if found}
     work.decide(readings.values())
     laid: Taps = {}
     shown: dict[str, list[str]] = {}
@@ -196,7 +197,8 @@ class _Work:
     # ------------------------------------------------------------------------------------------------------- shapes
 
     def readings(self, name: str, value: np.ndarray) -> list[_Reading]:
-        """The ways to read a value's shape, the vocabulary's own first. Raises InputError where there is none."""
+        """The ways to read a value's shape, the vocabulary's own first. Where there is none: InputError, or [] for a
+        family from outside, whose page may have other shapes."""
         for shape in (value.shape, self._unpacked(value.shape)):
             for sizes in self._sizes(name, shape):
                 found: list[_Reading] = []
@@ -206,6 +208,8 @@ class _Work:
                         found.append(reading)
                 if found:
                     return found
+        if current():
+            return []
         raise InputError(self._no_shape(name, value.shape))
 
     def _unpacked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -230,9 +234,9 @@ class _Work:
         elif names[-1] in "EFVC":
             own["n"] = self.sizes[names[-1]]
         found = [own]
-        c: Any = self.config
-        if name.endswith("_rope") and c.rotary_dim < self.sizes["D"]:
-            found.append(own | {"D": c.rotary_dim})
+        rotary = getattr(self.config, "rotary_dim", None)
+        if name.endswith("_rope") and rotary is not None and rotary < self.sizes["D"]:
+            found.append(own | {"D": rotary})
         if heads == "K" and self.sizes["K"] < self.sizes["H"]:
             found += [sizes | {"h": self.sizes["H"]} for sizes in list(found)]
         if name == "lm_head" and shape and shape[-1] > self.sizes["V"]:

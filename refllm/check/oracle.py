@@ -33,7 +33,7 @@ from refllm.check.layout import no_name
 from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.record import Habit, Record, chosen
-from refllm.check.reordered import REORDERED, by_words, order_of, put_in_order, readers
+from refllm.check.reordered import REORDERED, ROWS, by_words, order_of, put_in_order, readers
 from refllm.check.second_opinion import honest_ratios
 from refllm.check.trace import Trace
 from refllm.check.unseen import never_read, never_shown
@@ -46,6 +46,7 @@ from refllm.forward.dry_run import names_of
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
 from refllm.hypotheses.explain import Explanation
+from refllm.models.own_page import current
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
 _OF_THE_TAP = "and put in order: it is the tap's, not the model's, since what reads it holds"
@@ -157,7 +158,7 @@ def predict(
         dtype,
         policy,
         at_tap,
-        embeds_scale=inputs.embeds_scale,
+        embeds=inputs.embedded if inputs.feeds_embeddings else None,
         **how,
     )
 
@@ -194,8 +195,8 @@ class Judge:
         self._cancels: dict[str, str] = {}
         self._wide: set[str] = set()
 
-    def run(self, step: Callable[[str], None] = lambda text: None) -> list[TapReport]:
-        """Both runs; the reports are in order of computation, for the values that the candidate recorded."""
+    def alone(self, step: Callable[[str], None]) -> list[TapReport]:
+        """The first run, each operator alone."""
         step("predicting, each operator alone")
         if self.tables is None:
             positions = self.trace.inputs.positions
@@ -205,6 +206,10 @@ class Judge:
         if foreign:
             raise InputError(no_name(self.trace.source, foreign, self._names))
         self._compare_layers()
+        return list(self.isolated.values())
+
+    def in_line(self, step: Callable[[str], None]) -> list[TapReport]:
+        """The second run; the reports are in order of computation, for the values that the candidate recorded."""
         step("predicting, end to end")
         output = self._predict(self._end_to_end, self._work_out_in_line, bits=False)
         self.shares = output.shares
@@ -396,12 +401,18 @@ class Judge:
         """Puts the channels of a value in order, if that is all that is wrong with it."""
         if not self.reorder or formulas.short(name) not in REORDERED:
             return False
-        order = order_of(self._rows(candidate), self._rows(x.value, candidate))
+        order = order_of(self._some_rows(candidate), self._some_rows(x.value[..., : candidate.shape[-1]]))
         if order is None:
             return False
         self.orders[name] = order
         self.trace.taps[name] = put_in_order(self.trace.taps[name], order)
         return True
+
+    def _some_rows(self, values: np.ndarray) -> np.ndarray:
+        """[N, n] or [N, H, n]: at most `ROWS` of the positions that are not padding, from all over."""
+        some = np.unique(np.linspace(0, len(self.places) - 1, ROWS).astype(int))
+        row, position = self.places[some].T
+        return values[row, position] if values.ndim == 3 else values[row, :, position]
 
     def _overflow(self, rows: np.ndarray, exact: np.ndarray) -> float:
         """The largest exact number past what the format holds, where the candidate has an infinity for it."""
@@ -653,20 +664,25 @@ J = TypeVar("J", bound=Judge)
 def explained_best(
     make: Callable[[tables.Tables | None], J], step: Callable[[str], None] = lambda text: None
 ) -> tuple[J, list[TapReport]]:
-    """The judgement with the first tables under which everything holds; under none, with those of the least error.
+    """The judgement with the first tables under which everything holds; under none, with those that leave the fewest
+    operators wrong, by the least. Where an operator is wrong by itself, the run end to end waits for that choice.
 
     make: a judge with such tables, or None for those that what is shown tells.
     """
-    tried: list[tuple[float, int, J, list[TapReport]]] = []
+    tried: list[tuple[tuple[int, float, int], J, list[TapReport]]] = []
     for guess in make(None).guesses():
         collected = make(guess)
-        taps = collected.run(step)
-        if not any(tap.broken for tap in taps):
-            return collected, taps
+        alone = collected.alone(step)
+        wrong, taps = sum(tap.wrong_here for tap in alone), list[TapReport]()
+        if not wrong:
+            taps = collected.in_line(step)
+            if not any(tap.broken for tap in taps):
+                return collected, taps
         if guess is None or guess.solved:  # beside what may be anything, every error is small
-            tried.append((max(tap.end_to_end.ratio for tap in taps), len(tried), collected, taps))
-    _, _, collected, taps = min(tried, key=lambda entry: entry[:2])
-    return collected, taps
+            worst = max(tap.isolated.ratio for tap in alone if tap.isolated is not None)
+            tried.append(((wrong, worst, len(tried)), collected, taps))
+    _, collected, taps = min(tried, key=lambda entry: entry[0])
+    return collected, taps or collected.in_line(step)
 
 
 def _whose_order(
@@ -731,6 +747,7 @@ def judge(
     else:
         notes = []
     ask_again(model, trace, collected.nearest_policy(), taps, step)
+    by_page = [f"read by the page {current()}"] if current() else []
     report = Report(
         checkpoint=checkpoint,
         candidate=trace.source,
@@ -741,7 +758,7 @@ def judge(
         taps=taps,
         next_tokens=collected.next_tokens,
         attribution=dict(sorted(collected.shares.items(), key=lambda item: -item[1])),
-        notes=[*trace.notes, *notes],
+        notes=[*trace.notes, *notes, *by_page],
         config=model.config,
         habits=collected.habits(),
         unsaid=collected.unsaid(),

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from refllm.apart import Answer, Channel, EndedError, LateError, Process, place
 from refllm.check.candidates import KNOWN, must_be_known, of_object, open_candidate, run_candidate
+from refllm.check.functions import imported
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour, raised
 from refllm.check.stacks import Opening, find_stack
 from refllm.check.taps import EVERYTHING, Candidate, Sink
 from refllm.errors import InputError, RefllmError
 from refllm.models.own_page import current, in_use
-from refllm.user_code import find_function
 
 SECONDS, SECONDS_PER_GIB = 600.0, 3600.0
 """The time for one run, and more for every GiB of weights: a plain port in NumPy on two cores takes less."""
@@ -226,18 +226,12 @@ def _run(candidate: Candidate, inputs: Inputs, channel: Channel) -> None:
 
 
 def _opened(opening: Opening, channel: Channel) -> Candidate:
-    name = opening.name
-    if name in KNOWN or find_stack(name) is not None:
+    stack = find_stack(opening.name)
+    where = (opening.name if stack is None else opening.given).rpartition(":")[0]
+    if where:  # a function of theirs, whose file has its neighbours beside it
+        sys.path.insert(0, str(Path(where).resolve().parent) if where.endswith(".py") else os.getcwd())
+    if opening.name in KNOWN or stack is not None:
         return open_candidate(opening)
-    where = name.rpartition(":")[0]
-    sys.path.insert(0, str(Path(where).resolve().parent) if where.endswith(".py") else os.getcwd())
-    try:
-        function = find_function(name)
-    except InputError as error:
-        if error.__cause__ is not None:
-            raise raised(error.__cause__, " when it is imported") from None
-        raise
-    except BaseException as error:
-        raise raised(error, " when it is imported") from None
+    function = imported(opening.name)
     channel.answer("found")
     return of_object(function, opening)

@@ -138,18 +138,21 @@ class Record:
         are scaled by a power of two, which rounds nothing."""
         by_operator: dict[str, dict[str, list[str]]] = {}
         policy = HF_EAGER.without(not_rounded)
+
+        def said_of(operator: str, profile: Profile) -> str:
+            if operator == "attention" and exact_scale:
+                profile = replace(profile, points=profile.points - {"scores"})
+            return in_words(operator, profile)
+
         for short, operator in {formulas.short(n): o for n, o in self.operators.items()}.items():
             profile = self._common(short, of_policy(operator, policy)) if self.narrow else self.orders.get(short)
-            if profile is None or not (words := in_words(operator, profile)):
+            if profile is None or not (words := said_of(operator, profile)):
                 continue
             if self.narrow or profile != ONCE:
                 by_operator.setdefault(operator, {}).setdefault(words, []).append(short)
         said = []
         for operator, found in by_operator.items():
-            as_eager = of_policy(operator, policy)
-            if operator == "attention" and exact_scale:
-                as_eager = replace(as_eager, points=as_eager.points - {"scores"})
-            eager = in_words(operator, as_eager) if self.narrow else ""
+            eager = said_of(operator, of_policy(operator, policy)) if self.narrow else ""
             usual = max(found, key=lambda words: len(found[words]))
             for words, values in found.items():
                 where = "" if (words == usual and len(found[words]) > 1) or len(found) == 1 else ", ".join(values)

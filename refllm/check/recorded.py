@@ -79,7 +79,7 @@ def check_recorded(
     where = f"{checkpoint} {format_}, {trace.inputs.label}"
     how: dict[str, Any] = {"checkpoint": checkpoint, "step": lambda text: step(f"{where}: {text}")}
     if against is not None:
-        return judge_against(model, trace, canonical(against, model), asked, **how)
+        return judge_against(model, trace, canonical(against, model, layout if against.is_plain else ""), asked, **how)
     report = judge(model, trace, asked, explain=True, **how)
     if weights is not None:
         report.format_error = format_error(load("float64"), weights, trace.inputs, report)

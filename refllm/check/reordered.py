@@ -14,9 +14,12 @@ from refllm.check.layout import gguf_order
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "q_layernorm", "k_layernorm", "q_rope", "k_rope")
 _MLP = ("gate_proj", "up_proj", "act")
+_WITHOUT_V = {"scores", "probs"}
+"""What stands between v and what reads it, and does not read it."""
 REORDERED = (*_ATTENTION, "context", *_MLP)
 """The short names of values that may be in another order, since what reads them may be in the same."""
-_ROWS = 48  # of which an order is made
+ROWS = 48
+"""How many rows an order is made from."""
 _FAR = 0.2  # rms error over rms, from where a value may be another in disorder
 _NEAR = 0.05  # up to where it is that one
 _AT_ONCE = 512  # channels that are looked for at a time
@@ -25,8 +28,7 @@ _AT_ONCE = 512  # channels that are looked for at a time
 def order_of(shown: np.ndarray, exact: np.ndarray) -> np.ndarray | None:
     """[n] int: which of the channels that are shown [N, n] is each of the exact ones; None if they are in order, or no
     permutation of each other."""
-    some = np.unique(np.linspace(0, len(exact) - 1, _ROWS).astype(int))
-    a, b = (np.asarray(x[some], np.float64).reshape(len(some), -1) for x in (shown, exact))
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (shown, exact))
     if a.shape != b.shape or not np.isfinite(a).all():
         return None
     size = float(np.sqrt(np.mean(b**2)))
@@ -90,6 +92,8 @@ def readers(name: str, shown: Sequence[str], reordered: Iterable[str]) -> list[s
     first one that has left it. shown: all of them, in order of computation."""
     layer = formulas.split(name)[0]
     inside = {*(_ATTENTION if formulas.short(name) not in _MLP else _MLP)}
+    if formulas.short(name) == "v_proj":
+        inside |= _WITHOUT_V
     disordered, found = set(reordered), []
     for other in shown[list(shown).index(name) + 1 :]:
         found.append(other)

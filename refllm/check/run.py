@@ -264,7 +264,7 @@ def trace_candidate(folder: Path, settings: Settings, step: Step = lambda *_: No
         candidate = job.open(processes)
         ids, notes = tokens_for(folder, settings.tokens)
         step(f"{folder.name}: {settings.candidate}")
-        trace = record(candidate, load(folder, candidate.dtype), Inputs(ids))
+        trace = record(candidate, load(folder, candidate.dtype), Inputs(ids), words_of(settings.layout, "--layout"))
     policy = settings.rounding.name or ""
     trace.details |= {"checkpoint": folder.name, "policy": policy, "notes": "; ".join(notes)}
     return trace

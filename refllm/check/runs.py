@@ -9,6 +9,7 @@ import numpy as np
 from refllm.check.against import judge_against
 from refllm.check.asked import Asked
 from refllm.check.candidates import record
+from refllm.check.chosen_embeddings import chosen
 from refllm.check.inputs import Inputs, every_token, stressed
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
@@ -102,8 +103,8 @@ class Runs:
 
     def _possible(self) -> tuple[list[Inputs], list[str]]:
         """The stressed inputs that the candidate can run, and a sentence on those that it cannot."""
-        wanted = stressed(self.plain.input_ids) if self.stress else []
-        config = self._model.config
+        ids, config = self.plain.input_ids, self._model.config
+        wanted = [*stressed(ids), *chosen(self._model, ids)] if self.stress else []
         why = {
             inputs.label: cannot_run(self.candidate, inputs)
             or changes_on_the_way(config, inputs)
@@ -180,7 +181,8 @@ class Runs:
     def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
         if self.against is None:
             return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step, explain=True)
-        good, asked = canonical(self.against, self._model), Asked.of(self.policy)
+        layout = ",".join(self.layout) if self.against.is_plain else ""
+        good, asked = canonical(self.against, self._model, layout), Asked.of(self.policy)
         return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)
 
     def _misbehaving(self, inputs: Inputs, found: Misbehaviour) -> Report:

@@ -59,6 +59,7 @@ STACKS: dict[str, Stack] = {
     "openvino": Stack(("openvino",), ("float32",), "FILE", "openvino", ("openvino",)),
     "ctranslate2": Stack(("ctranslate2",), ("float32",), "FOLDER", "ctranslate2", ("ctranslate2",)),
     "mlx": Stack(("mlx", "mlx_lm"), adapter="mlx", roots=("mlx",)),
+    "jax": Stack(("jax",), given="FILE.PY:FUNCTION", adapter="jax", roots=("jaxlib", "jax")),
     "gguf": Stack(("gguf",), ("float32",), given="FILE.gguf", adapter="gguf"),
 }
 """What stands before the colon of `--candidate` -> the stack."""

@@ -45,7 +45,7 @@ def cannot_run(candidate: Candidate, inputs: Inputs) -> str:
         takes = (*takes, "mask", "positions")
     wanted = {
         "cache": bool(inputs.chunks),
-        "embeddings": inputs.embeds_scale is not None,
+        "embeddings": inputs.feeds_embeddings,
         "mask": not inputs.valid.all(),
         "positions": bool((inputs.positions != np.arange(S)).any()),
         "batch": len(inputs.input_ids) > 1,

@@ -7,7 +7,7 @@ with `input_ids` and tensors whose names are those of `refllm.forward.taps` (doc
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class Trace:
             value = getattr(self.inputs, name)
             if value is not None:
                 tensors[f"input.{name}"] = np.ascontiguousarray(value.astype(np.int64))
+        if self.inputs.embeds is not None:
+            tensors["input.embeds"] = np.ascontiguousarray(self.inputs.embeds, np.float32)
         about: dict[str, Any] = {
             "source": self.source,
             "dtype": self.dtype,
@@ -98,7 +100,7 @@ class Trace:
             tensors, metadata = _read(path)
             if metadata.get("format") == FORMAT:
                 return _of_refllm(tensors, metadata, input_ids)
-            return _plain(tensors, metadata, input_ids)
+            return _plain(tensors, metadata, input_ids, path.name)
         except (CheckpointError, InputError) as error:
             said = str(error).removeprefix(f"{path}: ")
             raise InputError(f"{path}: {said}; a trace is made by refllm trace, or by any program ({_PAGE})") from None
@@ -147,12 +149,13 @@ def _of_refllm(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: 
     ids, mask, positions = (tensors.get(f"input.{name}") for name in _INPUTS)
     chunks = tuple(int(size) for size in about["chunks"])
     inputs = _inputs(ids, mask, positions, given, chunks=chunks, embeds_scale=scale, label=about["label"])
+    inputs = replace(inputs, embeds=tensors.get("input.embeds"))
     taps = {n.split(".", 2)[2]: _wide(value) for n, value in sorted(tensors.items()) if n.startswith("tap.")}
     return Trace(taps, inputs, about["source"], dtype, about["head"], about["config_hash"], _texts(details))
 
 
-def _plain(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.ndarray | None) -> Trace:
-    """What any program may write: see `_PAGE`."""
+def _plain(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.ndarray | None, file: str) -> Trace:
+    """What any program may write: see `_PAGE`. file: what to call it if it does not say."""
     ids, mask, positions = (tensors.pop(name, None) for name in _INPUTS)
     dtype, scale = metadata.get("dtype", ""), metadata.get("embeds_scale")
     stored = [d for d in DTYPES[1:3] if any(value.dtype.name == d for value in tensors.values())]
@@ -162,7 +165,7 @@ def _plain(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.n
     return Trace(
         taps,
         inputs,
-        source=metadata.get("source", "recorded run"),
+        source=metadata.get("source", file),
         dtype=_dtype(dtype) if dtype else stored[0] if len(stored) == 1 else format_of(taps),
         head="",
         config_hash=metadata.get("config_hash", ""),

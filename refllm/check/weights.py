@@ -19,10 +19,10 @@ from refllm.errors import CheckpointError, InputError
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import rounding
-from refllm.storage.checkpoint import Checkpoint
 from refllm.storage.gguf_file import GgufFile, is_gguf
 from refllm.storage.load_report import find_prefix
 from refllm.storage.not_a_checkpoint import explain
+from refllm.storage.quantized import open_checkpoint
 
 if TYPE_CHECKING:
     from refllm.check.oracle import Report
@@ -88,7 +88,7 @@ class Given:
             raise CheckpointError(
                 f"--weights {path}: {explain(path)} (it takes a checkpoint folder, a safetensors file or a GGUF file)"
             )
-        return cls(path.name, Checkpoint.open(path), rounded=True)
+        return cls(path.name, open_checkpoint(path), rounded=True)
 
     @classmethod
     def handed(cls, source: str, arrays: Mapping[str, Any]) -> "Given | None":

@@ -237,6 +237,7 @@ def trace(
     time: Time = None,
     names: Names = None,
     library: Library = None,
+    layout: Layout = "",
     inputs_only: Annotated[
         bool, typer.Option("--inputs-only", help="Write what another machine must run, and no values; nothing is run.")
     ] = False,
@@ -257,7 +258,7 @@ def trace(
         return _console(quiet=False).print(f"{output}: inputs of {said}, {values} values to record (docs/recording.md)")
     if stress:
         raise InputError("trace records one run; --stress goes with --inputs-only")
-    more: dict[str, Any] = {"names": names, "library": library}
+    more: dict[str, Any] = {"names": names, "library": library, "layout": layout}
     settings = run.Settings(candidate, (dtype,), attention, policy, False, tokens_given, time, **more)
     try:
         with StatusLine(sys.stderr) as step:

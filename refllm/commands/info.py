@@ -30,7 +30,8 @@ GROUPS = {
 class Info:
     """What `describe` found. Shapes are the config's, stored the files' (name -> (dtype, shape)); None: no files.
 
-    missing, unexpected and mismatched name tensors as they are called in files.
+    quantized: how weights are quantised, in words, "" if none is. nbytes: of all stored tensors. missing, unexpected
+    and mismatched name tensors as they are called in files.
     """
 
     path: str
@@ -41,6 +42,8 @@ class Info:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    quantized: str = ""
+    nbytes: int = 0
 
     @property
     def parameters(self) -> int:
@@ -82,6 +85,7 @@ class Info:
             "path": self.path,
             "config": self.config.to_dict(),
             "unused_keys": self.config.unused_keys,
+            "quantized": self.quantized,
             "head": self.head,
             "features": features(self.config),
             "parameters": self.parameters,
@@ -115,17 +119,23 @@ def describe(path: Path) -> Info:
 
 def _compare_with_files(path: Path, config: ModelConfig, head: str, shapes: dict[str, Shape]) -> Info:
     from refllm.models.auto import model_class
-    from refllm.storage.checkpoint import Checkpoint
     from refllm.storage.load_report import compare
+    from refllm.storage.quantized import DequantizedCheckpoint, open_checkpoint
 
     cls = model_class(config, head)
     bare = cls.tensors(config)
-    with Checkpoint.open(path) as checkpoint:
+    quantized = ""
+    with open_checkpoint(path) as checkpoint:
+        size = checkpoint.nbytes
         stored = {name: (checkpoint.dtype(name), tuple(checkpoint.shape(name))) for name in checkpoint.names}
+        if isinstance(checkpoint, DequantizedCheckpoint):
+            stored = {name: (checkpoint.stored_as(name), shape) for name, (_, shape) in stored.items()}
+            quantized = f"{checkpoint.in_words}: {len(checkpoint.quantized)} of {len(stored)} tensors"
     optional = [name for name in bare if name.endswith(".bias") and "norm" in name]
     report, _ = compare({name: shape for name, (_, shape) in stored.items()}, bare, optional, cls.tied(config), path)
     missing = [name for name in report.missing if name not in report.zeroed]
-    return Info(str(path), config, head, shapes, stored, missing, report.unexpected, report.mismatched)
+    found = report.unexpected, report.mismatched
+    return Info(str(path), config, head, shapes, stored, missing, *found, quantized=quantized, nbytes=size)
 
 
 def expected_shapes(config: ModelConfig, head: str) -> dict[str, Shape]:
@@ -196,6 +206,8 @@ def show_info(info: Info, *, tensors: bool = False) -> Any:
     facts.add_row(Text("cache per token", style="dim"), cache)
     if info.config.unused_keys:
         facts.add_row(Text("keys without effect", style="dim"), ", ".join(info.config.unused_keys))
+    if info.quantized:
+        facts.add_row(Text("quantised", style="dim"), info.quantized)
     facts.add_row(Text("files", style="dim"), _files_line(info))
     lines: list[Any] = [Text(f"{info.path} ({info.head})", style="bold"), facts]
     lines += _fusion_lines(info.config) if info.fused else []
@@ -223,9 +235,8 @@ def _files_line(info: Info) -> str:
     if info.stored is None:
         return "no safetensors file: described from config.json alone"
     dtypes = sorted({dtype for dtype, _ in info.stored.values()})
-    size = sum(math.prod(shape) * BYTES.get(dtype, 0) for dtype, shape in info.stored.values())
     verdict = "all as expected" if not info.findings and not info.unexpected else "not as expected"
-    return f"{len(info.stored)} tensors, {', '.join(dtypes)}, {_size(size)}: {verdict}"
+    return f"{len(info.stored)} tensors, {', '.join(dtypes)}, {_size(info.nbytes)}: {verdict}"
 
 
 def _tensor_table(info: Info) -> Any:

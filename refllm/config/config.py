@@ -36,7 +36,7 @@ from refllm.config.values import (
     read_str,
     warn,
 )
-from refllm.errors import ConfigError, InputError, RefllmError
+from refllm.errors import CheckpointError, ConfigError, InputError, RefllmError
 from refllm.precision.dtype_names import IN_TORCH
 from refllm.storage import hub_cache, input_file, output_file
 from refllm.storage.json_text import show
@@ -128,6 +128,16 @@ DANGEROUS_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "decoder": ((None, {}), "another model's configuration inside this one"),
     "generator": ((None, {}), "another model's configuration inside this one"),
 }
+
+
+def _must_be_readable(source: str, quantization: Mapping[str, Any]) -> None:
+    """Raises ConfigError for weights that are quantised as refllm does not read them."""
+    from refllm.storage.quantized import page_of
+
+    try:
+        page_of(quantization)
+    except CheckpointError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _read_sizes_or_none(source: str, name: str, value: Any) -> int | None:
@@ -310,7 +320,8 @@ class ModelConfig:
         self._read_labels(source, values)
         self._read_rope(source, values)
         used = {f.name for f in dataclasses.fields(self) if f.init}
-        used |= {"model_type", "torch_dtype", "num_labels", *self._used_legacy_rope_keys()}
+        # The weights of a quantised checkpoint are read dequantised, and what is saved of them is not quantised.
+        used |= {"model_type", "torch_dtype", "num_labels", "quantization_config", *self._used_legacy_rope_keys()}
         rest = {key: copy.deepcopy(value) for key, value in values.items() if key not in used}
         self.generation_defaults = {key: rest.pop(key) for key in list(rest) if key in GENERATION_KEYS}
         self.extra = rest
@@ -326,7 +337,9 @@ class ModelConfig:
         fields = {field.name for field in dataclasses.fields(self)}
         for key, (harmless, effect) in DANGEROUS_KEYS.items():
             value = values.get(key)
-            if key not in fields and not any(
+            if key == "quantization_config" and isinstance(value, Mapping) and value:
+                _must_be_readable(source, value)
+            elif key not in fields and not any(
                 value is item or (type(value) is type(item) and value == item) for item in harmless
             ):
                 raise ConfigError(

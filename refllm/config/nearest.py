@@ -19,6 +19,9 @@ from refllm.config.values import MAX_SIZE
 from refllm.errors import ConfigError
 from refllm.storage.json_text import show
 
+PAGES = ("mistral", "olmo2", "qwen2")
+"""The types that have a page in docs/pages."""
+
 _SHOWN = 6  # names of one kind in a sentence
 
 _QKV_BIASES = {"biases": "q, k and v have biases, o has none"}
@@ -118,12 +121,19 @@ _ORDINARY = re.compile(
 @dataclass(frozen=True)
 class Nearest:
     """family: a known model_type. differs: clauses on the mathematics. unread: keys of the config that this family does
-    not read, and that are not known to change nothing. known: whether its model_type is, so that no difference is."""
+    not read, and that are not known to change nothing. known: whether its model_type is, so that no difference is.
+    model_type: as the config has it."""
 
     family: str
     differs: tuple[str, ...]
     unread: tuple[str, ...]
     known: bool
+    model_type: str = ""
+
+    @property
+    def _page(self) -> str:
+        written = self.model_type in PAGES
+        return f"such as docs/pages/{self.model_type}.py" if written else "and docs/pages says how to write one"
 
     @property
     def exact(self) -> bool:
@@ -134,7 +144,7 @@ class Nearest:
     def sentence(self) -> str:
         """What is nearest, what differs, and what to do."""
         keys = f"; {self.family} does not read the keys {', '.join(self.unread)}" if self.unread else ""
-        by_own = "--page FILE.PY (page= in Python) reads it by a page of your own"
+        by_own = f"--page FILE.PY (page= in Python) reads it by a page of your own, {self._page}"
         by_this = f'--page {self.family} (page="{self.family}" in Python)'
         if self.differs:
             return f"the nearest is {self.family}, but not exactly: {'; '.join(self.differs)}{keys}; {by_own}"
@@ -172,7 +182,7 @@ def compared_with(family: str, values: Mapping[str, Any], names: Collection[str]
         differs.setdefault(kind, clause)
     if not differs:
         differs |= _refused(family, values)
-    return Nearest(family, tuple(differs.values()), _unread(values, family), known is not None)
+    return Nearest(family, tuple(differs.values()), _unread(values, family), known is not None, str(given))
 
 
 def as_family(family: str, values: Mapping[str, Any], names: Collection[str], source: str) -> dict[str, Any]:

@@ -31,11 +31,12 @@ from refllm.forward.rotary import RotaryEmbedding
 from refllm.inputs import as_array, as_integers, is_tensor, refuse_unknown, to_numpy
 from refllm.precision import DTYPES, Arithmetic, Policy, arithmetic, check_dtype, rounding
 from refllm.precision.dtype_names import DtypeName, dtype_name
-from refllm.storage.checkpoint import Checkpoint, one_model
+from refllm.storage.checkpoint import one_model
 from refllm.storage.checkpoint_writer import save_checkpoint
 from refllm.storage.fresh_tensors import fresh_tensor
 from refllm.storage.hub_cache import local_folder
 from refllm.storage.load_report import file_name
+from refllm.storage.quantized import open_checkpoint
 from refllm.storage.weights import Weights, free_memory, fresh_weights, load_weights
 
 Progress = Callable[[int, int], None]
@@ -131,7 +132,7 @@ class Model:
 
         with one_model(folder):
             config = asked.read_config(cls.config_class, folder)
-            checkpoint = Checkpoint.open(folder)
+            checkpoint = open_checkpoint(folder)
             given = asked.generation_config
             defaults = GenerationConfig.from_checkpoint(folder) if given is None else GenerationConfig.of(given)
         dtype = asked.dtype_for(config, checkpoint.dtype(checkpoint.names[0]))

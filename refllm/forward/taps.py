@@ -16,6 +16,8 @@ A tap is a named value of a forward pass. Names are the module paths of Transfor
       .mlp.gate_proj, up_proj               [B, S, F]
       .mlp.act                              [B, S, F]     what down_proj receives: act(gate) * up, or act(up)
       .mlp.down_proj                        [B, S, E]     the MLP's contribution to the residual stream
+      .self_attn.q_norm, k_norm             [B, H, S, D]  norms of heads, or [B, S, H*D] of all (other families)
+      .pre_, .post_feedforward_layernorm    [B, S, E]     norms before and after the MLP (other families)
     model.layers.{i}                        [B, S, E]     residual stream after the layer, before any norm
     model.norm                              [B, S, E]     after the final norm
     lm_head | score | qa_outputs            [B, S, n]     the head at every position
@@ -23,6 +25,7 @@ A tap is a named value of a forward pass. Names are the module paths of Transfor
 `hidden_states` of Transformers is not this vocabulary: its last entry is model.norm, and it lacks the last layer.
 """
 
+import re
 from typing import Any
 
 from refllm.config import ModelConfig
@@ -45,15 +48,28 @@ def axes_of_values(config: ModelConfig, head: str) -> dict[str, str]:
         found |= {f"model.layers.{layer}{suffix}": axes for suffix, axes in _of_a_layer(c)}
     found["model.norm"] = "B S E"
     last = HEAD_TAPS.get(head)
-    return found if last is None else found | {last: "B S V" if last == "lm_head" else "B S C"}
+    if last is not None:
+        found[last] = "B S V" if last == "lm_head" else "B S C"
+    known = {"B", "S", "T", *sizes_of_axes(config, head)}
+    return {name: axes for name, axes in found.items() if set(re.findall(r"\w", axes)) <= known}
 
 
 def sizes_of_axes(config: ModelConfig, head: str) -> dict[str, int]:
-    """How long the axes of `axes_of_values` are that do not depend on the tokens."""
-    c: Any = config
-    outputs = 2 if head == "question_answering" else c.num_labels
-    sizes = {"E": c.hidden_size, "F": c.intermediate_size, "V": c.vocab_size, "C": outputs}
-    return sizes | {"H": c.num_attention_heads, "K": c.num_key_value_heads, "D": c.head_dim}
+    """How long the axes of `axes_of_values` are that do not depend on the tokens, as far as a config of any family says
+    it by the usual names."""
+    found = {axis: getattr(config, name) for axis, name in _SIZES.items() if hasattr(config, name)}
+    return found | ({"C": 2} if head == "question_answering" else {})
+
+
+_SIZES = {
+    "E": "hidden_size",
+    "F": "intermediate_size",
+    "V": "vocab_size",
+    "C": "num_labels",
+    "H": "num_attention_heads",
+    "K": "num_key_value_heads",
+    "D": "head_dim",
+}
 
 
 def _of_a_layer(c: Any) -> list[tuple[str, str]]:

@@ -96,7 +96,8 @@ def lines(runs: Iterable["Run"]) -> list[str]:
         "A short run has few independent errors, and its ratio scatters by chance. How much it does follows from the",
         "run itself: its positions err independently, and how they differ gives the standard error of their RMS.",
         "*RMS*: over all runs alike (of an operator, a format and a length), least and most, isolated. *scatter*: of",
-        "single values around that. *by chance*: the RMS of the standard errors.",
+        "single values around that. *by chance*: the RMS of the standard errors. What float32 scatters more, are",
+        "differences of checkpoints and profiles, which are pooled here: their sums have other lengths and orders.",
         "",
         *table(
             ("tokens", "format", "values", "RMS", "single values", "scatter", "by chance"),

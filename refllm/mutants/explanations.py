@@ -216,8 +216,8 @@ def page(outcomes: list[Outcome]) -> str:
     lines = [
         "# Explanations, measured",
         "",
-        "Made by `python -m refllm.mutants.explanations docs/explained.md`. Logits alone are shown, by a port that shares",
-        "no code with the hypotheses; a mistake is visible if the check fails. Models:",
+        "Made by `python -m refllm.mutants.explanations docs/explained.md`. Logits alone are shown, by a port that",
+        "shares no code with the hypotheses; a mistake is visible if the check fails. Models:",
         f"{', '.join(sorted({case for case, _ in runs}))}.",
         "",
         f"- {len(known)} visible wrong runs: {explained} ({100 * explained / max(1, len(known)):.1f} %) explained, "

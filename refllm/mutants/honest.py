@@ -27,7 +27,8 @@ class Honest:
     shown rounded and normed as it was before); "together" (attention and MLP are added first). head: "float32" rounds
     no logits. sums: "chain" adds the float32 sums of norms and products one after another. splits: parts of the
     products with o_proj and down_proj, of whole multiples of tile. biased: a bias is added to the first of them. names:
-    what is shown; None is everything. embeds_scale: what the embeddings are multiplied by before they are rounded."""
+    what is shown; None is everything. embeds_scale: what the embeddings are multiplied by before they are rounded.
+    embeds: what to take instead, float32 [B, S, hidden_size]."""
 
     norm: str = "twice"
     act: str = "twice"
@@ -43,6 +44,7 @@ class Honest:
     tf32: bool = False
     names: tuple[str, ...] | None = None
     embeds_scale: float = 1.0
+    embeds: Any = None
     plant: Plant | None = None
 
     def in_dtype(self, dtype: str) -> Callable[..., Tensor]:
@@ -250,7 +252,9 @@ class _Run:
         mask = torch.ones(S, S, dtype=torch.bool).tril() & (mask_BS[:, None, None, :] != 0)
         mask = mask | torch.eye(S, dtype=torch.bool)
         x = F.embedding(ids, self.w["embed_tokens.weight"])
-        if self.how.embeds_scale != 1:
+        if self.how.embeds is not None:
+            x = torch.from_numpy(self.how.embeds).to(self.dtype)
+        elif self.how.embeds_scale != 1:
             x = (x.float() * self.how.embeds_scale).to(self.dtype)
         else:
             self.show("model.embed_tokens", x)

@@ -176,7 +176,7 @@ def _plus_one(norm: str) -> Wrong:
 
 _CONTEXT = ("self_attn.scores", "self_attn.probs", "self_attn.context")
 _ROPE = ("self_attn.q_rope", "self_attn.k_rope")
-_NORM = ("input_layernorm",)
+_NORM = ("input_layernorm", "self_attn.q_norm")  # the first one of a layer
 
 
 def _calls(operator: str) -> Callable[[Model], bool]:

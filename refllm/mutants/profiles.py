@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from refllm.accuracy.limits import GRANTED
 from refllm.check.candidates import record
+from refllm.check.chosen_embeddings import chosen
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.oracle import Report, judge
 from refllm.check.trace import Trace
 from refllm.forward.model import Model
-from refllm.mutants.honest import FUSED, HF, Honest
+from refllm.mutants.honest import FUSED, HF, Honest, Plant
 from refllm.mutants.runs import Outcome, Run, run_of
 
 PROFILES: dict[str, Honest] = {
@@ -54,7 +56,8 @@ class Port:
 
     def run(self, inputs: Inputs, sink: Any) -> None:
         """See `refllm.check.candidates.Candidate.run`; without a cache."""
-        forward = self.how.but(embeds_scale=inputs.embeds_scale or 1.0).in_dtype(self.dtype)
+        how = self.how.but(embeds_scale=inputs.embeds_scale or 1.0, embeds=inputs.embeds)
+        forward = how.in_dtype(self.dtype)
         sink("lm_head", forward(str(self.folder), inputs.input_ids, inputs.mask, inputs.positions, sink))
 
 
@@ -183,7 +186,8 @@ MISTAKES: dict[str, tuple[str, Change, str]] = {
 @dataclass
 class Planted:
     """A mistake on top of a profile, in one layer of one checkpoint. plain, stressed: as of other mutants; stressed
-    inputs are those without a cache, and are tried only where plain ones do not suffice."""
+    inputs are those without a cache, and are tried only where plain ones do not suffice. changed: where neither do, the
+    most elements of the value it is in that it changes to the bit in any of these runs."""
 
     mistake: str
     profile: str
@@ -191,10 +195,16 @@ class Planted:
     dtype: str
     plain: Outcome
     stressed: Outcome | None = None
+    changed: int | None = None
 
     @property
     def found(self) -> bool:
         return self.plain.right or (self.stressed is not None and self.stressed.right)
+
+    @property
+    def invisible(self) -> bool:
+        """Whether no value says anything of it: it changes no more elements than are granted to any right code."""
+        return self.changed is not None and self.changed <= GRANTED
 
 
 def planted_runs(name: str, folder: Path, dtype: str, every: int = 1, turn: int = 0) -> list[Planted]:
@@ -219,18 +229,23 @@ def _planted(name: str, folder: Path, model: Model, mistake: str, profile: str) 
         if (where, layer) == (operator, _LAYER):
             change(arguments)
 
+    def traced(inputs: Inputs, plant: Plant | None = plant) -> Trace:
+        return record(Port(PROFILES[profile].but(plant=plant), folder, model.dtype), model, inputs)
+
     def outcome(inputs: Inputs) -> Outcome:
-        trace = record(Port(PROFILES[profile].but(plant=plant), folder, model.dtype), model, inputs)
-        return _outcome(judge(model, trace), expected)
+        return _outcome(judge(model, traced(inputs)), expected)
 
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, _LENGTH))
     case = Planted(mistake, profile, name, model.dtype, outcome(Inputs(ids)))
-    if not case.plain.right:
-        for inputs in stressed(ids):
-            if not inputs.chunks:
-                case.stressed = outcome(inputs)
-                if case.stressed.right:
-                    break
+    if case.plain.right:
+        return case
+    more = [inputs for inputs in (*stressed(ids), *chosen(model, ids)) if not inputs.chunks]
+    for inputs in more:
+        case.stressed = outcome(inputs)
+        if case.stressed.right:
+            return case
+    both = ((traced(inputs), traced(inputs, None)) for inputs in (Inputs(ids), *more))
+    case.changed = max(int(np.sum(_seen(one, expected) != _seen(other, expected))) for one, other in both)
     return case
 
 

@@ -29,6 +29,7 @@ from refllm.accuracy.verdicts import verdict
 from refllm.check.adapters.transformers import TransformersCandidate
 from refllm.check.asked import Asked
 from refllm.check.candidates import record
+from refllm.check.chosen_embeddings import chosen
 from refllm.check.inputs import Inputs, stressed
 from refllm.check.losses import MUTANTS as LOSS_MUTANTS
 from refllm.check.losses import compare_loss, correct
@@ -154,7 +155,7 @@ def _case(checkpoint: str, mutant: Mutant, pair: Pair) -> Case:
     if mutant.equivalent:
         case.result_holds = _result_holds(report)
     elif not (plain.right or mutant.place):
-        for inputs in stressed(ids):
+        for inputs in (*stressed(ids), *chosen(pair.model, ids)):
             case.stressed, _ = judged(traced(inputs))
             if case.stressed.right:
                 break
@@ -217,7 +218,7 @@ def legitimate(folders: dict[str, Path], seeds: int, log: Log = lambda text: Non
                     with _threads(1 + seed % 2) as threads:
                         runs += [
                             _run(name, pair, inputs, threads=threads, seed=seed)
-                            for inputs in [Inputs(ids), *stressed(ids)]
+                            for inputs in [Inputs(ids), *stressed(ids), *chosen(pair.model, ids)]
                         ]
         log(f"{name}: {sum(run.model == name for run in runs)} runs without a defect")
     return runs
@@ -351,7 +352,7 @@ class Validation:
             not self.false_alarms
             and all(case.found for case in self.cases if case.kind != "equivalent")
             and plain >= PLAIN * len(self.defects)
-            and all(case.found for case in self.planted)
+            and all(case.found or case.invisible for case in self.planted)
             and on_top >= NAMED_FIRST * len(self.planted)
             and all(case.result_holds for case in self.cases if case.equivalent)
             and all(row["holds"] == (row["loss"] == "correct") for row in self.losses)

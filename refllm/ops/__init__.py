@@ -12,11 +12,18 @@ from importlib import import_module
 
 # Each file says what it exports, so that a new definition is named once.
 from refllm.ops.activation import *  # noqa: F403
+from refllm.ops.activation_backward import *  # noqa: F403
 from refllm.ops.attention import *  # noqa: F403
+from refllm.ops.attention_backward import *  # noqa: F403
 from refllm.ops.linear import *  # noqa: F403
+from refllm.ops.linear_backward import *  # noqa: F403
 from refllm.ops.loss import *  # noqa: F403
+from refllm.ops.loss_backward import *  # noqa: F403
 from refllm.ops.norm import *  # noqa: F403
+from refllm.ops.norm_backward import *  # noqa: F403
 from refllm.ops.rope import *  # noqa: F403
+from refllm.ops.rope_backward import *  # noqa: F403
 
-_FILES = ("activation", "attention", "linear", "loss", "norm", "rope")
+_FORWARD = ("activation", "attention", "linear", "loss", "norm", "rope")
+_FILES = (*_FORWARD, *(f"{name}_backward" for name in _FORWARD))
 __all__ = sorted(name for file in _FILES for name in import_module(f"{__name__}.{file}").__all__)

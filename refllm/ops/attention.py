@@ -52,7 +52,7 @@ def attention(
         raise InputError(f"attention: {H} query heads are not a multiple of {K} key/value heads")
     scale = D**-0.5 if scale is None else scale
     g = H // K
-    visible = _visible_keys(causal, key_mask, mask, window, (B, H, S, T))
+    visible = visible_keys(causal, key_mask, mask, window, (B, H, S, T))
     # [B, S, H, D] in memory, so that merging the heads afterwards moves nothing
     o_BHSD = np.zeros((B, S, H, v_BKTD.shape[-1]), ar.work).transpose(0, 2, 1, 3)
     lse_BHS = np.full((B, H, S), -np.inf, ar.work)
@@ -75,7 +75,7 @@ def attention(
             scores_BHST[b, heads, rows] = s_HST
         s_HST = _masked(s_HST, visible(b, heads, rows, stop), ar)
         p_HST, total_HS1, lse_BHS[b, heads, rows] = _softmax(s_HST, ar)
-        o_KND = _product(p_HST.reshape(k_heads, g * queries, stop), v_KTD, g, ar)
+        o_KND = silenced_product(p_HST.reshape(k_heads, g * queries, stop), v_KTD, g, ar)
         o_HSD = o_KND.reshape(k_heads * g, queries, o_KND.shape[-1])
         o_BHSD[b, heads, rows] = ar.round(o_HSD if total_HS1 is None else o_HSD * total_HS1, "attention")
         if probs_BHST is not None:
@@ -139,7 +139,7 @@ def _blocks(B: int, K: int, S: int, g: int, T: int, D: int) -> Iterator[tuple[in
                 yield b, slice(group, min(group + groups, K)), slice(start, min(start + queries, S))
 
 
-def _visible_keys(
+def visible_keys(
     causal: bool,
     key_mask: np.ndarray | None,
     mask: np.ndarray | None,
@@ -209,7 +209,7 @@ def _softmax(s_HST: np.ndarray, ar: Arithmetic) -> tuple[np.ndarray, np.ndarray 
     return ar.round(e_HST, "attention.weights"), inverse_HS1, lse_HS
 
 
-def _product(p_KNT: np.ndarray, v_KTD: np.ndarray, g: int, ar: Arithmetic) -> np.ndarray:
+def silenced_product(p_KNT: np.ndarray, v_KTD: np.ndarray, g: int, ar: Arithmetic) -> np.ndarray:
     """p v where a weight of exactly 0 silences whatever v holds: 0 * NaN counts as 0."""
     with np.errstate(invalid="ignore"):
         out = ar.matmul(p_KNT, v_KTD, heads=g)

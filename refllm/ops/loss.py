@@ -27,14 +27,7 @@ def cross_entropy(
     Source: torch.nn.functional.cross_entropy.
     """
     logits_NV, labels_N = ar.array(logits_NV), np.asarray(labels_N)
-    if not np.issubdtype(labels_N.dtype, np.integer):
-        raise InputError(f"labels: expected integers, found {labels_N.dtype}")
-    counted = labels_N != ignore_index
-    V = logits_NV.shape[-1]
-    if ((labels_N < 0) | (labels_N >= V))[counted].any():
-        bad = labels_N[counted & ((labels_N < 0) | (labels_N >= V))][0]
-        raise InputError(f"labels: {bad} is outside 0..{V - 1}; use {ignore_index} for a position that does not count")
-    rows = np.flatnonzero(counted)
+    rows = counted_rows(labels_N, logits_NV.shape[-1], ignore_index)
     shifted = logits_NV[rows] - logits_NV[rows].max(axis=-1, keepdims=True, initial=-np.inf)
     loss_N = np.zeros(labels_N.shape, ar.work)
     loss_N[rows] = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(rows)), labels_N[rows]]
@@ -75,6 +68,22 @@ def _reduce(loss_N: np.ndarray, counted: int, reduction: str) -> np.ndarray:
         return loss_N
     if reduction == "sum":
         return loss_N.sum()
-    if reduction != "mean":
-        raise InputError(f'reduction={reduction!r} is not known; use "mean", "sum" or "none"')
+    check_reduction(reduction)
     return loss_N.sum() / counted if counted else loss_N.dtype.type(np.nan)
+
+
+def counted_rows(labels_N: np.ndarray, V: int, ignore_index: int) -> np.ndarray:
+    """The rows whose label counts. Raises InputError for labels that are not integers or outside 0..V-1."""
+    if not np.issubdtype(labels_N.dtype, np.integer):
+        raise InputError(f"labels: expected integers, found {labels_N.dtype}")
+    counted = labels_N != ignore_index
+    if ((labels_N < 0) | (labels_N >= V))[counted].any():
+        bad = labels_N[counted & ((labels_N < 0) | (labels_N >= V))][0]
+        raise InputError(f"labels: {bad} is outside 0..{V - 1}; use {ignore_index} for a position that does not count")
+    return np.flatnonzero(counted)
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises InputError for another reduction than "mean", "sum" or "none"."""
+    if reduction not in ("mean", "sum", "none"):
+        raise InputError(f'reduction={reduction!r} is not known; use "mean", "sum" or "none"')

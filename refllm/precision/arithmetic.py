@@ -24,6 +24,30 @@ glu.activation             act(gate)
 glu                        act(gate) * up
 add                        residual sums
 ========================== ============================================================================================
+
+In the backward pass (`refllm.ops`, names that end in `_backward`; G stands for the gradient of a result):
+
+========================== ============================================================================================
+rounding point             the value rounded there
+========================== ============================================================================================
+linear.grad                G W, G^T x and the sum of G
+rms_norm.grad.scaled       G times the weight
+rms_norm.grad.terms        each row's term of the weight's gradient
+rms_norm.grad              gradients of x and weight; layer_norm.grad: those of x, weight and bias
+layer_norm.grad.statistics mean and 1 / standard deviation as the forward pass kept them (torch's CPU kernel: rounded)
+layer_norm.grad.sum        the sums over rows, after every addition (as that kernel adds, on one thread)
+rope.grad.product          each product G * cos and G * sin; rope.grad: their sum
+attention.grad.weights     G v^T
+attention.grad.scores      gradient of the softmax's argument; attention.grad.scaled: ... times the scale
+attention.grad.heads       each query head's part of the gradients of k and v
+attention.grad             gradients of q, k and v
+activation.grad            G act'(x)
+glu.grad.activation        G times up
+glu.grad                   gradients of gate and up
+add.grad                   the sum of the gradients of a value that two operators read
+embedding.grad.sum         the sum over the places of one id, after every addition; embedding.grad: at the end
+cross_entropy.grad         gradient of the logits; loss.grad: the same of the other losses
+========================== ============================================================================================
 """
 
 from collections.abc import Callable
@@ -40,6 +64,10 @@ from refllm.precision.dtype_names import dtype_name
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 Dtype = str
+_GRADIENTS = frozenset(
+    f"{name}.grad"
+    for name in ("linear", "rms_norm", "layer_norm", "rope", "attention", "activation", "glu", "add", "embedding")
+) | {"cross_entropy.grad", "loss.grad"}
 _OUTPUTS = frozenset({"linear", "rms_norm", "layer_norm", "rope", "attention.weights", "attention", "add"})
 
 
@@ -62,6 +90,11 @@ class Policy:
     torch_order: bool
     masked_rows_are_zero: bool
 
+    @property
+    def forward_points(self) -> frozenset[str]:
+        """Those of the forward pass."""
+        return frozenset(point for point in self.points if ".grad" not in point)
+
     def without(self, points: frozenset[str]) -> "Policy":
         """The same policy, not rounding at `points`: how a model page states what its family does differently."""
         return replace(self, points=self.points - points)
@@ -71,7 +104,11 @@ HF_EAGER = Policy(
     name="hf-eager",
     points=_OUTPUTS
     | {"rms_norm.normalized", "rope.table", "rope.product", "attention.scores", "attention.scaled", "attention.masked"}
-    | {"activation", "glu.activation", "glu"},
+    | {"activation", "glu.activation", "glu"}
+    | _GRADIENTS
+    | {"rms_norm.grad.scaled", "rms_norm.grad.terms", "layer_norm.grad.statistics", "layer_norm.grad.sum"}
+    | {"rope.grad.product", "glu.grad.activation", "embedding.grad.sum"}
+    | {"attention.grad.weights", "attention.grad.scores", "attention.grad.scaled", "attention.grad.heads"},
     normalize_first=True,
     torch_order=True,
     masked_rows_are_zero=False,
@@ -89,7 +126,9 @@ float16, on one thread, the same bits, but for rotary tables, of whose entries a
 HF_SDPA = replace(
     HF_EAGER,
     name="hf-sdpa",
-    points=HF_EAGER.points - {"attention.scores", "attention.scaled", "attention.masked"},
+    points=HF_EAGER.points
+    - {"attention.scores", "attention.scaled", "attention.masked"}
+    - {"attention.grad.weights", "attention.grad.scores", "attention.grad.scaled"},
     normalize_first=False,
     masked_rows_are_zero=True,
 )
@@ -97,7 +136,7 @@ HF_SDPA = replace(
 
 FUSED = Policy(
     name="fused",
-    points=_OUTPUTS | {"rope.table", "activation", "glu"},
+    points=_OUTPUTS | {"rope.table", "activation", "glu"} | _GRADIENTS,
     normalize_first=False,
     torch_order=False,
     masked_rows_are_zero=True,

@@ -153,10 +153,18 @@ class Checkpoint:
 
     def weight(self, name: str) -> NDArray[Any]:
         """`view(name)`, refused with a CheckpointError unless it is stored in one of the four weight dtypes."""
+        self.must_be_weight(name)
+        return self.view(name)
+
+    def must_be_weight(self, name: str) -> None:
+        """Raises CheckpointError for a tensor that is stored in none of the four weight dtypes."""
         if self.dtype(name) not in WEIGHT_DTYPES:
             at = f"{self._owner[name].label}: tensor {quote(name)}"
             raise CheckpointError(f"{at} is stored as {self.dtype(name)}, expected one of {', '.join(WEIGHT_DTYPES)}")
-        return self.view(name)
+
+    def makes(self, name: str) -> bool:
+        """Whether `view` makes an array of what is stored, which stays in memory as long as it is held."""
+        return False
 
     def must_be_as_opened(self, name: str) -> None:
         """Raises CheckpointError if the file of a tensor was changed in place since it was opened."""

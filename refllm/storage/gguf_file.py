@@ -89,7 +89,7 @@ class GgufFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
         except Exception as error:  # it says in many ways what is wrong with a file
-            raise CheckpointError(f"{path}: this is no GGUF file that can be read: {error}") from None
+            raise CheckpointError(f"{path}: this is a GGUF file that cannot be read: {error}") from None
         return cls(Path(path), reader)
 
     @property

@@ -220,7 +220,7 @@ def load_weights(
     report, found = compare(stored_shapes, expected, optional_zero, tied, checkpoint.path)
     require_usable(report, checkpoint.path)
     for stored in found.values():
-        checkpoint.weight(stored)  # refuses a dtype that is no weight, before the long work begins
+        checkpoint.must_be_weight(stored)  # before the long work begins
     tied = _tie(checkpoint, found, tied)
     shapes = {name: tuple(shape) for name, shape in expected.items() if name not in tied}
     shapes |= {name: checkpoint.shape(stored) for name, stored in found.items()}
@@ -314,7 +314,17 @@ class _CheckpointSource:
         together = rooms(shapes, self._dtype)
         for name in self._found:
             arrays[name], pieces = self._prepare(name, None, together.get(name))
-            todo += pieces
+            if self._checkpoint.makes(self._found[name]):  # one after another: what is made is as large as the result
+                self._finish(pieces, None)
+            else:
+                todo += pieces
+        self._finish(todo, progress)
+        for stored in self._found.values():
+            self._checkpoint.must_be_as_opened(stored)
+        return arrays
+
+    def _finish(self, todo: Sequence[_Block], progress: Progress | None) -> None:
+        """Converts blocks, and counts what is not finite."""
         done, total = 0, sum(block.stored.nbytes for block in todo)
         for block, count in zip(todo, self._map(todo), strict=True):
             done += block.stored.nbytes
@@ -323,9 +333,6 @@ class _CheckpointSource:
                 self._report.nonfinite[stored] = self._report.nonfinite.get(stored, 0) + count
             if progress is not None:
                 progress(done, total)
-        for stored in self._found.values():
-            self._checkpoint.must_be_as_opened(stored)
-        return arrays
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_CheckpointSource":
         return self  # it only reads

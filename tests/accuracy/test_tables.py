@@ -61,3 +61,14 @@ def test_what_is_no_honest_table_is_not_solved_away(mistake: str) -> None:
     z, w = (x[..., 0::2] + 1j * x[..., 1::2] for x in (before.astype(float), after.astype(float)))
     left = np.abs(w - z * (cos + 1j * sin)[0][:, None])
     assert left.max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", [EXACT * 10, np.zeros_like(EXACT)])
+def test_one_wrong_layer_does_not_change_what_the_others_are_judged_by(wrong: np.ndarray, dtype: str) -> None:
+    good, positions = turned(TORCH, True, dtype, 100)
+    bad, _ = turned(wrong, True, dtype, 100)
+    found = solve(CONFIG, positions, [good, bad, good], dtype)
+    alone = solve(CONFIG, positions, [good, good], dtype)
+    assert (found.name, found.farthest) == (alone.name, alone.farthest)
+    assert np.array_equal(found.frequencies, alone.frequencies)

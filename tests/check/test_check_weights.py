@@ -228,5 +228,5 @@ def test_a_damaged_gguf_file_is_one_sentence(folder: Path, tmp_path: Path, damag
     elif damage == "tensor":
         path.write_bytes(data.replace(b"blk.0.ffn_up", b"blk.9.ffn_up"))
     expected = {"family": "expected one of llama", "tensor": "is no tensor of", "heads": "expected a number of 1"}
-    with pytest.raises(CheckpointError, match=expected.get(damage, "no GGUF file that can be read")):
+    with pytest.raises(CheckpointError, match=expected.get(damage, "a GGUF file that cannot be read")):
         GgufFile.open(path)

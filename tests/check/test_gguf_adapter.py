@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_writer import write_gguf
 
 from refllm import golden
 from refllm.accuracy.chained_angles import chains
-from refllm.check.adapters.gguf import _Values
+from refllm.check.adapters.gguf import _Values, must_be_float32
 from refllm.check.adapters.llama_library import Landmarks, Seen
 from refllm.check.candidates import open_candidate
+from refllm.check.reordered import readers
 from refllm.check.stacks import Opening
 from refllm.config import AutoConfig
 from refllm.errors import InputError
 from refllm.forward.rotary import RotaryEmbedding
-from refllm.storage.gguf_file import in_pairs
+from refllm.storage.gguf_file import GgufFile, in_pairs
 
 
 def defaults(between: tuple[int, ...], enums: int, flags: int = 8) -> bytes:
@@ -91,6 +93,13 @@ def test_without_a_library_it_is_said_how_to_get_one() -> None:
         open_candidate(opening)
 
 
+def test_a_file_whose_products_round_what_they_read_is_refused(tmp_path: Path) -> None:
+    file = GgufFile.open(write_gguf(golden.path("llama-tiny"), tmp_path / "m.gguf", "Q8_0"))
+    with pytest.raises(InputError, match=r"its tensors are Q8_0, .* which is not predicted; check a file in F32"):
+        must_be_float32(file)
+    must_be_float32(GgufFile.open(write_gguf(golden.path("llama-tiny"), tmp_path / "f.gguf")))
+
+
 @pytest.mark.filterwarnings("ignore:.*factor=20")
 @pytest.mark.parametrize("name", ["llama-tiny", "arcee-tiny", "stablelm-tiny-sequential"])
 def test_chained_angles_are_the_exact_ones_but_for_some_ulp(name: str) -> None:
@@ -105,3 +114,12 @@ def test_chained_angles_are_the_exact_ones_but_for_some_ulp(name: str) -> None:
     off = np.abs(found[0] - truth) / np.maximum(truth, 1e-30)
     assert (off <= allowed).all()
     assert off.max() > 2.0**-26  # they are no products
+
+
+def test_whose_order_v_has_is_told_by_what_reads_it() -> None:
+    """Not by scores and weights, which hold whatever v is."""
+    names = ("q_proj", "k_proj", "v_proj", "q_rope", "k_rope", "scores", "probs", "context", "o_proj")
+    shown = [f"model.layers.1.self_attn.{name}" for name in names]
+    v = "model.layers.1.self_attn.v_proj"
+    assert readers(v, shown, [v])[-1].endswith(".context")
+    assert readers(shown[0], shown, [shown[0]])[-1].endswith(".scores")

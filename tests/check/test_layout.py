@@ -1,11 +1,16 @@
 """Values as other programs lay them out, and channels in another order: what comes back is the vocabulary's own, to the
 bit, or a sentence."""
 
+import math
+import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_config, tiny_model
 
 from refllm.check.candidates import ReferenceCandidate, record
@@ -13,13 +18,14 @@ from refllm.check.inputs import Inputs
 from refllm.check.layout import LAYOUTS, gguf_order, laid_out, put_together, words_of
 from refllm.check.reordered import in_words, order_of, put_in_order, readers
 from refllm.errors import InputError
-from refllm.forward.taps import axes_of_values
+from refllm.forward.taps import axes_of_values, sizes_of_axes
 
 B, S, H, K, D = 2, 7, 4, 2, 8
 MASK = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]])
 INPUTS = Inputs(np.arange(B * S).reshape(B, S))
 CONFIG = tiny_config("Llama")
 PARTIAL = tiny_config("StableLm")
+WAYS = ("", "tokens", "SBE", "BSHD")
 QKV = "model.layers.0.self_attn.qkv_proj"
 Taps = dict[str, np.ndarray]
 
@@ -162,6 +168,43 @@ def test_one_sequence_needs_no_batch() -> None:
     assert all(np.array_equal(found.taps[name], value) for name, value in one.items())
 
 
+SIZES = st.sampled_from([1, 2, 3, 4])
+
+
+@given(
+    batch=SIZES, length=SIZES, group=SIZES, kv_heads=SIZES, head_dim=st.sampled_from([2, 4]), word=st.sampled_from(WAYS)
+)
+@settings(max_examples=40)
+def test_sizes_that_coincide_never_spoil_what_is_right_or_named(
+    batch: int, length: int, group: int, kv_heads: int, head_dim: int, word: str
+) -> None:
+    config = tiny_config(
+        "Llama",
+        num_attention_heads=group * kv_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_size=group * kv_heads * 2,
+        intermediate_size=4,
+        vocab_size=4,
+        num_hidden_layers=1,
+    )
+    inputs = Inputs(np.zeros((batch, length), int))
+    sizes = sizes_of_axes(config, "causal_lm") | {"B": batch, "S": length, "T": length}
+    rng, taps = np.random.default_rng(0), {}
+    for name, axes in axes_of_values(config, "causal_lm").items():
+        side_by_side = re.sub(r"\((.) (.)\)", r"\1\2", axes).split()
+        taps[name] = rng.random([math.prod(sizes[axis] for axis in axes) for axes in side_by_side])
+    shown = {
+        "": lambda: taps,
+        "tokens": lambda: tokens(taps),
+        "SBE": lambda: sequence_first(without_scores(taps)),
+        "BSHD": lambda: heads(taps, lambda x: x.swapaxes(1, 2)),
+    }[word]()
+    found = laid_out(shown, config, "causal_lm", inputs, (word,) if word else ())
+    assert found.taps.keys() == shown.keys()
+    assert [name for name in shown if not np.array_equal(found.taps[name], taps[name])] == []
+
+
 def test_what_the_shapes_do_not_tell_is_as_the_vocabulary_has_it_unless_it_is_named() -> None:
     inputs = Inputs(np.arange(9).reshape(3, 3))
     taps = {"model.norm": np.random.default_rng(0).random((3, 3, CONFIG.hidden_size))}
@@ -295,3 +338,16 @@ def test_readers_are_what_tells_whose_an_order_is() -> None:
     assert readers(f"{at}q_proj", blocks, []) == ["model.layers.0"]
     assert readers(f"{at}q_proj", blocks[:1], []) == []
     assert readers("model.layers.0.mlp.act", names, [])[-1] == "model.layers.0.mlp.down_proj"
+
+
+def test_a_family_from_outside_may_have_other_shapes_and_lack_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 16, "vocab_size": 23, "num_attention_heads": H, "num_key_value_heads": K, "head_dim": D}
+    config: Any = SimpleNamespace(model_type="llama", num_hidden_layers=1, **sizes)
+    axes = axes_of_values(config, "causal_lm")
+    assert "model.layers.0.mlp.act" not in axes
+    assert "model.layers.0.mlp.down_proj" in axes
+    odd = {"lm_head": np.zeros((B, S, 2, 3)), "model.layers.0.mlp.act": np.zeros((B, S, 5))}
+    with pytest.raises(InputError, match="lm_head has shape"):
+        laid_out(odd, config, "causal_lm", INPUTS)
+    monkeypatch.setattr("refllm.check.layout.current", lambda: "page.py")
+    assert laid_out(odd, config, "causal_lm", INPUTS).taps == odd

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from refllm import golden
+from refllm.accuracy.forms import on_grid
 from refllm.accuracy.measure import measure
 from refllm.accuracy.parts import ONE_BY_ONE, Parts, possible
 from refllm.accuracy.profiled import Profiled
@@ -21,6 +22,7 @@ from refllm.check import html
 from refllm.check.api import compare
 from refllm.check.asked import Asked
 from refllm.check.candidates import record
+from refllm.check.chosen_embeddings import chosen
 from refllm.check.inputs import Inputs
 from refllm.check.oracle import Report, TapReport, judge
 from refllm.check.report import show_report
@@ -28,8 +30,9 @@ from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.models.auto import load
 from refllm.mutants.honest import FUSED, HF, Honest
+from refllm.mutants.profiles import Port
 from refllm.precision import FUSED as FUSED_POLICY
-from refllm.precision import HF_EAGER, Policy
+from refllm.precision import HF_EAGER, Policy, rounding
 
 FOLDERS = {name: Path(path) for name, path in golden.checkpoints().items()}
 LLAMA, STABLE, STABLE_TWO, HELIUM, ARCEE = (
@@ -55,19 +58,6 @@ def run(
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens))
     inputs = Inputs(ids, None, np.arange(first, first + tokens)[None])
     return judge(model, record(Port(how, FOLDERS[name], dtype), model, inputs), asked)
-
-
-class Port:
-    """An honest decoder as a candidate."""
-
-    name, details = "port", dict[str, str]()
-
-    def __init__(self, how: Honest, folder: Path, dtype: str) -> None:
-        self.how, self.folder, self.dtype = how, folder, dtype
-
-    def run(self, inputs: Inputs, sink: Any) -> None:
-        forward = self.how.in_dtype(self.dtype)
-        sink("lm_head", forward(str(self.folder), inputs.input_ids, inputs.mask, inputs.positions, sink))
 
 
 def told(report: Report) -> str:
@@ -290,6 +280,26 @@ def test_what_a_row_shares_is_named_where_everything_is_computed_in_the_format(d
     assert recognised("attention", (q, k, v), {"scale": 24**-0.5, "key_mask": None}, o) == ""
 
 
+def test_a_long_product_in_float16_is_recognised_in_any_order_of_its_sums() -> None:
+    """What is left of 8192 terms that cancel: float32 sums in one chain move 2 % of the elements across a boundary."""
+    rng, K = np.random.default_rng(0), 8192
+    x, w = on_grid(rng.normal(size=(64, K)), "float16"), rng.normal(size=(64, K)) / K**0.5
+    w = on_grid(w - 0.7 * (w @ x.T) @ np.linalg.solve(x @ x.T, x), "float16")
+    xt, wt = (torch.from_numpy(a).float() for a in (x, w))
+    chain = torch.zeros(64, 64)
+    for k in range(K):
+        chain = torch.addcmul(chain, xt[:, k, None], wt[:, k])
+    recogniser = Recogniser("float16", np.argwhere(np.ones((1, 64))))
+    hidden = torch.from_numpy(x @ (on_grid(0.7 * w, "float16") / 0.7).T)
+    for y, right in ((chain, True), (xt @ wt.T, True), (hidden, False)):
+        made = Made("linear", (certain(x[None]),), {"weight": w, "bias": None})
+        found = recogniser(made, y.half().double().numpy()[None])
+        assert found.asked
+        assert bool(found.fits) is right, found.mismatch
+        assert not found.defect
+        assert not found.shared or not right
+
+
 def test_a_mistake_comes_before_habits_under_a_named_policy_too() -> None:
     report = run(LLAMA, HF.but(act="once", plant=PLANTED["swapped"][0]), "bfloat16", HF_EAGER)
     assert report.first_failure is tap(report, "model.layers.1.mlp.act")
@@ -434,6 +444,17 @@ def test_a_layer_norm_in_one_float32_chain_holds_and_a_wrong_one_does_not() -> N
     assert measure(normed(1)[0], in_one_chain.value[0], in_one_chain.variance[0]).ratio > 5
 
 
+def in_one_pass(a: dict[str, Any]) -> None:
+    read: list[Any] = []
+
+    def mean_of(x: Any) -> Any:
+        read.append(x)
+        mean = read[0].mean(-1, keepdim=True)
+        return mean if len(read) == 1 else (read[0] * read[0]).mean(-1, keepdim=True) - mean * mean
+
+    a["mean"] = mean_of
+
+
 @pytest.mark.parametrize("mean", [0.5, 20.0])
 def test_a_variance_in_one_pass_is_honest_until_the_means_are_large(mean: float, tmp_path: Path) -> None:
     import shutil
@@ -446,16 +467,6 @@ def test_a_variance_in_one_pass_is_honest_until_the_means_are_large(mean: float,
     tensors["model.embed_tokens.weight"] += mean * tensors["model.embed_tokens.weight"].std()
     save_file(tensors, file, {"format": "pt"})
 
-    def in_one_pass(a: dict[str, Any]) -> None:
-        read: list[Any] = []
-
-        def mean_of(x: Any) -> Any:
-            read.append(x)
-            mean = read[0].mean(-1, keepdim=True)
-            return mean if len(read) == 1 else (read[0] * read[0]).mean(-1, keepdim=True) - mean * mean
-
-        a["mean"] = mean_of
-
     model = load(tmp_path / "shifted", head="causal_lm", dtype="float32")
     inputs = Inputs(np.random.default_rng(0).integers(0, 640, (1, 30)))
     for plant in (None, at("input_layernorm", in_one_pass, layer=0)):
@@ -465,6 +476,39 @@ def test_a_variance_in_one_pass_is_honest_until_the_means_are_large(mean: float,
         if first is not None:
             assert first.name == "model.layers.0.input_layernorm"
             assert "E x^2 - (E x)^2, which cancels: the mean of a row is 2" in " ".join(told(report).split())
+
+
+@pytest.mark.parametrize("layer", [1, -1])
+def test_a_small_stream_at_every_norm_shows_an_eps_that_no_token_shows(layer: int) -> None:
+    """Right code holds there; eps is 1e-5, and the stream of later layers has a mean square of 10."""
+    model, folder = model_of(LLAMA, "bfloat16"), FOLDERS[LLAMA]
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, TOKENS))
+    (inputs,) = chosen(model, ids)
+    where = "input_layernorm" if layer > 0 else "norm"
+    plant = at(where, put(eps=lambda eps: eps * 4), layer)
+    for how, given, found in ((FUSED, inputs, ""), (FUSED.but(plant=plant), inputs, where)):
+        report = judge(model, record(Port(how, folder, "bfloat16"), model, given))
+        first = report.first_failure
+        assert ("" if first is None else first.name.rpartition(".")[2]) == found, told(report)
+    if layer < 0:
+        assert run(LLAMA, FUSED.but(plant=plant), "bfloat16").verdict == "holds"
+
+
+def test_what_no_scale_makes_small_is_left_out_and_a_layer_norm_gets_rows_with_a_mean() -> None:
+    """The layers of this Helium add biases."""
+    assert chosen(model_of(HELIUM, "bfloat16"), np.arange(9)[None]) == []
+    (inputs,) = chosen(model_of(STABLE, "bfloat16"), np.arange(9)[None])
+    assert inputs.embeds is not None
+    assert (inputs.embeds.mean(axis=-1) > 3 * inputs.embeds.std(axis=-1)).all()
+    assert np.array_equal(rounding("bfloat16")(inputs.embeds), inputs.embeds)
+
+
+def test_a_variance_in_one_pass_shows_in_embeddings_with_a_large_mean() -> None:
+    model = model_of(STABLE, "float32")
+    (inputs,) = chosen(model, np.arange(9)[None])
+    for plant in (None, at("input_layernorm", in_one_pass, layer=0)):
+        trace = record(Port(FUSED.but(plant=plant), FOLDERS[STABLE], "float32"), model, inputs)
+        assert ("which cancels" in told(judge(model, trace))) is (plant is not None)
 
 
 # ------------------------------------------------------------------------------------------------------- in the reports

@@ -22,6 +22,7 @@ import torch
 import typer.main
 
 from refllm import extras, golden
+from refllm.check.stacks import STACKS
 from refllm.commands import cli
 from refllm.config import AutoConfig
 from refllm.errors import ConfigError, InputError, MissingExtraError, RefllmError, TokenizerError
@@ -62,6 +63,9 @@ def packages_of(names: set[str]) -> set[str]:
     return found
 
 
+PACKAGES_OF_STACKS = {name for stack in STACKS.values() for name in stack.needs if name != "torch"}
+
+
 def installed_by_make_check() -> set[str]:
     chosen = re.search(r"^EXTRAS := (.*)$", MAKEFILE, re.MULTILINE)
     assert chosen is not None
@@ -82,12 +86,14 @@ def test_make_check_installs_every_package_that_a_command_of_the_readme_imports(
     assert "'.[$(EXTRAS)]'" in MAKEFILE
     assert "$(PYTEST)" in MAKEFILE
     only_in_tests = {"liger_kernel"}  # timed beside ours where it is there
+    only_in_tests |= PACKAGES_OF_STACKS  # installed by who uses one
     assert {"torch", "hypothesis", "matplotlib", "transformers"} <= optional_imports()  # the search finds them
     assert optional_imports() - only_in_tests <= installed_by_make_check()
 
 
 def test_every_optional_import_has_an_extra_that_brings_it() -> None:
-    assert optional_imports() <= set(extras.EXTRA_OF)
+    of_their_own = {"litgpt"}  # in an environment without what else is here
+    assert optional_imports() - of_their_own <= set(extras.EXTRA_OF)
     for package, extra in extras.EXTRA_OF.items():
         assert package.replace("_", "-") in packages_of({extra})
 
@@ -188,7 +194,17 @@ def test_no_message_has_a_command_of_its_own() -> None:
     assert [file.name for file in files if "pip install" in file.read_text()] == []
 
 
-ABSENT = ("torch", "triton", "transformers", "hypothesis", "matplotlib")
+ABSENT = (
+    "torch",
+    "triton",
+    "transformers",
+    "hypothesis",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "ctranslate2",
+)
 HELIUM = str(CHECKPOINTS["helium-tiny"])
 OPERATOR_FILE = str(Path(__file__).with_name("numpy_operators.py"))
 NUMPY_OPERATOR = ["--arrays", "numpy", "--max-examples", "0"]
@@ -208,6 +224,9 @@ WITHOUT: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "check": (["check"], ("torch", "triton")),
     "check CHECKPOINT": (["check", HELIUM], ("torch", "transformers")),
     "check, torch": (["check", HELIUM, "--candidate", "torch"], ("torch",)),
+    "check, onnx": (["check", HELIUM, "--candidate", "onnx:m.onnx"], ("onnx", "onnxruntime")),
+    "check, openvino": (["check", HELIUM, "--candidate", "openvino:m.xml"], ("openvino",)),
+    "check, ctranslate2": (["check", HELIUM, "--candidate", "ctranslate2:m"], ("ctranslate2",)),
     "trace, triton": (["trace", HELIUM, "--candidate", "triton", "-o", "{tmp}/t"], ("torch", "triton")),
     "generate, torch": (["generate", HELIUM, "--ids", "1", "--backend", "torch"], ("torch",)),
     "score, triton": (["score", HELIUM, "--ids", "1,2", "--backend", "triton"], ("torch", "triton")),

@@ -9,7 +9,7 @@ import transformers
 
 from refllm.config import AutoConfig, LlamaConfig
 from refllm.config.config import read_as
-from refllm.config.nearest import compared_with, nearest
+from refllm.config.nearest import PAGES, compared_with, nearest
 from refllm.errors import ConfigError
 
 LLAMA = [
@@ -99,6 +99,13 @@ def test_the_names_of_tensors_say_what_a_config_does_not(more: list[str], withou
     suffixes = [name for name in LLAMA if name not in without] + more
     found = compared_with("llama", config_of("llama") | {"model_type": "next"}, names(*suffixes))
     assert any(words in clause for clause in found.differs), found
+
+
+def test_a_page_that_is_there_is_named() -> None:
+    written = Path(__file__).parents[2] / "docs" / "pages"
+    assert set(PAGES) == {page.stem for page in written.glob("*.py")}
+    assert "docs/pages/qwen2.py" in nearest(config_of("qwen2")).sentence
+    assert "docs/pages says how to write one" in nearest(config_of("gemma")).sentence
 
 
 def test_all_four_biases_are_no_difference() -> None:

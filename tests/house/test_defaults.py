@@ -61,9 +61,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "refllm.check.inputs:Inputs": {
         "attention_mask": None, "position_ids": None, "chunks": (), "embeds_scale": None, "label": "tokens",
-        "until": "",
+        "until": "", "embeds": None,
     },
-    "refllm.accuracy.measure:Measure": {"nonfinite_at": (), "misrounded": 0.0, "honest": 0.0},
+    "refllm.accuracy.measure:Measure": {"nonfinite_at": (), "misrounded": 0.0, "scatter": 0.0, "honest": 0.0},
     "refllm.golden.verify:Verified": {"cases": 0, "ratio": 0.0, "largest": 0.0, "worst": ""},
     "refllm.kernels.calls:call": {"bias": True},
     "refllm.kernels.launch:Launch": {

@@ -113,7 +113,7 @@ def test_a_rounding_point_that_is_left_out_shows(family: str) -> None:
     unused = {"layer_norm"} if family != "stablelm" else {"rms_norm", "rms_norm.normalized"}
     unused |= {"glu", "glu.activation"} if family == "arcee" else {"activation"}
     assert outside(judged(ours, ReferenceCandidate(ours), (2, 40), tables)) == {}
-    for point in sorted(ours.arithmetic.policy.points - unused - {"attention.masked"}):
+    for point in sorted(ours.arithmetic.policy.forward_points - unused - {"attention.masked"}):
         policy = HF_EAGER.without(type(ours).page.NOT_ROUNDED | {point})
         ours.arithmetic = replace(ours.arithmetic, policy=policy)
         assert outside(judged(ours, ReferenceCandidate(ours), (2, 40), tables)), point

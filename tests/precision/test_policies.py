@@ -23,7 +23,7 @@ pytestmark = [
 ]
 LAYERS = [(family, flags) for family in FAMILIES for flags in EVERY_FLAG[family]]
 every_layer = pytest.mark.parametrize(("family", "flags"), LAYERS, ids=lambda x: x if isinstance(x, str) else len(x))
-EVERY_POINT = HF_EAGER.points | FUSED.points
+EVERY_POINT = HF_EAGER.forward_points | FUSED.forward_points
 UNIT = {"bfloat16": 2.0**-9, "float16": 2.0**-12}  # the largest relative error of one rounding, halved: about its rms
 
 

@@ -41,6 +41,18 @@ ENVIRONMENTS: dict[str, Environment] = {
     "jax": Environment(("jax==0.10.2",), "jax"),
     "ctranslate2": Environment(("ctranslate2==4.8.5",), "ctranslate2"),
     "gguf": Environment(("gguf==0.19.0",), "gguf"),
+    "quantized": Environment(
+        (
+            "bitsandbytes==0.50.2",
+            "accelerate==1.15.0",
+            "compressed-tensors==0.20.1",
+            "autoawq==0.2.9",
+            "loguru==0.7.3",
+            "frozendict==2.5.1",
+            "psutil==7.2.2",
+        ),
+        alone=True,
+    ),
 }
 """Stack -> its environment. Beside the pins it has Torch, Transformers and what `make check` installs."""
 

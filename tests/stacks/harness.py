@@ -72,10 +72,13 @@ ALL: dict[str, Checks] = {}
 """Stack -> its checks, of the test files that are imported."""
 
 
-def must_hold(checks: Checks, checkpoint: str, dtype: str, candidate: Any, **options: Any) -> list[Report]:
+def must_hold(
+    checks: Checks, checkpoint: str, dtype: str, candidate: Any, *, port: str = "", **options: Any
+) -> list[Report]:
     """Asserts that a right model holds on every input. candidate and options: of `refllm.check.compare`.
 
-    folder, an option: the checkpoint, where it is not the embedded one itself.
+    port: what it is, where a stack has several of one checkpoint. folder, an option: the checkpoint, where it is not
+    the embedded one itself.
     """
     reports = compare(options.pop("folder", None) or golden.path(checkpoint), candidate, dtype=dtype, **options)
     wrong = [f"{report.inputs}: {_said(report)}" for report in reports if report.verdict != "holds"]
@@ -84,7 +87,7 @@ def must_hold(checks: Checks, checkpoint: str, dtype: str, candidate: Any, **opt
     last = reports[0].taps[-1]
     checks.held.append(
         {
-            "checkpoint": checkpoint,
+            "checkpoint": _of(checkpoint, port),
             "family": AutoConfig.from_pretrained(golden.path(checkpoint)).model_type,
             "dtype": dtype,
             "values": len(reports[0].taps),
@@ -95,7 +98,7 @@ def must_hold(checks: Checks, checkpoint: str, dtype: str, candidate: Any, **opt
     return reports
 
 
-def must_be_named(checks: Checks, bug: Bug, dtype: str, candidate: Any, **options: Any) -> Report:
+def must_be_named(checks: Checks, bug: Bug, dtype: str, candidate: Any, *, port: str = "", **options: Any) -> Report:
     """Asserts that a planted bug fails, and that the first failure is at one of the places where it was planted: that
     value itself, or the first shown one after it, which says that it stands for a span in which the place lies."""
     reports = compare(options.pop("folder", None) or golden.path(bug.checkpoint), candidate, dtype=dtype, **options)
@@ -109,7 +112,7 @@ def must_be_named(checks: Checks, bug: Bug, dtype: str, candidate: Any, **option
     checks.named.append(
         {
             "bug": bug.name,
-            "checkpoint": bug.checkpoint,
+            "checkpoint": _of(bug.checkpoint, port),
             "dtype": dtype,
             "named": first.name,
             "of": 1 + len(first.hidden),
@@ -117,6 +120,10 @@ def must_be_named(checks: Checks, bug: Bug, dtype: str, candidate: Any, **option
         }
     )
     return report
+
+
+def _of(checkpoint: str, port: str) -> str:
+    return f"{checkpoint}, {port}" if port else checkpoint
 
 
 def _said(report: Report) -> str:

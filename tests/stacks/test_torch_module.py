@@ -5,21 +5,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import LLAMA, Bug, Checks, must_be_named, must_hold
+from tiny import tiny_model
 from torch import nn
 from torch.nn import functional as F
 from torch_planting import IDS, returning, rounded_to_int8, setting, weight
-from torch_ports import Nano, Served, frequencies, nano, read, served
+from torch_ports import Nano, Scaled, Served, frequencies, nano, read, served
 
+import refllm
 from refllm import golden
 from refllm.check import compare
-from refllm.check.adapters.torch_names import channels
+from refllm.check.adapters import torch_names
+from refllm.check.adapters.torch_guess import guess
+from refllm.check.adapters.torch_names import Place, channels
 from refllm.config import AutoConfig
 from refllm.errors import InputError
+from refllm.storage.weights import Weights
 
-CHECKS = Checks("torch_module", (LLAMA,), ("float32", "bfloat16"))
+CHECKS = Checks("torch_module", tuple(golden.checkpoints()), ("float32", "bfloat16"))
 PORTS = {"served": served, "nano": nano}
 
 
@@ -68,12 +74,64 @@ NANO = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("checkpoint", "dtype"), CHECKS.right())
+@pytest.mark.parametrize("dtype", CHECKS.dtypes)
 @pytest.mark.parametrize("port", PORTS)
-def test_right_modules_hold(port: str, checkpoint: str, dtype: str) -> None:
-    (report,) = must_hold(CHECKS, checkpoint, dtype, PORTS[port], input_ids=IDS)
+def test_right_ports_hold(port: str, dtype: str) -> None:
+    (report,) = must_hold(CHECKS, LLAMA, dtype, PORTS[port], port=port, input_ids=IDS)
     assert len(report.taps) == 3 + 3 * 15
     assert report.notes[-1] == {"served": "names: Transformers' names", "nano": "names: found in its weights"}[port]
+
+
+class Hidden(nn.Module):
+    """A model of Transformers whose parts have other paths, and that nothing tells for one."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.core = model
+
+    def forward(self, idx: Any, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None,
+                use_cache: bool = False, inputs_embeds: Any = None) -> Any:  # fmt: skip
+        return self.core(idx, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache)
+
+
+def of_transformers(folder: Any, dtype: str, head: str = "CausalLM") -> Hidden:
+    import transformers
+
+    auto = getattr(transformers, f"AutoModelFor{head}")
+    return Hidden(auto.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("checkpoint", "dtype"), CHECKS.right())
+def test_every_family_is_found_in_its_weights(checkpoint: str, dtype: str) -> None:
+    model = of_transformers(golden.path(checkpoint), dtype)
+    (report,) = must_hold(CHECKS, checkpoint, dtype, model, port="parts of any name", input_ids=IDS)
+    config: Any = report.config
+    parallel = checkpoint == "stablelm-tiny-parallel"  # norms per head, and three terms that are added at once
+    without = (
+        "; not found: self_attn.q_layernorm, self_attn.k_layernorm, residual_mid; --names F.json tells where they are"
+    )
+    assert report.notes[-1] == f"names: found in its weights{without if parallel else ''}"
+    of_a_layer = 13 if parallel else 14 if config.model_type == "arcee" else 15
+    assert len(report.taps) == 3 + of_a_layer * config.num_hidden_layers
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_forward_takes_by_name_it_is_given_and_a_cache_too() -> None:
+    model = of_transformers(golden.path("helium-tiny"), "float32")
+    reports = must_hold(
+        CHECKS, "helium-tiny", "float32", model, port="all inputs", input_ids=[IDS[0][:14]], stress=True
+    )
+    assert len(reports) == 7
+    assert not [note for note in reports[0].notes if note.startswith("not run")]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_is_shown_where_only_the_last_token_is_returned(tmp_path: Path) -> None:
+    model = tiny_model("LlamaForSequenceClassification", vocab_size=640, pad_token_id=0)
+    model.save_pretrained(tmp_path, dtype="float32")
+    (report,) = compare(tmp_path, of_transformers(tmp_path, "float32", "SequenceClassification"), input_ids=IDS)
+    assert (report.verdict, report.taps[-1].name) == ("holds", "score")
 
 
 @pytest.mark.parametrize(("port", "bug", "dtype"), [
@@ -84,7 +142,63 @@ def test_right_modules_hold(port: str, checkpoint: str, dtype: str) -> None:
 def test_planted_bugs_are_named(port: str, bug: Bug, dtype: str) -> None:
     model = PORTS[port](str(golden.path(bug.checkpoint)), dtype)
     bug.plant(model)
-    must_be_named(CHECKS, bug, dtype, model, input_ids=IDS)
+    must_be_named(CHECKS, bug, dtype, model, port=port, input_ids=IDS)
+
+
+# -- what weights tell -------------------------------------------------------------------------------------------------
+
+
+def guessed(change: Any, ones: tuple[str, ...] = ()) -> torch_names.Names:
+    """What is found in a changed `Nano`. ones: tensors that are ones, in the module and in the checkpoint."""
+    reference = refllm.load(golden.path(LLAMA))
+    arrays = {name: np.ones_like(a) if name.endswith(ones) else a for name, a in reference.weights.items()}
+    weights = Weights(reference.weights.shapes, arrays, tied=reference.weights.tied)
+    model = nano(str(golden.path(LLAMA)))
+    change(model)
+    return guess(model, weights, reference.config, "causal_lm")
+
+
+def test_rows_tell_the_order_of_channels_and_what_reads_a_value_tells_the_value() -> None:
+    names = guessed(lambda model: None)
+    q, k = (names.places[f"model.layers.2.self_attn.{letter}_proj"] for letter in "qk")
+    assert q.path == k.path == "stack.2.mixer.look"
+    assert q.channels is not None
+    assert q.channels[:10].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 1, 3]  # pairs of neighbours, as halves
+    assert names.places["model.layers.2.mlp.act"] == Place("stack.2.thinker.close", "input")
+    assert names.places["model.layers.2"] == Place("stack.2")
+    assert names.rotations == ("apply_rotation",)
+    assert names.notes == []
+
+
+def test_a_wrong_weight_in_one_layer_is_looked_at_where_the_others_are_and_said() -> None:
+    names = guessed(_weight_of_layer_0)
+    assert names.places["model.layers.1.mlp.up_proj"] == Place("stack.1.thinker.wide")
+    assert names.notes == ["stack.1.thinker.wide: its weight is not mlp.up_proj of layer 1 in the checkpoint"]
+
+
+def test_what_no_weight_tells_is_found_by_shape_or_name_or_left_out_and_said() -> None:
+    def rounded(model: Nano) -> None:
+        for cell in model.stack:
+            weight("thinker.close", rounded_to_int8)(cell)
+
+    names = guessed(rounded)
+    assert names.places["model.layers.1.mlp.down_proj"] == Place("stack.1.thinker.close")
+    said = "stack.{i}.thinker.close: its weight is not mlp.down_proj in the checkpoint; taken for it by its shape"
+    assert names.notes == [said]
+
+    def plain(model: Nano) -> None:
+        for part in model.modules():
+            if isinstance(part, Scaled):
+                part.g.data.fill_(1)
+
+    names = guessed(plain, ("layernorm.weight", "norm.weight"))
+    assert names.places["model.layers.1.post_attention_layernorm"] == Place("stack.1.thinker.open", "input")
+    assert names.places["model.norm"] == Place("settle")
+    assert "model.layers.1.residual_mid" not in names.places
+    assert names.notes == [
+        "input_layernorm may be stack.{i}.quiet or stack.{i}.calm",
+        "post_attention_layernorm may be stack.{i}.quiet or stack.{i}.calm",
+    ]
 
 
 # -- maps of one's own -------------------------------------------------------------------------------------------------
@@ -169,7 +283,7 @@ def test_what_is_no_candidate_is_one_sentence() -> None:
     bare, compiled = nn.Identity(), nano(str(folder))
     compiled._orig_mod = None  # as `torch.compile` has it
     for module, options, said in (
-        (bare, {}, "Identity has no parameters of floats"),
+        (bare, {}, "Identity: its parameters are of none; expected a module in float32, bfloat16, float16"),
         (compiled, {}, "is compiled, and shows no values"),
         (
             nano(str(folder)),
@@ -189,4 +303,5 @@ def test_a_module_that_returns_no_logits_is_a_finding(returned: Any, said: str) 
     (report,) = compare(golden.path(LLAMA), Mute(returned), input_ids=IDS)
     assert report.misbehaviour is not None
     assert report.misbehaviour.text == said
-    assert "mlp.up_proj is not shown: no part has such a weight" in report.notes[-1]
+    assert "not found: embed_tokens, input_layernorm, self_attn.q_proj" in report.notes[-1]
+    assert report.notes[-1].endswith("; --names F.json tells where they are")

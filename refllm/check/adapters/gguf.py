@@ -8,7 +8,7 @@ The user's own library computes; its callback for every node of the graph shows 
     every token's logits are asked for
 
 llama.cpp computes in float32 where the file's matrices are F32. For others it rounds what a product reads as well (to
-float16, bfloat16, or blocks of int8), so that only an F32 file can hold to float32.
+float16, bfloat16, or blocks of int8), which is not predicted: such a file is refused.
 """
 
 from pathlib import Path
@@ -70,6 +70,7 @@ def open_candidate(opening: Opening) -> Candidate:
     path = Path(opening.given)
     file = GgufFile.open(path)
     must_be_of(file, opening.folder)
+    must_be_float32(file)
     return GgufCandidate(LlamaLibrary.open(opening.library), path, AutoConfig.from_pretrained(opening.folder), file)
 
 
@@ -93,6 +94,17 @@ def must_be_of(file: GgufFile, folder: Path) -> None:
     for key, value in expected.items():
         if key in found and found[key] != value:
             raise InputError(f"{file.path}: {key} is {found[key]}, the checkpoint {folder} has {value}")
+
+
+def must_be_float32(file: GgufFile) -> None:
+    """Raises InputError for a file with tensors in another format: what their products read is rounded too, which no
+    prediction here has, so that a right run would not hold."""
+    other = sorted(set(file.kinds.values()) - {"F32"})
+    if other:
+        raise InputError(
+            f"{file.path}: its tensors are {', '.join(other)}, and llama.cpp then rounds what their products read as "
+            "well, which is not predicted; check a file in F32 (of the dequantised weights, too: then with --weights)"
+        )
 
 
 class GgufCandidate:

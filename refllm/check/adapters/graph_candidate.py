@@ -74,8 +74,8 @@ class GraphCandidate:
         past = self._nothing(len(inputs.input_ids))
         for piece in inputs.pieces():
             given, fed = self._given(inputs, piece) | past, None
-            if inputs.embeds_scale is not None:
-                fed = self.values[EMBEDDING], self._scaled(given, inputs.embeds_scale)
+            if inputs.feeds_embeddings:
+                fed = self.values[EMBEDDING], self._embedded(given, inputs, piece)
             names = [name for name in (*shown.values(), *presents) if fed is None or name != fed[0]]
             found = self.outputs(list(dict.fromkeys(names)), given, fed) | dict([fed] if fed else [])
             for tap, name in shown.items():
@@ -117,11 +117,13 @@ class GraphCandidate:
         shape = rows, self.config.num_key_value_heads, 0, self.config.head_dim
         return {name: np.zeros(shape, self._wanted[name].dtype) for name in self._cache}
 
-    def _scaled(self, given: Arrays, scale: float) -> np.ndarray:
-        """The rows of the embedding times a number, on the grid of the dtype."""
+    def _embedded(self, given: Arrays, inputs: Inputs, piece: slice) -> np.ndarray:
+        """The embeddings to feed, on the grid of the dtype."""
         name = self.values[EMBEDDING]
         rows = self.outputs([name], given)[name]
-        return np.asarray(rounding(self.computes_in)(np.float32(rows) * np.float32(scale)), rows.dtype)
+        whole = inputs.embedded(lambda _: np.asarray(rows, np.float32))
+        embeds = np.asarray(whole if inputs.embeds is None else whole[:, piece])
+        return np.asarray(rounding(self.computes_in)(embeds), rows.dtype)
 
     def _in_heads(self, merged: np.ndarray) -> np.ndarray:
         """[B, S, H*D] -> [B, H, S, D]."""

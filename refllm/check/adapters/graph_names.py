@@ -8,7 +8,8 @@ they are what the product of the scores reads.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from refllm.config import ModelConfig
 from refllm.forward.taps import HEAD_TAPS, axes_of_values, sizes_of_axes
@@ -27,8 +28,10 @@ _ROTATED = {"self_attn.q_rope": (0, "H"), "self_attn.k_rope": (1, "K")}
 _LAYER = re.compile(r"(model\.layers\.\d+)\.?(.*)")
 _PRODUCTS = ("MatMul", "FusedMatMul")
 _ATTENTION = ("Attention", "MultiHeadAttention", "ScaledDotProductAttention")
-_SCALES = ("Mul", "Multiply", "Div", "Divide", "Cast", "Convert")
-_MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Broadcast", "Identity", "Tile", "Concat")
+_LIKE = ("CastLike", "ConvertLike")
+_SCALES = ("Mul", "Multiply", "Div", "Divide", "Cast", "Convert", *_LIKE)
+_SIZES = ("Shape", "ShapeOf", "Size")
+_MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Broadcast", "Identity", "Tile", "Concat", "Slice")
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,32 @@ class Node:
     """A transposition of the last two axes."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Graph:
     """nodes: in order of computation. shapes: of the values of floats, as far as known, None for what is not fixed.
 
-    results: the names of what the graph returns. constants: weights, and scalars.
+    results: the names of what the graph returns. constants: the names of weights.
     """
 
     nodes: list[Node]
     shapes: Mapping[str, Shape]
     results: tuple[str, ...]
     constants: frozenset[str] = frozenset()
-    made_by: dict[str, Node] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.made_by = {name: node for node in self.nodes for name in node.outputs}
+    @cached_property
+    def made_by(self) -> dict[str, Node]:
+        """The node that makes a value."""
+        return {name: node for node in self.nodes for name in node.outputs}
+
+    @cached_property
+    def fixed(self) -> set[str]:
+        """The constants, and what is made of them and of shapes alone, such as a scale."""
+        found = {"", *self.constants}
+        for node in self.nodes:
+            given = node.inputs[:1] if node.kind in _LIKE else node.inputs
+            if node.kind in _SIZES or found.issuperset(given):
+                found.update(node.outputs)
+        return found
 
 
 def path_in_model(path: str) -> str:
@@ -123,8 +137,9 @@ class _Names:
         """The first value that is read in a module and made outside of it."""
         for node in self.by_module.get(module, []):
             for name in node.inputs:
-                made = name in self.graph.made_by and not _inside(self.within[name], module)
-                if made and (self._fits(name, width) or self.graph.shapes.get(name, ())[-1:] == (None,)):
+                if name in self.graph.fixed or _inside(self.within.get(name, module), module):
+                    continue
+                if self._fits(name, width) or self.graph.shapes.get(name, ())[-1:] == (None,):
                     return name
         return None
 
@@ -168,8 +183,8 @@ class _Names:
         return None
 
     def _varying(self, node: Node) -> str | None:
-        """The one input of a node that is no constant, if there is one."""
-        varying = [name for name in node.inputs if name not in self.graph.constants]
+        """The one input of a node that is not fixed, if there is one."""
+        varying = [name for name in node.inputs if name not in self.graph.fixed]
         return varying[0] if len(varying) == 1 else None
 
     def _are_heads(self, name: str, heads: int) -> bool:
@@ -180,7 +195,7 @@ class _Names:
         return any(not _inside(reader, module) for reader in self.readers.get(name, []))
 
     def _fits(self, name: str, width: int | None) -> bool:
-        shape = self.graph.shapes.get(name)
+        shape = None if name in self.graph.fixed else self.graph.shapes.get(name)
         return shape is not None and (width is None or shape[-1:] == (width,))
 
 

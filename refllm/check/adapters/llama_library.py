@@ -6,6 +6,7 @@ from the library's own `*_default_params`, and the few fields that are set are f
 """
 
 import ctypes
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ _LARGE = 1 << 28  # bytes of a file
 _F32, _F16 = 0, 1  # numbers of ggml's types
 _STEP = 256  # llama.cpp rounds the length of a cache up to multiples of it
 _FIRST = ("libggml-base", "libggml-cpu", "libggml", "ggml-base", "ggml-cpu", "ggml")
-_FORMATS = {"f32": np.float32, "f16": np.float16}
+_FORMATS: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
 _EVAL = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _NE, _NB, _DIMS = 16, 48, 4
@@ -65,10 +66,12 @@ class Landmarks:
 
     @classmethod
     def find(cls, defaults: bytes, library: Path) -> Self:
-        """From the defaults of a library. They begin with n_ctx 512, n_batch 2048, n_ubatch 512, n_seq_max 1. Three or
-        four enums of -1 (unspecified; the fourth is flash attention, automatic) stand before two floats 0 and one -1
-        (yarn_ext_factor). The callback and its data, both null, stand before the types of keys and values, float16
-        both. Raises InputError where that is not so, or so at two places.
+        """The landmarks in the defaults of a library.
+
+        They begin with n_ctx 512, n_batch 2048, n_ubatch 512, n_seq_max 1. Three or four enums of -1 (unspecified; the
+        fourth is flash attention, automatic) stand before two floats 0 and one -1 (yarn_ext_factor). The callback and
+        its data, both null, stand before the types of keys and values, float16 both. Raises InputError where that is
+        not so, or so at two places.
         """
         if struct.unpack_from("<4I", defaults) == (512, 2048, 512, 1):
             enums = [
@@ -144,7 +147,7 @@ class LlamaLibrary:
 
     def last_words(self) -> str:
         """What it said last, in one line."""
-        lines = [line.strip() for line in "".join(self.said).splitlines() if "error" in line or "failed" in line]
+        lines = [line.strip() for line in "".join(self.said).splitlines() if re.search("error|failed", line)]
         return lines[0] if lines else "it does not say why"
 
     def copied(self, tensor: int) -> np.ndarray:
@@ -153,7 +156,7 @@ class LlamaLibrary:
         lengths = (ctypes.c_int64 * _DIMS).from_address(tensor + _NE)
         strides = (ctypes.c_size_t * _DIMS).from_address(tensor + _NB)
         kind = calls.ggml_type_name(ctypes.c_int.from_address(tensor).value).decode()
-        if int(np.prod(lengths)) != calls.ggml_nelements(tensor) or kind not in _FORMATS:
+        if int(np.prod(list(lengths))) != calls.ggml_nelements(tensor) or kind not in _FORMATS:
             raise InputError(f"--library {self.path}: a tensor is laid out as in no version that is known ({kind})")
         raw = np.empty(calls.ggml_nbytes(tensor), np.uint8)
         calls.ggml_backend_tensor_get(tensor, raw.ctypes.data, 0, raw.nbytes)

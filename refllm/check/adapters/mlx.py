@@ -114,7 +114,7 @@ class MlxCandidate:
 
         caches = self._caches(inputs)
         for piece in inputs.pieces():
-            watcher = _Watcher(sink, inputs.embeds_scale)
+            watcher = _Watcher(sink, inputs, piece)
             with watcher.watching(self.model):
                 out = self.model(mx.array(inputs.input_ids[:, piece].astype(np.int32)), cache=caches)
             watcher.show(_HEAD, out)
@@ -161,10 +161,11 @@ def _as_numpy(value: Any) -> np.ndarray:
 
 
 class _Watcher:
-    """Sees the values of one pass of a model and names them. scale: what to multiply the embeddings by."""
+    """Sees the values of one pass of a model and names them. inputs, piece: where they feed embeddings, those take the
+    place of the model's own."""
 
-    def __init__(self, sink: Sink, scale: float | None) -> None:
-        self.scale, self.layer, self.heads = scale, "", 0
+    def __init__(self, sink: Sink, inputs: Inputs, piece: slice) -> None:
+        self.inputs, self.piece, self.layer, self.heads = inputs, piece, "", 0
         self._sink, self._shown = sink, set[str]()
 
     def show(self, name: str, value: Any) -> None:
@@ -191,13 +192,18 @@ class _Watcher:
         def call(original: Callable[..., Any], x: Any, *more: Any, **named: Any) -> Any:
             self._before(path, x)
             out = original(x, *more, **named)
-            if path == "model.embed_tokens" and self.scale is not None:
-                import mlx.core as mx
-
-                out = (out.astype(mx.float32) * self.scale).astype(out.dtype)
+            if path == "model.embed_tokens" and self.inputs.feeds_embeddings:
+                out = self._embedded(out)
             return self._after(path, out)
 
         return call
+
+    def _embedded(self, rows: Any) -> Any:
+        import mlx.core as mx
+
+        whole = self.inputs.embedded(lambda _: _as_numpy(rows))
+        embeds = whole if self.inputs.embeds is None else whole[:, self.piece]
+        return mx.array(np.asarray(embeds, np.float32)).astype(rows.dtype)
 
     def _before(self, path: str, x: Any) -> None:
         layer, _, inner = path.rpartition(".")

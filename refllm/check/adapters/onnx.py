@@ -52,8 +52,8 @@ class OnnxCandidate(GraphCandidate):
         optimised = Path(self._folder.name) / "optimised.onnx"
         as_it_is = onnx_files.session(file, optimised)
         super().__init__(file, opening, computes_in, {each.name: _wanted(each) for each in as_it_is.get_inputs()})
-        names = named_values(onnx_files.graph_of(source), self.config, opening.head)
         self._graph = onnx.load(optimised, load_external_data=False)
+        names = named_values(onnx_files.graph_of(source, self._graph), self.config, opening.head)
         self.values = onnx_files.left(names, source, self._graph)
         onnx_files.with_outputs(self._graph, set(self.values.values()))
         self._session, self._fed = self._of_graph("shown"), None

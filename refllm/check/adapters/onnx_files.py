@@ -2,10 +2,11 @@
 
 import ast
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from refllm.check.adapters.graph_names import Graph, Node
+from refllm.check.adapters.graph_names import Graph, Node, Shape
 from refllm.errors import InputError
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -49,22 +50,27 @@ def dtype_of(model: Any, file: Path) -> str:
     return "float32" if found == "float" else found
 
 
-def graph_of(model: Any) -> Graph:
-    """The nodes of a model and the modules that they come from. Shapes that the file lacks are inferred."""
-    import onnx
+def graph_of(model: Any, optimised: Any = None) -> Graph:
+    """The nodes of a model and the modules that they come from. optimised: the same model, if ONNX Runtime has been at
+    it: it knows shapes of values that the file says nothing of."""
+    graphs = [each.graph for each in (optimised, model) if each is not None]
+    shapes = {name: shape for graph in graphs for name, shape in _shapes(graph)}
+    nodes, weights = (
+        [_node(node) for node in model.graph.node],
+        frozenset(each.name for each in model.graph.initializer),
+    )
+    return Graph(nodes, shapes, tuple(value.name for value in model.graph.output), weights)
 
-    if not model.graph.value_info:
-        model = onnx.shape_inference.infer_shapes(model)
-    graph, shapes = model.graph, {}
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+
+def _shapes(graph: Any) -> Iterator[tuple[str, Shape]]:
+    """The values of floats whose shape is known as far as its rank."""
+    from onnx import TensorProto
+
     for value in (*graph.input, *graph.value_info, *graph.output):
         tensor = value.type.tensor_type
-        if tensor.elem_type in floats and tensor.HasField("shape"):
-            shapes[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
-    nodes = [_node(node) for node in graph.node]
-    scalars = {name for node in nodes if node.kind == "Constant" for name in node.outputs}
-    constants = frozenset({tensor.name for tensor in graph.initializer} | scalars)
-    return Graph(nodes, shapes, tuple(value.name for value in graph.output), constants)
+        if tensor.elem_type in (TensorProto.FLOAT, TensorProto.FLOAT16) and tensor.HasField("shape"):
+            shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+            yield value.name.removeprefix(UNROUNDED), shape
 
 
 def _node(node: Any) -> Node:
@@ -107,7 +113,7 @@ def session(file: Path, optimised: Path | None = None) -> Any:
 
 
 def left(names: dict[str, str], source: Any, optimised: Any) -> dict[str, str]:
-    """Of the named values those that an optimised graph has, by their names there: what the next operator reads.
+    """The named values that an optimised graph has, by their names there: what the next operator reads.
 
     Where a conversion to float16 is gone, that is what was to be converted.
     """

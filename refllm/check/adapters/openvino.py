@@ -105,17 +105,15 @@ _FED = "refllm_fed"
 
 def _graph(model: Any) -> Graph:
     """The nodes of a model, and the modules of Torch that they come from."""
-    constants, shapes, nodes = set(), {}, []
+    shapes: dict[str, Shape] = {}
+    nodes = []
     for op in model.get_ordered_ops():
-        inputs = tuple(_name(each.get_source_output()) for each in op.inputs())
-        if op.get_type_name() == "Constant" or (inputs and constants.issuperset(inputs)):
-            constants |= {_name(output) for output in op.outputs()}
-        elif op.get_type_name() not in ("Parameter", "Result"):
+        if op.get_type_name() not in ("Parameter", "Result"):
+            inputs = tuple(_name(each.get_source_output()) for each in op.inputs())
             names = tuple(_name(output) for output in op.outputs())
             shapes |= {_name(o): _shape(o) for o in op.outputs() if o.get_element_type().is_real()}
             nodes.append(Node(op.get_type_name(), inputs, names, _path(op), _swaps(op)))
-    results = tuple(_name(each.input_value(0)) for each in model.get_results())
-    return Graph(nodes, shapes, results, frozenset(constants))
+    return Graph(nodes, shapes, tuple(_name(each.input_value(0)) for each in model.get_results()))
 
 
 def _all_outputs(model: Any) -> list[Any]:

@@ -32,7 +32,7 @@ class _Way:
 class Call:
     """Calls a module. takes: see `Candidate.takes`.
 
-    ids, positions: the names of its arguments, "" for none.
+    ids, positions: the names of its arguments, "" for none; ids are then given by their place.
     """
 
     def __init__(self, module: Any) -> None:
@@ -115,7 +115,8 @@ class Call:
             arguments |= {self.positions: given["position_ids"]} if self.positions else {}
         if self.way.flat:
             arguments = {k: v[0] if hasattr(v, "shape") else v for k, v in arguments.items()}
-        out, cache = result_and_cache(self.module(**arguments))
+        by_place = () if self.ids else (given["input_ids"],)
+        out, cache = result_and_cache(self.module(*by_place, **arguments))
         return _logits(out), cache
 
     def _positions(self, rows: Any) -> Any:
@@ -128,9 +129,13 @@ class Call:
 
 
 def _arguments(module: Any) -> dict[str, inspect.Parameter]:
-    """What its forward takes by name."""
+    """What its forward takes by name; nothing of one that cannot be asked, as those that are compiled."""
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {n: p for n, p in inspect.signature(module.forward).parameters.items() if p.kind in by_name}
+    try:
+        found = inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: argument for name, argument in found.items() if argument.kind in by_name}
 
 
 def _arange(positions: Any) -> Any:

@@ -20,9 +20,11 @@ from refllm.config import ModelConfig
 from refllm.forward.taps import axes_of_values
 
 _COLUMNS = 16
-"""Of a row, as many numbers tell it from all others."""
+"""So many numbers of a row tell it from all others."""
 _ALMOST = 0.98
 """Share of a tensor's rows that a module has to have: rows may be equal, and the last of a vocabulary may be new."""
+NO_PLACE = ("_rope", ".scores", ".probs")
+"""What is no input or output of a part in most modules."""
 _ROTATES = re.compile(r"(?!.*(half|freq|cache|build|compute|table|init|get)).*(rot|rope)", re.IGNORECASE)
 """Names of what may rotate heads; whether it does, its arguments and results tell."""
 _HINTS = {
@@ -243,9 +245,10 @@ class _Layers:
             if len(named) == 1:
                 chosen[role] = named[0], offset
                 taken.add(named[0])
-            else:
-                several = f"{' or '.join(named or fitting)}" if fitting else "no part has such a weight"
-                self.notes.append(f"{role} is not shown: {several}")
+                by = "shape" if len(fitting) == 1 else "name"
+                self.notes.append(f"{named[0]}: its weight is not {role} in the checkpoint; taken for it by its {by}")
+            elif fitting:
+                self.notes.append(f"{role} may be {' or '.join(named or fitting)}")
 
 
 def _as_bytes(channels: np.ndarray | None) -> bytes | None:

@@ -5,6 +5,7 @@ The map is the user's (`--names F`, `compare(..., names=F)`), else the shipped o
 what it leaves out, or everything, is found in the module's weights (`torch_guess`).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,10 +13,10 @@ from typing import Any
 
 from refllm.check.adapters import torch_names
 from refllm.check.adapters.torch_call import Call
-from refllm.check.adapters.torch_guess import guess, rotating
+from refllm.check.adapters.torch_guess import NO_PLACE, guess, rotating
 from refllm.check.adapters.torch_names import Names, Place
 from refllm.check.adapters.torch_rotations import Rotations, must_rotate, tensors_of
-from refllm.check.functions import scaled_rows
+from refllm.check.functions import DTYPES, scaled_rows
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import must_not_have_changed
 from refllm.check.stacks import Opening
@@ -24,8 +25,6 @@ from refllm.errors import InputError
 from refllm.forward.taps import HEAD_TAPS, axes_of_values
 from refllm.storage.input_file import read_object
 
-NO_PLACE = ("_rope", ".scores", ".probs")
-"""What is no input or output of a module in most."""
 _STREAM = re.compile(r"model\.layers\.\d+(\.residual_mid)?")
 SHIPPED = {"transformers": "Transformers' names", "litgpt": "litgpt's names"}
 
@@ -71,11 +70,8 @@ class TorchModuleCandidate:
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`. Raises InputError for inputs that `cannot_run` has a reason for."""
-        import torch
-
         if reason := cannot_run(self, inputs):
             raise InputError(f"{self.name}: {inputs.label}: {reason}")
-        last = HEAD_TAPS.get(self.opening.head, "model.norm")
         embeds = scaled_rows(self.opening.folder, self.opening.head, self.dtype, inputs)
         cache = None
         for piece in inputs.pieces():
@@ -84,12 +80,31 @@ class TorchModuleCandidate:
                 "attention_mask": inputs.mask[:, : piece.stop],
                 "position_ids": inputs.positions[:, piece],
             }
-            tensors = {name: self.call.tensor(value) for name, value in given.items()}
-            rows = None if embeds is None else self.call.tensor(embeds[:, piece])
-            with torch.no_grad(), recorded(self.module, self.names, sink, without=last):
-                result, cache = self.call(tensors, rows, cache, use_cache=bool(inputs.chunks))
-            sink(last, result)
-            must_not_have_changed(given, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+            cache = self._call(given, None if embeds is None else embeds[:, piece], cache, bool(inputs.chunks), sink)
+
+    def _call(self, given: dict[str, Any], embeds: Any, cache: Any, use_cache: bool, sink: Sink) -> Any:
+        """One pass. Returns its cache."""
+        import torch
+
+        last = HEAD_TAPS.get(self.opening.head, "model.norm")
+        head: list[Any] = []
+
+        def tell(name: str, value: Any) -> None:
+            if name == last:
+                head.append(value)
+            else:
+                sink(name, value)
+
+        tensors = {name: self.call.tensor(value) for name, value in given.items()}
+        rows = None if embeds is None else self.call.tensor(embeds)
+        with torch.no_grad(), recorded(self.module, self.names, tell):
+            result, cache = self.call(tensors, rows, cache, use_cache)
+        tokens = given["input_ids"].size
+        # What is returned counts, unless that is less than the head has computed: of the last token, or a class.
+        of_all = [value for value in (result, *head) if math.prod(value.shape[:-1]) == tokens]
+        sink(last, of_all[0] if of_all else result)
+        must_not_have_changed(given, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+        return cache
 
 
 def names_of(module: Any, opening: Opening, dtype: str) -> Names:
@@ -108,13 +123,15 @@ def names_of(module: Any, opening: Opening, dtype: str) -> Names:
     names = torch_names.resolve(written, modules, model.config, model.head, where)
     names.said = said or "found in its weights"
     without = {key for key, place in written.items() if place is None}
-    wanted = set(axes_of_values(model.config, model.head)) - names.places.keys()
-    if any(not name.endswith(NO_PLACE) and torch_names.template(name) not in without for name in wanted):
+    values = axes_of_values(model.config, model.head)
+    wanted = [name for name in values if not name.endswith(NO_PLACE) and torch_names.template(name) not in without]
+    if not names.places.keys() >= set(wanted):
         found = guess(module, model.weights, model.config, model.head)
         names.notes = [] if said else found.notes
-        for value, place in found.places.items():
-            if torch_names.template(value) not in without:
-                names.places.setdefault(value, place)
+        for name in wanted:
+            if name in found.places:
+                names.places.setdefault(name, found.places[name])
+        names.notes += torch_names.not_found([name for name in wanted if name not in names.places])
     if where:
         must_rotate(names.rotations, module, where)
     if not (where and names.rotations):
@@ -123,30 +140,30 @@ def names_of(module: Any, opening: Opening, dtype: str) -> Names:
 
 
 def _dtype_of(module: Any) -> str:
-    """The dtype of most of its numbers. Raises InputError for a module that has none."""
+    """The dtype of most of its numbers. Raises InputError for one that cannot be judged, and for a module without."""
     counts: dict[str, int] = {}
     for parameter in module.parameters():
         if parameter.is_floating_point():
             name = str(parameter.dtype).removeprefix("torch.")
             counts[name] = counts.get(name, 0) + parameter.numel()
-    if not counts:
-        raise InputError(f"{type(module).__name__} has no parameters of floats, so no dtype to judge it by")
-    return max(counts, key=lambda name: counts[name])
+    found = max(counts, key=lambda name: counts[name], default="none")
+    if found not in DTYPES:
+        kind = type(module).__name__
+        raise InputError(f"{kind}: its parameters are of {found}; expected a module in {', '.join(DTYPES)}")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- hooks
 
 
 @contextmanager
-def recorded(module: Any, names: Names, sink: Sink, without: str = "") -> Iterator[None]:
-    """A context in which sink is told every value of the module's forward passes that has a place. without: a value
-    that is not wanted."""
+def recorded(module: Any, names: Names, sink: Sink) -> Iterator[None]:
+    """A context in which sink is told every value of the module's forward passes that has a place."""
     with ExitStack() as stack:
         modules = dict(module.named_modules())
         rotations = Rotations(sink, names.places, names.heads)
         for name, place in names.places.items():
-            if name != without:
-                stack.callback(_hook(modules[place.path], name, place, sink).remove)
+            stack.callback(_hook(modules[place.path], name, place, sink).remove)
             attention, _, projection = name.rpartition(".")
             if projection in ("q_proj", "k_proj"):
                 hook = rotations.projected(attention, projection[0])

@@ -151,6 +151,12 @@ def channels(part: str, order: tuple[str, ...], groups: bool, config: ModelConfi
     return np.asarray((np.arange(many)[:, None] * whole + within).reshape(-1))
 
 
+def not_found(names: Iterable[str]) -> list[str]:
+    """What to say of values that have no place: a sentence, or none."""
+    short = dict.fromkeys(re.sub(r"^model\.(layers\.\d+\.)?", "", name) for name in names)
+    return [f"not found: {', '.join(short)}; --names F.json tells where they are"] if short else []
+
+
 def template(name: str) -> str:
     """ "model.layers.3.mlp.act" -> "model.layers.{i}.mlp.act"."""
     return re.sub(r"\.\d+", ".{i}", name)

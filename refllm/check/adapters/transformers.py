@@ -75,7 +75,7 @@ class TransformersCandidate:
         import torch
 
         device = next(self.model.parameters()).device
-        cache = None
+        cache, weight = None, self.model.get_input_embeddings().weight
         for piece in inputs.pieces():
             given = {
                 "attention_mask": inputs.mask[:, : piece.stop],
@@ -86,11 +86,11 @@ class TransformersCandidate:
             arguments: dict[str, Any] = {**tensors, "past_key_values": cache, "use_cache": bool(inputs.chunks)}
             ids = arguments.pop("input_ids")
             with torch.inference_mode(), hooks(self.model, sink):
-                if inputs.embeds_scale is None:
+                if not inputs.feeds_embeddings:
                     arguments["input_ids"] = ids
                 else:
-                    rows = self.model.get_input_embeddings().weight[ids]
-                    arguments["inputs_embeds"] = (rows.float() * inputs.embeds_scale).to(rows.dtype)
+                    rows = torch.from_numpy(inputs.embedded(lambda ids: weight[ids].float().cpu().numpy()))
+                    arguments["inputs_embeds"] = rows[:, piece].to(weight)
                     sink("model.embed_tokens", arguments["inputs_embeds"])
                 out = self.model(**arguments)
             must_not_have_changed(given, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})

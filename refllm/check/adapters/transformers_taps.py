@@ -17,6 +17,8 @@ _BACKBONE = re.compile(r"^(?:model\.|transformer\.)?(?=(?:embed_tokens|layers|no
 _OUTPUTS = {
     "input_layernorm",
     "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
     "self_attn.q_proj",
     "self_attn.k_proj",
     "self_attn.v_proj",
@@ -55,6 +57,7 @@ class _Hooks:
         self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         self.head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
         self.modeling = sys.modules[type(model).__module__]
+        self.second_norm = _second_norm({_split(tap_path(path))[2] for path, _ in model.named_modules()})
 
     def attach(self, path: str, module: Any) -> Iterator[Any]:
         layer, _, inner = _split(path)
@@ -62,6 +65,8 @@ class _Hooks:
             yield module.register_forward_hook(lambda _m, _i, out: self.sink(path, out))
         elif layer and not inner:
             yield module.register_forward_hook(lambda _m, _i, out: self.sink(path, _first(out)))
+        elif inner in ("self_attn.q_norm", "self_attn.k_norm"):  # of heads, or of whole rows
+            yield module.register_forward_hook(lambda _m, _i, out: self.sink(path, _heads_first(out)))
         if inner == "self_attn":
             yield module.register_forward_pre_hook(lambda *_: setattr(self, "layer", layer))
             yield module.register_forward_hook(lambda _m, _i, out: self._probs(layer, out))
@@ -70,7 +75,7 @@ class _Hooks:
             yield module.register_forward_pre_hook(lambda _m, args: self._context(layer, args[0]))
         elif inner == "mlp.down_proj":
             yield module.register_forward_pre_hook(lambda _m, args: self.sink(f"{layer}.mlp.act", args[0]))
-        elif inner == "post_attention_layernorm":
+        elif inner and inner == self.second_norm:
             yield module.register_forward_pre_hook(lambda _m, args: self.sink(f"{layer}.residual_mid", args[0]))
         elif inner == "self_attn.qkv_proj":
             yield module.register_forward_hook(lambda _m, _i, out: self._split_qkv(layer, out))
@@ -134,6 +139,19 @@ def _split(path: str) -> tuple[str, str, str]:
     """ "model.layers.3.mlp.up_proj" -> ("model.layers.3", ".", "mlp.up_proj"); other paths have no layer."""
     match = re.match(r"(model\.layers\.\d+)(?:(\.)(.*))?$", path)
     return (match[1], match[2] or "", match[3] or "") if match else ("", "", path)
+
+
+def _second_norm(inner: set[str]) -> str:
+    """The norm that reads the residual stream between attention and MLP; "" where none does, since both are normed
+    after they ran."""
+    if "pre_feedforward_layernorm" in inner:
+        return "pre_feedforward_layernorm"
+    return "post_attention_layernorm" if "input_layernorm" in inner else ""
+
+
+def _heads_first(x: Any) -> Any:
+    """[B, S, H, D] -> [B, H, S, D]; whole rows [B, S, H D] as they are."""
+    return x.transpose(1, 2) if x.dim() == 4 else x
 
 
 def _first(out: Any) -> Any:
