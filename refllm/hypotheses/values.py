@@ -36,7 +36,7 @@ def with_noise_of(x: Value, value: np.ndarray) -> Value:
 def moved(x: Value, view: Callable[[np.ndarray], np.ndarray]) -> Value:
     """The same numbers in another order."""
     found: Any = replace(x.map(view), rounded=None) if isinstance(x, Uncertain) else view(x)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def times(x: Value, factor: Any) -> Value:

@@ -1,6 +1,6 @@
-"""How well a wrong run is explained, from its logits alone: docs/explained.md.
+"""How well a wrong run is explained, from its logits alone.
 
-    python -m refllm.mutants.explanations docs/explained.md [FOLDER [CASE ...]]
+    python -m refllm.mutants.explanations FILE [FOLDER [CASE ...]]
 
 FOLDER keeps what was found in each case, so that a sweep that was ended goes on. CASE: some of the models alone.
 
@@ -216,7 +216,7 @@ def page(outcomes: list[Outcome]) -> str:
     lines = [
         "# Explanations, measured",
         "",
-        "Made by `python -m refllm.mutants.explanations docs/explained.md`. Logits alone are shown, by a port that",
+        "Made by `python -m refllm.mutants.explanations FILE`. Logits alone are shown, by a port that",
         "shares no code with the hypotheses; a mistake is visible if the check fails. Models:",
         f"{', '.join(sorted({case for case, _ in runs}))}.",
         "",
