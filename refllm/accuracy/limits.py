@@ -96,7 +96,7 @@ FALLS = 3.0
 """How many times smaller the error must become under a hypothesis that explains it."""
 
 AS_GOOD_AS_THE_BEST = 1.1
-"""Of the error that the best hypothesis leaves, up to which another one explains a run as well."""
+"""How many times the error that the best hypothesis leaves another one may leave that explains a run as well."""
 
 BELOW_SLOPE, BELOW_OFF, BELOW_SIGMAS, ALIKE = 0.7, 0.1, 5.0, 0.9
 """The slope from which the shape of an error that is below its limit is a finding; how far from 1 it may be, beside

@@ -140,7 +140,7 @@ class _Explaining:
     # ------------------------------------------------------------------------------------------------------- judgement
 
     def _fits(self, trials: Iterable[Trial], error: dict[str, float] | None = None) -> list[Cause]:
-        """Of the trials, the best first, those that explain the value."""
+        """Those of the trials that explain the value, the best first."""
         found: list[Judged] = []
         ordered = sorted(trials, key=lambda t: t.left)
         best = ordered[0].left if ordered else 0.0

@@ -74,13 +74,13 @@ def _narrow(dtype: str) -> Any:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One mistake in one model. verdict: right, same (other words, the same numbers), wrong, none, nearly, invisible,
+    """One mistake in one model. result: right, same (other words, the same numbers), wrong, none, nearly, invisible,
     silent (nothing explains it, and nothing should)."""
 
     case: str
     dtype: str
     bug: str
-    verdict: str
+    result: str
     said: str
     seconds: float
     before: float = 0.0
@@ -92,12 +92,12 @@ def examined(case: Case, bug: Bug) -> Outcome:
     logits = case.logits(bug)
     search = case.search(logits)
     found = explain(search, case.model.config)
-    verdict = _verdict(case, bug, search, found)
+    result = _result(case, bug, search, found)
     said = "; ".join(cause.name for cause in found.causes)
-    return Outcome(case.name, case.dtype, bug.name, verdict, said, time.process_time() - begin, found.before)
+    return Outcome(case.name, case.dtype, bug.name, result, said, time.process_time() - begin, found.before)
 
 
-def _verdict(case: Case, bug: Bug, search: Search, found: Explanation) -> str:
+def _result(case: Case, bug: Bug, search: Search, found: Explanation) -> str:
     if not np.isfinite(search.seen(True)).all():
         return "invisible"
     if not _visible(search):
@@ -204,14 +204,14 @@ def _of_a_right_run(case: Case, n: int) -> Outcome:
     begin = time.process_time()
     found = right_run(case, n)
     said = "; ".join(cause.name for cause in found.causes)
-    verdict = "false" if found.causes else "right run"
-    return Outcome(case.name, case.dtype, f"none {n}", verdict, said, time.process_time() - begin, found.before)
+    result = "false" if found.causes else "right run"
+    return Outcome(case.name, case.dtype, f"none {n}", result, said, time.process_time() - begin, found.before)
 
 
 def page(outcomes: list[Outcome]) -> str:
     """The document."""
-    known = [o for o in outcomes if o.verdict in ("right", "same", "wrong", "none", "nearly")]
-    count, runs = Counter(o.verdict for o in outcomes), Counter((o.case, o.dtype) for o in outcomes)
+    known = [o for o in outcomes if o.result in ("right", "same", "wrong", "none", "nearly")]
+    count, runs = Counter(o.result for o in outcomes), Counter((o.case, o.dtype) for o in outcomes)
     explained, right_runs = count["right"] + count["same"], count["right run"] + count["false"]
     lines = [
         "# Explanations, measured",
@@ -232,7 +232,7 @@ def page(outcomes: list[Outcome]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name in dict.fromkeys(o.bug for o in outcomes):
-        of = Counter(o.verdict for o in known if o.bug == name)
+        of = Counter(o.result for o in known if o.bug == name)
         if of:
             cells = [sum(of.values()), *(of[v] for v in ("right", "same", "nearly", "none", "wrong"))]
             lines.append(f"| {name} | " + " | ".join(str(n or "") for n in cells) + " |")
@@ -248,8 +248,8 @@ def main(arguments: list[str]) -> int:
         for found in pool.map(in_case, keys, [Path(kept) if kept else None] * len(keys)):
             outcomes += found
     for o in outcomes:
-        if o.verdict not in ("right", "invisible", "silent", "right run"):
-            print(f"{o.case} {o.dtype} {o.bug}: {o.verdict} {o.said}")
+        if o.result not in ("right", "invisible", "silent", "right run"):
+            print(f"{o.case} {o.dtype} {o.bug}: {o.result} {o.said}")
     text = page(outcomes)
     if path:
         output_file.write("docs", path, text)

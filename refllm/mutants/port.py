@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Port:
     """tensors: by the names of the pages. config: their settings. Every other field is a mistake; as it stands there is
     none. half: rounds to the narrow format after every step."""

@@ -86,11 +86,14 @@ def uncertain() -> Propagation:
 
 
 def test_without_a_change_it_is_the_page(models: dict[str, Model]) -> None:
+    off = {}
     for name, model in models.items():
         given = tokens(model)
         right = build(type(model), model.config, {n: np.asarray(model.weights[n]) for n in model.weights.shapes})
         expected = right(given.ids, given.mask, given.positions, use_cache=False).logits[given.valid]
-        assert np.abs(run(model, given, Arrays(model))[given.valid] - expected).max() < 1e-11, name
+        off[name] = np.abs(run(model, given, Arrays(model))[given.valid] - expected).max()
+    assert set(off) == set(MODELS)
+    assert max(off.values()) < 1e-11
 
 
 def test_every_hypothesis_changes_something_and_there_are_enough(models: dict[str, Model]) -> None:
@@ -117,7 +120,7 @@ def test_every_hypothesis_changes_something_and_there_are_enough(models: dict[st
 @pytest.mark.parametrize("name", ["llama", "parallel stablelm"])
 def test_values_with_an_error_are_the_same_values(models: dict[str, Model], name: str) -> None:
     model = models[name]
-    given, arrays = tokens(model, 10), Arrays(model)
+    given, arrays, compared = tokens(model, 10), Arrays(model), 0
     for hypothesis in catalogue(model.config):
         value = run(model, given, arrays, hypothesis)
         other = run(model, given, arrays, hypothesis, op=uncertain())
@@ -130,6 +133,8 @@ def test_values_with_an_error_are_the_same_values(models: dict[str, Model], name
         assert np.isfinite(other.variance[shown]).all(), hypothesis.name
         assert (other.variance[shown] >= 0).all(), hypothesis.name
         assert other.variance[shown].any(), hypothesis.name
+        compared += 1
+    assert compared > 200
 
 
 def _named(model: Model, name: str) -> Hypothesis:
