@@ -28,7 +28,7 @@ def optional(operator: str) -> dict[str, Any]:
     arrays that may be None. Raises InputError for an operator that there is none of."""
     contract_of(operator)
     known = inspect.signature(getattr(ops, operator)).parameters.values()
-    keywords = [p for p in known if p.kind is p.KEYWORD_ONLY and p.name not in ("ar", "tap", "mask")]
+    keywords = [p for p in known if p.kind is p.KEYWORD_ONLY and p.name not in ("ar", "tap", "mask", "window")]
     arrays = [p for p in known if p.kind is not p.KEYWORD_ONLY and "None" in str(p.annotation)]
     return {p.name: None for p in arrays} | {p.name: p.default for p in keywords if p.default is not p.empty}
 
