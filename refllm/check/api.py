@@ -42,6 +42,7 @@ def compare(
     against: Any = None,
     weights: Any = None,
     page: str | os.PathLike[str] | None = None,
+    explain: bool = False,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
@@ -63,7 +64,8 @@ def compare(
     weights: those that the candidate really has, where they are not the checkpoint's (of a quantised engine): a
     checkpoint folder, a safetensors or GGUF file, or arrays by the names of the checkpoint's tensors. It is judged with
     them, and what they cost is reported apart (`Report.format_error`). page: the file of a page of one's own, or a
-    known family (`refllm.models.own_page`).
+    known family (`refllm.models.own_page`). explain: look for the change of the reference that gives what a wrong run
+    has (`Report.explanation`); it takes a second or more for every report.
 
     A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
     and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
@@ -79,7 +81,7 @@ def compare(
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     files = [None if path is None else Path(path) for path in (names, library)]
     call = _Call(Path(checkpoint), candidate, dtype, policy, attention, stress, splits, tf32, layout,
-                 files[0], files[1], weights, _trace(against))  # fmt: skip
+                 files[0], files[1], weights, _trace(against), explain)  # fmt: skip
     with in_use(page):
         if trace is not None:
             return [call.recorded(_trace(trace, None if input_ids is None else np.atleast_2d(input_ids)))]
@@ -104,6 +106,7 @@ class _Call:
     library: Path | None
     weights: Any
     against: "Trace | None"
+    explain: bool
 
     def recorded(self, trace: "Trace | None") -> "Report":
         """The report on a recorded run."""
@@ -122,6 +125,7 @@ class _Call:
             layout=self.layout,
             against=self.against,
             weights=self._weights(),
+            explain=self.explain,
         )
 
     def reports(self, given: dict[str, Any], prompt: str | None, processes: "Processes | None") -> "list[Report]":
@@ -150,6 +154,7 @@ class _Call:
             notes=notes,
             recorded=lambda: close(found),
             weights=self._weights(),
+            explain=self.explain,
         )
         return list(runs.reports())
 

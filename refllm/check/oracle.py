@@ -28,6 +28,7 @@ from refllm.check import formulas
 from refllm.check.asked import Asked
 from refllm.check.error_map import error_map
 from refllm.check.explained import explained
+from refllm.check.explained import in_words as explained_in_words
 from refllm.check.inputs import Inputs
 from refllm.check.layout import no_name
 from refllm.check.misbehaviour import Misbehaviour
@@ -596,8 +597,7 @@ class Report:
         that something was not seen of, is incomplete."""
         values = {tap.verdict for tap in self.taps}
         wrong = self.misbehaviour or "fails" in values or (self.next_tokens and self.next_tokens.defects)
-        shaped = self.explanation is not None and self.explanation.kind == "slope"
-        return verdict(wrong or shaped, missing=self.unseen or self.unsaid or "untested" in values)
+        return verdict(wrong, missing=self.unseen or self.unsaid or "untested" in values)
 
     @property
     def first_failure(self) -> TapReport | None:
@@ -768,6 +768,7 @@ def judge(
     )
     if explain:
         report.explanation = _explanation(model, collected, report, step)
+        report.notes += explained_in_words(report.explanation) if report.verdict != "fails" else []
     report.notes += trace.doubts if report.verdict == "fails" else []
     return report
 

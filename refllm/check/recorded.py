@@ -43,6 +43,7 @@ def check_files(
     given = read_tokens(folder, AutoConfig.from_pretrained(folder).vocab_size, **settings.tokens)
     dtype, words, good = next(iter(settings.dtypes), None), settings.layout, settings.against
     how: dict[str, Any] = {"dtype": dtype, "layout": words, "against": good, "step": step}
+    how["explain"] = settings.explain
     how["weights"] = None if settings.weights is None else Given.open(settings.weights)
     for file in files:
         trace = Trace.load(file, given)
@@ -60,13 +61,14 @@ def check_recorded(
     against: Trace | None = None,
     step: Step = lambda *_: None,
     weights: Given | None = None,
+    explain: bool = False,
 ) -> Report:
     """The report on a recorded run. load: dtype -> the checkpoint, with weights on the grid of that dtype.
 
     dtype: in which it computed; None takes what the trace says, or shows. layout: how its values lie, in place of what
     the trace says (`refllm.check.layout.LAYOUTS`). against: a known-good run, the measure in place of the page.
     weights: those that it computed with, where they are not the checkpoint's; the file may hold them, as
-    `weights.<tensor>`. Raises InputError for a trace that is not of this checkpoint.
+    `weights.<tensor>`. explain: see `judge`. Raises InputError for a trace that is not of this checkpoint.
     """
     format_ = dtype or trace.dtype
     if format_ not in DTYPES:
@@ -80,7 +82,7 @@ def check_recorded(
     how: dict[str, Any] = {"checkpoint": checkpoint, "step": lambda text: step(f"{where}: {text}")}
     if against is not None:
         return judge_against(model, trace, canonical(against, model, layout if against.is_plain else ""), asked, **how)
-    report = judge(model, trace, asked, explain=True, **how)
+    report = judge(model, trace, asked, explain=explain, **how)
     if weights is not None:
         report.format_error = format_error(load("float64"), weights, trace.inputs, report)
     said = "dtype" in trace.details or dtype is not None

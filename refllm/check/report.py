@@ -113,8 +113,6 @@ def _table() -> Table:
 def _failure(report: Report) -> RenderableType:
     first = report.first_failure
     why_it_is: list[RenderableType] = [Text(said, style="bold") for said in explained.in_words(report.explanation)]
-    if first is None and report.explanation is not None and report.explanation.kind == "slope":
-        return _panel(f"below the limit: {report.explanation.value}", why_it_is)
     if first is None:
         body = Text("every value holds, but rounding does not explain the next tokens below")
         return _panel("first failure: next tokens", [body, *why_it_is])
@@ -272,8 +270,6 @@ def _where(report: Report) -> Text:
     if report.misbehaviour is not None:
         return Text(f": {report.misbehaviour.name}")
     first = report.first_failure
-    if first is None and report.explanation is not None and report.explanation.kind == "slope":
-        return Text(f": {report.explanation.causes[0].name}")
     return Text(": next tokens" if first is None else f": {formulas.spoken(first.name)}")
 
 

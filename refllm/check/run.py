@@ -59,7 +59,7 @@ class Settings:
     isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`. names, library: see
     `refllm.check.stacks.Opening`. layout: words of `refllm.check.layout.LAYOUTS`.
     against: a known-good run to be the measure, and its tokens those that are run where `tokens` has none.
-    weights: what `refllm.check.weights.Given.open` takes.
+    weights: what `refllm.check.weights.Given.open` takes. explain: look for what a wrong run did.
     """
 
     candidate: str = "transformers"
@@ -77,6 +77,7 @@ class Settings:
     layout: str = ""
     against: Trace | None = None
     weights: Path | None = None
+    explain: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
@@ -227,6 +228,7 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
         step=step,
         recorded=go_on,
         weights=None if job.settings.weights is None else Given.open(job.settings.weights),
+        explain=job.settings.explain,
     )
     yield from runs.reports()
 

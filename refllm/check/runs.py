@@ -33,7 +33,8 @@ class Runs:
     layout: how the candidate's values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
     against: a known-good run, the measure in place of the page; of the plain inputs.
     recorded: called when the last run is done and not yet judged. weights: those that the candidate really
-    has, where they are not the checkpoint's; it may hand them over in its first run.
+    has, where they are not the checkpoint's; it may hand them over in its first run. explain: look for what a wrong
+    run did (`refllm.check.explained`).
     """
 
     load: Callable[[str], Model]
@@ -48,6 +49,7 @@ class Runs:
     notes: list[str] = field(default_factory=list)
     step: Callable[..., None] = lambda *_: None
     recorded: Callable[[], None] = lambda: None
+    explain: bool = False
     weights: Given | None = None
 
     def __post_init__(self) -> None:
@@ -180,7 +182,7 @@ class Runs:
 
     def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
         if self.against is None:
-            return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step, explain=True)
+            return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step, explain=self.explain)
         layout = ",".join(self.layout) if self.against.is_plain else ""
         good, asked = canonical(self.against, self._model, layout), Asked.of(self.policy)
         return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)

@@ -161,6 +161,9 @@ def check(
         ),
     ] = None,
     page: Page = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Look for the change of the reference that gives what a wrong run has.")
+    ] = False,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -182,7 +185,7 @@ def check(
         from refllm.check.trace import Trace
 
         more["against"] = Trace.load(against)
-    more |= {"weights": weights}
+    more |= {"weights": weights, "explain": explain}
     if recorded:
         from refllm.check.recorded import check_files, refuse
 

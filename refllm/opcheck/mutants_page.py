@@ -153,7 +153,7 @@ def measured_part(ours: "AuditReport", typical: dict[str, dict[str, "AuditReport
 
 
 def _by_level(ours: "AuditReport") -> list[str]:
-    """At which level each bug is found first, in the first dtype in which it makes a difference."""
+    """The level at which each bug is found first, in the first dtype in which it makes a difference."""
     levels = ("basic", "contract", "hostile")
     rows = []
     for operator in (*ours.operators, "**all**"):

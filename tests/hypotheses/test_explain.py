@@ -141,7 +141,7 @@ def test_a_report_says_what_explains_a_run(tmp_path: Path) -> None:
     from refllm.check.report import show_report
 
     ids = np.random.default_rng(1).integers(0, 640, 64)
-    (report,) = compare(LLAMA, _port(scaling="none"), dtype="float32", input_ids=ids)
+    (report,) = compare(LLAMA, _port(scaling="none"), dtype="float32", explain=True, input_ids=ids)
     assert report.verdict == "fails"
     assert report.explanation is not None
     sentence = "explained: with rope_type default instead of llama3 the reference gives your logits to 0."
@@ -158,7 +158,7 @@ def test_a_report_says_what_explains_a_run(tmp_path: Path) -> None:
 
 def test_a_right_run_of_logits_alone_has_no_explanation() -> None:
     ids = np.random.default_rng(1).integers(0, 640, 64)
-    (report,) = compare(LLAMA, _port(), dtype="float32", input_ids=ids)
+    (report,) = compare(LLAMA, _port(), dtype="float32", explain=True, input_ids=ids)
     assert report.verdict != "fails"
     assert report.explanation is None
     assert report.to_dict()["explanation"] is None
@@ -187,6 +187,6 @@ def test_a_wrong_value_among_shown_ones_is_explained_where_it_is() -> None:
 
 def test_mlx_that_does_not_read_rope_parameters_is_explained() -> None:
     pytest.importorskip("mlx_lm")
-    (report,) = compare(LLAMA, "mlx", dtype="float32", isolate=False, input_ids=np.arange(3, 67))
+    (report,) = compare(LLAMA, "mlx", dtype="float32", explain=True, isolate=False, input_ids=np.arange(3, 67))
     assert report.explanation is not None
     assert report.explanation.causes[0].name == "rope scaling ignored"
