@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from refllm.accuracy.verdicts import worst
-from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
+from refllm.commands.shared_options import Json, Junit, KnownFile, conclude, console, to_stdout
 from refllm.errors import InputError
 from refllm.terminal.status_line import StatusLine
 
@@ -36,7 +36,12 @@ def check_op(
     ] = 10.0,
     seconds: Annotated[
         float | None,
-        typer.Option("--seconds", metavar="S", help="For the whole search. Default: 25; of Triton kernels: 100."),
+        typer.Option(
+            "--time",
+            "--seconds",
+            metavar="N",
+            help="Seconds for the whole search. Default: 25; of Triton kernels: 100.",
+        ),
     ] = None,
     bitwise: Annotated[
         bool, typer.Option("--bitwise", help="A row alone must have the bits that it has in a batch.")
@@ -58,13 +63,17 @@ def check_op(
         ),
     ] = None,
     json_file: Json = None,
+    junit: Junit = None,
+    known_file: KnownFile = None,
 ) -> None:
     """Search for an input on which your operator breaks its contract; make it small and say what is wrong.
 
     Exit code 1 if there is one, or if the time was up before every fixed call was examined.
     """
+    from refllm.commands.gate import Known
     from refllm.opcheck import api, report
 
+    known, interrupted = Known.load(known_file), False
     screen = console(quiet=to_stdout(json_file))
     if list_all:
         screen.print(report.show_operators())
@@ -74,29 +83,34 @@ def check_op(
     reports: list[api.OpReport] = []
     with StatusLine(sys.stderr) as step:
         for one in dtype or ["bfloat16"]:
-            reports.append(
-                api.check_op(
-                    operator,
-                    candidate,
-                    dtype=one,
-                    policy=policy,
-                    device=device,
-                    arrays=arrays,
-                    max_examples=max_examples,
-                    seed=seed,
-                    time_limit=time_limit,
-                    seconds=seconds,
-                    bitwise=bitwise,
-                    without=without or (),
-                    repro=_program_of(repro, one) if any(r.repro for r in reports) else repro,
-                    progress=lambda text, done, total: step(text, done, total or None),
+            try:
+                reports.append(
+                    api.check_op(
+                        operator,
+                        candidate,
+                        dtype=one,
+                        policy=policy,
+                        device=device,
+                        arrays=arrays,
+                        max_examples=max_examples,
+                        seed=seed,
+                        time_limit=time_limit,
+                        seconds=seconds,
+                        bitwise=bitwise,
+                        without=without or (),
+                        repro=_program_of(repro, one) if any(r.repro for r in reports) else repro,
+                        progress=lambda text, done, total: step(text, done, total or None),
+                    )
                 )
-            )
+            except api.SearchInterrupted as error:
+                reports.append(error.report)
+                interrupted = True
             step.clear()
             screen.print(report.show_report(reports[-1], with_repro=repro is None))
-    write_json(_together([r.to_dict() for r in reports]), json_file)
-    if any(r.verdict != "holds" for r in reports):
-        raise typer.Exit(FINDING)
+            if interrupted:
+                break
+    found = _together([r.to_dict() for r in reports]) | ({"interrupted": True} if interrupted else {})
+    conclude(found, known, screen, json_file, junit)
 
 
 def _program_of(repro: Path | None, dtype: str) -> Path | None:

@@ -84,6 +84,15 @@ class OpReport:
         return report_text(self)
 
 
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `check_op`. report: on what was seen until then; it is incomplete, or has a finding that may not be
+    as small as it can be."""
+
+    def __init__(self, report: OpReport) -> None:
+        super().__init__("the search was interrupted")
+        self.report = report
+
+
 def check_op(
     operator: str,
     candidate: Any,
@@ -120,7 +129,8 @@ def check_op(
         (float32 weights and tables beside narrower activations); no call has them.
     repro: a file to write the reproduction to. progress: told what is being done.
 
-    Raises InputError for an operator, a candidate, a dtype, ... that there is none of.
+    Raises InputError for an operator, a candidate, a dtype, ... that there is none of, and SearchInterrupted, which has
+    the report so far, for Ctrl-C.
     """
     start = time.monotonic()
     contract_of(operator)
@@ -139,12 +149,14 @@ def check_op(
     task = Task(blank, device, arrays, found.interpreted, policy, True, bitwise)
     begin = time.monotonic()
     examine = Examiner(runner, task, time_limit, begin + seconds)
+    searched, examples, interrupted = search.Searched(None, "interrupted", complete=False), 0, False
+    first = smallest = None
+    guesses: list[Guess] = []
     try:
         until = begin + seconds * (1 - _FOR_SHRINKING if shrink else 1)
         searched = _search(examine, operator, dtype, policy, calls, without, max_examples, seed, until, progress)
         examples = examine.examples
         first = smallest = searched.finding
-        guesses: list[Guess] = []
         if first is not None and shrink:
             odd = _now_and_then(examine, first, progress)
             if odd is not None:
@@ -152,6 +164,8 @@ def check_op(
             else:
                 smallest = _smallest(examine, first, progress)
                 guesses = _guesses(examine, smallest, first, policy)
+    except KeyboardInterrupt:
+        examples, interrupted = examples or examine.examples, True
     finally:
         runner.close()
     judged = smallest.judgement if smallest is not None and smallest.judgement is not None else examine.worst
@@ -171,7 +185,7 @@ def check_op(
         examine.examples - examples,
         time.monotonic() - start,
         seed,
-        searched.ended,
+        "interrupted" if interrupted else searched.ended,
         tuple(examine.power.untested) if smallest is None else (),
         "" if smallest is None else reproduction(smallest, found, policy, time_limit),
         without=without,
@@ -179,6 +193,8 @@ def check_op(
     if repro is not None and report.repro:
         output_file.write("--repro", repro, report.repro)
         report = replace(report, repro_file=str(repro))
+    if interrupted:
+        raise SearchInterrupted(report)
     return report
 
 
