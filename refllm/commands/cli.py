@@ -163,6 +163,15 @@ def check(
         ),
     ] = None,
     layout: Layout = "",
+    logprobs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--logprobs",
+            metavar="F",
+            help="Judge the log-probabilities of tokens in a file (docs/recording.md); of two, a trainer's and a "
+            "rollout's, also whose fault their difference is.",
+        ),
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
@@ -191,6 +200,17 @@ def check(
     from refllm.commands.gate import Known
 
     known = Known.load(known_file)
+    if logprobs:
+        others = {
+            "--candidate": candidate,
+            "--trace": recorded,
+            "--against": against,
+            "--stress": stress,
+            "--html": html_file,
+        }
+        others |= {"--junit": junit, "--known": known_file, "--weights": weights, "--time": time, "--names": names}
+        others |= {"--prompt": prompt, "--ids": ids, "--ids-file": ids_file, "--layout": layout, "--library": library}
+        return _check_logprobs(checkpoint, logprobs, tuple(dtype or ()), policy, json_file, others)
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library, "layout": layout}
     if against is not None:
@@ -235,6 +255,32 @@ def check(
         command = " ".join(["refllm", *sys.argv[1:]])
         write_html(html_file, reports, {"command": command}, run.token_texts(folders))
     conclude(found, known, console, json_file, junit)
+
+
+def _check_logprobs(
+    checkpoint: Path | None,
+    files: list[Path],
+    dtypes: tuple[str, ...],
+    policy: str | None,
+    json_file: Path | None,
+    others: dict[str, Any],
+) -> None:
+    from refllm.check.asked import Asked
+    from refllm.check.logprobs import check_logprobs
+    from refllm.check.logprobs_report import show_logprobs
+    from refllm.check.run import find_policy
+
+    given = next((option for option, value in others.items() if value), None)
+    if given is not None:
+        raise InputError(f"--logprobs judges what a file says, so leave out {given}")
+    asked = Asked(None if policy is None else find_policy(policy))
+    with StatusLine(sys.stderr) as step:
+        step("predicting log-probabilities")
+        found = check_logprobs(checkpoint, files, dtypes, asked)
+    _console(quiet=_to_stdout(json_file)).print(show_logprobs(found))
+    _write_json(found.to_dict(), json_file)
+    if found.verdict != "holds":
+        raise typer.Exit(FINDING)
 
 
 @app.command()

@@ -77,9 +77,8 @@ def of_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     def raises(checkpoint: str, ids: Any, mask: Any, positions: Any, tap: Any) -> Any:
         raise ValueError("no\x00such kernel")
 
-    traces = {
-        name: record(ReferenceCandidate(m), right, Inputs(IDS)) for name, m in (("right", right), ("wrong", wrong))
-    }
+    models = {"right": right, "wrong": wrong}
+    traces = {name: record(ReferenceCandidate(model), right, Inputs(IDS, label=name)) for name, model in models.items()}
     logits = {name: x for name, x in traces["wrong"].taps.items() if name == "lm_head"}
     traces["logits"] = replace(traces["wrong"], taps=logits, inputs=Inputs(IDS, label="logits"))
     found = {name: judge(right, trace, checkpoint="llama").to_dict() for name, trace in traces.items()}
