@@ -176,7 +176,7 @@ def _has_holes(mask: np.ndarray) -> bool:
 
 @dataclass(frozen=True)
 class Expected:
-    """Of every token [B, S] but the first of a row: the exact log-probability, and the variance of its predicted error.
+    """The exact log-probability of every token [B, S] but the first of a row, and the variance of its predicted error.
 
     carried: whether the error of the head's input went through the head; else the variance is a bound, that of logits
     whose errors all push the same way.
@@ -441,7 +441,7 @@ def check_logprobs(folder: Path | None, files: list[Path], dtypes: tuple[str, ..
         raise InputError(f"--logprobs {files[1]}: its tokens are others than those of {files[0]}")
     reports = []
     for i, one in enumerate(said):
-        dtype = one.dtype or (dtypes[min(i, len(dtypes) - 1)] if dtypes else "")
+        dtype = one.dtype or (dtype_name(dtypes[min(i, len(dtypes) - 1)]) if dtypes else "")
         if dtype not in DTYPES:
             which = f"{dtype!r} cannot be checked" if dtype else "nothing says in which dtype it computed"
             raise InputError(f"--logprobs {files[i]}: {which}; say --dtype with one of {', '.join(DTYPES)}")

@@ -51,7 +51,7 @@ def _difference(found: Disagreement, verdict: str) -> list[RenderableType]:
     return [title, _grid(lines), ""]
 
 
-def _grid(lines: list[tuple[str, str]]) -> Table:
+def _grid(lines: list[tuple[str, str]]) -> RenderableType:
     grid = Table.grid(padding=(0, 2, 0, 0))
     for label, said in lines:
         grid.add_row(Text(label, style="dim"), Text(said))

@@ -201,12 +201,14 @@ def check(
 
     known = Known.load(known_file)
     if logprobs:
-        others = {
+        others: dict[str, Any] = {
             "--candidate": candidate,
             "--trace": recorded,
             "--against": against,
             "--stress": stress,
             "--html": html_file,
+            "--splits": splits > 1,
+            "--tf32": tf32,
         }
         others |= {"--junit": junit, "--known": known_file, "--weights": weights, "--time": time, "--names": names}
         others |= {"--prompt": prompt, "--ids": ids, "--ids-file": ids_file, "--layout": layout, "--library": library}

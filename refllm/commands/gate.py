@@ -138,8 +138,8 @@ class Known:
         return complete and all(report["verdict"] == "holds" or self.all_known(report) for report in reports)
 
     def states(self, found: dict[str, Any]) -> list[tuple[Entry, str]]:
-        """Of every entry whether it was "seen", is "past its date" though it was, is "gone", or nothing was "checked"
-        that it is about: ("not checked")."""
+        """Every entry with what became of it: "seen", "past its date" (and seen), "gone", or "not checked", where nothing
+        was that it is about."""
         return [(entry, self._state(entry, reports_of(found))) for entry in self.entries]
 
     def _state(self, entry: Entry, reports: list[dict[str, Any]]) -> str:
@@ -186,4 +186,5 @@ def _entry(where: str, values: Any) -> Entry:
     except ValueError:
         raise InputError(f"{where}: until is {show(values['until'])}; expected a date such as 2027-01-31") from None
     about = {key: values[key] for key in _WHERE if key in values}
-    return Entry(values.get("value", values.get("operator")), "operator" in values, values["reason"], until, about)
+    name = values["operator" if "operator" in values else "value"]
+    return Entry(name, "operator" in values, values["reason"], until, about)

@@ -9,6 +9,7 @@ import typer
 from refllm.accuracy.verdicts import worst
 from refllm.commands.shared_options import Json, Junit, KnownFile, conclude, console, to_stdout
 from refllm.errors import InputError
+from refllm.terminal.interrupts import Interrupts
 from refllm.terminal.status_line import StatusLine
 
 
@@ -81,7 +82,12 @@ def check_op(
     if operator is None or candidate is None:
         raise InputError("check-op needs an operator and --candidate; refllm check-op --list shows the operators")
     reports: list[api.OpReport] = []
-    with StatusLine(sys.stderr) as step:
+    with StatusLine(sys.stderr) as step, Interrupts() as ctrl_c:
+
+        def progress(text: str, done: float, total: float) -> None:
+            ctrl_c.ask()
+            step(text, done, total or None)
+
         for one in dtype or ["bfloat16"]:
             try:
                 reports.append(
@@ -99,7 +105,7 @@ def check_op(
                         bitwise=bitwise,
                         without=without or (),
                         repro=_program_of(repro, one) if any(r.repro for r in reports) else repro,
-                        progress=lambda text, done, total: step(text, done, total or None),
+                        progress=progress,
                     )
                 )
             except api.SearchInterrupted as error:

@@ -2,6 +2,7 @@
 named."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import refllm
 from refllm.check.asked import Asked
 from refllm.check.inputs import Inputs
 from refllm.check.logprobs import Found, LogProbs, check_logprobs, expect
+from refllm.commands import cli
 from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.precision import FUSED
@@ -194,3 +196,30 @@ def test_files_of_other_tokens_are_refused(folder: Path, runs: dict[str, np.ndar
     with pytest.raises(InputError, match="its tokens are others"):
         check(folder, first, second)
     assert LogProbs.load(first).source == "a.jsonl"
+
+
+def test_command_says_whose_fault_it_is(
+    folder: Path,
+    runs: dict[str, np.ndarray],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = [
+        write(tmp_path / "trainer.safetensors", runs["bfloat16"], source="trainer"),
+        write(tmp_path / "rollout.jsonl", runs["fused moved"], source="rollout"),
+    ]
+    command = ["refllm", "check", folder, "--dtype", "bf16", "--logprobs", files[0], "--logprobs", files[1]]
+
+    def run(*more: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(word) for word in (*command, *more)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(ended.value.code or 0), " ".join(shown.out.split()), shown.err
+
+    code, out, err = run()
+    assert (code, err) == (1, "")
+    assert "rollout is wrong: rounding explains what trainer says, and not what it says" in out
+    code, out, err = run("--tf32")
+    assert (code, out, err) == (2, "", "refllm: --logprobs judges what a file says, so leave out --tf32\n")

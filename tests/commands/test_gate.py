@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -357,3 +358,33 @@ def test_ctrl_c_ends_the_other_dtypes_too(run: Run, tmp_path: Path, monkeypatch:
     assert (code, err, asked) == (130, "", ["float32"])
     assert "interrupted" in out
     validate(json.loads((tmp_path / "f.json").read_text()), "check-op")
+
+
+class Swallows:
+    """A destructor in which Ctrl-C comes, as it may in a callback of the garbage collector."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_python_swallows_ends_the_search_too(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 0
+
+    def observe(self: Any, task: Any, *limits: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            Swallows()
+        return observed(self, task, *limits)
+
+    observed = api.Worker.observe
+    monkeypatch.setattr(api.Worker, "observe", observe)
+    before = signal.getsignal(signal.SIGINT)
+    command = ["check-op", "relu2", "--candidate", f"{numpy_operators.__file__}:relu2", "--arrays", "numpy"]
+    code, out, _ = run(*command, "--max-examples", "0", "--dtype", "float32", "--json", tmp_path / "f.json")
+    values = json.loads((tmp_path / "f.json").read_text())
+    assert (code, values["verdict"], values["examples"]) == (130, "incomplete", 4), out
+    assert signal.getsignal(signal.SIGINT) is before
