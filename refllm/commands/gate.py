@@ -138,8 +138,8 @@ class Known:
         return complete and all(report["verdict"] == "holds" or self.all_known(report) for report in reports)
 
     def states(self, found: dict[str, Any]) -> list[tuple[Entry, str]]:
-        """Every entry with what became of it: "seen", "past its date" (and seen), "gone", or "not checked", where nothing
-        was that it is about."""
+        """Every entry with what became of it: "seen", "past its date" (and seen), "gone", or "not checked", where
+        nothing was that it is about."""
         return [(entry, self._state(entry, reports_of(found))) for entry in self.entries]
 
     def _state(self, entry: Entry, reports: list[dict[str, Any]]) -> str:
