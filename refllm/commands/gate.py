@@ -40,7 +40,8 @@ def wrong_in(report: dict[str, Any]) -> list[Wrong]:
     if report["verdict"] != "fails":
         return []
     if "op" in report:
-        return [Wrong(report["op"], f"{report['property']}: {report['text']}", str(report["property"]))]
+        counted = [one for one in report.get("findings", ()) if one["counts"]] or [report]
+        return [Wrong(report["op"], f"{one['property']}: {one['text']}", str(one["property"])) for one in counted]
     if report["misbehaviour"] is not None:
         return [Wrong(report["misbehaviour"]["kind"], report["misbehaviour"]["text"])]
     taps = [tap for tap in report["taps"] if tap.get("cause") in ("defect", "place")]

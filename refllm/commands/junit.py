@@ -46,14 +46,14 @@ def _of_operator(suite: ET.Element, report: dict[str, Any], known: Known) -> Non
         of = f"refllm.check-op.{report['op']}.{report['dtype']}"
         case = _case(suite, of, f"{report['candidate']}: {name}")
         if not broken or name in broken:
-            _judge(case, report, known)
+            _judge(case, report, known, name)
         else:
             _outcome(case, "skipped", "", f"the search ended at another finding: {', '.join(sorted(broken))}")
 
 
-def _judge(case: ET.Element, report: dict[str, Any], known: Known) -> None:
+def _judge(case: ET.Element, report: dict[str, Any], known: Known, property: str = "") -> None:
     if report["verdict"] == "fails":
-        wrong = wrong_in(report)
+        wrong = [one for one in wrong_in(report) if one.property == property]
         entry = known.entry_for(wrong[0], report) if known.all_known(report) else None
         if entry is not None:
             _outcome(case, "skipped", "", f"known until {entry.until}: {entry.reason}")

@@ -178,6 +178,17 @@ def test_a_property_is_a_test_case(of_operators: dict[str, Any]) -> None:
     assert sum(case.find("skipped") is not None for case in wrong.values()) == len(wrong) - 1
 
 
+def test_of_several_findings_each_has_its_case_and_its_entry(of_operators: dict[str, Any]) -> None:
+    kinds = {"value": True, "purity": True, "reuse": False}
+    several = [{"level": "basic", "counts": counts, "property": name, "text": name} for name, counts in kinds.items()]
+    report = of_operators["wrong"] | {"findings": several}
+    failed = {name.rpartition(": ")[2]: case.find("failure") for name, case in cases(report).items()}
+    assert {name for name, failure in failed.items() if failure is not None} == {"value", "purity"}
+    value, purity = ({"operator": "relu2", "property": name} for name in ("value", "purity"))
+    assert known(value, purity).passes(report)
+    assert not known(value).passes(report)
+
+
 def test_what_was_not_looked_at_is_no_success(of_runs: dict[str, Any], of_operators: dict[str, Any]) -> None:
     unseen = of_runs["right"] | {"verdict": "incomplete", "unseen": ["the head is not shown"]}
     stopped = of_operators["right"] | {"verdict": "incomplete", "ended": "the time was up"}
