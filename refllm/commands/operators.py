@@ -75,7 +75,10 @@ def check_op(
     ] = "",
     keep_going: Annotated[
         bool | None,
-        typer.Option("--keep-going/--first", help="Look for all that is wrong. Default: the first; all with --json."),
+        typer.Option(
+            "--keep-going/--first",
+            help="Look for all that is wrong. Default: the first; all with --json, --junit or --known.",
+        ),
     ] = None,
     configs: Annotated[
         str, typer.Option("--configs", help="Of an autotuned Triton kernel run the first configuration, or all.")
@@ -116,6 +119,7 @@ def check_op(
     from refllm.opcheck import api, report
 
     known, interrupted = Known.load(known_file), False
+    to_file = any(file is not None for file in (json_file, junit, known_file))  # where others stand beside a known one
     screen = console(quiet=to_stdout(json_file))
     if list_all:
         screen.print(report.show_operators())
@@ -162,7 +166,7 @@ def check_op(
                         seconds=seconds,
                         bitwise=bitwise,
                         level=level,
-                        keep_going=json_file is not None if keep_going is None else keep_going,
+                        keep_going=to_file if keep_going is None else keep_going,
                         without=without or (),
                         sizes=sizes or (),
                         convention=convention,
