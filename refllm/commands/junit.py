@@ -48,7 +48,7 @@ def _of_operator(suite: ET.Element, report: dict[str, Any], known: Known) -> Non
         if not broken or name in broken:
             _judge(case, report, known, name)
         else:
-            _outcome(case, "skipped", "", f"the search ended at another finding: {', '.join(sorted(broken))}")
+            _outcome(case, "skipped", "", f"not told apart from another finding: {', '.join(sorted(broken))}")
 
 
 def _judge(case: ET.Element, report: dict[str, Any], known: Known, property: str = "") -> None:
