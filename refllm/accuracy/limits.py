@@ -140,6 +140,10 @@ BORDER = 4.0
 FLIP = 5.0
 """Sigmas of margin up to which a changed next token is explained by rounding."""
 
+LOG_PROBABILITY = 10.0
+"""Sigmas up to which the log-probability of one token is explained by rounding: 5, of which a million independent
+errors have one, times `END_TO_END`; and times what an honest run has, if that is more."""
+
 LOSS = 6.0
 """Sigmas up to which a loss is that of its logits. One number is compared, so its own scatter is allowed for."""
 

@@ -1,8 +1,8 @@
 """The command line: reads arguments, calls the module that does the work, prints what it returns.
 
-Exit codes: 0 it holds or is done, 1 a finding, 2 wrong use or unreadable input. A mistake of the user's is one sentence
-on standard error, never a traceback. Progress goes to standard error, and only if that is a terminal. Everything heavy
-is imported inside the commands, so that `refllm --help` is quick.
+Exit codes: 0 it holds or is done, 1 a finding, 2 wrong use or unreadable input, 130 Ctrl-C. A mistake of the user's is
+one sentence on standard error, never a traceback. Progress goes to standard error, and only if that is a terminal.
+Everything heavy is imported inside the commands, so that `refllm --help` is quick.
 """
 
 import sys
@@ -12,9 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
-from refllm.accuracy.verdicts import SCHEMA, worst
+from refllm.accuracy.verdicts import SCHEMA, verdict, worst
 from refllm.commands import audit, bench, golden, operators, tune
-from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, Page, can_be_written
+from refllm.commands.shared_options import (
+    FINDING,
+    HOLDS,
+    INTERRUPTED,
+    WRONG_USE,
+    Json,
+    Junit,
+    KnownFile,
+    Page,
+    can_be_written,
+    conclude,
+)
 from refllm.commands.shared_options import console as _console
 from refllm.commands.shared_options import to_stdout as _to_stdout
 from refllm.commands.shared_options import write_json as _write_json
@@ -152,6 +163,15 @@ def check(
         ),
     ] = None,
     layout: Layout = "",
+    logprobs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--logprobs",
+            metavar="F",
+            help="Judge the log-probabilities of tokens in a file (docs/recording.md); of two, a trainer's and a "
+            "rollout's, also whose fault their difference is.",
+        ),
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
@@ -171,6 +191,8 @@ def check(
             "--html", metavar="F", callback=can_be_written("--html"), help="Write everything as one HTML page."
         ),
     ] = None,
+    junit: Junit = None,
+    known_file: KnownFile = None,
 ) -> None:
     """Run the same tokens through an implementation and the reference; say where and by how much they differ.
 
@@ -178,7 +200,22 @@ def check(
     """
     from refllm.check import report as show
     from refllm.check import run
+    from refllm.commands.gate import Known
 
+    known = Known.load(known_file)
+    if logprobs:
+        others: dict[str, Any] = {
+            "--candidate": candidate,
+            "--trace": recorded,
+            "--against": against,
+            "--stress": stress,
+            "--html": html_file,
+            "--splits": splits > 1,
+            "--tf32": tf32,
+        }
+        others |= {"--junit": junit, "--known": known_file, "--weights": weights, "--time": time, "--names": names}
+        others |= {"--prompt": prompt, "--ids": ids, "--ids-file": ids_file, "--layout": layout, "--library": library}
+        return _check_logprobs(checkpoint, logprobs, tuple(dtype or ()), policy, json_file, others)
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library, "layout": layout}
     if against is not None:
@@ -195,29 +232,59 @@ def check(
         run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, **more) for name in candidates
     ]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
-    reports = []
+    reports, interrupted = [], False
     with StatusLine(sys.stderr) as step:
         runs = (
             check_files(checkpoint, recorded, settings[0], step) if recorded else run.check_all(folders, settings, step)
         )
-        for report in runs:
-            reports.append(report)
-            step.clear()
-            console.print(show.show_report(report, verbose=taps))
+        try:
+            for report in runs:
+                reports.append(report)
+                step.clear()
+                console.print(show.show_report(report, verbose=taps))
+        except KeyboardInterrupt:
+            interrupted = True
     if len(reports) > 1:
         console.print(show.show_summary(reports))
     for sentence in left_out:
         console.print(sentence)
     console.print(show.closing_line(reports))
-    verdict = worst(report.verdict for report in reports)
-    found = {"schema": SCHEMA, "verdict": verdict, "reports": [report.to_dict() for report in reports]}
-    _write_json(found, json_file)
+    if interrupted:
+        console.print("incomplete: it was interrupted, and this is the report so far")
+    wrong = worst(report.verdict for report in reports)
+    found: dict[str, Any] = {"schema": SCHEMA, "verdict": verdict(wrong == "fails", wrong != "holds" or interrupted)}
+    found |= {"interrupted": interrupted, "reports": [report.to_dict() for report in reports]}
     if html_file is not None:
         from refllm.check.html import write_html
 
         command = " ".join(["refllm", *sys.argv[1:]])
         write_html(html_file, reports, {"command": command}, run.token_texts(folders))
-    if verdict != "holds":
+    conclude(found, known, console, json_file, junit)
+
+
+def _check_logprobs(
+    checkpoint: Path | None,
+    files: list[Path],
+    dtypes: tuple[str, ...],
+    policy: str | None,
+    json_file: Path | None,
+    others: dict[str, Any],
+) -> None:
+    from refllm.check.asked import Asked
+    from refllm.check.logprobs import check_logprobs
+    from refllm.check.logprobs_report import show_logprobs
+    from refllm.check.run import find_policy
+
+    given = next((option for option, value in others.items() if value), None)
+    if given is not None:
+        raise InputError(f"--logprobs judges what a file says, so leave out {given}")
+    asked = Asked(None if policy is None else find_policy(policy))
+    with StatusLine(sys.stderr) as step:
+        step("predicting log-probabilities")
+        found = check_logprobs(checkpoint, files, dtypes, asked)
+    _console(quiet=_to_stdout(json_file)).print(show_logprobs(found))
+    _write_json(found.to_dict(), json_file)
+    if found.verdict != "holds":
         raise typer.Exit(FINDING)
 
 
@@ -559,7 +626,7 @@ def _run() -> int:
     except MemoryError:
         code = _complain("not enough memory: try a smaller input" + " or --low-memory" * _takes("--low-memory"))
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = INTERRUPTED
     return code if isinstance(code, int) else HOLDS
 
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from refllm.accuracy.verdicts import worst
-from refllm.commands.shared_options import FINDING, Json, console, to_stdout, write_json
+from refllm.commands.shared_options import Json, Junit, KnownFile, conclude, console, to_stdout
 from refllm.errors import InputError
+from refllm.terminal.interrupts import Interrupts
 from refllm.terminal.status_line import StatusLine
 
 
@@ -44,7 +45,12 @@ def check_op(
     ] = 10.0,
     seconds: Annotated[
         float | None,
-        typer.Option("--seconds", metavar="S", help="For the whole search. Default: 25; of Triton kernels: 100."),
+        typer.Option(
+            "--time",
+            "--seconds",
+            metavar="N",
+            help="Seconds for the whole search. Default: 25; of Triton kernels: 100.",
+        ),
     ] = None,
     bitwise: Annotated[
         bool, typer.Option("--bitwise", help="A row alone must have the bits that it has in a batch.")
@@ -69,7 +75,10 @@ def check_op(
     ] = "",
     keep_going: Annotated[
         bool | None,
-        typer.Option("--keep-going/--first", help="Look for all that is wrong. Default: the first; all with --json."),
+        typer.Option(
+            "--keep-going/--first",
+            help="Look for all that is wrong. Default: the first; all with --json, --junit or --known.",
+        ),
     ] = None,
     configs: Annotated[
         str, typer.Option("--configs", help="Of an autotuned Triton kernel run the first configuration, or all.")
@@ -99,13 +108,18 @@ def check_op(
         ),
     ] = None,
     json_file: Json = None,
+    junit: Junit = None,
+    known_file: KnownFile = None,
 ) -> None:
     """Search for an input on which your operator breaks its contract; make it small and say what is wrong.
 
     Exit code 1 if there is one, or if the time was up before every fixed call was examined.
     """
+    from refllm.commands.gate import Known
     from refllm.opcheck import api, report
 
+    known, interrupted = Known.load(known_file), False
+    to_file = any(file is not None for file in (json_file, junit, known_file))  # where others stand beside a known one
     screen = console(quiet=to_stdout(json_file))
     if list_all:
         screen.print(report.show_operators())
@@ -126,43 +140,50 @@ def check_op(
             seconds=seconds,
         )
         screen.print(report.show_report(told, with_repro=repro == Path("-")))
-        write_json(told.to_dict(), json_file)
-        if told.verdict != "holds":
-            raise typer.Exit(FINDING)
-        return
+        return conclude(told.to_dict(), known, screen, json_file, junit)
     if operator is None or candidate is None:
         raise InputError("check-op needs an operator and --candidate; refllm check-op --list shows the operators")
     reports: list[api.OpReport] = []
-    with StatusLine(sys.stderr) as step:
+    with StatusLine(sys.stderr) as step, Interrupts() as ctrl_c:
+
+        def progress(text: str, done: float, total: float) -> None:
+            ctrl_c.ask()
+            step(text, done, total or None)
+
         for one in dtype or ["bfloat16"]:
-            reports.append(
-                api.check_op(
-                    operator,
-                    candidate,
-                    dtype=one,
-                    policy=policy,
-                    device=device,
-                    arrays=arrays,
-                    max_examples=max_examples,
-                    seed=seed,
-                    time_limit=time_limit,
-                    seconds=seconds,
-                    bitwise=bitwise,
-                    level=level,
-                    keep_going=json_file is not None if keep_going is None else keep_going,
-                    without=without or (),
-                    sizes=sizes or (),
-                    convention=convention,
-                    configs=configs,
-                    repro=_program_of(repro, one) if any(r.repro for r in reports) else _file(repro),
-                    progress=lambda text, done, total: step(text, done, total or None),
+            try:
+                reports.append(
+                    api.check_op(
+                        operator,
+                        candidate,
+                        dtype=one,
+                        policy=policy,
+                        device=device,
+                        arrays=arrays,
+                        max_examples=max_examples,
+                        seed=seed,
+                        time_limit=time_limit,
+                        seconds=seconds,
+                        bitwise=bitwise,
+                        level=level,
+                        keep_going=to_file if keep_going is None else keep_going,
+                        without=without or (),
+                        sizes=sizes or (),
+                        convention=convention,
+                        configs=configs,
+                        repro=_program_of(repro, one) if any(r.repro for r in reports) else _file(repro),
+                        progress=progress,
+                    )
                 )
-            )
+            except api.SearchInterrupted as error:
+                reports.append(error.report)
+                interrupted = True
             step.clear()
             screen.print(report.show_report(reports[-1], with_repro=repro == Path("-")))
-    write_json(_together([r.to_dict() for r in reports]), json_file)
-    if any(r.verdict != "holds" for r in reports):
-        raise typer.Exit(FINDING)
+            if interrupted:
+                break
+    found = _together([r.to_dict() for r in reports]) | ({"interrupted": True} if interrupted else {})
+    conclude(found, known, screen, json_file, junit)
 
 
 def _program_of(repro: Path | None, dtype: str) -> Path | None:

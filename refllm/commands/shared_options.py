@@ -1,15 +1,18 @@
-"""What commands share: exit codes, options, where tables go, and the JSON file."""
+"""What commands share: exit codes, options, where tables go, and the files that say what was found."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from refllm.storage import output_file
 
-HOLDS, FINDING, WRONG_USE = 0, 1, 2
+if TYPE_CHECKING:
+    from refllm.commands.gate import Known
+
+HOLDS, FINDING, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
 def can_be_written(option: str) -> Callable[[Path | None], Path | None]:
@@ -27,6 +30,25 @@ Json = Annotated[
     Path | None,
     typer.Option(
         "--json", metavar="F", callback=can_be_written("--json"), help="Write the result as JSON; - is standard output."
+    ),
+]
+
+
+Junit = Annotated[
+    Path | None,
+    typer.Option(
+        "--junit",
+        metavar="F",
+        callback=can_be_written("--junit"),
+        help="Write the result as JUnit XML, for a CI server.",
+    ),
+]
+KnownFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--known",
+        metavar="F.json",
+        help="Findings that are known, each with a reason and a date; where there are no others the exit code is 0.",
     ),
 ]
 
@@ -79,3 +101,21 @@ def write_json(values: Any, json_file: Path | None) -> None:
         print(text)
     else:
         output_file.write("--json", json_file, json_text(values) + "\n")
+
+
+def conclude(found: dict[str, Any], known: "Known", screen: Any, json_file: Path | None, junit: Path | None) -> None:
+    """Says what is known, writes the files and ends the command with its exit code. found: for the JSON; where it was
+    cut short it says "interrupted"."""
+    for sentence in known.in_words(found):
+        screen.print(sentence)
+    if known.entries:
+        found = {**found, "known": known.to_list(found)}
+    write_json(found, json_file)
+    if junit is not None:
+        from refllm.commands.junit import junit_text
+
+        output_file.write("--junit", junit, junit_text(found, known))
+    if found.get("interrupted"):
+        raise typer.Exit(INTERRUPTED)
+    if not known.passes(found):
+        raise typer.Exit(FINDING)

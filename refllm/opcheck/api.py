@@ -139,6 +139,15 @@ class OpReport:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `check_op`. report: on what was seen until then; it is incomplete, or has a finding that may not be
+    as small as it can be."""
+
+    def __init__(self, report: OpReport) -> None:
+        super().__init__("the search was interrupted")
+        self.report = report
+
+
 def check_op(
     operator: str,
     candidate: Any,
@@ -188,7 +197,8 @@ def check_op(
     configs: which configurations of an autotuned Triton kernel run, "first" or "all", which must agree.
     repro: a file to write the reproduction to. progress: told what is being done.
 
-    Raises InputError for an operator, a candidate, a dtype, ... that there is none of.
+    Raises InputError for an operator, a candidate, a dtype, ... that there is none of, and SearchInterrupted, which has
+    the report so far, for Ctrl-C.
     """
     start = time.monotonic()
     contract_of(operator)
@@ -215,14 +225,22 @@ def check_op(
     of_torch = convention == "torch" and operator == "swiglu"  # whose silu is a call of its own, with a result
     examine = Examiner(runner, task, time_limit, begin + seconds, convention, any_profile=policy is None or of_torch)
     hunt = Hunt(examine, level, keep_going, deep)
+    searched, examples, interrupted = search.Searched(None, "interrupted", complete=False), 0, False
+    told: list[OpFinding] = []
+
+    def tell(one: Finding, shrink: bool, left: int) -> None:
+        told.append(_told(examine, offers, one, found, named, time_limit, shrink, left, progress))
+
     try:
         until = begin + seconds * (1 - _FOR_SHRINKING if shrink else 1)
         searched = _search(hunt, operator, dtype, named, calls, offers, max_examples, seed, until, progress)
         examples = examine.examples
-        told = [
-            _told(examine, offers, one, found, named, time_limit, shrink, len(hunt.found) - i, progress)
-            for i, one in enumerate(hunt.in_order)
-        ]
+        for i, one in enumerate(hunt.in_order):
+            tell(one, shrink, len(hunt.found) - i)
+    except KeyboardInterrupt:
+        examples, interrupted = examples or examine.examples, True
+        for one in hunt.in_order[len(told) :]:
+            tell(one, False, 1)
     finally:
         runner.close()
     findings = _distinct(told)
@@ -246,7 +264,7 @@ def check_op(
         examine.examples - examples,
         time.monotonic() - start,
         seed,
-        searched.ended,
+        "interrupted" if interrupted else searched.ended,
         tuple(examine.power.untested) if smallest is None else (),
         "" if main is None else main.repro,
         without=offers.without,
@@ -259,6 +277,8 @@ def check_op(
     if repro is not None and report.repro:
         output_file.write("--repro", repro, report.repro)
         report = replace(report, repro_file=str(repro))
+    if interrupted:
+        raise SearchInterrupted(report)
     return report
 
 
