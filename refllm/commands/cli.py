@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from refllm.accuracy.verdicts import SCHEMA, worst
-from refllm.commands import audit, bench, golden, operators, tune
+from refllm.commands import audit, bench, golden, operators, train, tune
 from refllm.commands.shared_options import FINDING, HOLDS, WRONG_USE, Json, Page, can_be_written
 from refllm.commands.shared_options import console as _console
 from refllm.commands.shared_options import to_stdout as _to_stdout
@@ -35,6 +35,7 @@ app.add_typer(kernels_app, name="kernels")
 app.add_typer(golden.app, name="golden")
 app.command("check-op")(operators.check_op)
 app.command("audit")(audit.audit)
+app.command("train")(train.train)
 
 Folder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder with config.json and safetensors files.")]
 Prompt = Annotated[

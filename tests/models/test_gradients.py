@@ -351,7 +351,7 @@ def test_a_page_of_ones_own_has_gradients(name: str) -> None:
 
 
 def test_weights_that_a_page_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1 + w for a norm's weight, a part of another tensor, and parts put together; what has no known reverse is named."""
+    """1 + w for a norm's weight, parts of tensors put together; what has no known reverse is named."""
     model = pair("llama", 0, "causal_lm")[0]
     rms_norm = Operators().rms_norm
 
