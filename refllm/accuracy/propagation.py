@@ -111,6 +111,14 @@ def _activation_steps(name: str, x: np.ndarray) -> Any:
     return np.where(x > _ONE_PLUS_NOTHING, 0, 2) if name in ("silu", "swish") else 2
 
 
+def cancels(name: str, x: np.ndarray) -> np.ndarray:
+    """How far off float32 puts act(x), as a standard deviation, where it is 1 + erf or 1 + tanh of what is near -1:
+    those are off by a step of float32 below 1, and so is the little that is left. x: [...] -> [...]; else 0."""
+    if "gelu" in name and name != "quick_gelu":
+        return np.where(x < 0, np.abs(x) / 2 * 2.0**-24, 0.0)
+    return np.full(x.shape, 2.0**-25) if name == "laplace" else np.zeros(x.shape)
+
+
 def _terms(x: np.ndarray) -> np.ndarray:
     """How many products of a row of x with anything are not 0, at least 1: [..., n] -> [..., 1]."""
     return np.maximum(np.count_nonzero(x, axis=-1, keepdims=True), 1)

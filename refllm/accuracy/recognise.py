@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from refllm import ops
 from refllm.accuracy import forms, limits
 from refllm.accuracy.forms import FORMS, OUT, Nudges, Stores, on_grid
 from refllm.accuracy.parts import COUNTS, IN_FLOAT32, WHOLE, possible
@@ -24,7 +25,7 @@ from refllm.accuracy.profiles import (
     most,
     with_defects,
 )
-from refllm.accuracy.propagation import Uncertain, ulp
+from refllm.accuracy.propagation import Uncertain, cancels, ulp
 from refllm.accuracy.shared import shared_error
 from refllm.ops.attention import causal_keys
 
@@ -106,6 +107,19 @@ _FIRST = (UNROUNDED, SHOWN, SHOWN)
 _TOGETHER = (frozenset({"attention and MLP"}), frozenset[str]())
 Arrays = tuple[np.ndarray, ...]
 Sample = tuple[Arrays, dict[str, Any]]
+
+
+def undecided(made: Made, dtype: str) -> float:
+    """The share of elements of an activation that float32 may move across a boundary between two numbers of the
+    format, since what is left of 1 + erf or 1 + tanh is too little for it to be known better."""
+    if made.operator not in ("glu", "activation"):
+        return 0.0
+    x, *rest = (np.asarray(value.value, np.float64) for value in made.inputs)
+    off, factor = cancels(made.how["name"], x), rest[0] if made.operator == "glu" else 1.0
+    if not off.any():
+        return 0.0
+    spacing = ulp(ops.activation(x, made.how["name"]) * factor, dtype, np.float64)
+    return float(np.mean(np.minimum(1, 2 * off * np.abs(factor) / np.maximum(spacing, np.finfo(np.float32).tiny))))
 
 
 class Recogniser:
@@ -316,7 +330,7 @@ class _Samples:
         """Whether as good as every element is what the profile predicts. The sums of a long product move more of them
         across a boundary."""
         mismatch, near = 1 - agreement, 0.0
-        if mismatch <= limits.misrounded_limit(self.elements):
+        if mismatch <= limits.misrounded_limit(self.elements, undecided(self.made, self.dtype)):
             return True
         if self.made.operator == "linear" and mismatch < 0.1:
             bits = self.bits(profile)

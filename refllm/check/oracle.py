@@ -21,7 +21,7 @@ from refllm.accuracy.page import predict_page
 from refllm.accuracy.profiled import Profiled
 from refllm.accuracy.profiles import ONCE, Profile, in_words, most, of_policy
 from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, ONE_PASS, Uncertain, ulp
-from refllm.accuracy.recognise import NOT_ASKED, Made, Recogniser, known
+from refllm.accuracy.recognise import NOT_ASKED, Made, Recogniser, known, undecided
 from refllm.accuracy.verdicts import ValueVerdict, Verdict, verdict
 from refllm.accuracy.wrong_answers import undetected
 from refllm.check import formulas
@@ -364,6 +364,8 @@ class Judge:
         exact, variance = self._rows(x.value, candidate), self._rows(shown.variance, candidate)
         exact, variance = self._expected(name, exact, variance, alone=True)
         misrounded = self._misrounded(candidate, x.rounded)
+        if misrounded and self._made is not None:
+            misrounded = max(0.0, misrounded - undecided(self._made[0], self.trace.dtype))
         measured = self._measured[1] if self._measured[0] == name else self._measure(rows, exact, variance)
         report.isolated = replace(measured, misrounded=misrounded)
         report.named = self._cancels.get(name, "")

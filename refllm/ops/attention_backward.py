@@ -1,5 +1,7 @@
 """The gradients of softmax and of attention with grouped key/value heads."""
 
+from typing import Any
+
 import numpy as np
 
 from refllm.errors import InputError
@@ -53,18 +55,18 @@ def attention_backward(
     (B, H, S, D), (K, T) = q_BHSD.shape, k_BKTD.shape[1:3]
     if H % K:
         raise InputError(f"attention: {H} query heads are not a multiple of {K} key/value heads")
-    scale, g = ar.work(D**-0.5 if scale is None else scale), H // K
+    factor, g = D**-0.5 if scale is None else scale, H // K
     visible = visible_keys(causal, key_mask, mask, window, (B, H, S, T))
-    how = {"scale": float(scale), "causal": causal, "key_mask": key_mask, "mask": mask, "window": window}
     if lse_BHS is None:
-        again = attention(q_BHSD, k_BKTD, v_BKTD, **how, return_lse=True, ar=ar)
+        how: dict[str, Any] = {"causal": causal, "key_mask": key_mask, "mask": mask, "window": window}
+        again = attention(q_BHSD, k_BKTD, v_BKTD, scale=factor, **how, return_lse=True, ar=ar)
         o_BHSD, lse_BHS = again[0] if o_BHSD is None else o_BHSD, again[1]
     dq_BHSD, dk_BKTD, dv_BKTD = np.zeros_like(q_BHSD), np.zeros_like(k_BKTD), np.zeros_like(v_BKTD)
     for b in range(B):
         for kv in range(K):
             heads = slice(kv * g, (kv + 1) * g)
             q_GSD, do_GSD, k_TD, v_TD = q_BHSD[b, heads], do_BHSD[b, heads], k_BKTD[b, kv], v_BKTD[b, kv]
-            p_GST = _weights(q_GSD, k_TD, scale, visible(b, heads, slice(0, S), T), lse_BHS[b, heads], ar)
+            p_GST = _weights(q_GSD, k_TD, ar.work(factor), visible(b, heads, slice(0, S), T), lse_BHS[b, heads], ar)
             dp_GST = _seen(ar.round(do_GSD @ v_TD.T, "attention.grad.weights"), p_GST)
             if o_BHSD is None or ar.policy.normalize_first:  # eager code has the weights themselves
                 delta_GS1 = np.sum(p_GST * dp_GST, axis=-1, keepdims=True)
@@ -72,7 +74,7 @@ def attention_backward(
                 delta_GS1 = np.sum(do_GSD * ar.array(o_BHSD[b, heads]), axis=-1, keepdims=True)
             extra = 0 if dlse_BHS is None else ar.array(dlse_BHS[b, heads])[..., None]
             ds_GST = ar.round(_seen(p_GST * (dp_GST - delta_GS1 + extra), p_GST), "attention.grad.scores")
-            ds_GST = ar.round(ds_GST * scale, "attention.grad.scaled")
+            ds_GST = ar.round(ds_GST * ar.work(factor), "attention.grad.scaled")
             dq_BHSD[b, heads] = silenced_product(ds_GST, np.broadcast_to(k_TD, (g, T, D)), 1, ar)
             weights_GST = ar.round(p_GST, "attention.weights")
             dk_BKTD[b, kv] = ar.round(ds_GST.transpose(0, 2, 1) @ q_GSD, "attention.grad.heads").sum(axis=0)
@@ -84,7 +86,7 @@ def attention_backward(
 def _weights(
     q_GSD: np.ndarray,
     k_TD: np.ndarray,
-    scale: float,
+    scale: np.floating,
     allowed: np.ndarray | None,
     lse_GS: np.ndarray,
     ar: Arithmetic,

@@ -610,3 +610,19 @@ def test_incomplete_is_exit_code_1(
     page = (tmp_path / "h").read_text()
     assert "not seen: lm_head was never shown" in page
     assert '<span class="badge incomplete">incomplete</span>' in page
+
+
+def test_what_cancels_in_float32_is_not_asked_for_its_bits() -> None:
+    """1 + erf of what is near -1 leaves little, which float32 knows to a part in ten: no rounding too many."""
+    config = small_models.model_class("helium").config_class(
+        vocab_size=8, hidden_size=2, intermediate_size=3, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, hidden_act="laplace", head_dim=2,
+        rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 1.5},
+    )  # fmt: skip
+    model = small_models.build(small_models.model_class("helium"), config, 7, "bfloat16", "fused")
+    inputs = Inputs(np.array([[5, 6], [0, 6], [3, 4]]))
+    trace = record(ReferenceCandidate(model), model, inputs)
+    assert judge(model, trace, FUSED).verdict != "fails"
+    act = trace.taps["model.layers.0.mlp.act"]
+    trace.taps["model.layers.0.mlp.act"] = np.where(np.abs(act) > 1e-3, act * np.float32(1 + 2**-7), act)
+    assert judge(model, trace, FUSED).verdict == "fails"
