@@ -164,9 +164,9 @@ class Tape:
             ]
             for number, gradient in zip(call.results, given, strict=True):
                 self._show(number, gradient)
-            for number, gradient in zip(call.sources, self._back(call, given), strict=True):
-                if number is not None and gradient is not None:
-                    grads[number] = self.sum(grads.get(number), gradient)
+            for source, of_source in zip(call.sources, self._back(call, given), strict=True):
+                if source is not None and of_source is not None:
+                    grads[source] = self.sum(grads.get(source), of_source)
         found = {name: number for name, number in self._leaves.items() if number in grads}
         for number in found.values():
             self._show(number, grads[number])

@@ -56,7 +56,7 @@ class TrainingRun:
             raise InputError(f"training: the text has {len(ids)} tokens, fewer than one window of {settings.context}")
         self.model, self.ids, self.folder, self.settings = model, np.asarray(ids), folder, settings
         self.tensors = dict(model.named_parameters())
-        self.text = hashlib.sha256(np.ascontiguousarray(self.ids, np.int64)).hexdigest()
+        self.text = hashlib.sha256(self.ids.astype(np.int64).tobytes()).hexdigest()
         self.optimiser = AdamW(self.tensors, lr=settings.lr, weight_decay=settings.weight_decay)
         self.losses: list[float] = []
         self._go_on()
