@@ -62,7 +62,7 @@ LENGTHS = "lengths"
 """What an engine takes that knows rows of different lengths and counts the tokens of each from 0: no other mask, and no
 other positions."""
 NEAR = "near positions"
-"""In `Candidate.takes`: it has tables, or a cache, that end before `refllm.check.inputs.FAR`."""
+"""What stands in `Candidate.takes` where its tables, or its cache, end before `refllm.check.inputs.FAR`."""
 EVERYTHING = ("dtype", "cache", "embeddings", *ALWAYS)
 """What a candidate may take besides one row of ids (`Candidate.takes`)."""
 
