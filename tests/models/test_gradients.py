@@ -292,8 +292,11 @@ class Heard:
         self.values[name] = value.copy()
 
 
-def test_every_named_value_has_its_gradient_shown() -> None:
-    ours, heard = pair("llama", 0, "causal_lm")[0], Heard()
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_every_named_value_has_its_gradient_shown(checkpointed: bool) -> None:
+    """... once, and no value again when its layer is computed again."""
+    ours, heard = build(model_class("llama"), pair("llama", 0, "causal_lm")[0].config, 3), Heard()
+    ours.is_gradient_checkpointing = checkpointed
     _, found = ours.gradients(inputs_embeds=CALLS["embeds"]["inputs_embeds"], labels=LABELS, recorder=heard)
     values = {name for name in heard.values if not name.startswith("grad:")}
     inside = {name for name in values if name.endswith((".scores", ".probs"))}
