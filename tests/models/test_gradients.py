@@ -25,6 +25,7 @@ from refllm.models.own_page import in_use
 from refllm.ops.linear_backward import linear_backward
 from refllm.strategies.models import configs, key_masks, packed_positions, paddings
 from refllm.strategies.small_models import EVERY_FLAG, FAMILIES, build, model_class, small_config
+from refllm.training.optimisers import AdamW
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*beyond max_position_embeddings"),
@@ -372,3 +373,21 @@ def test_weights_that_a_page_computes_with(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(model.page, "forward", lambda op, c, w, x, *_: rms_norm(x, np.exp(w["norm.weight"]), 1e-5))
     with pytest.raises(InputError, match=r"np.exp: no gradient of it is known; write it in calls of `op`"):
         model.gradients(**call)
+
+
+def test_training_is_that_of_torch() -> None:
+    """Twenty steps of AdamW: gradients, optimiser and the use of both."""
+    ours = build(model_class("stablelm"), pair("stablelm", 1, "causal_lm")[0].config, 3)
+    witness = to_torch(ours, dtype="float64", widened=True)
+    mine = AdamW(dict(ours.named_parameters()), lr=1e-2)
+    other = torch.optim.AdamW(witness.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        ids = RNG.integers(4, 23, (2, 7))
+        loss, found = ours.gradients(ids, labels=ids)
+        expected, _ = theirs(witness, {"input_ids": ids, "labels": ids})
+        assert abs(loss - expected.item()) < 1e-8
+        mine.step(found)
+        other.step()
+        losses.append(loss)
+    assert losses[-1] < 0.9 * losses[0]
