@@ -3,22 +3,27 @@
 The contract is the operator of `refllm.ops` with the same name. It is evaluated twice on the values that the kernel
 got: exactly (float64), and in the kernel's own precision under the policy `fused`, which is what a good kernel does.
 The error of that second evaluation is the unit: a kernel's root-mean-square error may be `rms_limit` times as large.
+No single element may be further off than a right implementation's is ever found: its error is predicted where it is
+more than a rounding of the result explains.
 
-These are two rules of `refllm.accuracy.judge`, of which `refllm check-op` asks all: for single calls of any size.
+These are three rules of `refllm.accuracy.judge`, of which `refllm check-op` asks all: for single calls of any size.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from refllm.accuracy import judge as judging
-from refllm.accuracy.expected import Expected, evaluate
-from refllm.accuracy.limits import ELEMENTWISE_LIMIT, PRODUCT_LIMIT, rms_limit
-from refllm.errors import RefllmError
+from refllm.accuracy.expected import Expected, evaluate, expect_values
+from refllm.accuracy.limits import ELEMENT_LIMIT, ELEMENTWISE_LIMIT, PRODUCT_LIMIT, rms_limit
+from refllm.errors import InputError, RefllmError
 from refllm.extras import missing_extra
 from refllm.inputs import to_numpy
+from refllm.ops.contracts import ROWS, axis_names, contract_of
 from refllm.precision import EXACT, FUSED, Arithmetic
 
 try:
@@ -73,10 +78,12 @@ class Contract:
 
     def __init__(self, operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> None:
         self.operator = operator
-        dtype = str(next(a.dtype for a in arguments if isinstance(a, torch.Tensor))).removeprefix("torch.")
+        _must_be_a_call(operator, arguments, keywords)
+        self.dtype = str(next(a.dtype for a in arguments if isinstance(a, torch.Tensor))).removeprefix("torch.")
         given, named = [as_array(x) for x in arguments], {name: as_array(x) for name, x in keywords.items()}
         self.exact = evaluate(operator, EXACT, given, named)
-        self.same_precision = evaluate(operator, Arithmetic(dtype, FUSED), given, named)
+        self.same_precision = evaluate(operator, Arithmetic(self.dtype, FUSED), given, named)
+        self._given, self._named = given, named
 
     def judge(self, results: Any, limit: float | None = None) -> list[Verdict]:
         """One verdict per output. results: a tensor or a tuple of tensors, as the kernel returned them.
@@ -89,10 +96,36 @@ class Contract:
                 f"{self.operator} returned {len(results)} results; its contract has {len(self.exact)}"
             )
         limit = limit or rms_limit(self.operator)
-        return [
+        verdicts = [
             _judge_output(self.operator, i, got, exact, same, limit)
             for i, (got, exact, same) in enumerate(zip(results, self.exact, self.same_precision, strict=True))
         ]
+        return [
+            self._element_by_element(found, got, limit / rms_limit(self.operator)) if found.holds else found
+            for found, got in zip(verdicts, results, strict=True)
+        ]
+
+    def _element_by_element(self, found: Verdict, got: torch.Tensor, more: float) -> Verdict:
+        """The verdict, or that of the worst element where that is over its limit. more: how many times that limit."""
+        y, exact = np.asarray(as_array(got), np.float64), np.asarray(self.exact[found.output], np.float64)
+        error, finite = judging.errors(y, exact)
+        own = np.where(finite, judging.rounding_error(np.where(finite, exact, 1.0), found.dtype), np.inf)
+        if not error.size or not (error > more * ELEMENT_LIMIT * own).any():
+            return found  # a rounding of the result alone explains every element, so that nothing need be predicted
+        expected = self._expected[found.output]
+        judged = judging.judge(y, expected, ("element",))
+        if judged.score <= more:
+            return found
+        at = judged.worst
+        problem = (
+            f"{self.operator}, output {found.output}, {found.dtype}: the element at {at} is {judged.value:.6g}, exact "
+            f"{judged.exact:.6g}: {judged.sigma:.3g} sigma off (limit {more * ELEMENT_LIMIT:.3g})"
+        )
+        return Verdict(self.operator, found.output, found.dtype, found.ratio, found.limit, at, problem)
+
+    @cached_property
+    def _expected(self) -> tuple[Expected, ...]:
+        return expect_values(self.operator, self._given, self._named, self.dtype, "fused")
 
 
 def judge(operator: str, results: Any, *arguments: Any, limit: float | None = None, **keywords: Any) -> list[Verdict]:
@@ -103,10 +136,38 @@ def judge(operator: str, results: Any, *arguments: Any, limit: float | None = No
 def assert_meets_contract(
     operator: str, results: Any, *arguments: Any, limit: float | None = None, **keywords: Any
 ) -> None:
-    """Raises ContractBrokenError if any output fails `judge`."""
+    """Raises ContractBrokenError if any output fails `judge`, and InputError for what is no call of the operator."""
     for verdict in judge(operator, results, *arguments, limit=limit, **keywords):
         if verdict.problem:
             raise ContractBrokenError(verdict.problem)
+
+
+def _must_be_a_call(operator: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> None:
+    """Raises InputError for another operator, for missing arguments or too many, and for shapes that do not agree."""
+    known = contract_of(operator)
+    try:
+        inspect.signature(known.definition).bind(*arguments, **keywords)
+    except TypeError as error:
+        raise InputError(f"{operator}: {error}; the contract is {known.text}") from None
+    given, lengths = known.bound(arguments, keywords), dict[str, tuple[int, str]]()
+    for name, axes in known.arguments.items():
+        x = given[name]
+        if x is None:
+            continue
+        if not hasattr(x, "shape"):
+            raise InputError(f"{operator}: {name} is a {type(x).__name__}; expected a tensor [{', '.join(axes)}]")
+        shape, fewer = tuple(x.shape), axes[0] == "B" and known.kind(name) == "table"
+        if (len(shape) not in (len(axes), len(axes) - fewer) and ROWS not in axes) or len(shape) < len(axes) - 1:
+            raise InputError(f"{operator}: {name} has the shape {list(shape)}; expected [{', '.join(axes)}]")
+        for axis, size in zip(axis_names(axes, len(shape)), shape, strict=True):
+            before = lengths.setdefault(axis, (size, name))
+            if before[0] != size and not axis.startswith("rows"):
+                raise InputError(
+                    f"{operator}: {name} has the shape {list(shape)}; expected [{', '.join(axes)}] with {axis} = "
+                    f"{before[0]}, as of {before[1]}"
+                )
+    if not any(isinstance(x, torch.Tensor) for x in arguments):
+        raise InputError(f"{operator}: expected tensors; arrays of other libraries are judged by refllm.check.check_op")
 
 
 def as_array(x: Any) -> Any:

@@ -238,12 +238,17 @@ class Process:
 
     def where(self) -> tuple[str, int]:
         """Which file and line a process that still runs has reached; "" and 0 if it cannot tell."""
+        return theirs(self.frames())
+
+    def frames(self) -> list[tuple[str, int]]:
+        """Files and lines of the calls that a process which still runs is in, innermost first; [] if it cannot tell."""
+        before = os.fstat(self._faults.fileno()).st_size
         with contextlib.suppress(OSError):
             os.kill(self._child.pid, _WHERE)
         end = time.monotonic() + _TO_TELL
-        while not (told := self._fault()).endswith("\n") and time.monotonic() < end:
+        while not (told := self._fault(before)).endswith("\n") and time.monotonic() < end:
             time.sleep(0.005)
-        return _line_of(told)
+        return _frames_of(told)
 
     def close(self) -> None:
         """Ends the process and its session at once; may be called again. In a fork, which has this object too, it lets
@@ -325,9 +330,9 @@ class Process:
         told = [*[said[:200] for said in lines[-1:]], *filter(None, [place(file, line)])]
         return EndedError(how + (f" ({'; '.join(told)})" if told else ""), file, line, code)
 
-    def _fault(self) -> str:
-        """What the interpreter wrote of the process when it crashed, or was asked where it is."""
-        return os.pread(self._faults.fileno(), _TAIL, 0).decode(errors="replace")
+    def _fault(self, start: int = 0) -> str:
+        """What the interpreter wrote when the process crashed, or was asked where it is. start: bytes before that."""
+        return os.pread(self._faults.fileno(), _TAIL, start).decode(errors="replace")
 
 
 class Channel:
@@ -624,4 +629,8 @@ def place(file: str, line: int) -> str:
 
 def _line_of(fault: str) -> tuple[str, int]:
     """The file and line in what the interpreter wrote: the newest frame comes first."""
-    return theirs([(file, int(line)) for file, line in _FRAME.findall(fault)])
+    return theirs(_frames_of(fault))
+
+
+def _frames_of(fault: str) -> list[tuple[str, int]]:
+    return [(file, int(line)) for file, line in _FRAME.findall(fault)]

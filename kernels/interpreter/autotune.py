@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from refllm.kernels.interpreter.errors import KernelError, StaticAssertionError
+from refllm.kernels.interpreter.errors import ConfigurationsDifferError, KernelError, StaticAssertionError
 
 
 def run(tuner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], every: bool) -> Any:
@@ -69,7 +69,7 @@ def _compare(tuner: Any, configs: list[Any], args: tuple[Any, ...], kwargs: dict
                 torch.testing.assert_close(result, first[name], equal_nan=True)
             except AssertionError as error:
                 reason = " ".join(str(error).split())
-                raise KernelError(
+                raise ConfigurationsDifferError(
                     f"{tuner.base_fn.__name__}: `{name}` differs between the configurations {usable[0]} and {config}: "
                     f"{reason}"
                 ) from None

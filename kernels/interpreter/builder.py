@@ -348,6 +348,8 @@ class Builder(InterpreterBuilder):
             result[...] = other.data
         else:
             result = self._undefined(ptrs.data.shape, dtype)
+            if access is not None and not mask.all():
+                self.memory.masked_off(access)
         if access is not None:
             result[mask] = self.memory.load(access)
         return Handle(result, dtype)

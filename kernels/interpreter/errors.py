@@ -19,6 +19,10 @@ class RaceError(KernelError):
     """The result depends on the order in which programs, or lanes of one program, run."""
 
 
+class ConfigurationsDifferError(KernelError):
+    """Two configurations of an autotuned kernel have different results."""
+
+
 class UninitializedError(KernelError):
     """A kernel read memory that nobody wrote."""
 

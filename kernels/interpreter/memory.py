@@ -9,7 +9,9 @@ that meet there, whatever it is used for, so that locks and counters of arrivals
 
 import bisect
 import gc
+import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,22 @@ POLLS = 10_000
 
 MANY = -1
 """The mark in a shadow array of what more than one program read. 0 is nobody, and program p is p + 1."""
+
+
+MASKED_OFF: dict[str, str] = {}
+"""Argument -> "file.py:line" of a load through it that masked lanes off without `other`, so that they hold anything.
+Whoever wants to know empties it before a launch."""
+
+
+def _kernel_line() -> str:
+    """The line of the kernel that is running, "file.py:3"."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if "_refllm_operations_" in code.co_freevars and "/triton/" not in code.co_filename:
+            return f"{code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown line"
 
 
 @dataclass
@@ -202,6 +220,11 @@ class Memory:
         """Raises UninitializedError if what is there was never written."""
         if access is not None and access.argument.storage.poisoned and self.settings.poison:
             self._check_written(access, access.array[access.where], what)
+
+    def masked_off(self, access: Access) -> None:
+        """Notes a load that masks lanes off without `other`, once per argument."""
+        if access.argument.name not in MASKED_OFF:
+            MASKED_OFF[access.argument.name] = _kernel_line()
 
     def polled(self, access: Access) -> None:
         """An atomic on one element changed nothing. Raises WaitsError once it is plain that this program waits there:

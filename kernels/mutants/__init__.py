@@ -33,6 +33,8 @@ class Mutant:
     build: makes the function, with the signature of the operator in `refllm.kernels`. A Triton one runs inside
         `refllm.kernels.interpreted()` or on a GPU.
     dtypes: the dtypes in which it differs from the contract.
+    place: where it rounds that honest code may round too, in words: it breaks no contract, only a policy that somebody
+        named. "" for a defect.
     equivalent: why no test can tell it from the right operator; "" for a real bug.
     corner: the kind of the fixed call that shows it, where that is not among the first few; to be tried first.
     """
@@ -46,6 +48,7 @@ class Mutant:
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     equivalent: str = ""
     corner: str = ""
+    place: str = ""
 
     @property
     def slug(self) -> str:

@@ -60,6 +60,7 @@ def planted(
     dtypes: tuple[str, ...] = ALL,
     equivalent: str = "",
     corner: str = "",
+    place: str = "",
 ) -> Mutant:
     """The mutant of `operator` that is kernels/triton/`file`.py with these changes; a pair is a `Change` of that file.
 
@@ -67,7 +68,7 @@ def planted(
     """
     made = (c if isinstance(c, Change) else Change(*c) for c in changes)
     kernel = ChangedKernel(operator, file, tuple(c if c.file else replace(c, file=file) for c in made))
-    return Mutant(name, operator, "triton", what, source, kernel, dtypes, equivalent, corner)
+    return Mutant(name, operator, "triton", what, source, kernel, dtypes, equivalent, corner, place)
 
 
 def source_of(file: str) -> str:

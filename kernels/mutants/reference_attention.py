@@ -168,7 +168,7 @@ ATTENTION = (
     _att("scale argument ignored", "the scale is D^-1/2, whatever the argument says", "one-line: attention",
          changed("_attend", _SCALE, "D**-0.5")),
     _att("scores rounded", "scores are rounded to the dtype of q", "one-line: attention",
-         changed("_attend", "s = s.view", "s = s.to(q.dtype).float().view"), dtypes=NARROW),
+         changed("_attend", "s = s.view", "s = s.to(q.dtype).float().view"), dtypes=NARROW, place="scaled scores"),
     _att("weights in bfloat16", "softmax weights are rounded to bfloat16 whatever q is", "one-line: extra rounding",
          _WEIGHTS_ROUNDED, dtypes=WIDE),
     _att("denominator rounded", "the softmax's denominator is kept in the dtype of q", "one-line: extra rounding",

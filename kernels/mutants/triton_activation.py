@@ -43,7 +43,7 @@ SWIGLU = (
             corner="halves of wider rows"),
     _swiglu("silu rounded", "silu(gate) is rounded before it meets up", "one-line: MLP",
             ("(silu * up).to(y_ptr", "(silu.to(y_ptr.dtype.element_ty).to(tl.float32) * up).to(y_ptr"),
-            dtypes=NARROW),
+            dtypes=NARROW, place="the activation"),
     _swiglu("NaN lost in the exponent", "the exponent is clamped by the larger and the smaller, which drop NaN",
             "one-line: NaN",
             ("    x = tl.where(x > 100.0, 100.0, x)", "    x = tl.minimum(tl.maximum(x, -100.0), 100.0)"),

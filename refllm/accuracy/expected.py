@@ -10,15 +10,16 @@ import numpy as np
 from refllm import ops
 from refllm.accuracy.limits import CHAIN, INNER
 from refllm.accuracy.operator import predict
+from refllm.accuracy.propagation import ulp
 from refllm.errors import InputError
 from refllm.ops.contracts import contract_of
-from refllm.precision import EXACT, FUSED, HF_EAGER, NATIVE, Arithmetic, Policy
+from refllm.precision import EXACT, FUSED, HF_EAGER, NATIVE, Arithmetic, Policy, rounding
 from refllm.precision.dtype_names import dtype_name
 
 POLICIES = {"fused": FUSED, "hf-eager": replace(HF_EAGER, torch_order=False)}
 """Where a candidate is expected to round. The order in which Torch adds is none of its business."""
 DTYPES = ("bfloat16", "float16", "float32")
-_FLOAT32_ROUNDING = 2.0**-24
+_FLOAT32_ROUNDING, _FLOAT64_ROUNDING = 2.0**-24, 2.0**-53
 
 
 class Call(Protocol):
@@ -58,16 +59,48 @@ class Expected:
     independent: int | None = None
 
 
-def expect(call: Call, policy: str = "fused") -> tuple[Expected, ...]:
-    """One `Expected` per output of a call. Raises InputError for a call that the contract does not allow."""
+def expect(call: Call, policy: str = "fused", convention: str = "") -> tuple[Expected, ...]:
+    """One `Expected` per output of a call. Raises InputError for a call that the contract does not allow.
+
+    convention: "torch" for masks that are causal from the top where there are fewer queries than keys.
+    """
     arguments, keywords = call.arrays()
+    if convention == "torch":
+        arguments, keywords = _from_the_top(call.operator, arguments, keywords)
     return expect_values(call.operator, arguments, keywords, call.dtype, policy)
 
 
 @lru_cache(maxsize=256)
-def remembered(call: Call, policy: str) -> tuple[Expected, ...]:
+def remembered(call: Call, policy: str, convention: str = "") -> tuple[Expected, ...]:
     """`expect`, kept for the calls that one candidate after the other is given."""
-    return expect(call, policy)
+    return expect(call, policy, convention)
+
+
+def _from_the_top(operator: str, arguments: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The call in which query s sees keys 0..s, as torch's is_causal has it: no other keys."""
+    if operator != "attention" or not keywords.get("causal", True):
+        return arguments, keywords
+    q, *cached = arguments
+    S = q.shape[2]
+    mask = keywords.get("key_mask")
+    cut = {} if mask is None else {"key_mask": mask[:, :S]}
+    return [q, *(x[:, :, :S] for x in cached)], keywords | cut
+
+
+def narrow_loss(expected: Expected, arguments: Sequence[Any], keywords: dict[str, Any], dtype: str) -> Expected:
+    """A loss that is returned in the dtype of the logits, as torch does: each row's is rounded, and then their mean."""
+    (rows,) = evaluate(expected.operator, EXACT, arguments, keywords | {"reduction": "none"})
+    each = np.square(ulp(np.where(np.isfinite(rows), rows, 0.0), dtype, np.float64)) / 12
+    own = np.square(ulp(np.where(np.isfinite(expected.exact), expected.exact, 0.0), dtype, np.float64)) / 12
+    reduction = keywords.get("reduction", "mean")
+    if reduction == "none":
+        inside = each
+    else:
+        counted = max(1, int((arguments[-1] != keywords.get("ignore_index", ops.IGNORE_INDEX)).sum()))
+        inside = each.sum() / (counted**2 if reduction == "mean" else 1) + own  # their sum is rounded as well
+    with np.errstate(over="ignore"):
+        rounded = rounding(dtype)(np.asarray(expected.exact, np.float32)).astype(np.float64)
+    return replace(expected, dtype=dtype, contract=rounded, variance=expected.variance + inside + own)
 
 
 def expect_values(
@@ -139,6 +172,8 @@ def _inner(
     lost = evaluate(operator, _OneChain("float32", NATIVE), arguments, keywords)
     terms = max((x.shape[-1] for x in arguments if isinstance(x, np.ndarray) and x.ndim), default=1)
     chain = CHAIN * _FLOAT32_ROUNDING * np.sqrt(terms / 3)
+    if contract_of(operator).elementwise:
+        return [_own_error(operator, arguments, keywords, plain[0], exact[0])]
     inner = [
         np.hypot(
             INNER * np.maximum(_row_error(n, e), _FLOAT32_ROUNDING * _size(e)),
@@ -153,6 +188,25 @@ def _inner(
     if "labels" in contract_of(operator).arguments:
         inner = [np.hypot(inner[0], INNER * _of_the_terms(operator, arguments, keywords))]
     return inner
+
+
+def _own_error(
+    operator: str, arguments: Sequence[Any], keywords: dict[str, Any], plain: np.ndarray, exact: np.ndarray
+) -> np.ndarray:
+    """`_inner` where an element depends on one element of each argument: nothing of its row's is granted to it.
+
+    Each argument is moved by one float32 rounding alone, so that no luck makes two of them cancel. A gate between 0 and
+    1 may be the difference of two float64 numbers, as 1 + tanh x is.
+    """
+    squares = np.square(_FLOAT32_ROUNDING * _size(exact))
+    if len(arguments) > 1:
+        squares = squares + np.square(_FLOAT64_ROUNDING * _size(np.prod(np.asarray(arguments, np.float64), axis=0)))
+    for i, x in enumerate(arguments):
+        if isinstance(x, np.ndarray):
+            moved = x.astype(np.float64) * (1 + _FLOAT32_ROUNDING)
+            near = evaluate(operator, EXACT, [*arguments[:i], moved, *arguments[i + 1 :]], keywords)[0]
+            squares = squares + np.square(_error(near, exact))
+    return np.hypot(INNER * np.sqrt(squares), 2 * _error(plain, exact))
 
 
 class _OneChain(Arithmetic):
@@ -195,12 +249,17 @@ def _moved(x: Any, rng: np.random.Generator) -> Any:
 
 def _row_error(value: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """The error of an element, or the root mean square of its row's if that is more: its own may be small by luck."""
-    with np.errstate(invalid="ignore"):
-        error = np.asarray(value, np.float64) - exact
-    error = np.where(np.isfinite(error), error, 0.0)
+    error = _error(value, exact)
     if not error.ndim or not error.size:
-        return np.abs(error)
-    return np.maximum(np.sqrt(np.mean(np.square(error), axis=-1, keepdims=True)), np.abs(error))
+        return error
+    return np.maximum(np.sqrt(np.mean(np.square(error), axis=-1, keepdims=True)), error)
+
+
+def _error(value: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """|value - exact|, 0 where that is not finite."""
+    with np.errstate(invalid="ignore"):
+        error = np.abs(np.asarray(value, np.float64) - exact)
+    return np.where(np.isfinite(error), error, 0.0)
 
 
 def _size(exact: np.ndarray) -> np.ndarray:

@@ -174,9 +174,13 @@ def rounding_error(exact: np.ndarray, dtype: str) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- the rules
 
 
-def _check(rule: str, measured: float, limit: float, text: str) -> tuple[str, float, str]:
+def _score(measured: float, limit: float) -> float:
     score = float(measured / limit)
-    return rule, (np.inf if np.isnan(score) else score), f"{text} (limit {limit:.3g})"
+    return np.inf if np.isnan(score) else score
+
+
+def _check(rule: str, measured: float, limit: float, text: str) -> tuple[str, float, str]:
+    return rule, _score(measured, limit), f"{text} (limit {limit:.3g})"
 
 
 def _element(value: float, exact: float, z: float) -> str:
@@ -203,17 +207,23 @@ def _one_rounding(y: np.ndarray, error: np.ndarray, expected: Expected, finite: 
     differs = float(np.mean((y != expected.contract)[finite]))
     share = limits.misrounded_limit(int(finite.sum()), float(np.mean(np.minimum(near, 1.0)[finite])))
     most = float(beyond.max())
-    past = f"an element is past the half ulp of one rounding by {most:.3g} times what float32 inside explains"
+    off = float(_over(error, spacing)[_index(beyond)])
+    past = (
+        f"rounded more than once: {off:.2g} ulp off where one rounding gives 0.5 (float32 inside, one cast at the end)"
+    )
+    twice = f"rounded more than once: {differs:.2%} of the elements are not the exact value, rounded"
     return [
-        _check("one rounding", most, limits.ELEMENT_LIMIT, past),
-        _check("one rounding", differs, share, f"{differs:.2%} of the elements are not rounded once, from the truth"),
+        ("one rounding", _score(most, limits.ELEMENT_LIMIT), past),
+        _check("one rounding", differs, share, twice),
     ]
 
 
 def _sigma(expected: Expected, finite: np.ndarray) -> np.ndarray:
-    """The sigma of every element, but not less than a part of its row's: a rounding inside is of the row's size."""
+    """The sigma of every element, but not less than a part of its row's: a rounding inside is of the row's size, unless
+    nothing in the row is shared."""
     V = np.where(finite, expected.variance, 0.0)
-    row = V.mean(axis=-1, keepdims=True) if V.ndim else V
+    alone = not V.ndim or contract_of(expected.operator).elementwise
+    row = V if alone else V.mean(axis=-1, keepdims=True)
     return np.sqrt(np.maximum(V, limits.ROW_FLOOR * row) + np.square(expected.inner))
 
 

@@ -20,10 +20,14 @@ from typing import Any
 
 from refllm.check.api import assert_matches, compare
 
-__all__ = ["assert_matches", "assert_operator", "check_op", "compare"]
+__all__ = ["assert_matches", "assert_operator", "check_dumped", "check_op", "compare"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "check_dumped":
+        from refllm.opcheck import dumped
+
+        return dumped.check_dumped
     if name in ("assert_operator", "check_op"):
         from refllm.opcheck import api
 

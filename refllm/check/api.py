@@ -1,7 +1,7 @@
 """`compare` and `assert_matches`: the check as a Python call and as a test."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,13 @@ import numpy as np
 from refllm.errors import InputError
 
 if TYPE_CHECKING:
+    from refllm.check.asked import Asked
     from refllm.check.inputs import Inputs
     from refllm.check.oracle import Report
     from refllm.check.process import Processes
     from refllm.check.trace import Trace
+    from refllm.check.weights import Given
+    from refllm.forward.model import Model
 
 
 def compare(
@@ -74,18 +77,111 @@ def compare(
     from refllm.models.own_page import in_use
 
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    if trace is not None:
-        if stress or candidate != "transformers" or names or library:
-            raise InputError("trace= is judged as it was recorded: leave out candidate, stress, names and library")
-        ids = None if input_ids is None else np.atleast_2d(input_ids)
-        run = _trace(trace, ids)
-        with in_use(page):
-            return [_recorded(Path(checkpoint), run, dtype, policy, splits, tf32, layout, _trace(against), weights)]
     files = [None if path is None else Path(path) for path in (names, library)]
-    with in_use(page), Processes(time_limit) as processes:
-        return _compare(Path(checkpoint), candidate, dtype, policy, attention, given, prompt, stress,
-                        processes if isolate else None, splits, tf32, weights, files[0], files[1], layout,
-                        _trace(against))  # fmt: skip
+    call = _Call(Path(checkpoint), candidate, dtype, policy, attention, stress, splits, tf32, layout,
+                 files[0], files[1], weights, _trace(against))  # fmt: skip
+    with in_use(page):
+        if trace is not None:
+            return [call.recorded(_trace(trace, None if input_ids is None else np.atleast_2d(input_ids)))]
+        with Processes(time_limit) as processes:
+            return call.reports(given, prompt, processes if isolate else None)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What `compare` was asked for, but for the inputs; see there."""
+
+    folder: Path
+    candidate: Any
+    dtype: str | None
+    policy: str | None
+    attention: str
+    stress: bool
+    splits: int
+    tf32: bool
+    layout: str
+    names: Path | None
+    library: Path | None
+    weights: Any
+    against: "Trace | None"
+
+    def recorded(self, trace: "Trace | None") -> "Report":
+        """The report on a recorded run."""
+        from refllm.check.recorded import check_recorded
+        from refllm.precision.dtype_names import dtype_name
+
+        if self.stress or self.candidate != "transformers" or self.names or self.library:
+            raise InputError("trace= is judged as it was recorded: leave out candidate, stress, names and library")
+        assert trace is not None
+        return check_recorded(
+            self._load,
+            trace,
+            self._asked("", self.attention),
+            checkpoint=self.folder.name,
+            dtype=None if self.dtype is None else dtype_name(self.dtype),
+            layout=self.layout,
+            against=self.against,
+            weights=self._weights(),
+        )
+
+    def reports(self, given: dict[str, Any], prompt: str | None, processes: "Processes | None") -> "list[Report]":
+        """A report per input. given: arrays by name, or None for those that were not. processes: where a name's
+        candidate runs; None: in this one."""
+        from refllm.check.layout import words_of
+        from refllm.check.run import close
+        from refllm.check.runs import Runs
+
+        if self.against is not None and self.stress:
+            raise InputError("against= has the values of one run, so leave out stress")
+        found = self._open(processes)
+        inputs, notes = _inputs(self.folder, given, prompt, self.against)
+        attention = getattr(found, "attention", self.attention)  # of a Transformers model object: its own
+        name = self.candidate if isinstance(self.candidate, str) else ""
+        runs = Runs(
+            self._load,
+            found,
+            inputs,
+            self._asked(name or ("transformers" if hasattr(found, "attention") else ""), attention),
+            checkpoint=self.folder.name,
+            stress=self.stress,
+            said=self.dtype is not None,
+            layout=words_of(self.layout, "layout"),
+            against=self.against,
+            notes=notes,
+            recorded=lambda: close(found),
+            weights=self._weights(),
+        )
+        return list(runs.reports())
+
+    def _asked(self, kind: str, attention: str) -> "Asked":
+        from refllm.check.asked import Asked
+        from refllm.check.run import rounding_of
+
+        rules = rounding_of(kind, self.policy, attention if attention in ("eager", "sdpa") else "sdpa")
+        return Asked(rules, self.splits, self.tf32)
+
+    def _load(self, dtype: str) -> "Model":
+        from refllm.check.run import load
+
+        return load(self.folder, dtype)
+
+    def _weights(self) -> "Given | None":
+        from refllm.check.weights import Given
+
+        return None if self.weights is None else Given.open(self.weights)
+
+    def _open(self, processes: "Processes | None") -> Any:
+        from refllm.check.candidates import of_object, open_candidate
+        from refllm.check.run import head_of
+        from refllm.check.stacks import Opening
+        from refllm.precision.dtype_names import dtype_name
+
+        name = self.candidate if isinstance(self.candidate, str) else ""
+        dtype, head = dtype_name(self.dtype or "float32"), head_of(self.folder)
+        opening = Opening(name, self.folder, head, dtype, self.attention, self.names, self.library)
+        if not name:
+            return of_object(self.candidate, opening)
+        return open_candidate(opening) if processes is None else processes.open(opening)
 
 
 def _trace(given: Any, input_ids: Any = None) -> "Trace | None":
@@ -93,78 +189,6 @@ def _trace(given: Any, input_ids: Any = None) -> "Trace | None":
     from refllm.check.trace import Trace
 
     return given if given is None or isinstance(given, Trace) else Trace.load(given, input_ids)
-
-
-def _recorded(
-    folder: Path,
-    trace: "Trace | None",
-    dtype: str | None,
-    policy: str | None,
-    splits: int,
-    tf32: bool,
-    layout: str,
-    against: "Trace | None",
-    weights: Any,
-) -> "Report":
-    from refllm.check.asked import Asked
-    from refllm.check.recorded import check_recorded
-    from refllm.check.run import load, rounding_of
-    from refllm.check.weights import Given
-    from refllm.precision.dtype_names import dtype_name
-
-    assert trace is not None
-    asked = Asked(rounding_of("", policy), splits, tf32)
-    how: dict[str, Any] = {"dtype": None if dtype is None else dtype_name(dtype), "layout": layout, "against": against}
-    how["weights"] = None if weights is None else Given.open(weights)
-    return check_recorded(lambda of: load(folder, of), trace, asked, checkpoint=folder.name, **how)
-
-
-def _compare(
-    folder: Path,
-    candidate: Any,
-    dtype: str | None,
-    policy: str | None,
-    attention: str,
-    given: dict[str, Any],
-    prompt: str | None,
-    stress: bool,
-    processes: "Processes | None",
-    splits: int,
-    tf32: bool,
-    weights: Any,
-    names: Path | None,
-    library: Path | None,
-    layout: str,
-    against: "Trace | None",
-) -> "list[Report]":
-    from refllm.check.asked import Asked
-    from refllm.check.layout import words_of
-    from refllm.check.run import close, load, rounding_of
-    from refllm.check.runs import Runs
-    from refllm.check.weights import Given
-
-    found = _candidate(candidate, folder, dtype, attention, processes, names, library)
-    if against is not None and stress:
-        raise InputError("against= has the values of one run, so leave out stress")
-    inputs, notes = _inputs(folder, given, prompt, against)
-    attention = getattr(found, "attention", attention)  # of a Transformers model object: its own
-    kind = candidate if isinstance(candidate, str) else "transformers" if hasattr(found, "attention") else ""
-    rules = rounding_of(kind, policy, attention if attention in ("eager", "sdpa") else "sdpa")
-    runs = Runs(
-        lambda dtype: load(folder, dtype),
-        found,
-        inputs,
-        Asked(rules, splits, tf32),
-        checkpoint=folder.name,
-        stress=stress,
-        said=dtype is not None,
-        layout=words_of(layout, "layout"),
-        against=against,
-        notes=notes,
-        recorded=lambda: close(found),
-        weights=None if weights is None else Given.open(weights),
-    )
-    return list(runs.reports())
 
 
 def _inputs(
@@ -198,27 +222,6 @@ def assert_matches(checkpoint: str | os.PathLike[str], candidate: Any = "transfo
         for report in reports:
             if report.verdict == verdict:
                 raise AssertionError(_text(report))
-
-
-def _candidate(
-    candidate: Any,
-    folder: Path,
-    dtype: str | None,
-    attention: str,
-    processes: "Processes | None",
-    names: Path | None,
-    library: Path | None,
-) -> Any:
-    from refllm.check.candidates import of_object, open_candidate
-    from refllm.check.run import head_of
-    from refllm.check.stacks import Opening
-    from refllm.precision.dtype_names import dtype_name
-
-    name = candidate if isinstance(candidate, str) else ""
-    opening = Opening(name, folder, head_of(folder), dtype_name(dtype or "float32"), attention, names, library)
-    if isinstance(candidate, str):
-        return open_candidate(opening) if processes is None else processes.open(opening)
-    return of_object(candidate, opening)
 
 
 def _text(report: "Report") -> str:

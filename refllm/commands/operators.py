@@ -23,8 +23,16 @@ def check_op(
         list[str] | None, typer.Option("--dtype", help="Of the activations; repeat for more. Default: bfloat16.")
     ] = None,
     policy: Annotated[
-        str, typer.Option("--policy", help="Where it may round: fused (once, at the end) or hf-eager (everywhere).")
-    ] = "fused",
+        str | None,
+        typer.Option(
+            "--policy",
+            help="Where it has to round: fused (once, at the end) or hf-eager (everywhere). "
+            "Default: wherever honest code does, and the report says where.",
+        ),
+    ] = None,
+    level: Annotated[
+        str, typer.Option("--level", help="Up to which level of inputs the exit code counts: basic, contract, hostile.")
+    ] = "contract",
     device: Annotated[str, typer.Option("--device", help="cpu (Triton kernels are interpreted) or cuda.")] = "cpu",
     arrays: Annotated[str, typer.Option("--arrays", help="What it takes and returns: torch or numpy.")] = "torch",
     max_examples: Annotated[
@@ -46,7 +54,40 @@ def check_op(
         typer.Option(
             "--without",
             metavar="NAME",
-            help="What yours lacks: an optional argument (key_mask), or mixed_dtypes; repeat.",
+            help="What yours lacks: an optional argument (key_mask), or a family of inputs (strides); repeat.",
+        ),
+    ] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option("--sizes", metavar="RULE", help="Which lengths yours takes: E%256==0, D<=128, S==T; repeat."),
+    ] = None,
+    convention: Annotated[
+        str,
+        typer.Option(
+            "--convention", help="torch: Torch's choices where the contract chose otherwise (dtype of a loss)."
+        ),
+    ] = "",
+    keep_going: Annotated[
+        bool | None,
+        typer.Option("--keep-going/--first", help="Look for all that is wrong. Default: the first; all with --json."),
+    ] = None,
+    configs: Annotated[
+        str, typer.Option("--configs", help="Of an autotuned Triton kernel run the first configuration, or all.")
+    ] = "first",
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            "--inputs", metavar="F", help="A safetensors file of one call's arguments, dumped from a real run."
+        ),
+    ] = None,
+    output: Annotated[
+        list[str] | None,
+        typer.Option("--output", metavar="NAME", help="Judge this result in --inputs, instead of a candidate; repeat."),
+    ] = None,
+    value: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--value", metavar="NAME=VALUE", help="An argument of --inputs that is no tensor: eps=1e-6; repeat."
         ),
     ] = None,
     repro: Annotated[
@@ -54,7 +95,7 @@ def check_op(
         typer.Option(
             "--repro",
             metavar="F",
-            help="Write a program that shows the failure by itself; of a second dtype that fails, F-DTYPE.py.",
+            help="Write a program that shows the failure by itself, - to print it; of a second dtype, F-DTYPE.py.",
         ),
     ] = None,
     json_file: Json = None,
@@ -68,6 +109,26 @@ def check_op(
     screen = console(quiet=to_stdout(json_file))
     if list_all:
         screen.print(report.show_operators())
+        return
+    if operator is not None and inputs is not None:
+        from refllm.opcheck.dumped import check_dumped, values_of
+
+        told = check_dumped(
+            operator,
+            inputs,
+            candidate,
+            output=output or (),
+            values=values_of(value or ()),
+            arrays=arrays,
+            policy=policy,
+            convention=convention,
+            time_limit=time_limit,
+            seconds=seconds,
+        )
+        screen.print(report.show_report(told, with_repro=repro == Path("-")))
+        write_json(told.to_dict(), json_file)
+        if told.verdict != "holds":
+            raise typer.Exit(FINDING)
         return
     if operator is None or candidate is None:
         raise InputError("check-op needs an operator and --candidate; refllm check-op --list shows the operators")
@@ -87,13 +148,18 @@ def check_op(
                     time_limit=time_limit,
                     seconds=seconds,
                     bitwise=bitwise,
+                    level=level,
+                    keep_going=json_file is not None if keep_going is None else keep_going,
                     without=without or (),
-                    repro=_program_of(repro, one) if any(r.repro for r in reports) else repro,
+                    sizes=sizes or (),
+                    convention=convention,
+                    configs=configs,
+                    repro=_program_of(repro, one) if any(r.repro for r in reports) else _file(repro),
                     progress=lambda text, done, total: step(text, done, total or None),
                 )
             )
             step.clear()
-            screen.print(report.show_report(reports[-1], with_repro=repro is None))
+            screen.print(report.show_report(reports[-1], with_repro=repro == Path("-")))
     write_json(_together([r.to_dict() for r in reports]), json_file)
     if any(r.verdict != "holds" for r in reports):
         raise typer.Exit(FINDING)
@@ -101,7 +167,13 @@ def check_op(
 
 def _program_of(repro: Path | None, dtype: str) -> Path | None:
     """The file of another dtype, beside that of the first that fails."""
+    repro = _file(repro)
     return None if repro is None else repro.with_stem(f"{repro.stem}-{dtype.removeprefix('torch.')}")
+
+
+def _file(repro: Path | None) -> Path | None:
+    """The file to write to, if there is one to be written."""
+    return None if repro == Path("-") else repro
 
 
 def _together(reports: list[dict[str, Any]]) -> dict[str, Any]:

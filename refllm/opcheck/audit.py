@@ -59,6 +59,8 @@ class Outcome:
 
     dtype: what the rest is about: where it survived (an equivalent one: where it was killed), else the first in which
     it was looked for. dtypes: all in which it was; empty for a user's test, which chooses by itself.
+    level: of the call that shows it first (`refllm.strategies.levels`), in the dtype that is told; "" if none did.
+    place: where honest code may round too, as in `Mutant`.
     examples: how many calls were examined, the last one included; 0 for a user's test. repro: a program that shows the
     failure; "" of a user's test. equivalent: why it is no bug, as in `Mutant`; then it must survive.
     """
@@ -76,6 +78,8 @@ class Outcome:
     repro: str = ""
     equivalent: str = ""
     dtypes: tuple[str, ...] = ()
+    level: str = ""
+    place: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: all but the program."""
@@ -195,11 +199,11 @@ def _outcome(mutant: "Mutant", checker: "_OurCheck | _UsersTest", dtype: str | N
     dtypes = (dtype,) if dtype else mutant.dtypes[: None if checker.looks_in_every_dtype else 1]
     answers = []
     for one in dtypes:
-        answers.append((one, *checker(mutant, one)))
+        answers.append((one, *checker(mutant, one), checker.level))
         if bool(answers[-1][1]) == bool(mutant.equivalent):  # a bug that survives, or what is none and does not
             answers = answers[-1:]
             break
-    told, by, examples, repro = answers[0]
+    told, by, examples, repro, level = answers[0]
     return Outcome(
         mutant.operator,
         mutant.name,
@@ -214,6 +218,8 @@ def _outcome(mutant: "Mutant", checker: "_OurCheck | _UsersTest", dtype: str | N
         repro,
         mutant.equivalent,
         dtypes if checker.looks_in_every_dtype else (),
+        level if by else "",
+        mutant.place,
     )
 
 
@@ -225,18 +231,25 @@ class _OurCheck:
     def __init__(self, max_examples: int, seed: int, known_first: bool) -> None:
         self._examples, self._seed, self._known_first = max_examples, seed, known_first
         self._showed: dict[str, str] = {}
+        self.level = ""
 
     def __call__(self, mutant: "Mutant", dtype: str) -> tuple[str, int, str]:
-        from refllm.strategies import corners
+        from refllm.strategies import corners, level_of
 
         if not self._known_first or mutant.equivalent:
             return self._searched(mutant, dtype, None)
         known = self._showed.get(mutant.slug, mutant.corner)
         calls = sorted(corners(mutant.operator, dtype), key=lambda call: call.kind != known)
         if mutant.slug in self._showed and (broken := _in_one_run(mutant, calls[0])):
+            self.level = level_of(calls[0])
             return broken, 1, ""
         found = self._searched(mutant, dtype, calls)
         return found if found[0] or not self._examples else self._searched(mutant, dtype, None)
+
+    @staticmethod
+    def _policy_of(mutant: "Mutant") -> str | None:
+        """Named where honest code may round as the mutant does: then it is wrong only for who asks for one rounding."""
+        return "fused" if mutant.place else None
 
     def _searched(self, mutant: "Mutant", dtype: str, calls: "list[Call] | None") -> tuple[str, int, str]:
         from refllm.opcheck.api import check_op
@@ -251,7 +264,10 @@ class _OurCheck:
             shrink=False,
             isolate=False,
             bitwise=mutant.form == "triton",
+            level="hostile",
+            policy=self._policy_of(mutant),
         )
+        self.level = report.findings[0].first.level if report.findings else ""
         if report.first is not None:
             self._showed[mutant.slug] = report.first.call.kind
         return report.property, report.examples, report.repro
@@ -266,7 +282,8 @@ def _in_one_run(mutant: "Mutant", call: "Call") -> str:
 
     candidate = load(mutant.function())
     task = Task(call, "cpu", "torch", candidate.interpreted, "fused", deep=False, bitwise=False)
-    found = Examiner(InProcess(candidate), task, TIME_LIMIT, NEVER)(call, deep=False)
+    examine = Examiner(InProcess(candidate), task, TIME_LIMIT, NEVER, any_profile=not mutant.place)
+    found = examine(call, deep=False)
     return "" if found is None else found.property
 
 
@@ -278,7 +295,7 @@ class _UsersTest:
     def __init__(self, test: str | Test, limit: float) -> None:
         if limit <= 0:
             raise InputError(f"time_limit={limit}: expected more than 0 seconds")
-        self._limit = limit
+        self._limit, self.level = limit, ""
         self._test = _find(test) if isinstance(test, str) else test
         if not callable(self._test):
             raise InputError(f"a test is a function or its name as file.py:function, found {type(test).__name__}")

@@ -80,9 +80,7 @@ def uses_triton(function: Any) -> bool:
 def _modules(function: Any, seen: set[str]) -> Iterator[types.ModuleType]:
     start = sys.modules.get(getattr(function, "__module__", "") or type(function).__module__)
     waiting = [start] if start is not None else []
-    for cell in getattr(function, "__closure__", None) or ():
-        inner = _unwrapped(_content(cell))
-        waiting += [m for m in [sys.modules.get(getattr(inner, "__module__", "") or "")] if m is not None]
+    waiting += [m for m in (sys.modules.get(name) for name in _modules_within(function)) if m is not None]
     while waiting:
         module = waiting.pop()
         name = module.__name__
@@ -98,6 +96,20 @@ def _modules(function: Any, seen: set[str]) -> Iterator[types.ModuleType]:
             other = where.split(".")[0]
             if other == root or (module is start and other not in _NOT_FOLLOWED):
                 waiting.append(sys.modules[where])
+
+
+def _modules_within(function: Any) -> set[str]:
+    """The names of the modules of what a function holds in its closure, and of what that holds in turn: decorators need
+    not say whom they wrap."""
+    names, waiting, seen = set[str](), [function], set[int]()
+    while waiting:
+        one = _unwrapped(waiting.pop())
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        names |= {type(one).__module__, getattr(one, "__module__", None) or ""}
+        waiting += [_content(cell) for cell in getattr(one, "__closure__", None) or ()]
+    return names
 
 
 _NOT_SEARCHED = {"torch", "numpy", "triton", "transformers", *sys.stdlib_module_names}

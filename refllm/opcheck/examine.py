@@ -1,18 +1,22 @@
 """One example: run the candidate on a call, judge what was observed, and name the first thing that is wrong."""
 
+import builtins
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from refllm.accuracy.expected import Expected, expect_values, remembered
+from refllm.accuracy.expected import Expected, expect_values, narrow_loss, remembered
 from refllm.accuracy.judge import Judgement, judge
 from refllm.accuracy.wrong_answers import wrong_answers
 from refllm.opcheck import inputs
 from refllm.opcheck.observe import Observation, Result, Task
+from refllm.opcheck.roundings import Roundings
 from refllm.opcheck.without import missing_result, raised
 from refllm.precision import rounding
 from refllm.strategies.call import Call
+from refllm.strategies.levels import LEVELS, level_of
 
 PROPERTIES = (
     "raises",
@@ -29,6 +33,7 @@ PROPERTIES = (
     "bounds",
     "race",
     "overflow",
+    "configurations",
 )
 """What may be broken, by the name in reports."""
 
@@ -39,7 +44,7 @@ class Finding:
 
     output: the name of the result that shows it, "" where none does. judgement: of that result, if values are judged.
     where: its elements that show it. results: what the candidate returned.
-    row_alone: which row of the batch was computed by itself, if that shows it.
+    row_alone: which row of the batch was computed by itself, if that shows it. level: at which it is asked for.
     """
 
     property: str
@@ -52,16 +57,30 @@ class Finding:
     results: tuple[Result, ...] = ()
     row_alone: int | None = None
 
+    @builtins.property
+    def level(self) -> str:
+        """The level of its call, or that of what is broken where that is higher."""
+        of_call = level_of(self.call)
+        between = self.property == "invariance" and "between the elements" in self.text
+        of_property = "hostile" if between else "contract" if self.property == "reuse" else "basic"
+        return max(of_call, of_property, key=LEVELS.index)
+
 
 class Examiner:
     """Examines calls for one candidate. examples: how many; score: the worst of all rules so far as measured / allowed.
 
-    worst: the judgement with the largest ratio. slowest: seconds of the longest run that returned.
+    worst: the judgement with the largest ratio, of calls that hold. slowest: seconds of the longest run that returned.
+    roundings: in words, where the candidate rounds, if it may choose that -> the calls that say so.
     """
 
-    def __init__(self, runner: Any, task: Task, limit: float, until: float) -> None:
-        """limit: seconds for each run of the candidate. until: when all time is up, in time.monotonic()."""
+    def __init__(
+        self, runner: Any, task: Task, limit: float, until: float, convention: str = "", any_profile: bool = False
+    ) -> None:
+        """limit: seconds for each run of the candidate. until: when all time is up, in time.monotonic(). convention: of
+        `Offers`. any_profile: whether a candidate may round wherever honest code does."""
         self.runner, self.task, self.limit, self.until = runner, task, limit, until
+        self.convention, self.any_profile = convention, any_profile
+        self.roundings = Roundings(task.policy) if any_profile else None
         self.examples, self.score, self.slowest = 0, 0.0, 0.0
         self.worst: Judgement | None = None
         self.power = Power()
@@ -71,7 +90,7 @@ class Examiner:
 
         Raises InputError for a call that the contract does not allow, TimeIsUpError where all time is up in a run.
         """
-        expected = remembered(call, self.task.policy)
+        expected = remembered(call, self.task.policy, self.convention)
         task = replace(self.task, call=call, deep=deep)
         seen = self.runner.observe(task, self.limit if limit is None else limit, self.until)
         self.examples += 1
@@ -79,16 +98,18 @@ class Examiner:
             self.slowest = max(self.slowest, seen.seconds)
         self.score, judged = 0.0, []
         if seen.results:
+            expected = self._as_returned(call, seen.results, expected)
             broken = _structure(call, seen.results, expected, self.task)
             if broken is not None:
                 return replace(broken, results=seen.results)
             # Values may be wrong because nobody wrote them, or every time others, and that is the better answer.
             if seen.property not in ("unwritten", "determinism"):
-                judged = [judge(r.value, e) for r, e in zip(seen.results, expected, strict=True)]
-                self._remember(judged)
+                judged = self._judged(call, *call.arrays(), seen.results, expected)
+                self.score = max((j.score for j in judged), default=0.0)
                 bad = next((j for j in judged if not j.holds), None)
                 if bad is not None:
                     return _wrong(call, bad, expected, seen)
+                self._remember(judged)
         if seen.property:
             return _outright(call, seen, expected)
         if seen.alone is not None:
@@ -97,6 +118,30 @@ class Examiner:
                 return finding
         self.power.see(expected)
         return None
+
+    def _as_returned(
+        self, call: Call, results: tuple[Result, ...], expected: tuple[Expected, ...]
+    ) -> tuple[Expected, ...]:
+        """What is expected, a loss in the dtype of the logits where that is asked of nobody, or is the convention."""
+        asked = self.convention != "torch" and level_of(call) != "basic"
+        if asked or call.dtype == "float32" or len(results) != len(expected) or expected[0].name != "loss":
+            return expected
+        narrow = results[0].dtype == call.dtype
+        return (narrow_loss(expected[0], *call.arrays(), call.dtype),) if narrow else expected
+
+    def _judged(
+        self,
+        call: Call,
+        arguments: Sequence[Any],
+        keywords: dict[str, Any],
+        results: tuple[Result, ...],
+        expected: tuple[Expected, ...],
+    ) -> list[Judgement]:
+        """A judgement per output, of the profile in which it holds if there is one."""
+        judged = [judge(r.value, e) for r, e in zip(results, expected, strict=True)]
+        if self.roundings is None or call.dtype == "float32":
+            return judged
+        return self.roundings.judged(call, arguments, keywords, results, expected, judged)
 
     def again(self, first: Finding, repeats: int) -> Finding | None:
         """What is to be said of a call that failed, if it does not fail every time: None if it does.
@@ -109,13 +154,12 @@ class Examiner:
         self.runner.close()
         seen = self.runner.observe(replace(self.task, call=first.call, repeats=repeats), self.limit, self.until)
         if seen.property:
-            return _outright(first.call, seen, remembered(first.call, self.task.policy))
+            return _outright(first.call, seen, remembered(first.call, self.task.policy, self.convention))
         text = f"wrong now and then: {first.text}; {repeats + 1} more calls with the same inputs were right"
         return replace(first, property="determinism", text=text, judgement=None, row_alone=None)
 
     def _remember(self, judged: list[Judgement]) -> None:
         for judgement in judged:
-            self.score = max(self.score, judgement.score)
             if self.worst is None or judgement.ratio > self.worst.ratio:
                 self.worst = judgement
 
@@ -128,12 +172,15 @@ class Examiner:
         if inputs.is_reduced(call):
             arrays = inputs.row_alone(call, *call.arrays(), row)
             wanted = list(expect_values(call.operator, *arrays, call.dtype, self.task.policy))
+            if expected[0].dtype != wanted[0].dtype:  # as it was returned for all rows
+                wanted = [narrow_loss(wanted[0], *arrays, call.dtype)]
         broken = _structure(call, results, tuple(wanted), self.task)
         if broken is not None:
             text = f"row {row} computed alone: {broken.text}"
             return replace(broken, property="invariance", text=text, row_alone=row)
-        for whole, result, e in zip(seen.results, results, wanted, strict=True):
-            verdict = judge(result.value, e)
+        arrays = inputs.row_alone(call, *call.arrays(), row)
+        judged = self._judged(call, *arrays, results, tuple(wanted))
+        for whole, result, e, verdict in zip(seen.results, results, wanted, judged, strict=True):
             if not verdict.holds:
                 text = f"row {row} computed alone is wrong: {verdict.faults[0].text}"
                 return Finding("invariance", text, call, e.name, e.axes, verdict, verdict.wrong, results, row)

@@ -40,12 +40,14 @@ def catalogue_part() -> str:
         "",
         f"{sum(not m.equivalent for m in mutants)} bugs. Each is a function that can be called, checked, or read:",
         "`refllm.kernels.mutants.built:NAME`, where NAME is the operator and the name with underscores, and `triton_`",
-        "before it for a Triton kernel. A source that is no issue is the area of a one-line mistake.",
+        "before it for a Triton kernel. A source that is no issue is the area of a one-line mistake. A defect is",
+        "wrong whatever else the kernel does; a place is where honest code may round too, so a report shows it, and",
+        "calls it wrong only with `--policy fused`. The words after `place` are those of the report.",
         "",
     ]
     for operator in kernels.OPERATORS:
         own = [m for m in mutants if m.operator == operator and not m.equivalent]
-        lines += [f"### {operator}", "", *_table(("name", "form", "what", "source"), map(_row, own)), ""]
+        lines += [f"### {operator}", "", *_table(("name", "form", "what", "kind", "source"), map(_row, own)), ""]
     lines += [
         "## Changes that nobody can see",
         "",
@@ -65,7 +67,8 @@ def catalogue_part() -> str:
 
 
 def _row(mutant: "Mutant") -> tuple[str, ...]:
-    return mutant.name, mutant.form, mutant.what, mutant.source
+    kind = f"place: {mutant.place}" if mutant.place else "defect"
+    return mutant.name, mutant.form, mutant.what, kind, mutant.source
 
 
 def measure(step: StatusLine) -> tuple["AuditReport", dict[str, dict[str, "AuditReport"]], float]:
@@ -141,11 +144,29 @@ def measured_part(ours: "AuditReport", typical: dict[str, dict[str, "AuditReport
         f"{first} of {len(ours.bugs)} bugs are found by the first call, {ten} by one of the first ten. By property:",
         ", ".join(f"{by} {count}" for by, count in sorted(found.items(), key=lambda pair: -pair[1])) + ".",
         "",
+        *_by_level(ours),
     ]
     if ours.survivors or ours.rejected:
         lines += ["Survived, or rejected though nothing is wrong:", ""]
         lines += [f"- {o.operator}, {o.form}: {o.what}" for o in (*ours.survivors, *ours.rejected)] + [""]
     return "\n".join(lines)
+
+
+def _by_level(ours: "AuditReport") -> list[str]:
+    """At which level each bug is found first, in the first dtype in which it makes a difference."""
+    levels = ("basic", "contract", "hostile")
+    rows = []
+    for operator in (*ours.operators, "**all**"):
+        own = ours.bugs if operator == "**all**" else ours.of(operator).bugs
+        defects, places = ([o for o in own if bool(o.place) is wanted] for wanted in (False, True))
+        rows.append((operator, *(str(sum(o.level == one for o in defects)) for one in levels), str(len(places))))
+    return [
+        "Defects by the level of inputs at which each is found first, and places, where honest code may round too: a",
+        "report shows those, and they are wrong under `--policy fused` alone.",
+        "",
+        *_table(("operator", *levels, "places"), rows),
+        "",
+    ]
 
 
 def _rate(outcomes: Sequence) -> str:

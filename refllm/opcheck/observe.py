@@ -27,6 +27,7 @@ _INTERPRETER = {
     "RaceError": "race",
     "IntegerOverflowError": "overflow",
     "UninitializedError": "unwritten",
+    "ConfigurationsDifferError": "configurations",
 }
 """What the interpreter raises, and the property that it breaks."""
 _LARGEST = 1 << 26
@@ -38,7 +39,8 @@ _NOTHING = np.zeros(0)
 class Task:
     """One call for the candidate. deep: also one row alone and the repetition. bitwise: the row alone must have the
     bits that it has in the batch. repeats: make the plain call so many times more and nothing else, to see whether one
-    differs. Numbers and names only, to be sent to another process."""
+    differs. configs: which configurations of an autotuned kernel are interpreted, "first" or "all". Numbers and names
+    only, to be sent to another process."""
 
     call: Call
     device: str
@@ -48,6 +50,7 @@ class Task:
     deep: bool
     bitwise: bool
     repeats: int = 0
+    configs: str = "first"
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def _why(run: "_Run", results: tuple[Result, ...], different: tuple[int, np.ndar
     again = _different(results, run(filling=1))
     if again is not None:
         text = f"{_count(again[1])} of the result: it changes with what memory held that nobody wrote"
-        return found("unwritten", text, again)
+        return found("unwritten", text + _masked_off(run.task), again)
     again = _different(results, run(padding=True))
     if again is not None:
         names = " and ".join(run.padded)
@@ -179,6 +182,16 @@ def _why(run: "_Run", results: tuple[Result, ...], different: tuple[int, np.ndar
     again = _different(results, run(unread=True))
     phrases = " and ".join(run.unread) or "memory that the contract does not read"
     return found("invariance", f"what {phrases} hold changes the result", again or different)
+
+
+def _masked_off(task: Task) -> str:
+    """Which load of an interpreted kernel masked lanes off without `other`, as a clause; "" for none."""
+    if not task.interpreted:
+        return ""
+    from refllm.kernels.interpreter.memory import MASKED_OFF
+
+    loads = [f"the tl.load of `{name}` at {place}" for name, place in MASKED_OFF.items()]
+    return f"; {' and '.join(loads)} has a mask and no `other`" if loads else ""
 
 
 def _count(where: np.ndarray) -> str:
@@ -317,9 +330,12 @@ def _interpreter(task: Task, filling: int) -> Any:
     if not task.interpreted:
         return contextlib.nullcontext()
     from refllm import kernels
+    from refllm.kernels.interpreter.memory import MASKED_OFF
 
+    if filling == 0:
+        MASKED_OFF.clear()
     # Its own filling tells what a kernel reads before anybody wrote it; the second run wants another.
-    return kernels.interpreted(poison=filling == 0)
+    return kernels.interpreted(poison=filling == 0, configs=task.configs if filling == 0 else "first")
 
 
 def _same_memory(a: Any, b: Any) -> bool:

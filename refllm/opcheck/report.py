@@ -1,5 +1,6 @@
 """The report of a search: for a terminal, as text, and as JSON."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ from rich.text import Text
 
 from refllm.accuracy.judge import Judgement
 from refllm.accuracy.verdicts import SCHEMA
-from refllm.opcheck.api import OpReport
+from refllm.opcheck.api import LevelReport, OpFinding, OpReport
+from refllm.opcheck.examine import Finding
 from refllm.opcheck.tile import begin, tile
 from refllm.ops.contracts import CONTRACTS
 from refllm.strategies.call import Call
@@ -22,8 +24,9 @@ _STYLE = {"holds": "green", "incomplete": "yellow", "fails": "bold red"}
 def show_report(report: OpReport, with_repro: bool = False) -> RenderableType:
     """What a person reads. with_repro: the reproduction below it."""
     title = Text.assemble(
-        f"{report.op}  {report.candidate}, {report.dtype}, policy {report.policy}, {report.device}: ",
+        f"{report.op}  {report.candidate}, {report.dtype}, {_policy(report)}{report.device}, level {report.level}: ",
         (f"{report.verdict}" + (f", {report.property}" if report.property else ""), _STYLE[report.verdict]),
+        f", without {', '.join(report.not_asked)}" if report.not_asked else "",
     )
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
@@ -50,31 +53,64 @@ def report_text(report: OpReport) -> str:
     with console.capture() as captured:
         console.print(show_report(report))
     lines = [line.rstrip() for line in captured.get().splitlines()]
-    return "\n".join([*lines, *report.repro.splitlines()])
+    return "\n".join(lines)
 
 
 def _lines(report: OpReport) -> list[tuple[str, str]]:
     lines = []
-    finding, first = report.finding, report.first
-    if finding is not None and first is not None:
-        lines.append((finding.property, finding.text))
-        if finding.judgement is not None:
-            lines.append(("worst element", _worst(finding.judgement)))
-        lines.append(("smallest call", _plainly(finding.call)))
-        lines += _places(report)
-        lines += [("looks like" if i == 0 else "or", found.text) for i, found in enumerate(report.guesses)]
-    elif report.worst is not None:
+    counted = [one for one in report.findings if _counts(report, one)]
+    beside = [one for one in report.findings if not _counts(report, one)]
+    for i, one in enumerate(counted):
+        lines += [("", "")] if i else []
+        lines += _finding(one)
+    if not counted and report.worst is not None:
         w = report.worst
         said = f"RMS error {w.ratio:.2f} times that of the contract (limit {w.limit:.3g})"
         lines.append(("worst", f"{said}; {_worst(w)}"))
-    if report.without:
-        lines.append(("not asked", ", ".join(report.without)))
+    if report.rounds:
+        lines.append(("rounds", report.rounds))
+    lines += [(f"level {one.level}", _level(one, report)) for one in report.levels]
+    for one in beside:
+        lines += [("beside it", f"{one.finding.property}: {one.finding.text}")]
+        lines += [("", _plainly(one.finding.call))]
+    if report.not_asked:
+        lines.append(("not asked", ", ".join(report.not_asked)))
     if report.untested:
         lines.append(("untested", f"these wrong answers would have held as well: {', '.join(report.untested)}"))
     lines.append(("examined", _examined(report)))
     if report.repro_file:
         lines.append(("reproduction", f"python {report.repro_file}"))
+    elif report.repro:
+        lines.append(("reproduction", "--repro FILE.py writes a program that shows it, --repro - prints it"))
     return lines
+
+
+def _policy(report: OpReport) -> str:
+    return f"policy {report.policy}, " if report.policy else ""
+
+
+def _counts(report: OpReport, one: OpFinding) -> bool:
+    return any(level.level == one.level and level.counts for level in report.levels)
+
+
+def _finding(one: OpFinding) -> list[tuple[str, str]]:
+    """The lines about one finding."""
+    finding = one.finding
+    lines = [(finding.property, finding.text)]
+    if finding.judgement is not None:
+        lines.append(("worst element", _worst(finding.judgement)))
+    lines.append(("smallest call", _plainly(finding.call)))
+    lines += _places(one)
+    lines += [("looks like" if i == 0 else "or", found.text) for i, found in enumerate(one.guesses)]
+    return lines + ([("offers less?", one.suggestion)] if one.suggestion else [])
+
+
+def _level(one: LevelReport, report: OpReport) -> str:
+    """What was found at one level, and what that means."""
+    if not one.examples:
+        return "not examined" + ("" if one.counts else ", does not count")
+    found = f"{one.findings} finding{'s' * (one.findings != 1)}" if one.findings else one.verdict
+    return f"{found}, {one.examples} call{'s' * (one.examples != 1)}" + ("" if one.counts else ", does not count")
 
 
 def _plainly(call: Call) -> str:
@@ -82,10 +118,8 @@ def _plainly(call: Call) -> str:
     return str(call).replace(f" ({call.kind})", "")
 
 
-def _places(report: OpReport) -> list[tuple[str, str]]:
-    finding, first = report.finding, report.first
-    assert finding is not None
-    assert first is not None
+def _places(found: OpFinding) -> list[tuple[str, str]]:
+    finding, first = found.finding, found.first
     lines = []
     for label, one in (("where", finding), ("first seen", first)):
         at = tile(one.where, one.axes) if one.where is not None else ""
@@ -122,7 +156,10 @@ def report_dict(report: OpReport) -> dict[str, Any]:
         "op": report.op,
         "verdict": report.verdict,
         "dtype": report.dtype,
-        "policy": report.policy,
+        "policy": report.policy or None,
+        "rounds": report.rounds or None,
+        "level": report.level,
+        "levels": [vars(one) for one in report.levels],
         "candidate": report.candidate,
         "device": report.device,
         "property": report.property or None,
@@ -133,8 +170,10 @@ def report_dict(report: OpReport) -> dict[str, Any]:
         "seed": report.seed,
         "ended": report.ended or None,
         "without": list(report.without),
+        "not_asked": list(report.not_asked),
         "worst": _worst_dict(report.worst),
-        "counterexample": _call_dict(report) if finding else None,
+        "counterexample": _call_dict(report.findings, finding) if finding else None,
+        "findings": [_finding_dict(one, _counts(report, one)) for one in report.findings],
         "looks_like": [vars(found) for found in report.guesses],
         "untested": list(report.untested),
         "repro": report.repro or None,
@@ -155,10 +194,21 @@ def _number(x: float) -> float | str | None:
     return float(x) if np.isfinite(x) else str(float(x))
 
 
-def _call_dict(report: OpReport) -> dict[str, Any]:
-    finding, first = report.finding, report.first
-    assert finding is not None
-    assert first is not None
+def _finding_dict(one: OpFinding, counts: bool) -> dict[str, Any]:
+    return {
+        "level": one.level,
+        "counts": counts,
+        "property": one.finding.property,
+        "text": one.finding.text,
+        "counterexample": _call_dict([one], one.finding),
+        "looks_like": [vars(found) for found in one.guesses],
+        "suggestion": one.suggestion or None,
+        "repro": one.repro,
+    }
+
+
+def _call_dict(findings: Sequence[OpFinding], finding: Finding) -> dict[str, Any]:
+    first = next(one.first for one in findings if one.finding is finding)
     where = finding.where
     shapes = {
         name: list(x.shape)

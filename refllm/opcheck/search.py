@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from refllm.errors import InputError
 from refllm.extras import require
-from refllm.opcheck.examine import Examiner, Finding
+from refllm.opcheck.examine import Finding
 from refllm.opcheck.worker import TimeIsUpError
 from refllm.strategies.call import Call
 
@@ -31,7 +31,17 @@ class _Stop(Exception):
     """A finding, or the end of the time."""
 
 
-def fixed(examine: Examiner, calls: Iterable[Call], deadline: float, progress: Progress) -> Searched:
+class Examines(Protocol):
+    """What says of a call whether the search ends with it."""
+
+    @property
+    def score(self) -> float:
+        """The worst error of the last call over its limit."""
+
+    def __call__(self, call: Call, /) -> Finding | None: ...
+
+
+def fixed(examine: Examines, calls: Iterable[Call], deadline: float, progress: Progress) -> Searched:
     """Every call of a list."""
     calls = list(calls)
     for i, call in enumerate(calls):
@@ -52,7 +62,7 @@ def _cut_off(call: Call, which: str) -> Searched:
 
 
 def drawn(
-    examine: Examiner, strategy: Any, max_examples: int, seed: int, deadline: float, progress: Progress
+    examine: Examines, strategy: Any, max_examples: int, seed: int, deadline: float, progress: Progress
 ) -> Searched:
     """Calls that Hypothesis draws, the same ones for the same seed. Raises MissingExtraError without Hypothesis, and
     InputError for a strategy that has no calls, or none that are left."""

@@ -14,6 +14,7 @@ from refllm.opcheck.examine import Finding
 from refllm.ops.contracts import ROWS, axis_names, contract_of, is_batched
 from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
+from refllm.strategies.levels import LEVELS, families_of
 
 Retry = Callable[[Call], Finding | None]
 """Examines a smaller call; raises RefllmError for one that the contract does not allow."""
@@ -23,6 +24,8 @@ _SIMPLER = {"invariance": ("value", "NaN pattern")}
 """What a broken property may become: a row that is wrong alone is wrong as a batch of one as well."""
 _BOUNDS = {"labels": ("V", -1), "lengths": ("N", 0)}
 """Integers that an axis bounds: below V, up to N."""
+_ALLOWED = ("no_bias", "row_axes", "extreme_values")
+"""Families that a smaller call may be of though the first was not: what is left out, and one row."""
 _ORDER = ("B", "S", "N", "T", "E", "F", "V", "D", "R/2")
 
 
@@ -47,7 +50,16 @@ class _Shrinker:
     def __init__(self, finding: Finding, retry: Retry, deadline: float) -> None:
         self.best, self.retry, self.deadline = finding, retry, deadline
         self.tried = 0
+        self._families = {*families_of(finding.call), *_ALLOWED}
         self._seen: set[Call] = {finding.call}
+
+    def _is_the_same(self, finding: Finding) -> bool:
+        """Whether a finding on a smaller call is the one that is being made small, and not another one."""
+        best = self.best
+        if finding.property not in (best.property, *_SIMPLER.get(best.property, ())):
+            return False
+        same_output = finding.output == best.output or not (finding.output and best.output)
+        return same_output and LEVELS.index(finding.level) <= LEVELS.index(best.level)
 
     @property
     def in_time(self) -> bool:
@@ -57,14 +69,19 @@ class _Shrinker:
         """Takes the call that `make` makes if it still breaks the property."""
         try:
             call = make()
-            if call is None or call in self._seen or not self.in_time:
+            if (
+                call is None
+                or call in self._seen
+                or not self.in_time
+                or not self._families.issuperset(families_of(call))
+            ):
                 return False
             self._seen.add(call)
             finding = self.retry(call)
         except RefllmError:  # not a valid call
             return False
         self.tried += 1
-        if finding is None or finding.property not in (self.best.property, *_SIMPLER.get(self.best.property, ())):
+        if finding is None or not self._is_the_same(finding):
             return False
         self.best = finding
         return True
@@ -79,6 +96,7 @@ class _Shrinker:
         """What was found in one row by itself, as a call of that row: it may be no matter of the batch at all."""
         row = self.best.row_alone
         if row is not None:
+            self._families |= set(families_of(_only_row(self.best.call, row)))
             self.attempt(lambda: _only_row(self.best.call, row))
 
     def drop_row_axes(self) -> None:
@@ -87,12 +105,17 @@ class _Shrinker:
 
     def sizes(self) -> None:
         """Every axis as short as it can be: 1 at once, else halved."""
+        if axis_lengths(self.best.call).get("S") == axis_lengths(self.best.call).get("T"):
+            self._shorten("S", "T")  # as many queries as keys
         for name in _axes(self.best.call):
             self._shorten(name)
 
-    def _shorten(self, name: str) -> None:
+    def _shorten(self, name: str, *others: str) -> None:
+        if name not in axis_lengths(self.best.call):
+            return
+
         def to(size: int) -> bool:
-            return self.attempt(lambda: resized(self.best.call, {name: size}))
+            return self.attempt(lambda: resized(self.best.call, dict.fromkeys((name, *others), size)))
 
         least = _LEAST.get(self.best.call.operator, {}).get(name, 1)
         high, low = axis_lengths(self.best.call)[name], least
@@ -155,7 +178,7 @@ def resized(call: Call, changed: dict[str, int]) -> Call:
         sizes["(H+2K)D"] = (sizes["H"] + 2 * sizes["K"]) * sizes["D"]
     if "R/2" in sizes and "D" in sizes and "R/2" not in changed:
         sizes["R/2"] = min(sizes["R/2"], sizes["D"] // 2)
-    axes = contract_of(call.operator).arguments
+    axes, ignored = contract_of(call.operator).arguments, dict(call.keywords).get("ignore_index", -100)
 
     def fit(name: str, x: Any) -> Any:
         if name in ("num_heads", "num_kv_heads"):
@@ -164,7 +187,7 @@ def resized(call: Call, changed: dict[str, int]) -> Call:
             return x
         shape = tuple(sizes[axis] for axis in axis_names(axes[name], len(x.shape)))
         fitted = replace(x, shape=shape, planted=_inside(x, shape))
-        return _bounded(name, fitted, sizes) if name in _BOUNDS else fitted
+        return _bounded(name, fitted, sizes, ignored) if name in _BOUNDS else fitted
 
     return _mapped(call, fit)
 
@@ -209,10 +232,13 @@ def _reaches(part: Any, n: int) -> bool:
     return len(range(*slice(*part).indices(n))) > 0 if isinstance(part, tuple) else -n <= part < n
 
 
-def _bounded(name: str, x: Array, sizes: dict[str, int]) -> Array:
+def _bounded(name: str, x: Array, sizes: dict[str, int], ignored: int) -> Array:
+    """Integers that are not above their bound; the label that is ignored may be."""
     axis, beyond = _BOUNDS[name]
     top = sizes[axis] + beyond
-    planted = tuple((index, min(value, top)) for index, value in x.planted)
+    planted = tuple(
+        (index, value if name == "labels" and value == ignored else min(value, top)) for index, value in x.planted
+    )
     if x.values == "integers":
         return replace(x, scale=max(1.0, min(x.scale, top - x.mean + 1)), mean=min(x.mean, top), planted=planted)
     if x.values == "zeros" or not x.values:

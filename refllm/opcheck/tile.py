@@ -31,7 +31,7 @@ def tile(where: np.ndarray, axes: tuple[str, ...]) -> str:
 
 def begin(where: np.ndarray) -> tuple[int, ...]:
     """The first wrong index of every axis: where the first failing tile begins."""
-    return tuple(int(i.min()) for i in np.nonzero(where)) if where.any() else ()
+    return tuple(int(i.min()) for i in np.nonzero(where)) if where.ndim and where.any() else ()
 
 
 def _word(name: str) -> str:

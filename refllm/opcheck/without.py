@@ -1,4 +1,4 @@
-"""Checks of a candidate that lacks optional arguments: calls that never pass them, and hints at what to leave out.
+"""Checks of a candidate that offers less: calls without some arguments or families, and hints at what to leave out.
 
 A kernel without a key mask, or one that returns no log-sum-exp, can be right in all that it does.
 """
@@ -12,14 +12,14 @@ from typing import Any
 from refllm import ops
 from refllm.errors import InputError
 from refllm.ops.contracts import contract_of
-from refllm.strategies.arrays import FLOATS, Array
+from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
+from refllm.strategies.levels import FAMILIES, families, families_of, is_mixed
 
 _DROPPED = ("return_lse", "bias", "b_qkv")
 """What a call stays valid without, whatever else is in it. Other calls are left out: behind a key mask there may be
 NaN, and logits may be finite at their own scale alone."""
-MIXED = "mixed_dtypes"
-"""What a kernel may lack though it is no argument: float32 weights and tables beside narrower activations."""
+MIXED, STRIDES = "mixed_dtypes", "strides"
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
@@ -28,40 +28,48 @@ def optional(operator: str) -> dict[str, Any]:
     arrays that may be None. Raises InputError for an operator that there is none of."""
     contract_of(operator)
     known = inspect.signature(getattr(ops, operator)).parameters.values()
-    keywords = [p for p in known if p.kind is p.KEYWORD_ONLY and p.name not in ("ar", "tap", "mask")]
+    keywords = [p for p in known if p.kind is p.KEYWORD_ONLY and p.name not in ("ar", "tap", "mask", "window")]
     arrays = [p for p in known if p.kind is not p.KEYWORD_ONLY and "None" in str(p.annotation)]
     return {p.name: None for p in arrays} | {p.name: p.default for p in keywords if p.default is not p.empty}
 
 
 def find_left_out(operator: str, names: str | Sequence[str]) -> tuple[str, ...]:
-    """`names`, each once. Raises InputError for one that is no optional argument of the operator and not `MIXED`."""
+    """`names`, each once. Raises InputError for one that is no optional argument and no family of the operator."""
     names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-    known = [*optional(operator), MIXED]
+    known = [*optional(operator), *families(operator)]
     for name in names:
         if name not in known:
             raise InputError(
-                f"--without {name}: {operator} has no optional argument of that name; use {' or '.join(known)}"
+                f"--without {name}: {operator} has no optional argument and no family of inputs of that name; use "
+                f"{' or '.join(known)}"
             )
     return names
 
 
-def is_mixed(call: Call) -> bool:
-    """Whether it has floating-point arrays of another dtype than its activations."""
-    arrays = (x for x in (*call.arguments, *(value for _, value in call.keywords)) if isinstance(x, Array))
-    return any(x.dtype in FLOATS and x.dtype != call.dtype for x in arrays)
-
-
 def left_out(call: Call, names: Sequence[str]) -> Call | None:
-    """The call with none of these arguments; None for one that means nothing without them."""
-    if MIXED in names and is_mixed(call):
-        return None
-    defaults = optional(call.operator) if names else {}
+    """The call with none of these arguments and of none of these families; None for one that means nothing without."""
+    if STRIDES in names:
+        call = _dense(call)
+    defaults = {name: value for name, value in optional(call.operator).items() if name in names} if names else {}
     for name, value in call.keywords:
-        if name in names and name not in _DROPPED and value != defaults[name]:
+        if name in defaults and name not in _DROPPED and value != defaults[name]:
             return None
-    keywords = tuple((name, value) for name, value in call.keywords if name not in names)
-    arguments = tuple(None if name in names else value for name, value in zip(call.names, call.arguments, strict=True))
-    return replace(call, arguments=arguments, keywords=keywords)
+    keywords = tuple((name, value) for name, value in call.keywords if name not in defaults)
+    arguments = tuple(
+        None if name in defaults else value for name, value in zip(call.names, call.arguments, strict=True)
+    )
+    call = replace(call, arguments=arguments, keywords=keywords)
+    return None if any(name in FAMILIES for name in set(names) & set(families_of(call))) else call
+
+
+def _dense(call: Call) -> Call:
+    """The same arrays, of which none is a view of another."""
+
+    def dense(x: Any) -> Any:
+        return replace(x, layout="dense") if isinstance(x, Array) and x.layout != "far" else x
+
+    keywords = tuple((name, dense(value)) for name, value in call.keywords)
+    return replace(call, arguments=tuple(map(dense, call.arguments)), keywords=keywords)
 
 
 def calls_without(calls: Any, names: Sequence[str]) -> Any:

@@ -16,6 +16,9 @@ _START_SECONDS = 120.0
 """The time in which a new interpreter imports Torch and the candidate; and then a GPU's first kernel is compiled."""
 
 
+_COMPILERS = ("torch/_dynamo/convert_frame.py", "triton/compiler/compiler.py", "jax/_src/compiler.py")
+"""Files whose functions run while somebody's code is being compiled, and at no other time for long."""
+
 NEVER = float("inf")
 
 
@@ -72,7 +75,12 @@ class Worker:
         try:
             while True:
                 left = until - time.monotonic()
-                word, values = process.receive(max(0.0, min(patience, left)))
+                try:
+                    word, values = process.receive(max(0.0, min(patience, left)))
+                except LateError:
+                    if left < patience or time.monotonic() - begin > _START_SECONDS or not _compiles(process):
+                        raise
+                    continue  # is no call that hangs: what it compiles is there for the next one
                 if word == "seen":
                     return Observation.from_answer(values)
                 patience = max(limit, _START_SECONDS if word == "first" and not self.fork else 0.0)
@@ -108,6 +116,11 @@ class Worker:
             self.close()
             raise InputError(f"{self.candidate.name} cannot be imported by a process of its own: {said}")
         return self._process
+
+
+def _compiles(process: Process) -> bool:
+    """Whether a process that still runs is compiling."""
+    return any(file.replace("\\", "/").endswith(_COMPILERS) for file, _ in process.frames())
 
 
 def serve(channel: Channel) -> None:

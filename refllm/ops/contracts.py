@@ -46,6 +46,7 @@ class Contract:
     once: under the policy `fused`, the outputs that are rounded once, at the end, and nowhere before.
     product: it rounds inside a matrix product too (softmax weights, the normed row), at a place of its choosing.
     sums: it has sums over a row, whose error the elements of that row share.
+    elementwise: an element of the result is a function of one element of each argument, and of nothing else in its row.
     kinds: what the values of an argument are, where they are not just numbers (normal, of size 1): "matrix" (rows of
         length 1), "wide" (of a few units), "logits", "bias" (may be None), "heads" (stored [B, S, heads, D]), "halves"
         (of one tensor), "table" (cos and sin), "labels", "lengths", "mask".
@@ -64,6 +65,7 @@ class Contract:
     once: tuple[str, ...] = ()
     product: bool = False
     sums: bool = True
+    elementwise: bool = False
     kinds: dict[str, str] = field(default_factory=dict)
 
     def kind(self, argument: str) -> str:
@@ -318,6 +320,7 @@ def definition(q, k, v, lengths, scale=None):
         witness="torch silu",
         once=("y",),
         sums=False,
+        elementwise=True,
         kinds={"gate": "halves", "up": "halves"},
     ),
     Contract(
@@ -331,6 +334,7 @@ def definition(q, k, v, lengths, scale=None):
         witness="torch relu",
         once=("y",),
         sums=False,
+        elementwise=True,
         kinds={"x": "wide"},
     ),
     Contract(

@@ -21,10 +21,12 @@ _WHERE = {
     "corners": "refllm.strategies.fixed",
     "calls": "refllm.strategies.operators",
     "kinds": "refllm.strategies.operators",
+    "families_of": "refllm.strategies.levels",
+    "level_of": "refllm.strategies.levels",
     "families": "refllm.strategies.operators",
 }
 
-__all__ = ["Array", "Call", "calls", "corners", "families", "kinds"]
+__all__ = ["Array", "Call", "calls", "corners", "families", "families_of", "kinds", "level_of"]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,6 +52,7 @@ def swiglu(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     yield call("plain", Array((3, 8), dtype))  # gate and up swapped, gelu for silu, no gate
     yield call("large gates", Array((2, 16), dtype, scale=100.0))  # e^-x overflows
     yield call("gates of 1000", Array((1, 16), dtype, "ramp", scale=2000.0, mean=-1000.0))
+    yield call("gates from -16 to 0", Array((1, 65), dtype, "ramp", scale=16.0, mean=-16.0))  # small, and not 0
     yield call("small gates", Array((2, 16), dtype, scale=1e-3))  # silu rounded before the product
     yield call("NaN in one element", Array((2, 9), dtype, planted=(((1, 8), NAN),)))
     yield call("infinity in one element", Array((2, 9), dtype, planted=(((0, 3), float("inf")),)))
@@ -107,6 +108,8 @@ def cross_entropy(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     yield call("ignored rows hold NaN, each row", ignored, (1, -100), (3, -100), reduction="none")
     yield call("all ignored", x, (0, -100), (1, -100), (2, -100))  # 0 / 0
     yield call("a class is ignored", x, (0, 0), (1, 7), (2, 3), ignore_index=7, reduction="sum")
+    for other in (255, -1):  # what is no class must not be looked up, whatever stands for it
+        yield call(f"{other} is ignored", x, (1, other), (2, 3), ignore_index=other)
     yield call("first and last class", Array((2, 17), dtype, scale=3.0), (0, 0), (1, 16), reduction="none")
     sure = replace(Array((2, 20), dtype), planted=(((0, 3), 20.0), ((1, 19), 30.0)))
     yield call("confident rows", sure, (0, 3), (1, 19), reduction="none")  # p -> 1, and log of 0 for the others
@@ -144,6 +147,8 @@ def linear_cross_entropy(operator: str, dtype: str, policy: str) -> Iterator[Cal
     yield call("ignored rows hold NaN", ignored, w(20, 16), (1, -100), (3, -100))
     yield call("all ignored", x, w(9, 8), (0, -100), (1, -100), (2, -100))
     yield call("a class is ignored", x, w(8, 8), (0, 0), (1, 7), (2, 3), ignore_index=7, reduction="sum")
+    for other in (255, -1):
+        yield call(f"{other} is ignored", x, w(9, 8), (1, other), (2, 3), ignore_index=other)
     yield call("first and last class", Array((2, 17), dtype), w(33, 17), (0, 0), (1, 32), reduction="none")
     yield call("huge logits", Array((3, 16), dtype), w(40, 16, 300.0), reduction="none")
     yield call("large logits: rounded before the loss", Array((3, 24), dtype), w(40, 24, 20.0), reduction="none")

@@ -7,7 +7,7 @@ key more than a tile, three batch rows with different data.
 from collections.abc import Callable, Iterator
 
 from refllm.errors import InputError
-from refllm.strategies import corners_heads, corners_rows, corners_tiles
+from refllm.strategies import corners_basic, corners_heads, corners_rows, corners_tiles
 from refllm.strategies.call import Call
 
 _Listed = Callable[[str, str, str], Iterator[Call]]
@@ -19,5 +19,6 @@ def corners(operator: str, dtype: str = "bfloat16", policy: str = "fused") -> li
     """The fixed calls of an operator, valid under the policy; InputError for an operator that is not known."""
     if operator not in CORNERS:
         raise InputError(f"operator {operator!r} is not known; use one of {', '.join(CORNERS)}")
-    more = corners_tiles.CORNERS.get(operator)
-    return [*CORNERS[operator](operator, dtype, policy), *(more(operator, dtype, policy) if more else ())]
+    listed = (module.CORNERS.get(operator) for module in (corners_tiles, corners_basic))
+    more = [call for of in listed if of for call in of(operator, dtype, policy)]
+    return [*CORNERS[operator](operator, dtype, policy), *more]

@@ -19,15 +19,19 @@ KINDS = (
     "near ties",
     "labels ignored",
     "all labels ignored",
+    "another label is ignored",
     "first and last class",
     "NaN",
     "infinity",
 )
 """logits shifted by -100000: in float16 by what it still holds. confident rows: the probability of the label is near 1.
-labels ignored: some, and their rows hold NaN, which counts for nothing. infinity: -inf is a class that cannot be, +inf
+labels ignored: some, and their rows hold NaN, which counts for nothing. another label is ignored: one that is no class
+and not -100, below 0 or beyond V. infinity: -inf is a class that cannot be, +inf
 makes the row NaN."""
 ROWS = (1, 2, 3, 4, 5, 7, 16, 17, 33, 65, 0)
 IGNORED = -100
+OTHERS_IGNORED = (-1, 255, -(2**31), 1_000_003)
+"""What else people pass as ignore_index: -1, and 255 of image masks; others are there to be far from every class."""
 _PRODUCTS = 1_000_000
 
 
@@ -38,7 +42,7 @@ def cross_entropy(draw: st.DrawFn, operator: str, dtype: str, policy: str, kind:
     kind = kind or draw(st.sampled_from(KINDS))
     lie = layouts(draw, (N, V), (N,))
     logits, labels = Array((N, V), dtype, scale=3.0, layout=lie[0]), _labels(draw, kind, N, V, lie[1])
-    keywords = _keywords(draw, kind, V)
+    keywords = _keywords(draw, kind, V, labels)
     logits = _logits(draw, kind, logits)
     for n, value in labels.planted:
         if N and kind == "confident rows":
@@ -58,7 +62,7 @@ def linear_cross_entropy(draw: st.DrawFn, operator: str, dtype: str, policy: str
     lie = layouts(draw, (N, E), (V, E), (N,))
     x, labels = Array((N, E), dtype, layout=lie[0]), _labels(draw, kind, N, V, lie[2])
     weight = Array((V, E), dtype, scale=2 * float(E) ** -0.5, layout=_never_expanded(lie[1]))
-    keywords = _keywords(draw, kind, V)
+    keywords = _keywords(draw, kind, V, labels)
     if kind == "logits shifted by -100000":
         low = -392.0 if dtype != "float16" else -112.0  # times 256; logits are float16 numbers
         x, weight = (replace(y, values="eighths", scale=1.0) for y in (x, weight))
@@ -90,18 +94,23 @@ def _labels(draw: st.DrawFn, kind: str, N: int, V: int, layout: str) -> Array:
     rows = draw(st.lists(st.integers(0, N - 1), min_size=1, max_size=3, unique=True))
     if kind == "labels ignored":
         return plant(labels, *(((n,), IGNORED) for n in rows))
+    if kind == "another label is ignored":
+        other = draw(st.sampled_from([n for n in OTHERS_IGNORED if n < 0 or n >= V]))
+        return plant(labels, *(((n,), float(other)) for n in rows))
     if kind in ("first and last class", "confident rows"):
         return plant(labels, *(((n,), draw(st.sampled_from(sorted({0, V - 1})))) for n in rows))
     return labels
 
 
-def _keywords(draw: st.DrawFn, kind: str, V: int) -> tuple[tuple[str, Any], ...]:
+def _keywords(draw: st.DrawFn, kind: str, V: int, labels: Array) -> tuple[tuple[str, Any], ...]:
     keywords: dict[str, Any] = {}
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     if reduction != "mean":
         keywords["reduction"] = reduction
     if kind == "first and last class" and draw(st.booleans()):  # a class that does not count, as padding tokens do not
         keywords["ignore_index"] = draw(st.sampled_from(sorted({0, V - 1})))
+    if kind == "another label is ignored" and labels.planted:
+        keywords["ignore_index"] = int(labels.planted[0][1])
     return tuple(keywords.items())
 
 

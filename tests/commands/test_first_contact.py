@@ -360,8 +360,9 @@ def test_the_reproduction_of_a_numpy_function_needs_no_torch(
         monkeypatch.setattr(np, name, getattr(np, name))
     candidate = getattr(numpy_operators, function)
     report = check_op(
-        operator, candidate, dtype="bfloat16", arrays="numpy", max_examples=0, isolate=False, shrink=function == "wrong"
-    )
+        operator, candidate, dtype="bfloat16", arrays="numpy", policy="fused", level="hostile", max_examples=0,
+        isolate=False, shrink=function == "wrong",
+    )  # fmt: skip
     assert report.verdict == "fails"
     assert broken in ("", report.property)
     assert "torch" not in report.repro

@@ -23,8 +23,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "against": None, "weights": None, "page": None,
     },
     "refllm.check:check_op": {
-        "dtype": "bfloat16", "policy": "fused", "device": "cpu", "arrays": "torch", "calls": None, **SEARCH,
-        "seconds": None, "isolate": True, "shrink": True, "bitwise": False, "without": (), "repro": None,
+        "dtype": "bfloat16", "policy": None, "device": "cpu", "arrays": "torch", "calls": None, "level": "contract",
+        **SEARCH, "seconds": None, "isolate": True, "shrink": True, "deep": True, "keep_going": False, "bitwise": False,
+        "without": (), "sizes": (), "convention": "", "configs": "first", "repro": None,
     },
     "refllm.opcheck.audit:audit": {
         "operator": None, "test": None, "form": None, "dtype": None, **SEARCH, "known_first": False,

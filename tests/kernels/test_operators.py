@@ -67,7 +67,7 @@ def same(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bo
 def keeps_its_contract(form: str, operator: str, dtype: str, some: list[Call]) -> None:
     assert_operator(
         operator, getattr(FORMS[form], operator), dtype=dtype, calls=some, device=DEVICE,
-        bitwise=form == "triton", shrink=False, isolate=False, seconds=300.0,
+        bitwise=form == "triton", policy="fused", level="hostile", shrink=False, isolate=False, seconds=300.0,
     )  # fmt: skip
 
 

@@ -59,8 +59,8 @@ SECONDS = 300.0
 def must_pass(one: Legitimate, dtype: str, examples: int = EXAMPLES) -> None:
     """Raises AssertionError with the report if `check_op` rejects it, or did not examine every fixed call."""
     report = check_op(
-        one.operator, one.function, dtype=dtype, policy=one.policy, max_examples=examples, shrink=False, isolate=False,
-        seconds=SECONDS, **one.options,
+        one.operator, one.function, dtype=dtype, policy=one.policy, level="hostile", max_examples=examples,
+        shrink=False, isolate=False, seconds=SECONDS, **one.options,
     )  # fmt: skip
     assert report.verdict == "holds", f"{one.operator}, {one.name}\n{report}"
     assert not report.ended, f"{one.operator}, {one.name}: {report.ended}"

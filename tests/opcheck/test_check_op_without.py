@@ -1,6 +1,7 @@
 """`check_op` of candidates that lack optional arguments, and what it says to those that take others."""
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ def test_what_a_candidate_lacks_can_be_left_out() -> None:
     report = check_op("attention", candidates.attention_alone, **LACKING)
     assert (report.verdict, report.without, report.untested) == ("holds", ("return_lse", "key_mask"), ()), str(report)
     assert report.examples > 30
-    assert "not asked  return_lse, key_mask" in str(report)
+    assert re.search("not asked +return_lse, key_mask", str(report))
     one = check_op("layer_norm", candidates.no_bias, without="bias", max_examples=20, isolate=False)
     assert (one.verdict, one.examples > 30) == ("holds", True), str(one)
     assert check_op("layer_norm", candidates.no_bias, max_examples=0, shrink=False, isolate=False).verdict == "fails"
@@ -88,4 +89,4 @@ def test_float32_weights_beside_narrower_activations_can_be_left_out() -> None:
     assert "--without mixed_dtypes" in report.finding.text
     report = check_op("rms_norm", candidates.one_dtype, without="mixed_dtypes", max_examples=20, isolate=False)
     assert report.verdict == "holds", str(report)
-    assert "not asked  mixed_dtypes" in str(report)
+    assert re.search("not asked +mixed_dtypes", str(report))

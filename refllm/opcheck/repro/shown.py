@@ -9,7 +9,7 @@ from refllm.opcheck.candidate import Candidate
 from refllm.opcheck.examine import Finding
 from refllm.strategies.call import Call
 
-_OUTRIGHT = ("raises", "bounds", "race", "overflow")
+_OUTRIGHT = ("raises", "bounds", "race", "overflow", "configurations")
 """Shown by the exception alone."""
 WIDTH = 118
 
@@ -64,7 +64,8 @@ class Shown:
         if self.candidate.device != "cpu":
             lines.append("torch.cuda.synchronize()  # until then a kernel may not have run")
         if self.candidate.interpreted:
-            lines = [f"with interpreted({'poison=False' if self.fills else ''}):", *indented(lines)]
+            every = 'configs="all"' if self.finding.property == "configurations" else ""
+            lines = [f"with interpreted({'poison=False' if self.fills else every}):", *indented(lines)]
         return [*lines, "got = got if isinstance(got, (tuple, list)) else (got,)"]
 
     def read(self, x: str) -> str:
