@@ -10,7 +10,7 @@ with other weights, operators, pages and cache behind it.
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -194,6 +194,14 @@ class FastModel(Model):
         Chosen on the device: at batch 64 the logits take longer to reach the host than a step takes to compute them.
         """
         return to_numpy(logits_BV.argmax(dim=-1))
+
+    def gradients(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises InputError."""
+        raise InputError(f"gradients: backend {self.backend} computes none; load the model with backend='numpy'")
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """Raises InputError."""
+        self.gradients()
 
     def _operators(self, recorder: Recorder | None) -> Any:
         return TorchOperators(self.backend, recorder)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from refllm.accuracy.verdicts import SCHEMA, verdict, worst
-from refllm.commands import audit, bench, golden, operators, tune
+from refllm.commands import audit, bench, golden, operators, train, tune
 from refllm.commands.shared_options import (
     FINDING,
     HOLDS,
@@ -46,6 +46,7 @@ app.add_typer(kernels_app, name="kernels")
 app.add_typer(golden.app, name="golden")
 app.command("check-op")(operators.check_op)
 app.command("audit")(audit.audit)
+app.command("train")(train.train)
 
 Folder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder with config.json and safetensors files.")]
 Prompt = Annotated[

@@ -10,7 +10,7 @@ A call checks its inputs, prepares positions, masks and rotary tables, and hands
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -23,6 +23,7 @@ from refllm.config import ModelConfig, as_config
 from refllm.devices import CPU, Device, backend, found
 from refllm.errors import InputError
 from refllm.forward.cache import DynamicCache, NoCache, StaticCache
+from refllm.forward.gradients import Gradients, gradients_of
 from refllm.forward.loading import shard_bytes, understood
 from refllm.forward.masks import masking
 from refllm.forward.operators import Operators, Recorder
@@ -58,6 +59,8 @@ class Model:
 
     attention_asked_for: str | None = None
     training = False
+    is_gradient_checkpointing = False
+    follow: Callable[[Operators], Any] | None = None  # what a tape makes of the operators
 
     def __init__(
         self,
@@ -383,12 +386,14 @@ class Model:
         added = np.broadcast_to(new, shape)[len(old) :]
         return np.concatenate([old, rounding(self.dtype)(added.astype(self.arithmetic.work))])
 
-    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """Raises InputError."""
-        raise InputError(
-            "gradient_checkpointing_enable: no gradients are computed here, so there is no memory of theirs to save; "
-            "leave it out"
-        )
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """Makes `gradients` keep of every layer what goes in, and compute the rest again: less memory, one more forward
+        pass, the same bits. gradient_checkpointing_kwargs: Transformers' argument for Torch, of no use here."""
+        self.is_gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Makes `gradients` keep all that it reads."""
+        self.is_gradient_checkpointing = False
 
     # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -455,6 +460,29 @@ class Model:
         """The call itself."""
         return self(*arguments, **keywords)
 
+    def gradients(
+        self,
+        *arguments: Any,
+        frozen: Collection[str] = (),
+        accumulated: Mapping[str, Any] | None = None,
+        recorder: Recorder | None = None,
+        **keywords: Any,
+    ) -> Gradients:
+        """The loss of a forward pass, and its gradient by every tensor: (loss, name as in a file -> array).
+
+        arguments, keywords: those of the forward pass, with the labels; there is no cache, so position_ids without a
+        mask pack sequences. A tensor that the loss does not read has no gradient, as in Torch; tied weights have one,
+        the sum of both uses; inputs_embeds have one of that name. The row of the padding id learns nothing from being
+        looked up, as in Transformers.
+        frozen: names, or patterns such as "model.layers.0.*", of what needs no gradient and costs none. accumulated:
+        gradients of earlier micro-batches, which these are added to; with num_items_in_batch, the counted labels of all
+        of them, the sum is the gradient of the whole batch. recorder: is shown every named value as by a call, then the
+        gradient of each, last to first, as "grad:" + name. Gradients are rounded where the policy says.
+        Tensors of Torch in give tensors out. Raises InputError as a call does, for a model without a head, and where
+        there are no labels.
+        """
+        return gradients_of(self, arguments, keywords, frozen=frozen, accumulated=accumulated, recorder=recorder)
+
     def generate(self, input_ids: Any = None, generation_config: Any = None, **options: Any) -> Any:
         """Continue a prompt: `refllm.generation.generate.generate` with this model.
 
@@ -470,7 +498,8 @@ class Model:
 
     def _operators(self, recorder: Recorder | None) -> Any:
         """What the page computes with. A backend other than NumPy has its own."""
-        return Operators(self.arithmetic, recorder)
+        operators = Operators(self.arithmetic, recorder)
+        return operators if self.follow is None else self.follow(operators)
 
     def _check_ids(self, input_ids: Any, inputs_embeds: Any) -> np.ndarray | None:
         if (input_ids is None) == (inputs_embeds is None):

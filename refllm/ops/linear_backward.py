@@ -1,5 +1,7 @@
 """The gradients of matrix products, sums, the embedding and the reshapes of heads."""
 
+from typing import Any
+
 import numpy as np
 
 from refllm.ops.linear import merge_heads, split_heads
@@ -9,19 +11,27 @@ __all__ = ["add_backward", "embedding_backward", "linear_backward", "merge_heads
 
 
 def linear_backward(
-    dy: np.ndarray, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, *, ar: Arithmetic = EXACT
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    *,
+    needed: tuple[bool, ...] = (True, True, True),
+    ar: Arithmetic = EXACT,
+) -> tuple[Any, Any, np.ndarray | None]:
     """dx = dy W, dW = dy^T x, db = sum dy over rows: dy [..., O], x [..., I], weight [O, I]; db is None without bias.
 
     y_o = sum_i x_i W_oi + b_o, so dy_o reaches x_i through W_oi, W_oi through x_i, and b_o as it is; what several rows
     share is the sum over them.
+    needed: which of x, weight and bias are to have a gradient; what is not costs nothing and is None.
     Rounding: `linear.grad`, each once. Source: the chain rule; torch.autograd of torch.nn.functional.linear.
     """
     dy, x, weight = ar.array(dy), ar.array(x), ar.array(weight)
+    of_x, of_weight, of_bias = (*needed, *[bias is not None] * (3 - len(needed)))
     rows_NO, rows_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx = ar.round(np.matmul(rows_NO, weight).reshape(x.shape), "linear.grad")
-    dweight = ar.round(np.matmul(rows_NO.T, rows_NI), "linear.grad")
-    return dx, dweight, None if bias is None else ar.round(rows_NO.sum(axis=0), "linear.grad")
+    dx = ar.round(np.matmul(rows_NO, weight).reshape(x.shape), "linear.grad") if of_x else None
+    dweight = ar.round(np.matmul(rows_NO.T, rows_NI), "linear.grad") if of_weight else None
+    return dx, dweight, ar.round(rows_NO.sum(axis=0), "linear.grad") if of_bias and bias is not None else None
 
 
 def add_backward(dsum: np.ndarray, *, ar: Arithmetic = EXACT) -> tuple[np.ndarray, np.ndarray]:

@@ -365,9 +365,11 @@ def test_dtypes_by_all_their_names(dtype: Any) -> None:
     assert HeliumForCausalLM.from_pretrained(HELIUM, torch_dtype=dtype).dtype == names[dtype]
 
 
-def test_gradient_checkpointing_is_refused_in_one_sentence() -> None:
-    with pytest.raises(InputError, match="no gradients are computed here, so there is no memory of theirs to save"):
-        HeliumModel(tiny_config("Helium")).gradient_checkpointing_enable()
+def test_gradients_on_a_fast_backend_are_refused_in_one_sentence() -> None:
+    model = HeliumForCausalLM.from_pretrained(HELIUM, backend="torch")
+    for call in (lambda: model.gradients([[1, 2]], labels=[[1, 2]]), model.gradient_checkpointing_enable):
+        with pytest.raises(InputError, match="gradients: backend torch computes none; load the model with backend='nu"):
+            call()
 
 
 class BitsAndBytesConfig:
