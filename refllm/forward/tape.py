@@ -219,9 +219,6 @@ class TapedOperators:
         self._tape.named(full, value)
         return value
 
-    def wanted(self, *names: str) -> bool:
-        return self._plain.wanted(*names)
-
     def __getattr__(self, operator: str) -> Callable[..., Any]:
         getattr(self._plain, operator)  # raises for a name that is none
         return partial(self._call, operator)
