@@ -52,7 +52,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def small(family: str, **changes: Any) -> dict[str, Any]:
+def small(family: str, /, **changes: Any) -> dict[str, Any]:
     """A small valid config.json of the family, head size 8; a change to `...` removes the key."""
     values = SMALL | {"model_type": family} | ({"head_dim": 8} if family == "helium" else {}) | changes
     return {key: value for key, value in values.items() if value is not ...}
