@@ -67,5 +67,5 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], source: str) -> N
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "; leave it out"
             raise InputError(f"{source}: unknown argument {name}{hint}")

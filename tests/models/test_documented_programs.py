@@ -393,7 +393,7 @@ class BitsAndBytesConfig:
         ({"gguf_file": "m.gguf"}, "weights are read from safetensors files"),
         ({"config": {"vocab_size": 5}}, "config: expected a HeliumConfig, found dict"),
         ({"device_mapp": "auto"}, "unknown argument device_mapp; did you mean device_map?"),
-        ({"zzz": 1}, "HeliumForCausalLM.from_pretrained: unknown argument zzz"),
+        ({"zzz": 1}, "HeliumForCausalLM.from_pretrained: unknown argument zzz; leave it out"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
