@@ -33,7 +33,8 @@ def _relu(x: np.ndarray, ar: Arithmetic) -> np.ndarray:
     return np.maximum(x, 0)
 
 
-def _softplus(x: np.ndarray) -> np.ndarray:
+def softplus(x: np.ndarray) -> np.ndarray:
+    """log(1 + e^x), in the precision of x."""
     return np.logaddexp(x, np.zeros((), x.dtype))
 
 
@@ -60,12 +61,12 @@ _ACTIVATIONS: dict[str, Callable[[np.ndarray, Arithmetic], np.ndarray]] = {
     "sigmoid": _sigmoid,
     "tanh": lambda x, ar: np.tanh(x),
     "linear": lambda x, ar: x,
-    "mish": lambda x, ar: x * np.tanh(_softplus(x)),
+    "mish": lambda x, ar: x * np.tanh(softplus(x)),
     "hardswish": lambda x, ar: x * np.clip(x + 3, 0, 6) / 6,
     "leaky_relu": lambda x, ar: np.where(x > 0, x, 0.01 * x).astype(x.dtype),
     "laplace": _laplace,
     # sqrt(softplus(x)) in Transformers' spelling
-    "sqrtsoftplus": lambda x, ar: np.sqrt(_softplus(x)),
+    "sqrtsoftplus": lambda x, ar: np.sqrt(softplus(x)),
 }
 
 ACTIVATIONS = tuple(_ACTIVATIONS)

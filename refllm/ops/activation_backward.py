@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from refllm.errors import InputError
-from refllm.ops.activation import ACTIVATIONS, activation
+from refllm.ops.activation import ACTIVATIONS, activation, softplus
 from refllm.precision import EXACT, Arithmetic
 
 __all__ = ["activation_backward", "glu_backward", "relu2_backward", "swiglu_backward"]
@@ -14,10 +14,6 @@ __all__ = ["activation_backward", "glu_backward", "relu2_backward", "swiglu_back
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
-
-
-def _softplus(x: np.ndarray) -> np.ndarray:
-    return np.logaddexp(x, np.zeros((), x.dtype))
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
@@ -43,7 +39,7 @@ def _quick_gelu(x: np.ndarray) -> np.ndarray:
 
 
 def _mish(x: np.ndarray) -> np.ndarray:
-    t = np.tanh(_softplus(x))
+    t = np.tanh(softplus(x))
     return t + x * (1 - t * t) * _sigmoid(x)
 
 
@@ -75,7 +71,7 @@ _SLOPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "hardswish": lambda x: np.where(x < -3, 0, np.where(x <= 3, x / 3 + 0.5, 1)).astype(x.dtype),
     "leaky_relu": lambda x: np.where(x > 0, 1, 0.01).astype(x.dtype),
     "laplace": _laplace,
-    "sqrtsoftplus": lambda x: _sigmoid(x) / (2 * np.sqrt(_softplus(x))),
+    "sqrtsoftplus": lambda x: _sigmoid(x) / (2 * np.sqrt(softplus(x))),
 }
 """The derivative of each activation. At a corner (relu at 0, relu6 at 6) the value that torch.autograd takes."""
 

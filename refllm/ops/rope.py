@@ -29,17 +29,22 @@ def rope(
     Source: Su et al. 2021, "RoFormer", equation 34 (interleaved); the half-split pairing is GPT-NeoX's.
     """
     cos, sin = (ar.array(t)[..., None, :, :] for t in (cos, sin))  # one table for all heads
-    return _rotate(ar.array(q_BHSD), cos, sin, interleaved, ar), _rotate(ar.array(k_BKSD), cos, sin, interleaved, ar)
+    return rotate(ar.array(q_BHSD), cos, sin, interleaved, ar), rotate(ar.array(k_BKSD), cos, sin, interleaved, ar)
 
 
-def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool, ar: Arithmetic) -> np.ndarray:
+def rotate(
+    x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool, ar: Arithmetic, point: str = "rope"
+) -> np.ndarray:
+    """The rotation of `rope`, of one array. cos, sin: tables that broadcast to its pairs. point: where the sum is
+    rounded; `point.product` is where each product is."""
+    product = f"{point}.product"
     half = cos.shape[-1]
     first, second = slice(0, half), slice(half, 2 * half)
     if interleaved:
         first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
     a, b, out = x[..., first], x[..., second], np.empty(x.shape, x.dtype)
-    out[..., first] = ar.round(ar.round(a * cos, "rope.product") - ar.round(b * sin, "rope.product"), "rope")
-    out[..., second] = ar.round(ar.round(b * cos, "rope.product") + ar.round(a * sin, "rope.product"), "rope")
+    out[..., first] = ar.round(ar.round(a * cos, product) - ar.round(b * sin, product), point)
+    out[..., second] = ar.round(ar.round(b * cos, product) + ar.round(a * sin, product), point)
     out[..., 2 * half :] = x[..., 2 * half :]
     return out
 

@@ -5,6 +5,7 @@ import numpy as np
 from refllm.ops.linear_backward import linear_backward, split_heads_backward
 from refllm.ops.norm import rms_norm
 from refllm.ops.norm_backward import layer_norm_backward, rms_norm_backward
+from refllm.ops.rope import rotate
 from refllm.precision import EXACT, Arithmetic
 
 __all__ = ["norm_rope_backward", "rms_norm_qkv_rope_backward", "rope_backward"]
@@ -26,20 +27,8 @@ def rope_backward(
     Rounding: `rope.grad.product` for each product, `rope.grad` for the sum.
     """
     cos, sin = (ar.array(t)[..., None, :, :] for t in (cos, sin))
-    return _back(ar.array(dq_BHSD), cos, sin, interleaved, ar), _back(ar.array(dk_BKSD), cos, sin, interleaved, ar)
-
-
-def _back(d: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool, ar: Arithmetic) -> np.ndarray:
-    half = cos.shape[-1]
-    first, second = slice(0, half), slice(half, 2 * half)
-    if interleaved:
-        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    da, db, out = d[..., first], d[..., second], np.empty(d.shape, d.dtype)
-    point = "rope.grad.product"
-    out[..., first] = ar.round(ar.round(da * cos, point) + ar.round(db * sin, point), "rope.grad")
-    out[..., second] = ar.round(ar.round(db * cos, point) - ar.round(da * sin, point), "rope.grad")
-    out[..., 2 * half :] = d[..., 2 * half :]
-    return out
+    dq, dk = (rotate(ar.array(d), cos, -sin, interleaved, ar, "rope.grad") for d in (dq_BHSD, dk_BKSD))
+    return dq, dk
 
 
 def norm_rope_backward(
