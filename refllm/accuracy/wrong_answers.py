@@ -15,17 +15,18 @@ NOT_FINITE = "not finite: no verdict at these values"
 _MANY, _POSITIONS = 1 << 20, 64  # see `undetected`
 
 
-def undetected(exact: np.ndarray, variance: np.ndarray, dtype: str) -> list[str]:
+def undetected(exact: np.ndarray, variance: np.ndarray, dtype: str, signed: bool = False) -> list[str]:
     """Trivial wrong answers that the isolated rules would accept on these values. Should be none.
 
     exact, variance: [N, ..., n], positions first. Of many positions 64 are taken: what is rejected on a part is
     rejected on the whole. Where the exact values themselves are infinite or NaN, nothing is right: `NOT_FINITE`.
+    signed: also those of the other sign, which gradients easily have.
     """
     if not np.isfinite(exact).all():
         return [NOT_FINITE]
     some = slice(None, None, -(-len(exact) // _POSITIONS) if exact.size > _MANY else 1)
     exact, variance = exact[some], variance[some]
-    answers = dict(wrong_answers(exact))
+    answers = dict(wrong_answers(exact)) | ({"another sign": -exact} if signed else {})
     holds: dict[str, bool] = {}
     mean_V = np.mean(np.where(np.isfinite(variance), variance, 0.0), dtype=np.float64)
     # The limit of the rule "error" for a single independent error, which is the loosest. Nearly every wrong answer is

@@ -43,6 +43,8 @@ def compare(
     weights: Any = None,
     page: str | os.PathLike[str] | None = None,
     explain: bool = False,
+    backward: bool = False,
+    frozen: Any = (),
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
@@ -65,7 +67,8 @@ def compare(
     checkpoint folder, a safetensors or GGUF file, or arrays by the names of the checkpoint's tensors. It is judged with
     them, and what they cost is reported apart (`Report.format_error`). page: the file of a page of one's own, or a
     known family (`refllm.models.own_page`). explain: look for the change of the reference that gives what a wrong run
-    has (`Report.explanation`); it takes a second or more for every report.
+    has (`Report.explanation`); it takes a second or more for every report. backward: check the gradients of a loss too
+    (docs/gradients.md); frozen: names or patterns of tensors that learn nothing.
 
     A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
     and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
@@ -81,7 +84,7 @@ def compare(
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     files = [None if path is None else Path(path) for path in (names, library)]
     call = _Call(Path(checkpoint), candidate, dtype, policy, attention, stress, splits, tf32, layout,
-                 files[0], files[1], weights, _trace(against), explain)  # fmt: skip
+                 files[0], files[1], weights, _trace(against), explain, backward, tuple(frozen))  # fmt: skip
     with in_use(page):
         if trace is not None:
             return [call.recorded(_trace(trace, None if input_ids is None else np.atleast_2d(input_ids)))]
@@ -107,6 +110,8 @@ class _Call:
     weights: Any
     against: "Trace | None"
     explain: bool
+    backward: bool
+    frozen: tuple[str, ...]
 
     def recorded(self, trace: "Trace | None") -> "Report":
         """The report on a recorded run."""
@@ -115,6 +120,8 @@ class _Call:
 
         if self.stress or self.candidate != "transformers" or self.names or self.library:
             raise InputError("trace= is judged as it was recorded: leave out candidate, stress, names and library")
+        if self.backward:
+            raise InputError("trace= has the values of a forward pass, so leave out backward")
         assert trace is not None
         return check_recorded(
             self._load,
@@ -137,6 +144,10 @@ class _Call:
 
         if self.against is not None and self.stress:
             raise InputError("against= has the values of one run, so leave out stress")
+        if self.backward and self.against is not None:
+            raise InputError("against= has the values of a forward pass, so leave out backward")
+        if self.frozen and not self.backward:
+            raise InputError("frozen= is about gradients: use it with backward=True")
         found = self._open(processes)
         inputs, notes = _inputs(self.folder, given, prompt, self.against)
         attention = getattr(found, "attention", self.attention)  # of a Transformers model object: its own
@@ -155,6 +166,8 @@ class _Call:
             recorded=lambda: close(found),
             weights=self._weights(),
             explain=self.explain,
+            backward=self.backward,
+            frozen=self.frozen,
         )
         return list(runs.reports())
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from refllm import extras
 from refllm.check.functions import DTYPES, FunctionCandidate, takes_a_checkpoint_alone
+from refllm.check.gradient_formulas import GRADIENT, is_gradient, of_tensor
 from refllm.check.inputs import Inputs
 from refllm.check.layout import laid_out, put_together
 from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
@@ -38,7 +39,8 @@ def must_be_known(opening: Opening) -> None:
     Raises MissingExtraError for a candidate whose packages are not installed.
     """
     name, stack = opening.name, find_stack(opening.name)
-    if opening.dtype not in DTYPES:
+    exact = opening.dtype == "float64" and (name == "transformers" or (stack is None and ":" in name))  # its gradients
+    if opening.dtype not in DTYPES and not exact:
         raise InputError(f"--dtype {opening.dtype} cannot be checked: use {', '.join(DTYPES)}")
     if opening.attention not in ATTENTION:
         raise InputError(f"--attn {opening.attention} is not known: use {' or '.join(ATTENTION)}")
@@ -112,7 +114,12 @@ def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str
     kept = Kept(candidate.name, inputs)
     run_candidate(candidate, inputs, kept.keep)
     taps, weights = handed_over(kept.taps())
+    gradients = {name: taps.pop(name) for name in [*taps] if is_gradient(name)}
+    if inputs.learning is not None and not gradients:
+        raise misbehaves("result", "it was asked for gradients and shows none")
     laid = laid_out(taps, model.config, model.head, inputs, layout, candidate.name)
+    of_values = {name[len(GRADIENT) :]: gradients.pop(name) for name in [*gradients] if not of_tensor(name)}
+    of_values = laid_out(of_values, model.config, model.head, inputs, layout, candidate.name).taps
     return Trace(
         taps=laid.taps,
         inputs=inputs,
@@ -124,6 +131,7 @@ def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str
         weights=weights,
         notes=[*kept.notes, *laid.notes],
         doubts=laid.doubts,
+        gradients={**{f"{GRADIENT}{name}": value for name, value in of_values.items()}, **gradients},
     )
 
 

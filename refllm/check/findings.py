@@ -11,11 +11,13 @@ from refllm.accuracy.measure import Measure
 from refllm.accuracy.wrong_answers import NOT_FINITE
 from refllm.check import formulas
 from refllm.check.error_map import column_edges, row_edges
+from refllm.check.gradient_formulas import is_gradient, of_tensor
 from refllm.check.oracle import Report, TapReport
 from refllm.config import ModelConfig
 from refllm.precision import largest
 
 _LAST_AXIS = {"lm_head": "token id", "score": "class", "qa_outputs": "output", "scores": "key", "probs": "key"}
+_OF_TENSORS = ("row", "column")
 _FAR = 5.0  # sigma: no rounding
 _MOSTLY = 0.75  # of the squared error: from here on a common factor is worth naming
 _CLEAR_BIAS = 5.0  # standard errors
@@ -50,8 +52,9 @@ def groups(report: Report) -> list[Group]:
     found: list[Group] = []
     for tap in report.taps:
         layer, suffix = formulas.split(tap.name)
-        if layer is None or not found or found[-1].layer != layer:
-            found.append(Group(suffix if layer is None else f"layer {layer}", layer, []))
+        label = ("d " if is_gradient(tap.name) else "") + (suffix if layer is None else f"layer {layer}")
+        if layer is None or not found or found[-1].label != label:
+            found.append(Group(label, layer, []))
         found[-1].taps.append(tap)
     return found
 
@@ -101,8 +104,16 @@ def count(n: int, noun: str) -> str:
 
 
 def place(name: str, index: tuple[int, ...]) -> str:
-    """The index of an element of the tap `name` in words: batch row, position, head where there are heads, channel."""
+    """The index of an element of the tap `name` in words: batch row, position, head where there are heads, channel; row
+    and column of a tensor's gradient."""
+    if of_tensor(name):
+        return ", ".join(f"{axis} {i}" for axis, i in zip(_OF_TENSORS[-len(index) :], index, strict=True))
     return f"{row_place(index[:-1])}, {last_axis(name)} {index[-1]}" if index else "nowhere"
+
+
+def place_of_row(name: str, index: tuple[int, ...]) -> str:
+    """The index of a row of the tap `name` in words."""
+    return f"row {', '.join(map(str, index)) or 0}" if of_tensor(name) else row_place(index)
 
 
 def row_place(index: tuple[int, ...]) -> str:
@@ -115,6 +126,8 @@ def row_place(index: tuple[int, ...]) -> str:
 
 def last_axis(name: str) -> str:
     """What the last axis of the tap `name` counts."""
+    if of_tensor(name):
+        return "column"
     return _LAST_AXIS.get(formulas.short(name), "channel")
 
 
@@ -138,8 +151,8 @@ def broken_in_words(tap: TapReport) -> list[str]:
         elif rule == "one row" and isolated is not None:
             limit = limits.row_limit(isolated, tap.dtype)
             said.append(
-                f"worst row on its own inputs: {row_place(isolated.row)}, {figure(isolated.row_ratio)} sigma "
-                f"(limit {figure(limit)})"
+                f"worst row on its own inputs: {place_of_row(tap.name, isolated.row)}, "
+                f"{figure(isolated.row_ratio)} sigma (limit {figure(limit)})"
             )
         elif rule == "rounding points" and isolated is not None:
             limit = limits.misrounded_limit(isolated.elements)
@@ -237,7 +250,7 @@ def _where(tap: TapReport, config: ModelConfig | None) -> list[str]:
     of_heads, of_channels = column_edges(heads, channels)
     wrong_heads = wrong.reshape(len(wrong), len(of_heads) - 1, len(of_channels) - 1)
     axes: list[tuple[np.ndarray, np.ndarray, str]] = [
-        (row_edges(positions), np.asarray(wrong_heads.any(axis=(1, 2))), "token"),
+        (row_edges(positions), np.asarray(wrong_heads.any(axis=(1, 2))), "row" if of_tensor(tap.name) else "token"),
         (of_heads, np.asarray(wrong_heads.any(axis=(0, 2))), "head"),
         (of_channels, np.asarray(wrong_heads.any(axis=(0, 1))), last_axis(tap.name)),
     ]

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from refllm import ops
+from refllm.check.gradient_formulas import GRADIENT, definition, is_gradient, of_tensor
 from refllm.config import ModelConfig
 from refllm.config.traits import traits_of
-from refllm.precision import POLICIES
+from refllm.precision import HF_EAGER, HF_SDPA, POLICIES
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)(?:\.(.*))?$")
 _HEADS = ("lm_head", "score", "qa_outputs")
@@ -84,15 +85,19 @@ def _page(config: ModelConfig) -> Any:
 
 
 def split(name: str) -> tuple[int | None, str]:
-    """Layer and suffix: "model.layers.3.mlp.act" -> (3, "mlp.act"), "model.norm" -> (None, "norm")."""
+    """Layer and suffix: "model.layers.3.mlp.act" -> (3, "mlp.act"), "model.norm" -> (None, "norm"); a gradient's are
+    those of what it is the gradient of."""
+    name = name.removeprefix(GRADIENT)
     match = _LAYER.match(name)
     return (int(match[1]), match[2] or LAYER_OUTPUT) if match else (None, name.removeprefix("model."))
 
 
 def short(name: str) -> str:
-    """The name of a tap within its layer: "q_proj", "act", "output"."""
+    """The name of a tap within its layer: "q_proj", "act", "output"; "d q_proj", "d up_proj.weight" of gradients."""
     suffix = split(name)[1]
-    return "output" if suffix == LAYER_OUTPUT else suffix.rpartition(".")[2]
+    path, _, last = suffix.rpartition(".")
+    last = f"{path.rpartition('.')[2]}.{last}" if of_tensor(name) else last
+    return "d " * is_gradient(name) + ("output" if suffix == LAYER_OUTPUT else last)
 
 
 def spoken(name: str) -> str:
@@ -169,6 +174,9 @@ def formula(name: str, config: ModelConfig | None = None) -> Formula:
     ending says; without a config an unknown name raises KeyError."""
     family = _Family.of(config, split(name)[0])
     suffix = split(name)[1]
+    if is_gradient(name):
+        text, operator, convention = definition(suffix, family.norm_operator, family.gated)
+        return Formula(text, operator, convention, _backward_points(operator))
     for group in (_norms, _projections, _attention, _mlp, _residuals, _ends, *([_others] if config else [])):
         found = group(suffix, family)
         if found is not None:
@@ -180,6 +188,11 @@ def formula(name: str, config: ModelConfig | None = None) -> Formula:
 def operator(name: str, config: ModelConfig | None = None) -> str:
     """The kind of a tap: the name of its operator in `refllm.ops`."""
     return formula(name, config).operator
+
+
+def _backward_points(operator: str) -> tuple[str, ...]:
+    kind = "loss" if operator.endswith("error_backward") else operator.removesuffix("_backward")
+    return tuple(sorted(p for p in HF_EAGER.points | HF_SDPA.points if p.startswith(f"{kind}.grad")))
 
 
 _Definition = tuple[str, str, str, str] | None

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from refllm.check.gradient_formulas import GRADIENT
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
-from refllm.check.taps import ALWAYS, Sink, as_array, cannot_run, is_array
+from refllm.check.taps import ALWAYS, GRADIENTS, LOSS_SCALE, Sink, as_array, cannot_run, is_array
 from refllm.errors import InputError
 from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import rounding
@@ -29,11 +30,23 @@ then input_ids and position_ids [B, S] are those of the new tokens, and attentio
 has an argument `inputs_embeds` is given None, or a float32 array [B, S, hidden_size], on the grid of the dtype: what to
 take instead of the rows of the embedding.
 
+One that has an argument `labels` is given None, or int64 [B, S] with -100 where nothing counts, and then returns
+(logits, gradients), or an object or mapping that has `gradients`: name -> array, for tensors by their names in the
+checkpoint and for values by theirs, of the mean cross entropy of the counted labels (position s predicts the label of
+s + 1), in float32. tap("grad:" + name, gradient) shows one as well. If it has an argument `loss_scale`, the loss, and
+so every gradient, is times that number.
+
 What it returns may also be an object with `logits` (and `past_key_values`), as those of Transformers are; without a
 head, the last norm's result or an object with `last_hidden_state`.
 """
 
-TAKES = {"dtype": "dtype", "cache": "cache", "inputs_embeds": "embeddings"}
+TAKES = {
+    "dtype": "dtype",
+    "cache": "cache",
+    "inputs_embeds": "embeddings",
+    "labels": GRADIENTS,
+    "loss_scale": LOSS_SCALE,
+}
 """Argument -> what a function takes that has it (`Candidate.takes`)."""
 _IN_ORDER = 5  # arguments that are given by their place
 
@@ -62,12 +75,16 @@ class FunctionCandidate:
                 "attention_mask": inputs.mask[:, : piece.stop],
                 "position_ids": inputs.positions[:, piece],
             }
-            cache = self._call(given, cache, None if embeds is None else embeds[:, piece], sink)
+            learning = inputs.learning
+            with_it = {} if learning is None else {GRADIENTS: learning.labels.copy(), LOSS_SCALE: learning.scale}
+            cache = self._call(given, cache, None if embeds is None else embeds[:, piece], sink, with_it)
             if inputs.chunks and cache is None:
                 raise misbehaves("result", "it takes a cache and returns none; expected (logits, cache)")
 
-    def _call(self, given: dict[str, np.ndarray], cache: Any, embeds: np.ndarray | None, sink: Sink) -> Any:
-        """One pass. Returns its cache."""
+    def _call(
+        self, given: dict[str, np.ndarray], cache: Any, embeds: np.ndarray | None, sink: Sink, learning: dict[str, Any]
+    ) -> Any:
+        """One pass. Returns its cache. learning: what it takes of labels and a scale of the loss."""
         last, shown = HEAD_TAPS.get(self.head, "model.norm"), {}
 
         def tap(name: str, value: Any) -> Any:
@@ -77,7 +94,14 @@ class FunctionCandidate:
             return value
 
         copies = {name: np.array(value) for name, value in given.items()}
-        named = {"dtype": self.dtype, "cache": cache, "embeddings": embeds}
+        named = {
+            "dtype": self.dtype,
+            "cache": cache,
+            "embeddings": embeds,
+            GRADIENTS: None,
+            LOSS_SCALE: 1.0,
+            **learning,
+        }
         more = {argument: named[what] for argument, what in TAKES.items() if what in self.takes}
         try:
             out = self.function(str(self.folder), *copies.values(), tap, **more)
@@ -87,6 +111,8 @@ class FunctionCandidate:
             raise raised(error) from None
         must_not_have_changed(given, copies)
         result, cache = result_and_cache(out)
+        for name, gradient in _gradients(out, cache).items() if learning else ():
+            sink(GRADIENT + str(name).removeprefix(GRADIENT), gradient)
         if result is not None and last not in shown:
             sink(last, result)
         elif result is not None and not _same(last, result, shown[last]):
@@ -152,6 +178,15 @@ def result_and_cache(out: Any) -> tuple[Any, Any]:
         return np.stack(pair, axis=-1), found.get("past_key_values")
     result = found.get("logits", found.get("last_hidden_state"))
     return (out if result is None else result), found.get("past_key_values")
+
+
+def _gradients(out: Any, second: Any) -> Mapping[str, Any]:
+    """Name -> gradient, of what a function returned that was given labels. second: of a pair."""
+    named = out.get("gradients") if isinstance(out, Mapping) else getattr(out, "gradients", None)
+    found = second if isinstance(second, Mapping) else named
+    if found is not None and not isinstance(found, Mapping):
+        raise misbehaves("result", f"gradients is a {type(found).__name__}; expected a mapping from names to arrays")
+    return found or {}
 
 
 _FIELDS = ("logits", "last_hidden_state", "start_logits", "end_logits", "past_key_values")

@@ -5,7 +5,46 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refllm.accuracy.gradients import counted, parts_of
 from refllm.errors import InputError
+from refllm.ops import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a backward pass needs besides tokens.
+
+    labels: int [B, S] of a language model or of tokens, [B] of a sequence, [B, 2] where an answer begins and ends; -100
+    is not counted. micro_batches: into how many parts the batch is cut, whose gradients are added up; the sum of the
+    losses of each is then divided by `items`. scale: what the loss is multiplied with before the backward pass, as
+    float16 needs it; the gradients keep it. frozen: names of tensors that learn nothing. packed: sequences in one row,
+    told apart by positions that begin anew; no mask is given.
+    """
+
+    labels: np.ndarray
+    micro_batches: int = 1
+    scale: float = 1.0
+    frozen: tuple[str, ...] = ()
+    packed: bool = False
+
+    @property
+    def items(self) -> int:
+        """The labels of the batch that count, before they are shifted."""
+        return counted({"labels": self.labels})
+
+    def targets(self, head: str) -> dict[str, np.ndarray]:
+        """The labels by the names of the arguments that a model with that head takes."""
+        if head == "question_answering":
+            return {"start_positions": self.labels[:, 0], "end_positions": self.labels[:, 1]}
+        return {"labels": self.labels}
+
+    def parts(self) -> list[slice]:
+        """The rows of each micro-batch."""
+        return parts_of(len(self.labels), self.micro_batches)
+
+
+NOT_COUNTED = IGNORE_INDEX
+"""The label of what a loss does not count."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +55,7 @@ class Inputs:
     None for 0 .. S-1. chunks: sizes of the pieces to feed with a KV cache, () for all at once. embeds_scale: feed the
     embeddings times this (rounded to the dtype) instead of the ids. label: what to call it in a report. until: the name
     of the value with which the run ends, if the candidate shows it; "" for the end of the pass. embeds: float32
-    [B, S, hidden_size] to feed instead of the ids.
+    [B, S, hidden_size] to feed instead of the ids. learning: what a run needs whose gradients are asked for.
     """
 
     input_ids: np.ndarray
@@ -27,6 +66,7 @@ class Inputs:
     label: str = "tokens"
     until: str = ""
     embeds: np.ndarray | None = None
+    learning: Learning | None = None
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -99,7 +139,7 @@ def stressed(input_ids: np.ndarray) -> list[Inputs]:
         Inputs(input_ids, embeds_scale=0.01, label="small embeddings"),
         Inputs(input_ids, embeds_scale=8.0, label="large embeddings"),
     ]
-    ids, mask, positions = _padded_rows(input_ids)
+    ids, mask, positions = padded_rows(input_ids)
     if S > 1:
         runs.append(Inputs(ids, mask, positions, label="rows padded differently"))
         runs.append(Inputs(input_ids, chunks=_pieces(S), label="cached decode"))
@@ -107,7 +147,7 @@ def stressed(input_ids: np.ndarray) -> list[Inputs]:
     return runs
 
 
-def _padded_rows(input_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def padded_rows(input_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, mask and positions of four rows: little padding on the left, none, much on the left, some on the right."""
     B, S = input_ids.shape[0], min(input_ids.shape[1], _ROWS_AT_MOST)
     ids = np.stack([np.roll(input_ids[i % B, :S], 0 if i == 1 else i) for i in range(4)])

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from refllm.accuracy import tables
-from refllm.accuracy.judge import broken, broken_isolated
+from refllm.accuracy.judge import broken_isolated
 from refllm.accuracy.limits import CANCELS, TF32_AT_LEAST
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.page import predict_page
@@ -22,10 +22,11 @@ from refllm.accuracy.profiled import Profiled
 from refllm.accuracy.profiles import ONCE, Profile, in_words, most, of_policy
 from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, ONE_PASS, Uncertain, ulp
 from refllm.accuracy.recognise import NOT_ASKED, Made, Recogniser, known, undecided
-from refllm.accuracy.verdicts import ValueVerdict, Verdict, verdict
+from refllm.accuracy.verdicts import Verdict, verdict
 from refllm.accuracy.wrong_answers import undetected
 from refllm.check import formulas
 from refllm.check.asked import Asked
+from refllm.check.backward import judge_backward, tables_on_grid
 from refllm.check.error_map import error_map
 from refllm.check.explained import explained
 from refllm.check.explained import in_words as explained_in_words
@@ -36,6 +37,7 @@ from refllm.check.next_tokens import TokenReport, compare_tokens
 from refllm.check.record import Habit, Record, chosen
 from refllm.check.reordered import REORDERED, ROWS, by_words, order_of, put_in_order, readers
 from refllm.check.second_opinion import honest_ratios
+from refllm.check.tap_report import NOTHING, TapReport
 from refllm.check.trace import Trace
 from refllm.check.unseen import never_read, never_shown
 from refllm.check.weights import FormatError
@@ -53,7 +55,6 @@ from refllm.precision import FUSED, HF_EAGER, Policy, largest
 _OF_THE_TAP = "and put in order: it is the tap's, not the model's, since what reads it holds"
 _OF_THE_MODEL = "and what reads them does not hold: the order is the model's, or something else is wrong as well"
 _LAYERS_OF_TABLES = 8  # layers whose rotations are averaged for the tables
-_NOTHING = Measure(0, (0, 0, 0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, (), 0.0, 0.0, (), 0.0, 0.0, 0)
 
 
 def _to_no_bit(x: Uncertain) -> Uncertain:
@@ -68,79 +69,6 @@ def _orders(operator: str) -> list[Profile]:
         orders = [BLOCKS]
     found = [ONCE if order == BLOCKS else Profile(order=order) for order in orders]
     return [*found, Profile(tf32=True)] if operator in ("linear", "attention") else found
-
-
-@dataclass
-class TapReport:
-    """One named value. isolated is None where the candidate does not record an earlier value that it needs.
-
-    Indices in the measures are [batch row, position, channel] or [batch row, position, head, channel]. zmap: where the
-    error lies that the value's own operator made (`refllm.check.error_map`).
-    named: a defect that predicts it to the bit, or an error that its elements share, in one clause. another: the honest
-    profile that it has in this layer and not in the others. unrecognised: it rounds as no honest code does, in this
-    layer. place: it is right, but does not round where the named policy says; its profile in words.
-    dtype: by whose errors it is judged: that of the run, or float32 where it is shown as that.
-    alone: of a context, the error in sigma of the first token of every sequence, which sees itself alone.
-    overflow: the largest exact number that the format does not hold, where the candidate has an infinity. fed: an
-    infinity or NaN came in. hidden: values that were not shown, between the ones before, the last of them `since`, and
-    this one.
-    """
-
-    name: str
-    end_to_end: Measure
-    isolated: Measure | None = None
-    untested: list[str] = field(default_factory=list)
-    ulps: list[int] = field(default_factory=list)
-    dtype: str = "float32"
-    zmap: np.ndarray | None = None
-    named: str = ""
-    another: str = ""
-    unrecognised: bool = False
-    alone: float | None = None
-    place: str = ""
-    overflow: float = 0.0
-    fed: bool = False
-    hidden: tuple[str, ...] = ()
-    since: str = ""
-    profiled: bool = False
-
-    @property
-    def cause(self) -> str:
-        """defect, place, consequence (of an infinity that came in, or of what came before), or "" where it holds."""
-        if self.verdict != "fails":
-            return ""
-        return "defect" if self.defect_here else "place" if self.place and not self.fed else "consequence"
-
-    @property
-    def broken(self) -> list[str]:
-        """The rules that this value breaks; empty if it holds."""
-        return list(dict.fromkeys([*self._recognised, *broken(self.end_to_end, self.isolated, self.dtype)]))
-
-    @property
-    def _recognised(self) -> list[str]:
-        rules = {
-            "overflow": self.overflow,
-            "named": self.named,
-            "another profile": self.another,
-            "unrecognised": self.unrecognised,
-        }
-        return [rule for rule, said in rules.items() if said]
-
-    @property
-    def verdict(self) -> ValueVerdict:
-        if self.broken:
-            return "fails"
-        return "untested" if self.untested else "holds"
-
-    @property
-    def wrong_here(self) -> bool:
-        """Whether the operator that makes this value breaks a rule, whatever it was given."""
-        return self.isolated is not None and bool(self._recognised or broken_isolated(self.isolated, self.dtype))
-
-    @property
-    def defect_here(self) -> bool:
-        """Whether it is wrong, and does not only round elsewhere than the named policy."""
-        return self.wrong_here and not self.place and not self.fed
 
 
 def predict(
@@ -190,7 +118,7 @@ class Judge:
         self._recognise = Recogniser(trace.dtype, self.places, asked.splits)
         self._last: tuple[Made, Profiled, Profile] | None = None
         self._made: tuple[Made, Profiled] | None = None
-        self._measured: tuple[str, Measure] = "", _NOTHING
+        self._measured: tuple[str, Measure] = "", NOTHING
         self._names: dict[str, bool] = {}
         self._spoilt: set[str] = set()
         self._cancels: dict[str, str] = {}
@@ -201,7 +129,7 @@ class Judge:
         step("predicting, each operator alone")
         if self.tables is None:
             positions = self.trace.inputs.positions
-            self.tables = tables.solve(self.model.config, positions, self._turned(), self.trace.dtype)
+            self.tables = tables.solve(self.model.config, positions, self.turned(), self.trace.dtype)
         self._predict(self._isolated, self._work_out_alone, bits=True)
         foreign = [name for name in self.trace.taps if name not in self._names]
         if foreign:
@@ -223,7 +151,7 @@ class Judge:
 
     def guesses(self) -> list[tables.Tables | None]:
         """The tables to try in float32, where they count, if the turning is not shown."""
-        if self.narrow or next(self._turned(), None) is not None:
+        if self.narrow or next(self.turned(), None) is not None:
             return [None]
         return [*tables.guesses(self.model.config, self.trace.inputs.positions)]
 
@@ -240,7 +168,7 @@ class Judge:
             self.model, self.trace.inputs, self.trace.dtype, assumed, at_tap, op=op, tables=self.tables.uncertain
         )
 
-    def _turned(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def turned(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Heads before and after the rotation, as far as the candidate shows both: (positions, before, after)."""
         c: Any = self.model.config
         named = names_of(self.model.page, c)
@@ -362,7 +290,7 @@ class Judge:
         if candidate is None:
             return replace(x, spoilt=name in self._spoilt)
         dtype = "float32" if name in self._wide else self.trace.dtype
-        report = self.isolated[name] = TapReport(name, _NOTHING, dtype=dtype)
+        report = self.isolated[name] = TapReport(name, NOTHING, dtype=dtype)
         rows, shown = self._rows(candidate), self._shown_rounded(name, x, candidate)
         exact, variance = self._rows(x.value, candidate), self._rows(shown.variance, candidate)
         exact, variance = self._expected(name, exact, variance, alone=True)
@@ -470,7 +398,7 @@ class Judge:
         exact, variance = self._rows(x.value, candidate), self._rows(x.variance, candidate)
         exact, variance = self._expected(name, exact, variance, alone=False)
         rows = self._rows(candidate)
-        report = self.isolated.get(name) or TapReport(name, _NOTHING, dtype=self.trace.dtype)
+        report = self.isolated.get(name) or TapReport(name, NOTHING, dtype=self.trace.dtype)
         report.end_to_end = self._measure(rows, exact, variance)
         report.ulps = ulp_histogram(rows, exact, self.trace.dtype)
         self.reports[name] = report
@@ -743,6 +671,8 @@ def judge(
     Raises InputError where trace and model do not fit: another config, unknown names, other shapes.
     """
     asked = Asked.of(policy)
+    if trace.dtype == "float64":
+        return _of_float64(model, trace, asked, checkpoint, step)
     collected, taps = explained_best(lambda guess: Judge(model, trace, asked, guess), step)
     if collected.orders:
         collected, taps, notes = _whose_order(model, trace, asked, step, collected)
@@ -766,11 +696,53 @@ def judge(
         unsaid=collected.unsaid(),
         unseen=[*never_shown(model.head, trace), *never_read(model)],
     )
+    if trace.inputs.learning is not None:
+        _add_backward(report, model, trace, asked, collected, step)
     if explain:
         report.explanation = _explanation(model, collected, report, step)
         report.notes += explained_in_words(report.explanation) if report.verdict != "fails" else []
     report.notes += trace.doubts if report.verdict == "fails" else []
     return report
+
+
+def _of_float64(model: Model, trace: Trace, asked: Asked, checkpoint: str, step: Callable[[str], None]) -> Report:
+    """The report on the gradients of a run in float64. Its values are what they are made of, and not judged."""
+    if trace.inputs.learning is None:
+        raise InputError(f"{trace.source}: in float64 gradients are checked, and no values: add --backward")
+    collected = Judge(model, trace, asked)
+    collected.tables = tables.solve(model.config, trace.inputs.positions, collected.turned(), "float32")
+    report = Report(
+        checkpoint=checkpoint,
+        candidate=trace.source,
+        dtype=trace.dtype,
+        policy=asked.name,
+        inputs=trace.inputs.label,
+        tokens=int(trace.inputs.valid.sum()),
+        taps=[],
+        next_tokens=None,
+        attribution={},
+        notes=[*trace.notes],
+        config=model.config,
+    )
+    _add_backward(report, model, trace, asked, collected, step)
+    return report
+
+
+def _add_backward(
+    report: Report, model: Model, trace: Trace, asked: Asked, collected: Judge, step: Callable[[str], None]
+) -> None:
+    """Puts what was found about the gradients behind the values of the forward pass."""
+    narrow = trace.dtype in ("bfloat16", "float16")
+    profile = collected.record.profile_of("model.layers.0.self_attn.q_rope", "rope") if narrow else None
+    of_policy = asked.policy is not None and "rope.table" in asked.policy.points
+    rounded = of_policy or (asked.policy is None and (profile is None or "tables" in profile.points))
+    assert collected.tables is not None
+    cos, sin = tables_on_grid(*collected.tables.values(), trace.dtype, rounded)
+    found = judge_backward(model, trace, asked, (cos, sin), collected.nearest_policy(), step)
+    report.taps += found.taps
+    report.habits += found.habits
+    report.unseen += found.unseen
+    report.notes += found.notes
 
 
 def _explanation(model: Model, collected: Judge, report: Report, step: Callable[[str], None]) -> Explanation | None:

@@ -59,7 +59,8 @@ class Settings:
     isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`. names, library: see
     `refllm.check.stacks.Opening`. layout: words of `refllm.check.layout.LAYOUTS`.
     against: a known-good run to be the measure, and its tokens those that are run where `tokens` has none.
-    weights: what `refllm.check.weights.Given.open` takes. explain: look for what a wrong run did.
+    weights: what `refllm.check.weights.Given.open` takes. explain: look for what a wrong run did. backward: check
+    gradients too; frozen: names or patterns of tensors that learn nothing.
     """
 
     candidate: str = "transformers"
@@ -78,12 +79,19 @@ class Settings:
     against: Trace | None = None
     weights: Path | None = None
     explain: bool = False
+    backward: bool = False
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
+        allowed = (*DTYPES, "float64") if self.backward else DTYPES
         for dtype in self.dtypes:
-            if dtype not in DTYPES:
-                raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(DTYPES)}")
+            if dtype not in allowed:
+                raise InputError(f"--dtype {dtype} cannot be checked: use {', '.join(allowed)}")
+        if self.frozen and not self.backward:
+            raise InputError("--frozen is about gradients: use it with --backward")
+        if self.backward and self.against is not None:
+            raise InputError("--against has the values of a forward pass, so leave out --backward")
         if self.attention not in POLICY_OF_ATTENTION:
             raise InputError(f"--attn {self.attention} is not known: use {' or '.join(POLICY_OF_ATTENTION)}")
         _ = self.rounding, words_of(self.layout, "--layout")  # refuse what is not known
@@ -229,6 +237,8 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
         recorded=go_on,
         weights=None if job.settings.weights is None else Given.open(job.settings.weights),
         explain=job.settings.explain,
+        backward=job.settings.backward,
+        frozen=job.settings.frozen,
     )
     yield from runs.reports()
 

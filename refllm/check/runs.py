@@ -1,5 +1,6 @@
 """All runs of one candidate on one checkpoint: the plain one, the stressed ones, and every row of the embedding."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from refllm.check.asked import Asked
 from refllm.check.candidates import record
 from refllm.check.chosen_embeddings import chosen
 from refllm.check.inputs import Inputs, every_token, stressed
+from refllm.check.learning import more_runs, must_show_gradients, with_labels
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
 from refllm.check.recorded import canonical
@@ -34,7 +36,8 @@ class Runs:
     against: a known-good run, the measure in place of the page; of the plain inputs.
     recorded: called when the last run is done and not yet judged. weights: those that the candidate really
     has, where they are not the checkpoint's; it may hand them over in its first run. explain: look for what a wrong
-    run did (`refllm.check.explained`).
+    run did (`refllm.check.explained`). backward: gradients are asked for as well. frozen: names or patterns of tensors
+    that learn nothing.
     """
 
     load: Callable[[str], Model]
@@ -51,6 +54,8 @@ class Runs:
     recorded: Callable[[], None] = lambda: None
     explain: bool = False
     weights: Given | None = None
+    backward: bool = False
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._model = self._load(self.candidate.dtype)
@@ -77,6 +82,8 @@ class Runs:
 
     def _first(self, more: list[Inputs]) -> list[Report]:
         """Reports on the plain run, and on rows of the embedding. What else there is to run is added to `more`."""
+        if self.backward:
+            self._ask_for_gradients()
         begin = time.monotonic()
         found, rows = self._run(self.plain), Rows(0, 0)
         seconds = time.monotonic() - begin
@@ -93,6 +100,16 @@ class Runs:
         self._tell_format_error(report)
         return [report, *([] if rows.wrong is None else [self._judged(rows.wrong.inputs, rows.wrong, [rows.said])])]
 
+    def _ask_for_gradients(self) -> None:
+        open_it = getattr(self.candidate, "open", None)  # what it takes is known once it is open
+        if open_it is not None:
+            with contextlib.suppress(MisbehavesError):  # its first run says so
+                open_it()
+                must_show_gradients(self.candidate)
+        else:
+            must_show_gradients(self.candidate)
+        self.plain = with_labels(self.plain, self._model, self.candidate, self.frozen)
+
     def _run(self, inputs: Inputs) -> Trace | Misbehaviour:
         self.step(f"{self._where(inputs)}: {self.candidate.name}")
         try:
@@ -106,6 +123,8 @@ class Runs:
     def _possible(self) -> tuple[list[Inputs], list[str]]:
         """The stressed inputs that the candidate can run, and a sentence on those that it cannot."""
         ids, config = self.plain.input_ids, self._model.config
+        if self.backward:
+            return more_runs(self.plain, self._model, self.candidate, self.stress), []
         wanted = [*stressed(ids), *chosen(self._model, ids)] if self.stress else []
         why = {
             inputs.label: cannot_run(self.candidate, inputs)

@@ -63,6 +63,9 @@ LENGTHS = "lengths"
 other positions."""
 NEAR = "near positions"
 """What stands in `Candidate.takes` where its tables, or its cache, end before `refllm.check.inputs.FAR`."""
+GRADIENTS, MICRO_BATCHES, LOSS_SCALE = "gradients", "micro-batches", "loss scale"
+"""What stands in `Candidate.takes` where a candidate shows gradients, can add those of micro-batches, and multiplies
+its loss with a number before the backward pass."""
 EVERYTHING = ("dtype", "cache", "embeddings", *ALWAYS)
 """What a candidate may take besides one row of ids (`Candidate.takes`)."""
 

@@ -26,6 +26,8 @@ FORMAT = "refllm trace 1"
 INPUTS_FORMAT = "refllm inputs 1"
 """The format of a file that has inputs to run, and no values."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+FLOAT32_INSIDE = "float32 inside"
+"""The detail of a candidate in float64 that computes in float32 in places."""
 _FEWEST = 64  # numbers other than 0 that tell a format
 _PAGE = "docs/recording.md"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -39,7 +41,8 @@ class Trace:
     "" where a file does not say. details: anything else worth keeping. layout: words of `refllm.check.layout.LAYOUTS`
     that say how the values lie; notes, doubts: what was said when they were brought to the shapes of the vocabulary
     (`refllm.check.layout.Laid`). weights: tensors that the candidate handed over
-    (`refllm.check.weights`), which no file keeps.
+    (`refllm.check.weights`), which no file keeps. gradients: "grad:" + name of a value or tensor -> array, of a
+    backward pass; no file keeps them.
     """
 
     taps: dict[str, np.ndarray]
@@ -53,6 +56,7 @@ class Trace:
     layout: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:

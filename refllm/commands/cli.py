@@ -143,6 +143,13 @@ def check(
             help="Also far positions, small and large values, rows padded differently, cached pieces, every token id.",
         ),
     ] = False,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Also the gradient of a loss by every value and tensor.")
+    ] = False,
+    frozen: Annotated[
+        list[str] | None,
+        typer.Option("--frozen", metavar="NAME", help="With --backward: a tensor, or a pattern, that learns nothing."),
+    ] = None,
     taps: Annotated[
         bool, typer.Option("--taps", help="A line for every named value, not only for every layer.")
     ] = False,
@@ -214,6 +221,7 @@ def check(
             "--splits": splits > 1,
             "--tf32": tf32,
         }
+        others |= {"--backward": backward}
         others |= {"--junit": junit, "--known": known_file, "--weights": weights, "--time": time, "--names": names}
         others |= {"--prompt": prompt, "--ids": ids, "--ids-file": ids_file, "--layout": layout, "--library": library}
         return _check_logprobs(checkpoint, logprobs, tuple(dtype or ()), policy, json_file, others)
@@ -223,11 +231,12 @@ def check(
         from refllm.check.trace import Trace
 
         more["against"] = Trace.load(against)
-    more |= {"weights": weights, "explain": explain}
+    more |= {"weights": weights, "explain": explain, "backward": backward, "frozen": tuple(frozen or ())}
     if recorded:
         from refllm.check.recorded import check_files, refuse
 
-        refuse({"--candidate": candidate, "--stress": stress, "--time": time, "--names": names, "--library": library})
+        others = {"--candidate": candidate, "--stress": stress, "--time": time, "--names": names, "--library": library}
+        refuse(others | {"--backward": backward})
     candidates, left_out = ([""], []) if recorded else run.candidates_to_check(candidate, checkpoint)
     settings = [
         run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, **more) for name in candidates

@@ -10,7 +10,7 @@ import numpy as np
 
 from refllm.errors import InputError
 from refllm.forward.operators import Recorder
-from refllm.forward.tape import Tape, TapedOperators, TapedWeights
+from refllm.forward.tape import Tape, TapedOperators, TapedWeights, Walk
 from refllm.forward.traced import Traced
 from refllm.inputs import as_tensor, is_tensor, to_numpy
 from refllm.storage.load_report import file_name
@@ -50,18 +50,18 @@ def gradients_of(
         model.weights,
         wanted,
         inputs={"model.embed_tokens": EMBEDDINGS} if EMBEDDINGS in wanted else {},
-        padding=_padding_id(model.config),
+        padding=padding_id(model.config),
         checkpointing=model.is_gradient_checkpointing,
-        recorder=recorder,
+        walk=Walk(model.arithmetic, recorder),
     )
-    loss = _loss(model, tape, {**given, "recorder": listener})
+    loss = taped_loss(model, tape, {**given, "recorder": listener})
     if listener is not None:
         listener.over = True
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         found = tape.gradients(loss) if isinstance(loss, Traced) else {}
         for name, gradient in found.items():
             key = names[name]
-            before[key] = tape.sum(before.get(key), gradient)
+            before[key] = tape.walk.sum(before[key], gradient) if key in before else gradient
     value = loss.value[()] if isinstance(loss, Traced) else loss
     if tensors:
         return Gradients(as_tensor(value), {name: as_tensor(x, model.dtype) for name, x in before.items()})
@@ -79,12 +79,13 @@ def _check_call(model: Any, given: Mapping[str, Any]) -> None:
         raise InputError("gradients: past_key_values holds what has no gradient any more; give all tokens in one call")
 
 
-def _loss(model: Any, tape: Tape, given: Mapping[str, Any]) -> Any:
-    """The loss of the forward pass on the tape. The model is left as a forward pass leaves it."""
+def taped_loss(model: Any, tape: Tape, given: Mapping[str, Any], plain: Any = None) -> Any:
+    """The loss of the forward pass on the tape. The model is left as a forward pass leaves it. plain: the operators
+    that are recorded, where they are not the model's own. Raises InputError where there are no labels."""
     taped = copy(model)
     taped.weights = TapedWeights(model.weights, tape)
     taped.rotary = copy(model.rotary)
-    taped.follow = lambda operators: TapedOperators(operators, tape)
+    taped.follow = lambda operators: TapedOperators(plain or operators, tape)
     loss = taped(**{**given, "use_cache": False, "return_dict": True}).loss
     if loss is None:
         both = model.head == "question_answering"
@@ -114,7 +115,7 @@ def _accumulated(names: Mapping[str, str], given: Mapping[str, Any]) -> dict[str
     return {key: to_numpy(gradient) for key, gradient in given.items()}
 
 
-def _padding_id(config: Any) -> int | None:
+def padding_id(config: Any) -> int | None:
     """The row of the embeddings that learns nothing; -1 stands for the last one."""
     return None if config.pad_token_id is None else config.pad_token_id % config.vocab_size
 

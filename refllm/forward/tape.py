@@ -11,7 +11,7 @@ they are all computed again, by the same operators on the same bits.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import Signature, signature
@@ -42,20 +42,53 @@ class _Inside:
 
 class _Call:
     """One step that was taken. sources: the numbers of its arguments, None for what needs no gradient; arguments: with
-    which it is taken again; kept: what its reverse reads, None until it is taken again."""
+    which it is taken again; kept: what its reverse reads, None until it is taken again; certain: whether its arguments
+    are known to the bit."""
 
     def __init__(self, step: Step, sources: tuple[int | None, ...], results: list[int], scope: str) -> None:
         self.step, self.sources, self.results, self.scope = step, sources, results, scope
         self.shapes: list[tuple[int, ...]] = []
+        self.certain = False
         self.arguments: tuple[Any, ...] = ()
         self.kept: tuple[Any, ...] | None = None
+
+
+class Walk:
+    """What is done with gradients on the way back. This is the way of the definitions, in one arithmetic; a check
+    follows gradients that know their error (`refllm.accuracy.gradients`), and puts others in their place."""
+
+    def __init__(self, ar: Arithmetic, recorder: Recorder | None = None) -> None:
+        self.ar, self.recorder = ar, recorder
+
+    def start(self) -> Any:
+        """The gradient of the loss by itself."""
+        return np.ones((), self.ar.work)
+
+    def nothing(self, shape: tuple[int, ...]) -> Any:
+        """The gradient of a result that nobody read."""
+        return np.zeros(shape, self.ar.work)
+
+    def back(self, step: Step, grads: list[Any], kept: tuple[Any, ...], needed: tuple[bool, ...], certain: bool) -> Any:
+        """The gradients of the arguments of a step. certain: whether all that was kept is known to the bit."""
+        return step.backward(grads, kept, needed)
+
+    def sum(self, before: Any, gradient: Any) -> Any:
+        """Two gradients of one value."""
+        return self.ar.round(before + gradient, "add.grad")
+
+    def arrived(self, names: Collection[str], gradient: Any) -> Any:
+        """The whole gradient of a value with these names, "grad:" before them; what is returned is passed on."""
+        for name in names:
+            if self.recorder is not None and self.recorder.wants(name):
+                self.recorder.record(name, gradient)
+        return gradient
 
 
 class Tape:
     """What a forward pass computed, in order. One pass forward, one walk back.
 
     wanted: the tensors that are to have a gradient. inputs: named value -> the name that its gradient gets, for values
-    that come from outside. checkpointing: layers are computed again.
+    that come from outside. checkpointing: layers are computed again. walk: what is done with gradients.
     """
 
     def __init__(
@@ -67,9 +100,9 @@ class Tape:
         inputs: Mapping[str, str],
         padding: int | None = None,
         checkpointing: bool = False,
-        recorder: Recorder | None = None,
+        walk: Walk | None = None,
     ) -> None:
-        self.ar, self.inputs, self.padding, self.recorder = ar, inputs, padding, recorder
+        self.ar, self.inputs, self.padding, self.walk = ar, inputs, padding, walk or Walk(ar)
         self._weights, self._wanted, self._checkpointing = weights, wanted, checkpointing
         self._calls: list[_Call] = []
         self._scopes: dict[str, list[_Call]] = defaultdict(list)
@@ -77,6 +110,7 @@ class Tape:
         self._leaves: dict[str, int] = {}
         self._tensors: dict[int, str] = {}
         self._names: dict[int, list[str]] = defaultdict(list)
+        self._certain: set[int] = set()
         self._count = 0
 
     # ---------------------------------------------------------------------------------------------------------- forward
@@ -93,7 +127,13 @@ class Tape:
         """A value that the walk back ends at."""
         if name not in self._leaves:
             self._leaves[name] = self._new()
+            self._certain.add(self._leaves[name])
         return Traced(self, value, self._leaves[name])
+
+    def put(self, traced: Traced, value: np.ndarray) -> Traced:
+        """Another array in the place of a value: what somebody has there, to the bit."""
+        self._certain.add(traced.number)
+        return Traced(self, value, traced.number)
 
     def rows(self, name: str, ids: np.ndarray) -> Any:
         """The embeddings of `ids`. The row of the padding id learns nothing here, as in Transformers."""
@@ -106,11 +146,14 @@ class Tape:
         def backward(grads: list[np.ndarray], _: tuple[Any, ...], __: tuple[bool, ...]) -> Gradients:
             return [ops.embedding_backward(grads[0][counted], ids[counted], table, ar=self.ar)]
 
-        return self.record(Step(lambda _: value, backward, lambda _: ()), (self.leaf(name, value),))
+        how = {"ids": ids[counted], "counted": counted, "table": table}
+        found = self.record(Step(lambda _: value, backward, lambda _: (), "embedding", how), (self.leaf(name, value),))
+        self._certain.add(found.number)
+        return found
 
     def named(self, name: str, value: Any) -> None:
-        """Notes the name of a value whose gradient the recorder wants."""
-        if isinstance(value, Traced) and self.recorder is not None and self.recorder.wants(f"grad:{name}"):
+        """Notes the name of a value."""
+        if isinstance(value, Traced):
             self._names[value.number].append(f"grad:{name}")
 
     def record(self, step: Step, arguments: tuple[Any, ...], scope: str = "") -> Any:
@@ -122,6 +165,10 @@ class Tape:
         results = found if isinstance(found, tuple) else (found,)
         call = _Call(step, sources, [self._new() for _ in results], scope if self._checkpointing else "")
         call.shapes = [np.shape(x) for x in results]
+        known = all(number is None or number in self._certain for number in sources)
+        call.certain = known or step.operator in _READS  # of these nothing is kept that could be uncertain
+        if known and step.moves:
+            self._certain.update(call.results)
         self._write_down(call, arguments)
         traced = tuple(Traced(self, x, n) for x, n in zip(results, call.results, strict=True))
         return traced if isinstance(found, tuple) else traced[0]
@@ -149,9 +196,10 @@ class Tape:
 
     # --------------------------------------------------------------------------------------------------------- backward
 
-    def gradients(self, loss: Traced) -> dict[str, np.ndarray]:
+    def gradients(self, loss: Traced) -> dict[str, Any]:
         """Name -> gradient of what was asked for and the loss depends on. The tape is used up."""
-        grads: dict[int, np.ndarray] = {loss.number: np.ones((), self.ar.work)}
+        walk = self.walk
+        grads: dict[int, Any] = {loss.number: walk.start()}
         while self._calls:
             call = self._calls.pop()
             self._again(call)
@@ -159,32 +207,26 @@ class Tape:
             if all(grad is None for grad in incoming):
                 continue
             given = [
-                np.zeros(shape, self.ar.work) if d is None else d
-                for d, shape in zip(incoming, call.shapes, strict=True)
+                self._arrived(number, walk.nothing(shape) if d is None else d)
+                for number, d, shape in zip(call.results, incoming, call.shapes, strict=True)
             ]
-            for number, gradient in zip(call.results, given, strict=True):
-                self._show(number, gradient)
             for source, of_source in zip(call.sources, self._back(call, given), strict=True):
                 if source is not None and of_source is not None:
-                    grads[source] = self.sum(grads.get(source), of_source)
+                    before = grads.get(source)
+                    grads[source] = of_source if before is None else walk.sum(before, of_source)
         found = {name: number for name, number in self._leaves.items() if number in grads}
-        for number in found.values():
-            self._show(number, grads[number])
-        return {name: grads[number] for name, number in found.items()}
+        return {name: self._arrived(number, grads[number]) for name, number in found.items()}
 
-    def _back(self, call: _Call, grads: list[np.ndarray]) -> Gradients:
+    def _back(self, call: _Call, grads: list[Any]) -> Sequence[Any]:
         assert call.kept is not None
         kept = tuple(self._fetched(x) for x in call.kept)
-        return call.step.backward(grads, kept, tuple(number is not None for number in call.sources))
+        needed = tuple(number is not None for number in call.sources)
+        found: Sequence[Any] = self.walk.back(call.step, grads, kept, needed, call.certain)
+        return found
 
-    def sum(self, before: np.ndarray | None, gradient: np.ndarray) -> np.ndarray:
-        """Two gradients of one value."""
-        return gradient if before is None else self.ar.round(before + gradient, "add.grad")
-
-    def _show(self, number: int, gradient: np.ndarray) -> None:
-        for name in self._names.get(number, ()):
-            assert self.recorder is not None
-            self.recorder.record(name, gradient)
+    def _arrived(self, number: int, gradient: Any) -> Any:
+        names = self._names.get(number)
+        return self.walk.arrived(names, gradient) if names else gradient
 
     def _again(self, call: _Call) -> None:
         """Where a call has nothing kept: all calls of its layer are made again."""
@@ -215,9 +257,9 @@ class TapedOperators:
         full = self._plain.scope + name
         if full in self._tape.inputs:
             value = self._tape.leaf(self._tape.inputs[full], value)
-        self._plain.tap(name, value_of(value))
+        shown, array = self._plain.tap(name, value_of(value)), value_of(value)
         self._tape.named(full, value)
-        return value
+        return self._tape.put(value, shown) if shown is not array and isinstance(value, Traced) else value
 
     def __getattr__(self, operator: str) -> Callable[..., Any]:
         getattr(self._plain, operator)  # raises for a name that is none
@@ -234,7 +276,8 @@ class TapedOperators:
             return [*found, *[None] * (len(needed) - len(found))][: len(needed)]
 
         forward = partial(getattr(self._plain, operator), **bound.kwargs)
-        step = Step(forward, backward, _READS.get(operator, lambda *arguments: arguments))
+        keep = _READS.get(operator, lambda *arguments: arguments)
+        step = Step(forward, backward, keep, operator, bound.kwargs, operator in _MOVES)
         return self._tape.record(step, bound.args, self._plain.scope)
 
 
@@ -243,6 +286,7 @@ def _signature(operator: str) -> Signature:
     return signature(getattr(ops, operator))
 
 
+_MOVES = ("split_heads", "merge_heads")
 _READS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "add": lambda *_: (),
     "rope": lambda q, k, cos, sin: (cos, sin),

@@ -5,7 +5,7 @@ norms of all heads stacked). Each of these has its reverse here: what was taken 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,16 @@ class Step:
     forward: arguments -> the result, or a tuple of them. backward: (gradients of the results, what was kept, which
     arguments are to have a gradient) -> one gradient for each argument, or None. keep: what of the arguments the
     reverse reads, so that the rest of them can go.
+    operator: of `refllm.ops`, how: its keywords; "" for what stands beside operators. moves: nothing is computed, each
+    number of a gradient goes where it belongs (and several that belong to one place are added).
     """
 
     forward: Callable[..., Any]
     backward: Callable[[list[np.ndarray], tuple[Any, ...], tuple[bool, ...]], Gradients]
     keep: Callable[..., tuple[Any, ...]]
+    operator: str = ""
+    how: dict[str, Any] = field(default_factory=dict)
+    moves: bool = False
 
 
 class Traced(NDArrayOperatorsMixin):
@@ -104,11 +109,11 @@ def _taken(index: Any, shape: tuple[int, ...]) -> Step:
             np.add.at(dx, index, grads[0])
         return [dx]
 
-    return Step(lambda x: x[index], backward, _nothing)
+    return Step(lambda x: x[index], backward, _nothing, moves=True)
 
 
 def _reshaped(view: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Step:
-    return Step(view, lambda grads, _, __: [grads[0].reshape(shape)], _nothing)
+    return Step(view, lambda grads, _, __: [grads[0].reshape(shape)], _nothing, moves=True)
 
 
 def _joined(function: Any, axis: int) -> Step:
@@ -120,7 +125,7 @@ def _joined(function: Any, axis: int) -> Step:
         return np.split(grads[0], np.cumsum([x.shape[axis] for x in kept])[:-1], axis=axis)
 
     keep = _nothing if function is np.stack else _everything
-    return Step(lambda *parts: function(parts, axis=axis), backward, keep)
+    return Step(lambda *parts: function(parts, axis=axis), backward, keep, moves=True)
 
 
 _SLOPES: dict[Any, Callable[..., list[Any]]] = {

@@ -45,9 +45,12 @@ def attention_backward(
     read has the sum of their gradients.
     o_BHSD, lse_BHS: of the forward pass; None: computed again. dlse_BHS: of the logarithm of the softmax's denominator,
     where that was returned (dlse/ds = p). scale, causal, key_mask, mask, window: as `refllm.ops.attention`. What no
-    query sees has the gradient 0, and what it holds, NaN included, reaches nothing.
+    query sees has the gradient 0, and what it holds, NaN included, reaches nothing. Under a policy that pushes masked
+    scores down a row without a key is the mean of all values, and the gradient goes through it: adding a constant to
+    the scores, however large, has the slope 1.
     Rounding: `attention.grad.weights` for dp, `attention.grad.scores` for ds, `attention.grad.scaled` for scale ds,
-    `attention.grad.heads` for each query head's part of dk and dv, `attention.grad` for dq, dk, dv. Code that divides
+    `attention.grad.blocks` for that of a block of queries, added to those before, `attention.grad.heads` for each query
+    head's part of dk and dv, `attention.grad` for dq, dk, dv. Code that divides
     the weights first (`Policy.normalize_first`) takes delta from them, and not from o.
     Source: Dao et al. 2022, "FlashAttention", algorithm 4.
     """
@@ -66,7 +69,8 @@ def attention_backward(
         for kv in range(K):
             heads = slice(kv * g, (kv + 1) * g)
             q_GSD, do_GSD, k_TD, v_TD = q_BHSD[b, heads], do_BHSD[b, heads], k_BKTD[b, kv], v_BKTD[b, kv]
-            p_GST = _weights(q_GSD, k_TD, ar.work(factor), visible(b, heads, slice(0, S), T), lse_BHS[b, heads], ar)
+            allowed = visible(b, heads, slice(0, S), T)
+            p_GST, _ = weights_of_head(q_GSD, k_TD, factor, allowed, lse_BHS[b, heads], ar)
             dp_GST = _seen(ar.round(do_GSD @ v_TD.T, "attention.grad.weights"), p_GST)
             if o_BHSD is None or ar.policy.normalize_first:  # eager code has the weights themselves
                 delta_GS1 = np.sum(p_GST * dp_GST, axis=-1, keepdims=True)
@@ -77,29 +81,54 @@ def attention_backward(
             ds_GST = ar.round(ds_GST * ar.work(factor), "attention.grad.scaled")
             dq_BHSD[b, heads] = silenced_product(ds_GST, np.broadcast_to(k_TD, (g, T, D)), 1, ar)
             weights_GST = ar.round(p_GST, "attention.weights")
-            dk_BKTD[b, kv] = ar.round(ds_GST.transpose(0, 2, 1) @ q_GSD, "attention.grad.heads").sum(axis=0)
-            dv_BKTD[b, kv] = ar.round(weights_GST.transpose(0, 2, 1) @ do_GSD, "attention.grad.heads").sum(axis=0)
+            dk_BKTD[b, kv] = ar.round(_over_queries(ds_GST, q_GSD, ar), "attention.grad.heads").sum(axis=0)
+            dv_BKTD[b, kv] = ar.round(_over_queries(weights_GST, do_GSD, ar), "attention.grad.heads").sum(axis=0)
     dq, dk, dv = (ar.round(x, "attention.grad") for x in (dq_BHSD, dk_BKTD, dv_BKTD))
     return dq, dk, dv
 
 
-def _weights(
+def weights_of_head(
     q_GSD: np.ndarray,
     k_TD: np.ndarray,
-    scale: np.floating,
+    scale: float,
     allowed: np.ndarray | None,
     lse_GS: np.ndarray,
-    ar: Arithmetic,
-) -> np.ndarray:
-    """p = e^(s - lse): exactly 0 where a key is not seen, and in rows that see none."""
+    ar: Arithmetic = EXACT,
+) -> tuple[np.ndarray, np.ndarray]:
+    """p = e^(s - lse) and the scaled scores s, [G, S, T]: exactly 0 where a key is not seen, and in rows that see none.
+
+    Where the policy pushes masked scores down by the largest number (`Policy.masked_rows_are_zero` is False), a row
+    that sees no key has equal weights for all, as in the forward pass.
+    """
     with np.errstate(invalid="ignore"):
-        s_GST = ar.round(ar.round(q_GSD @ k_TD.T, "attention.scores") * scale, "attention.scaled")
+        s_GST = ar.round(ar.round(q_GSD @ k_TD.T, "attention.scores") * ar.work(scale), "attention.scaled")
+    masked_GST = s_GST
     if allowed is not None and allowed.dtype == bool:
-        s_GST = np.where(allowed, s_GST, -np.inf)
+        masked_GST = np.where(allowed, s_GST, -np.inf)
     elif allowed is not None:
-        s_GST = np.where(np.isneginf(allowed), -np.inf, s_GST + allowed)
+        masked_GST = np.where(np.isneginf(allowed), -np.inf, s_GST + allowed)
     none = np.isneginf(lse_GS)[..., None]
-    return np.asarray(np.where(none, 0, np.exp(s_GST - np.where(none, 0, lse_GS[..., None]))), q_GSD.dtype)
+    p_GST = np.where(none, 0, np.exp(masked_GST - np.where(none, 0, lse_GS[..., None])))
+    if allowed is not None and allowed.dtype == bool and not ar.policy.masked_rows_are_zero:
+        p_GST = np.where(allowed.any(axis=-1, keepdims=True), p_GST, 1 / max(1, len(k_TD)))
+    return np.asarray(p_GST, q_GSD.dtype), s_GST
+
+
+def queries_per_block(queries: int) -> int:
+    """How many queries torch's CPU kernel takes at a time, out of so many."""
+    return 256 if queries >= 768 else 64 if queries >= 192 else 32
+
+
+def _over_queries(w_GST: np.ndarray, x_GSD: np.ndarray, ar: Arithmetic) -> np.ndarray:
+    """w^T x, [G, T, D]; rounded at `attention.grad.blocks` after every block of queries, where the policy does."""
+    if ar.exact or "attention.grad.blocks" not in ar.policy.points:
+        return np.asarray(w_GST.transpose(0, 2, 1) @ x_GSD)
+    total, step = np.zeros((len(w_GST), w_GST.shape[2], x_GSD.shape[2]), ar.work), queries_per_block(w_GST.shape[1])
+    for start in range(0, w_GST.shape[1], step):
+        block = slice(start, start + step)
+        part = w_GST[:, block].transpose(0, 2, 1) @ x_GSD[:, block]
+        total = ar.round(total + part, "attention.grad.blocks")
+    return total
 
 
 def _seen(x_GST: np.ndarray, p_GST: np.ndarray) -> np.ndarray:

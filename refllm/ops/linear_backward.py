@@ -48,12 +48,12 @@ def embedding_backward(dy: np.ndarray, ids: np.ndarray, weight: np.ndarray, *, a
     """
     dy, ids = ar.array(dy).reshape(-1, dy.shape[-1]), np.asarray(ids).ravel()
     dweight = np.zeros(weight.shape, ar.work)
-    for turn in _turns(ids):  # each row of the table at most once per turn, in the order of the places
+    for turn in turns(ids):  # each row of the table at most once per turn, in the order of the places
         dweight[ids[turn]] = ar.round(dweight[ids[turn]] + dy[turn], "embedding.grad.sum")
     return ar.round(dweight, "embedding.grad")
 
 
-def _turns(ids: np.ndarray) -> list[np.ndarray]:
+def turns(ids: np.ndarray) -> list[np.ndarray]:
     """Places grouped by how many places before have the same id."""
     order = np.argsort(ids, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(ids[order]) != 0])[: len(ids)]

@@ -89,12 +89,19 @@ def add_layer_norm_backward(
 
 def _row_by_row(terms: np.ndarray, shape: tuple[int, ...], ar: Arithmetic) -> np.ndarray:
     """The sum over the rows, one after another where each addition is rounded (torch's CPU kernel, on one thread)."""
-    if len(shape) != 1 or ar.exact or "layer_norm.grad.sum" not in ar.policy.points:
+    if ar.exact or "layer_norm.grad.sum" not in ar.policy.points:
         return summed_to(terms, shape)
     total = np.zeros(shape, ar.work)
-    for row in terms.reshape(-1, *shape):
+    for row in rows_first(terms, shape):
         total = ar.round(total + row, "layer_norm.grad.sum")
     return total
+
+
+def rows_first(terms: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """[N, *shape]: what `summed_to` adds, term after term."""
+    lead = terms.ndim - len(shape)
+    repeated = [i for i in range(terms.ndim) if i < lead or (shape[i - lead] == 1 and terms.shape[i] > 1)]
+    return np.moveaxis(terms, repeated, range(len(repeated))).reshape(-1, *shape)
 
 
 def summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

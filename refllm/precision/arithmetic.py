@@ -39,6 +39,7 @@ layer_norm.grad.sum        the sums over rows, after every addition (as that ker
 rope.grad.product          each product G * cos and G * sin; rope.grad: their sum
 attention.grad.weights     G v^T
 attention.grad.scores      gradient of the softmax's argument; attention.grad.scaled: ... times the scale
+attention.grad.blocks      the sums over queries of the gradients of k and v, after every block (torch's CPU kernel)
 attention.grad.heads       each query head's part of the gradients of k and v
 attention.grad             gradients of q, k and v
 activation.grad            G act'(x)
@@ -127,12 +128,13 @@ HF_SDPA = replace(
     HF_EAGER,
     name="hf-sdpa",
     points=HF_EAGER.points
-    - {"attention.scores", "attention.scaled", "attention.masked"}
-    - {"attention.grad.weights", "attention.grad.scores", "attention.grad.scaled"},
+    - {"attention.scores", "attention.scaled", "attention.masked", "attention.grad.weights", "attention.grad.scaled"}
+    | {"attention.grad.blocks"},
     normalize_first=False,
     masked_rows_are_zero=True,
 )
-"""Transformers with attn_implementation="sdpa", its default: one attention kernel, float32 inside, as in `FUSED`."""
+"""Transformers with attn_implementation="sdpa", its default: one attention kernel, float32 inside, as in `FUSED`. On
+the way back torch's kernel rounds the gradient of the scores before its products, and sums over queries in blocks."""
 
 FUSED = Policy(
     name="fused",

@@ -12,15 +12,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from refllm.check.adapters import torch_names
+from refllm.check.adapters.torch_backward import backward
 from refllm.check.adapters.torch_call import Call
 from refllm.check.adapters.torch_guess import NO_PLACE, guess, rotating
 from refllm.check.adapters.torch_names import Names, Place
-from refllm.check.adapters.torch_rotations import Rotations, must_rotate, tensors_of
+from refllm.check.adapters.torch_rotations import Rotations, Show, must_rotate, tensors_of
 from refllm.check.functions import DTYPES, scaled_rows
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import must_not_have_changed
 from refllm.check.stacks import Opening
-from refllm.check.taps import Sink, cannot_run
+from refllm.check.taps import GRADIENTS, LOSS_SCALE, MICRO_BATCHES, Sink, cannot_run
 from refllm.errors import InputError
 from refllm.forward.taps import HEAD_TAPS, axes_of_values
 from refllm.storage.input_file import read_object
@@ -64,7 +65,7 @@ class TorchModuleCandidate:
             )
         self.names = names_of(module, opening, self.dtype)
         self.call = Call(module)
-        self.takes: tuple[str, ...] = self.call.takes
+        self.takes: tuple[str, ...] = (*self.call.takes, GRADIENTS, MICRO_BATCHES, LOSS_SCALE)
         missing = f"; {'; '.join(self.names.notes)}" if self.names.notes else ""
         self.details = {"torch": torch.__version__, "note": f"names: {self.names.said}{missing}"}
 
@@ -72,6 +73,9 @@ class TorchModuleCandidate:
         """See `Candidate.run`. Raises InputError for inputs that `cannot_run` has a reason for."""
         if reason := cannot_run(self, inputs):
             raise InputError(f"{self.name}: {inputs.label}: {reason}")
+        if inputs.learning is not None:
+            backward(self, inputs, sink)
+            return
         embeds = scaled_rows(self.opening.folder, self.opening.head, self.dtype, inputs)
         cache = None
         for piece in inputs.pieces():
@@ -97,7 +101,7 @@ class TorchModuleCandidate:
 
         tensors = {name: self.call.tensor(value) for name, value in given.items()}
         rows = None if embeds is None else self.call.tensor(embeds)
-        with torch.no_grad(), recorded(self.module, self.names, tell):
+        with torch.no_grad(), recorded(self.module, self.names, lambda name, x, view: tell(name, view(x))):
             result, cache = self.call(tensors, rows, cache, use_cache)
         tokens = given["input_ids"].size
         # What is returned counts, unless that is less than the head has computed: of the last token, or a class.
@@ -147,7 +151,7 @@ def _dtype_of(module: Any) -> str:
             name = str(parameter.dtype).removeprefix("torch.")
             counts[name] = counts.get(name, 0) + parameter.numel()
     found = max(counts, key=lambda name: counts[name], default="none")
-    if found not in DTYPES:
+    if found not in (*DTYPES, "float64"):
         kind = type(module).__name__
         raise InputError(f"{kind}: its parameters are of {found}; expected a module in {', '.join(DTYPES)}")
     return found
@@ -157,13 +161,13 @@ def _dtype_of(module: Any) -> str:
 
 
 @contextmanager
-def recorded(module: Any, names: Names, sink: Sink) -> Iterator[None]:
-    """A context in which sink is told every value of the module's forward passes that has a place."""
+def recorded(module: Any, names: Names, show: Show) -> Iterator[None]:
+    """A context in which `show` is told every value of the module's forward passes that has a place."""
     with ExitStack() as stack:
         modules = dict(module.named_modules())
-        rotations = Rotations(sink, names.places, names.heads)
+        rotations = Rotations(show, names.places, names.heads)
         for name, place in names.places.items():
-            stack.callback(_hook(modules[place.path], name, place, sink).remove)
+            stack.callback(_hook(modules[place.path], name, place, show).remove)
             attention, _, projection = name.rpartition(".")
             if projection in ("q_proj", "k_proj"):
                 hook = rotations.projected(attention, projection[0])
@@ -172,12 +176,12 @@ def recorded(module: Any, names: Names, sink: Sink) -> Iterator[None]:
         yield
 
 
-def _hook(part: Any, name: str, place: Place, sink: Sink) -> Any:
+def _hook(part: Any, name: str, place: Place, show: Show) -> Any:
     if place.side == "output":
 
         def made(_module: Any, _args: Any, out: Any) -> None:
             value = _added(tensors_of(out)) if _STREAM.fullmatch(name) else _first(tensors_of(out))
-            sink(name, value if place.channels is None else value[..., place.channels])
+            show(name, value, (lambda x: x) if place.channels is None else lambda x: x[..., place.channels])
 
         return part.register_forward_hook(made)
 
@@ -185,12 +189,13 @@ def _hook(part: Any, name: str, place: Place, sink: Sink) -> Any:
 
         def summed(_module: Any, args: Any, kwargs: Any, out: Any) -> None:
             returned = tensors_of(out)
-            sink(name, returned[1] if len(returned) == 2 else _added(tensors_of([*args, *kwargs.values()])))
+            value = returned[1] if len(returned) == 2 else _added(tensors_of([*args, *kwargs.values()]))
+            show(name, value, lambda x: x)
 
         return part.register_forward_hook(summed, with_kwargs=True)
 
     def given(_module: Any, args: Any, kwargs: Any) -> None:
-        sink(name, _first(tensors_of([*args, *kwargs.values()])))
+        show(name, _first(tensors_of([*args, *kwargs.values()])), lambda x: x)
 
     return part.register_forward_pre_hook(given, with_kwargs=True)
 

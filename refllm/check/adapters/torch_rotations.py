@@ -11,19 +11,21 @@ from typing import Any
 import numpy as np
 
 from refllm.check.adapters.torch_names import Place, template
-from refllm.check.taps import Sink
 from refllm.errors import InputError
+
+Show = Callable[[str, Any, Callable[[Any], Any]], None]
+"""(name, tensor, view): the value is view(tensor), and its gradient view(that of the tensor)."""
 
 
 class Rotations:
     """Sees what rotates queries and keys, both in one call or one in each. What makes another shape than it is given
     rotates nothing.
 
-    heads: of queries, and of keys.
+    show: told the name, a tensor, and how to read it. heads: of queries, and of keys.
     """
 
-    def __init__(self, sink: Sink, places: dict[str, Place], heads: tuple[int, int]) -> None:
-        self.sink, self.places, self.heads = sink, places, heads
+    def __init__(self, show: Show, places: dict[str, Place], heads: tuple[int, int]) -> None:
+        self.show, self.places, self.heads = show, places, heads
         self.attention, self.inside = "", False
         self.missing: list[str] = []
         self.tokens = 1
@@ -82,7 +84,7 @@ class Rotations:
             name = f"{self.attention}.{letter}_rope"
             if name not in self.places:
                 order = in_order(self.places.get(f"{self.attention}.{letter}_proj"), value.shape[-1])
-                self.sink(name, value if order is None else value[..., order])
+                self.show(name, value, functools.partial(_ordered, order=order))
 
     def _letters(self, sources: list[Any], turned: list[Any]) -> list[str]:
         """Which of them are queries: by their memory, which is still that of the projection, by the number of heads,
@@ -116,6 +118,10 @@ def tensors_of(values: Any) -> list[Any]:
     """The tensors of floats among arguments or results."""
     values = values if isinstance(values, tuple | list) else (values,)
     return [value for value in values if hasattr(value, "is_floating_point") and value.is_floating_point()]
+
+
+def _ordered(x: Any, order: np.ndarray | None) -> Any:
+    return x if order is None else x[..., order]
 
 
 def in_order(projection: Place | None, width: int) -> np.ndarray | None:

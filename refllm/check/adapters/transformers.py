@@ -1,16 +1,19 @@
 """Hugging Face Transformers as a candidate. Needs the packages `torch` and `transformers`."""
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refllm import extras
-from refllm.check.adapters.transformers_taps import hooks
+from refllm.check.adapters.torch_backward import gradient_of, run_backward, tensor
+from refllm.check.adapters.transformers_taps import ShownOnce, following, hooks, tap_path
 from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import must_not_have_changed
-from refllm.check.taps import Sink
+from refllm.check.taps import EVERYTHING, GRADIENTS, LOSS_SCALE, MICRO_BATCHES, Sink
+from refllm.check.trace import FLOAT32_INSIDE
 from refllm.errors import MissingExtraError
 
 _AUTO_CLASS = {
@@ -20,6 +23,9 @@ _AUTO_CLASS = {
     "token_classification": "AutoModelForTokenClassification",
     "question_answering": "AutoModelForQuestionAnswering",
 }
+
+
+_INSIDE = "Transformers computes norms, softmax, tables and losses in float32 in every format: judged by its errors"
 
 
 def quiet_transformers() -> Any:
@@ -40,14 +46,17 @@ def quiet_transformers() -> Any:
 class TransformersCandidate:
     """A Transformers model of any class, recorded by hooks (`refllm.check.adapters.transformers_taps`).
 
-    attention: what it runs, "eager" or "sdpa"; only eager attention shows its weights.
+    attention: what it runs, "eager" or "sdpa"; only eager attention shows its weights. own: nobody else has the model,
+    so that it may be told which tensors are frozen.
     """
 
-    def __init__(self, model: Any, attention: str | None = None) -> None:
+    takes: tuple[str, ...] = (*EVERYTHING, GRADIENTS, MICRO_BATCHES, LOSS_SCALE)
+
+    def __init__(self, model: Any, attention: str | None = None, own: bool = False) -> None:
         transformers = quiet_transformers()
         import torch
 
-        self.model = model.eval()
+        self.model, self._own = model.eval(), own
         self.attention = attention or getattr(model.config, "_attn_implementation", "eager")
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.name = f"transformers {transformers.__version__} {self.attention}"
@@ -56,6 +65,8 @@ class TransformersCandidate:
             "torch": torch.__version__,
             "threads": str(torch.get_num_threads()),
         }
+        if self.dtype == "float64":
+            self.details |= {FLOAT32_INSIDE: "norms, softmax and tables", "note": _INSIDE}
 
     @classmethod
     def load(cls, folder: Path, *, head: str, dtype: str, attention: str = "eager") -> "TransformersCandidate":
@@ -68,12 +79,15 @@ class TransformersCandidate:
             model = getattr(transformers, _AUTO_CLASS[head]).from_pretrained(
                 folder, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
             )
-        return cls(model, attention)
+        return cls(model, attention, own=True)
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`."""
         import torch
 
+        if inputs.learning is not None:
+            self._backward(inputs, sink)
+            return
         device = next(self.model.parameters()).device
         cache, weight = None, self.model.get_input_embeddings().weight
         for piece in inputs.pieces():
@@ -82,7 +96,7 @@ class TransformersCandidate:
                 "position_ids": inputs.positions[:, piece],
                 "input_ids": inputs.input_ids[:, piece],
             }
-            tensors = {name: _tensor(value, device) for name, value in given.items()}
+            tensors = {name: tensor(value, device) for name, value in given.items()}
             arguments: dict[str, Any] = {**tensors, "past_key_values": cache, "use_cache": bool(inputs.chunks)}
             ids = arguments.pop("input_ids")
             with torch.inference_mode(), hooks(self.model, sink):
@@ -96,8 +110,40 @@ class TransformersCandidate:
             must_not_have_changed(given, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
             cache = out.past_key_values if inputs.chunks else None
 
+    def _backward(self, inputs: Inputs, sink: Sink) -> None:
+        """Values and gradients; the loss is that of the model's own head."""
+        learning, device = inputs.learning, next(self.model.parameters()).device
+        assert learning is not None
+        items = {"num_items_in_batch": tensor(np.array(learning.items), device)} if learning.micro_batches > 1 else {}
 
-def _tensor(array: np.ndarray, device: Any) -> Any:
-    import torch
+        def loss(show: ShownOnce, given: dict[str, Any], targets: dict[str, Any]) -> Any:
+            with following(self.model, show):
+                return self.model(**given, **targets, **items, use_cache=False).loss
 
-    return torch.from_numpy(np.array(array, np.int64)).to(device)
+        if self._own:
+            freeze(self.model, learning.frozen)
+        run_backward(self.model, inputs, sink, loss, _head_of(self.model))
+        for name, parameter in self.model.named_parameters():
+            gradient = gradient_of(parameter)
+            if gradient is not None:
+                sink(f"grad:{tensor_name(name)}", gradient)
+        self.model.zero_grad(set_to_none=True)
+        self.model.eval()
+
+
+def freeze(model: Any, frozen: Collection[str]) -> None:
+    """Those of its parameters, by their names in a checkpoint, learn nothing, and all others do."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(tensor_name(name) not in frozen)
+
+
+def _head_of(model: Any) -> str:
+    """The head by the name of the class."""
+    name = type(model).__name__
+    return next((head for head, auto in _AUTO_CLASS.items() if name.endswith(auto.removeprefix("AutoModel"))), "base")
+
+
+def tensor_name(name: str) -> str:
+    """The name in a checkpoint of a parameter."""
+    path, _, last = name.rpartition(".")
+    return f"{tap_path(path)}.{last}"

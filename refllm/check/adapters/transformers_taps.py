@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,13 +33,21 @@ _OUTPUTS = {
 _HEADS = ("lm_head", "score", "qa_outputs")
 
 Sink = Callable[[str, Any], None]
+View = Callable[[Any], Any]
 
 
 @contextmanager
 def hooks(model: Any, sink: Sink) -> Iterator[None]:
     """A context in which sink(name, tensor) is called for every named value of `model`'s forward passes, in order."""
+    with following(model, lambda name, tensor, view: sink(name, view(tensor))):
+        yield
+
+
+@contextmanager
+def following(model: Any, show: Callable[[str, Any, View], None]) -> Iterator[None]:
+    """The same with show(name, tensor, view): the value is view(tensor), and its gradient view(that of the tensor)."""
     with ExitStack() as stack:
-        recorder = _Hooks(model, sink)
+        recorder = _Hooks(model, show)
         for path, module in model.named_modules():
             for handle in recorder.attach(tap_path(path), module):
                 stack.callback(handle.remove)
@@ -51,9 +60,28 @@ def tap_path(path: str) -> str:
     return _BACKBONE.sub("model.", path)
 
 
+class ShownOnce:
+    """Shows a value when it is first computed, and its gradient when it arrives. (Values that are computed without a
+    graph at first, and again with one, have their gradient there.)"""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink, self._values, self._followed = sink, set[str](), set[str]()
+
+    def __call__(self, name: str, tensor: Any, view: View) -> None:
+        if name not in self._values:
+            self._values.add(name)
+            self.sink(name, view(tensor.detach()))
+        if tensor.requires_grad and name not in self._followed:
+            self._followed.add(name)
+            tensor.register_hook(lambda gradient: self._arrived(name, view(gradient)))
+
+    def _arrived(self, name: str, gradient: Any) -> None:
+        self.sink(f"grad:{name}", gradient.detach().clone())
+
+
 class _Hooks:
-    def __init__(self, model: Any, sink: Sink) -> None:
-        self.config, self.sink, self.layer = model.config, sink, ""
+    def __init__(self, model: Any, show: Callable[[str, Any, View], None]) -> None:
+        self.config, self._show, self.layer = model.config, show, ""
         self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         self.head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
         self.modeling = sys.modules[type(model).__module__]
@@ -66,7 +94,7 @@ class _Hooks:
         elif layer and not inner:
             yield module.register_forward_hook(lambda _m, _i, out: self.sink(path, _first(out)))
         elif inner in ("self_attn.q_norm", "self_attn.k_norm"):  # of heads, or of whole rows
-            yield module.register_forward_hook(lambda _m, _i, out: self.sink(path, _heads_first(out)))
+            yield module.register_forward_hook(lambda _m, _i, out: self._show(path, out, _heads_first))
         if inner == "self_attn":
             yield module.register_forward_pre_hook(lambda *_: setattr(self, "layer", layer))
             yield module.register_forward_hook(lambda _m, _i, out: self._probs(layer, out))
@@ -101,18 +129,21 @@ class _Hooks:
         stand_in.watchers.append(seen)
         yield SimpleNamespace(remove=lambda: stand_in.watchers.remove(seen))
 
+    def sink(self, name: str, tensor: Any) -> None:
+        self._show(name, tensor, _as_it_is)
+
     def _context(self, layer: str, merged: Any) -> None:
-        heads = merged.reshape(*merged.shape[:2], self.heads, -1).transpose(1, 2)
-        self.sink(f"{layer}.self_attn.context", heads)
+        heads = lambda x: x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)  # noqa: E731
+        self._show(f"{layer}.self_attn.context", merged, heads)
 
     def _split_qkv(self, layer: str, out: Any) -> None:
         sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        for name, part in zip("qkv", out.split(sizes, dim=-1), strict=True):
-            self.sink(f"{layer}.self_attn.{name}_proj", part)
+        for i, name in enumerate("qkv"):
+            self._show(f"{layer}.self_attn.{name}_proj", out, partial(_part, sizes=sizes, index=i))
 
     def _split_gate_up(self, layer: str, out: Any) -> None:
-        for name, part in zip(("gate", "up"), out.chunk(2, dim=-1), strict=True):
-            self.sink(f"{layer}.mlp.{name}_proj", part)
+        for i, name in enumerate(("gate", "up")):
+            self._show(f"{layer}.mlp.{name}_proj", out, partial(_part, sizes=[out.shape[-1] // 2] * 2, index=i))
 
     @contextmanager
     def rotations(self) -> Iterator[None]:
@@ -147,6 +178,14 @@ def _second_norm(inner: set[str]) -> str:
     if "pre_feedforward_layernorm" in inner:
         return "pre_feedforward_layernorm"
     return "post_attention_layernorm" if "input_layernorm" in inner else ""
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
+
+
+def _part(x: Any, sizes: list[int], index: int) -> Any:
+    return x.split(sizes, dim=-1)[index]
 
 
 def _heads_first(x: Any) -> Any:

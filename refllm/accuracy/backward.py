@@ -1,0 +1,334 @@
+"""The predicted error of backward operators: what their own roundings add, and what an uncertain gradient hands on.
+
+A backward operator is linear in its incoming gradient, so the variance of that goes through it as through any operator
+of a page: `Backward` is the propagation of `refllm.accuracy.propagation` once more, which reads its rounding points in
+the backward half of a policy. What the forward pass kept is taken as it stands; whether it is right is a question about
+the forward pass (and how its error reaches a gradient end to end: `refllm.accuracy.gradients`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from refllm import ops
+from refllm.accuracy.propagation import BLOCKS, Propagation, Uncertain, certain
+from refllm.ops.attention import visible_keys
+from refllm.ops.attention_backward import queries_per_block, weights_of_head
+from refllm.ops.linear_backward import turns
+from refllm.ops.norm_backward import rows_first, summed_to
+from refllm.precision import EXACT, Arithmetic, Policy
+
+Variances = list[np.ndarray | None]
+_STEPS = 4  # float32 roundings between a gradient and what a norm makes of it: products, difference, root
+_SLOPE_STEPS, _LEAST_SLOPE = 4, 0.25  # of the derivative of an activation; where it crosses 0 its terms do not
+
+
+class Backward(Propagation):
+    """The backward operators of an implementation in `dtype` under `policy`. order: in which float32 sums are added."""
+
+    width = np.float64  # gradients are small, and the squares of their ulp are smaller
+
+    def __init__(self, dtype: str, policy: Policy, order: str = BLOCKS) -> None:
+        points = frozenset(point.replace(".grad", "") for point in policy.points if ".grad" in point)
+        super().__init__(dtype, replace(policy, points=points), lambda _, x: x, lambda _: False)
+        self.order = order
+        self._forward = Propagation(dtype, policy, lambda _, x: x, lambda _: False)
+        self._forward.order, self._forward.width = order, np.float64
+
+    def back(
+        self, operator: str, grads: Sequence[Uncertain], kept: tuple[Any, ...], how: dict[str, Any], needed: Any
+    ) -> Variances:
+        """The variances of what `<operator>_backward` gives. kept, how: what it takes beside the incoming gradients."""
+        if operator == "linear":
+            how = {**how, "needed": needed}
+        found: Variances = getattr(self, f"_{operator}")(*grads, *kept, **how)
+        return found
+
+    # ------------------------------------------------------------------------------------------------ products and sums
+
+    def _linear(
+        self, d: Uncertain, x: np.ndarray, weight: np.ndarray, bias: Any = None, *, needed: tuple[bool, ...]
+    ) -> Variances:
+        """dx = dy W and dW = dy^T x are products like any other; db is one with ones."""
+        dy, rows = d.map(_in_rows), _in_rows(x)
+        of_x, of_weight, of_bias = (*needed, *[False] * (3 - len(needed)))
+        across = dy.map(np.transpose)
+        return [
+            self.linear(dy, np.asarray(weight, np.float64).T).variance.reshape(x.shape) if of_x else None,
+            self.linear(across, rows.T).variance if of_weight else None,
+            self.linear(across, np.ones((1, len(rows)))).variance[:, 0] if of_bias else None,
+        ]
+
+    def _embedding(self, d: Uncertain, *, ids: np.ndarray, counted: np.ndarray, table: np.ndarray) -> Variances:
+        """A sum over the places of an id, which may be rounded after every addition but the first."""
+        dy, shape = d[counted], table.shape
+        total, variance, squares = (np.zeros(shape) for _ in range(3))
+        ids = ids.ravel()
+        value, of_value = _in_rows(dy.value), _in_rows(dy.variance)
+        places = np.bincount(ids, minlength=shape[0])[:, None]
+        for number, turn in enumerate(turns(ids)):
+            at = ids[turn]
+            total[at] += value[turn]
+            variance[at] += of_value[turn]
+            squares[at] += np.square(value[turn])
+            if number and self._rounds("embedding.sum"):
+                variance[at] += np.asarray(self._noise(total[at], "embedding.sum"))
+        if self.dtype != "float32" and not self._rounds("embedding.sum"):
+            variance += np.where(places > 1, self._noise(total, "embedding"), 0)
+        return [variance]
+
+    def _add(self, d: Uncertain) -> Variances:
+        """A sum hands its gradient on."""
+        return [d.variance, d.variance]
+
+    def sum(self, before: Uncertain, gradient: Uncertain) -> Uncertain:
+        """Two gradients of one value, added."""
+        return replace(self.add(before, gradient), rounded=None, shares={})
+
+    # ------------------------------------------------------------------------------------------------------------ norms
+
+    def _rms_norm(self, d: Uncertain, x: np.ndarray, weight: np.ndarray, eps: float) -> Variances:
+        x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+        r = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+        n, g = x * r, d.value * weight
+        of_g = np.square(weight) * d.variance + self._noise(g, "rms_norm.scaled")
+        m = np.mean(g * n, axis=-1, keepdims=True)
+        dx = r * (g - n * m)
+        of_x = self._projected(of_g, n, r, centred=False) + self._of_a_row(r, n, g, m) + self._noise(dx, "rms_norm")
+        rounded = np.square(d.value) * self._forward._noise(n, "rms_norm.normalized")
+        terms = np.square(n) * d.variance + rounded + self._noise(d.value * n, "rms_norm.terms")
+        return [of_x, self._over_rows(terms, d.value * n, weight.shape, "rms_norm")]
+
+    def _layer_norm(self, d: Uncertain, x: np.ndarray, weight: np.ndarray, bias: Any, eps: float) -> Variances:
+        """As RMSNorm. The mean and 1 / standard deviation that are kept may be rounded, which a whole row shares."""
+        x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+        mean = x.mean(axis=-1, keepdims=True)
+        r = 1 / np.sqrt(np.mean(np.square(x - mean), axis=-1, keepdims=True) + eps)
+        n, g = (x - mean) * r, d.value * weight
+        m, of_mean, of_root = (g * n).mean(axis=-1, keepdims=True), self._statistic(mean), self._statistic(r) / r**2
+        level = g.mean(axis=-1, keepdims=True)
+        dx = r * (g - level - n * m)
+        of_x = self._projected(np.square(weight) * d.variance + self._inside(g), n, r, centred=True)
+        of_x = of_x + self._of_a_row(r, n, g, m) + self._inside(r * level, 2) + self._noise(dx, "layer_norm")
+        of_x = of_x + of_mean * np.square(r * r * (m + n * level)) + of_root * np.square(r * (g - level - 3 * n * m))
+        shared = of_mean * r**2 + of_root * np.square(n)
+        terms = np.square(n) * d.variance + np.square(d.value) * shared + self._inside(d.value * n)
+        of_bias = None
+        if bias is not None:
+            of_bias = self._over_rows(d.variance, d.value, np.shape(bias), "layer_norm", "layer_norm.sum")
+        return [of_x, self._over_rows(terms, d.value * n, weight.shape, "layer_norm", "layer_norm.sum"), of_bias]
+
+    def _statistic(self, value: np.ndarray) -> np.ndarray:
+        return np.asarray(self._noise(value, "layer_norm.statistics"))
+
+    def _of_a_row(self, r: np.ndarray, n: np.ndarray, g: np.ndarray, m: np.ndarray) -> Any:
+        """Float32 noise of r (g - n m), whose terms may cancel, and of the mean m of g n."""
+        if self.dtype != "float32":
+            return 0.0
+        E = n.shape[-1]
+        of_mean = self._accumulated(np.full(m.shape, E), m * E, np.square(g * n).sum(axis=-1, keepdims=True)) / E**2
+        return self._inside(r * g, _STEPS) + self._inside(r * n * m, _STEPS) + np.square(r * n) * of_mean
+
+    def _over_rows(
+        self, variance: np.ndarray, terms: np.ndarray, shape: tuple[int, ...], point: str, every: str = ""
+    ) -> np.ndarray:
+        """The variance of the sum of terms over all rows that share a weight of this shape. every: the point at which
+        the sum is rounded after each row, where it is."""
+        variance = np.broadcast_to(variance, terms.shape)
+        total, summed = summed_to(terms, shape), summed_to(variance, shape)
+        count = np.full(total.shape, max(1, terms.size // max(1, total.size)))
+        summed = summed + self._sum_noise(count, total, lambda: summed_to(np.square(terms), shape), point)
+        if every and self.dtype != "float32" and self._rounds(every):
+            partial_sums = np.cumsum(rows_first(terms, shape), axis=0)
+            summed = summed + np.asarray(self._noise(partial_sums[1:], every)).sum(axis=0)
+            return np.asarray(summed)
+        return np.asarray(summed + self._noise(total, point))
+
+    # ------------------------------------------------------------------------------------------------ RoPE, activations
+
+    def _rope(self, dq: Uncertain, dk: Uncertain, cos: np.ndarray, sin: np.ndarray, *, interleaved: bool) -> Variances:
+        q, k = self.rope(dq, dk, certain(cos), certain(-np.asarray(sin)), interleaved=interleaved)
+        return [q.variance, k.variance]
+
+    def _to_the_bit_pair(self, *_: Any) -> tuple[None, None]:
+        return None, None
+
+    def _activation(self, d: Uncertain, x: np.ndarray, name: str) -> Variances:
+        slope = ops.activation_backward(np.ones(np.shape(x)), x, name)
+        dx = d.value * slope
+        return [np.square(slope) * d.variance + self._of_a_slope(d.value, slope) + self._noise(dx, "activation")]
+
+    def _glu(self, d: Uncertain, gate: np.ndarray, up: np.ndarray, name: str) -> Variances:
+        gate, up = np.asarray(gate, np.float64), np.asarray(up, np.float64)
+        act = np.asarray(ops.activation(gate, name))
+        slope = ops.activation_backward(np.ones(gate.shape), gate, name)
+        inner = d.value * up
+        of_inner = np.square(up) * d.variance + self._noise(inner, "glu.activation")
+        of_gate = np.square(slope) * of_inner + self._of_a_slope(inner, slope) + self._noise(inner * slope, "glu")
+        of_act = self._forward._noise(act, "glu.activation") + self._inside(act, 2)
+        return [of_gate, np.square(act) * d.variance + np.square(d.value) * of_act + self._noise(d.value * act, "glu")]
+
+    def _of_a_slope(self, d: np.ndarray, slope: np.ndarray) -> Any:
+        return self._inside(d * np.maximum(np.abs(slope), _LEAST_SLOPE), _SLOPE_STEPS)
+
+    # -------------------------------------------------------------------------------------------------------- attention
+
+    def _attention(self, d: Uncertain, q: np.ndarray, k: np.ndarray, v: np.ndarray, **how: Any) -> Variances:
+        """With p = softmax(s), c = dp - sum p dp and ds = p c, an error e of the scores moves ds by
+        p_i (e_i - sum p e) c_i - p_i sum_j p_j c_j (e_j - sum p e), and an error f of dp by p_i (f_i - sum p f)."""
+        q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+        (B, H, S, D), (K, T) = q.shape, k.shape[1:3]
+        scale = how.get("scale") or D**-0.5
+        of_q, of_k, of_v = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+        dk, dv = np.zeros(k.shape), np.zeros(v.shape)
+        key_mask, mask, window = (how.get(name) for name in ("key_mask", "mask", "window"))
+        visible = visible_keys(how.get("causal", True), key_mask, mask, window, (B, H, S, T))
+        o, lse = ops.attention(q, k, v, **{**how, "scale": scale}, return_lse=True, ar=self._exact())
+        for b, h in np.ndindex(B, H):
+            g = h * K // H
+            allowed = visible(b, slice(h, h + 1), slice(0, S), T)
+            row, keys, do = q[b, h], k[b, g], d.value[b, h]
+            p, s = weights_of_head(row[None], keys, scale, allowed, lse[b, h][None], self._exact())
+            each = _Head(self, p[0], s[0], row, keys, v[b, g], do, d.variance[b, h], o[b, h], scale)
+            found = each.variances(1 if H == K else 2)
+            of_q[b, h] = found[0]
+            of_k[b, g] += found[1]
+            of_v[b, g] += found[2]
+            dk[b, g] += each.ds.T @ row
+            dv[b, g] += p[0].T @ do
+        return [of_q, of_k + self._noise(dk, "attention"), of_v + self._noise(dv, "attention")]
+
+    def _exact(self) -> Arithmetic:
+        """Float64, which gives a query without keys what the policy gives it."""
+        return exact_arithmetic(self.policy)
+
+    # ----------------------------------------------------------------------------------------------------------- losses
+
+    def _cross_entropy(self, d: Uncertain, logits: np.ndarray, labels: np.ndarray, **how: Any) -> Variances:
+        """Float32 inside, whose log-probabilities are off by their own ulp; and the rounding of what is handed on."""
+        logits = np.asarray(logits, np.float64)
+        value = ops.cross_entropy_backward(d.value, logits, labels, **how)
+        counted = value.any(axis=-1, keepdims=True)
+        log_p = logits - logits.max(axis=-1, keepdims=True)
+        log_p = log_p - np.log(np.exp(log_p).sum(axis=-1, keepdims=True))
+        p, each = np.exp(log_p), self._per_row(d.value, labels, how)
+        of_p = np.square(p) * (self._ulp(log_p, "float32") ** 2 / 6 + 3 * 2.0**-46 / 12)
+        noise = np.square(each) * of_p + self._inside(value)
+        return [np.where(counted, noise + self._noise(value, "cross_entropy"), 0)]
+
+    @staticmethod
+    def _per_row(d: np.ndarray, labels: np.ndarray, how: dict[str, Any]) -> np.ndarray:
+        """What every row's gradient is multiplied with: [N, 1]."""
+        counted = labels != how.get("ignore_index", ops.IGNORE_INDEX)
+        of = max(1, int(counted.sum())) if how.get("reduction", "mean") == "mean" else 1
+        return np.asarray(np.broadcast_to(d, labels.shape)[:, None] / of)
+
+    def _mean_squared_error(self, d: Uncertain, x: np.ndarray, target: np.ndarray) -> Variances:
+        value = ops.mean_squared_error_backward(d.value, x, target)
+        return [np.asarray(self._inside(value, 2) + self._noise(value, "loss"))]
+
+    def _binary_cross_entropy(self, d: Uncertain, logits: np.ndarray, target: np.ndarray) -> Variances:
+        value = ops.binary_cross_entropy_backward(d.value, logits, target)
+        size = np.broadcast_to(d.value / max(1, logits.size), logits.shape)
+        return [np.asarray(self._inside(size, 2) + self._noise(value, "loss"))]
+
+
+class _Head:
+    """One query head of attention's backward pass: [S, D] against [T, D], at weights p [S, T] of scores s."""
+
+    def __init__(
+        self,
+        of: Backward,
+        p: np.ndarray,
+        s: np.ndarray,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        do: np.ndarray,
+        of_do: np.ndarray,
+        o: np.ndarray,
+        scale: float,
+    ) -> None:
+        self.of, self.p, self.s, self.q, self.k, self.v = of, p, s, q, k, v
+        self.do, self.of_do, self.o, self.scale = do, of_do, o, scale
+        self.dp = do @ v.T
+        self.c = np.where(p == 0, 0, self.dp - (p * self.dp).sum(axis=-1, keepdims=True))
+        self.ds = scale * p * self.c
+
+    def variances(self, roundings: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of dq, and of this head's part of dk and dv. roundings: 2 where the part is rounded before it is added."""
+        of, p, ds = self.of, self.p, self.ds
+        of_scores, of_p = self._of_scores()
+        of_ds = self._through_softmax(of_scores) + self._of_dp()
+        of_ds = self.scale**2 * (of_ds + self._seen(of._noise(ds / self.scale, "attention.scores")))
+        if of.policy.normalize_first or of.dtype == "float32":
+            of_ds = of_ds + self._seen(of._noise(ds, "attention.scaled"))
+        dq, dk, dv = ds @ self.k, ds.T @ self.q, p.T @ self.do
+        square = np.square
+        of_q = of_ds @ square(self.k) + of._noise(dq, "attention")
+        of_k, of_v = of_ds.T @ square(self.q), of_p.T @ square(self.do) + square(p).T @ self.of_do
+        terms, ones = np.maximum(np.count_nonzero(p, axis=-1, keepdims=True), 1), np.full((len(self.k), 1), len(p))
+        of_q = of_q + of._sum_noise(terms, dq, lambda: square(ds) @ square(self.k))
+        of_k = of_k + of._sum_noise(ones, dk, lambda: square(ds).T @ square(self.q))
+        of_v = of_v + of._sum_noise(ones, dv, lambda: square(p).T @ square(self.do))
+        if of.dtype != "float32" and of._rounds("attention.blocks"):
+            of_k, of_v = of_k + self._of_blocks(ds, self.q), of_v + self._of_blocks(p, self.do)
+        if roundings > 1:
+            of_k, of_v = of_k + of._noise(dk, "attention.heads"), of_v + of._noise(dv, "attention.heads")
+        return of_q, of_k, of_v
+
+    def _of_blocks(self, w: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """What rounding the sum over queries adds after every block but the last."""
+        step = queries_per_block(len(w))
+        total, added = np.zeros((w.shape[1], x.shape[1])), np.zeros((w.shape[1], x.shape[1]))
+        for start in range(0, len(w) - step, step):
+            total = total + w[start : start + step].T @ x[start : start + step]
+            added += np.asarray(self.of._noise(total, "attention.blocks"))
+        return added
+
+    def _of_scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """The variance of the scores that are made again, or were kept; and of the weights that meet the gradient."""
+        forward = self.of._forward
+        q, k = certain(self.q), certain(self.k)
+        of_scores = sum(forward._score_variance(q, k, self.s, self.p, self.scale), start=np.zeros(self.p.shape))
+        seen = self.p > 0
+        of_scores = np.where(seen, of_scores, 0)
+        rounded = np.minimum(forward._noise(self.p, "attention.weights"), np.square(1 - self.p))
+        of_p = forward._probs_variance(self.p, of_scores) + forward._inside(self.p, 3) + np.where(seen, rounded, 0)
+        return of_scores, of_p + np.square(self.p) * forward._total_noise(self.p)
+
+    def _through_softmax(self, of_scores: np.ndarray) -> np.ndarray:
+        p, c, V = self.p, self.c, of_scores
+        a, b, e = ((np.square(p) * V * x).sum(axis=-1, keepdims=True) for x in (1, c, np.square(c)))
+        out = np.square(p) * (np.square(c) * V * (1 - 4 * p) + np.square(c) * a + 2 * c * b + e)
+        return np.maximum(out, 0)
+
+    def _of_dp(self) -> np.ndarray:
+        """What dp = do v^T hands on and adds, and its mean; 0 where one key has all the weight."""
+        of, p = self.of, self.p
+        V = self.of_do @ np.square(self.v).T + self._seen(of._noise(self.dp, "attention.weights"))
+        V = V + of._sum_noise(np.array([[self.v.shape[-1]]]), self.dp, lambda: np.square(self.do) @ np.square(self.v).T)
+        shared = (np.square(p) * V).sum(axis=-1, keepdims=True)
+        out = np.square(p) * np.maximum(V * (1 - 2 * p) + shared, 0)
+        alone = p.max(axis=-1, keepdims=True, initial=0) == 1
+        if of.policy.normalize_first and of.dtype != "float32":
+            return np.asarray(out)
+        of_o = np.where(alone, 0, of._forward._noise(self.o, "attention")) if of.dtype != "float32" else 0.0
+        delta = (self.do * self.o).sum(axis=-1, keepdims=True)
+        of_delta = (np.square(self.do) * of_o).sum(axis=-1, keepdims=True) + of._inside(delta, 2)
+        return np.asarray(out + np.square(p) * of_delta)
+
+    def _seen(self, noise: Any) -> np.ndarray:
+        return np.where(self.p > 0, noise, 0)
+
+
+def exact_arithmetic(policy: Policy) -> Arithmetic:
+    """Float64 that rounds nothing; a query without keys gets what it gets under `policy`."""
+    native = replace(EXACT.policy, masked_rows_are_zero=policy.masked_rows_are_zero)
+    return replace(EXACT, policy=native)
+
+
+def _in_rows(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x).reshape(-1, np.shape(x)[-1])
