@@ -192,7 +192,7 @@ class Backward(Propagation):
             row, keys, do = q[b, h], k[b, g], d.value[b, h]
             p, s = weights_of_head(row[None], keys, scale, allowed, lse[b, h][None], self._exact())
             each = _Head(self, p[0], s[0], row, keys, v[b, g], do, d.variance[b, h], o[b, h], scale)
-            found = each.variances(1 if H == K else 2)
+            found = each.variances(dk[b, g], dv[b, g], last=(h + 1) * K % H == 0)
             of_q[b, h] = found[0]
             of_k[b, g] += found[1]
             of_v[b, g] += found[2]
@@ -257,35 +257,55 @@ class _Head:
         self.c = np.where(p == 0, 0, self.dp - (p * self.dp).sum(axis=-1, keepdims=True))
         self.ds = scale * p * self.c
 
-    def variances(self, roundings: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of dq, and of this head's part of dk and dv. roundings: 2 where the part is rounded before it is added."""
-        of, p, ds = self.of, self.p, self.ds
-        of_scores, of_p = self._of_scores()
-        of_ds = self._through_softmax(of_scores) + self._of_dp()
-        of_ds = self.scale**2 * (of_ds + self._seen(of._noise(ds / self.scale, "attention.scores")))
+    def variances(
+        self, dk_before: np.ndarray, dv_before: np.ndarray, last: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of dq, and of this head's part of dk and dv. dk_before, dv_before: the sums over the heads of its group that
+        come before it. last: it is the last of them."""
+        of, p, ds, square = self.of, self.p, self.ds, np.square
+        (of_scores, of_p), of_dp, of_delta = self._of_scores(), self._of_dp(), self._of_delta()
+        rounded = self.scale**2 * self._seen(of._noise(ds / self.scale, "attention.scores"))
         if of.policy.normalize_first or of.dtype == "float32":
-            of_ds = of_ds + self._seen(of._noise(ds, "attention.scaled"))
+            rounded = rounded + self._seen(of._noise(ds, "attention.scaled"))
+        shared = self._through_softmax(of_scores) + self._centred(of_dp) + square(p) * of_delta
+        of_ds = self.scale**2 * shared + rounded
         dq, dk, dv = ds @ self.k, ds.T @ self.q, p.T @ self.do
-        square = np.square
-        of_q = of_ds @ square(self.k) + of._noise(dq, "attention")
+        of_q = self.scale**2 * self._of_dq(of_scores, of_dp, of_delta) + rounded @ square(self.k)
+        of_q = of_q + of._noise(dq, "attention")
         of_k, of_v = of_ds.T @ square(self.q), of_p.T @ square(self.do) + square(p).T @ self.of_do
         terms, ones = np.maximum(np.count_nonzero(p, axis=-1, keepdims=True), 1), np.full((len(self.k), 1), len(p))
         of_q = of_q + of._sum_noise(terms, dq, lambda: square(ds) @ square(self.k))
         of_k = of_k + of._sum_noise(ones, dk, lambda: square(ds).T @ square(self.q))
         of_v = of_v + of._sum_noise(ones, dv, lambda: square(p).T @ square(self.do))
         if of.dtype != "float32" and of._rounds("attention.blocks"):
-            of_k, of_v = of_k + self._of_blocks(ds, self.q), of_v + self._of_blocks(p, self.do)
-        if roundings > 1:
+            of_k = of_k + self._of_blocks(dk_before, ds, self.q, last)
+            of_v = of_v + self._of_blocks(dv_before, p, self.do, last)
+        elif dk_before.any() or not last:  # a group of several
             of_k, of_v = of_k + of._noise(dk, "attention.heads"), of_v + of._noise(dv, "attention.heads")
         return of_q, of_k, of_v
 
-    def _of_blocks(self, w: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """What rounding the sum over queries adds after every block but the last."""
-        step = queries_per_block(len(w))
-        total, added = np.zeros((w.shape[1], x.shape[1])), np.zeros((w.shape[1], x.shape[1]))
-        for start in range(0, len(w) - step, step):
+    def _of_dq(self, of_scores: np.ndarray, of_dp: np.ndarray, of_delta: np.ndarray) -> np.ndarray:
+        """The errors of a row of ds have sums in common, so that they meet k less its mean under p: one of dp at j
+        comes as p_j (k_j - mean), one of a score as p_j (c_j (k_j - mean) - sum p c k), one of delta as the mean."""
+        p, c, k, square = self.p, self.c, self.k, np.square
+        mean, along = p @ k, (p * c) @ k
+
+        def spread(weights: np.ndarray) -> np.ndarray:
+            total = weights.sum(axis=-1, keepdims=True)
+            return np.maximum(weights @ square(k) - 2 * mean * (weights @ k) + square(mean) * total, 0)
+
+        V, W = square(p) * of_scores, square(p) * of_scores * c
+        out = spread(square(p) * of_dp) + spread(W * c) + square(along) * V.sum(axis=-1, keepdims=True)
+        cross = W @ k - mean * W.sum(axis=-1, keepdims=True)
+        return np.maximum(out - 2 * along * cross, 0) + of_delta * square(mean)
+
+    def _of_blocks(self, total: np.ndarray, w: np.ndarray, x: np.ndarray, last: bool) -> np.ndarray:
+        """What rounding the sum after every block of queries adds to it, but for the very last time."""
+        step, added = queries_per_block(len(w)), np.zeros(total.shape)
+        for start in range(0, len(w), step):
             total = total + w[start : start + step].T @ x[start : start + step]
-            added += np.asarray(self.of._noise(total, "attention.blocks"))
+            if not last or start + step < len(w):
+                added += np.asarray(self.of._noise(total, "attention.blocks"))
         return added
 
     def _of_scores(self) -> tuple[np.ndarray, np.ndarray]:
@@ -306,19 +326,33 @@ class _Head:
         return np.maximum(out, 0)
 
     def _of_dp(self) -> np.ndarray:
-        """What dp = do v^T hands on and adds, and its mean; 0 where one key has all the weight."""
-        of, p = self.of, self.p
-        V = self.of_do @ np.square(self.v).T + self._seen(of._noise(self.dp, "attention.weights"))
-        V = V + of._sum_noise(np.array([[self.v.shape[-1]]]), self.dp, lambda: np.square(self.do) @ np.square(self.v).T)
+        """What dp = do v^T hands on and adds."""
+        of, square = self.of, np.square
+        V = self.of_do @ square(self.v).T + self._seen(of._noise(self.dp, "attention.weights"))
+        terms = np.array([[self.v.shape[-1]]])
+        return np.asarray(V + of._sum_noise(terms, self.dp, lambda: square(self.do) @ square(self.v).T))
+
+    def _centred(self, V: np.ndarray) -> np.ndarray:
+        """The variance of p (e - sum p e) for errors e of variance V."""
+        p = self.p
         shared = (np.square(p) * V).sum(axis=-1, keepdims=True)
-        out = np.square(p) * np.maximum(V * (1 - 2 * p) + shared, 0)
-        alone = p.max(axis=-1, keepdims=True, initial=0) == 1
-        if of.policy.normalize_first and of.dtype != "float32":
-            return np.asarray(out)
-        of_o = np.where(alone, 0, of._forward._noise(self.o, "attention")) if of.dtype != "float32" else 0.0
-        delta = (self.do * self.o).sum(axis=-1, keepdims=True)
-        of_delta = (np.square(self.do) * of_o).sum(axis=-1, keepdims=True) + of._inside(delta, 2)
-        return np.asarray(out + np.square(p) * of_delta)
+        return np.asarray(np.square(p) * np.maximum(V * (1 - 2 * p) + shared, 0))
+
+    def _of_delta(self) -> np.ndarray:
+        """The variance of sum p dp, which a row shares, beyond that of dp: of its sum in float32; and where it is made
+        of the output, of the rounding of that and of the product do v^T beside it."""
+        of, square = self.of, np.square
+        eager = of.policy.normalize_first
+        terms = self.p * self.dp if eager else self.do * self.o
+        delta = terms.sum(axis=-1, keepdims=True)
+        if of.dtype == "float32":
+            count = np.full(delta.shape, terms.shape[-1])
+            return of._accumulated(count, delta, square(terms).sum(axis=-1, keepdims=True)) * (1 if eager else 2)
+        if eager:
+            return np.zeros(delta.shape)
+        alone = self.p.max(axis=-1, keepdims=True, initial=0) == 1
+        of_o = np.where(alone, 0, of._forward._noise(self.o, "attention"))
+        return np.asarray((square(self.do) * of_o).sum(axis=-1, keepdims=True))
 
     def _seen(self, noise: Any) -> np.ndarray:
         return np.where(self.p > 0, noise, 0)

@@ -32,6 +32,7 @@ def predict_page(
     exact_tables: bool = False,
     op: Propagation | None = None,
     tables: Callable[[Propagation], tuple[Uncertain, Uncertain]] | None = None,
+    packed: bool = False,
 ) -> Uncertain:
     """The page of `model`, run for an implementation in `dtype` under `policy`; at_tap sees every named value that is
     wanted, and what it returns is passed on. Returns the head's output, or the last norm's of a model without a head.
@@ -39,7 +40,7 @@ def predict_page(
     model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. embeds: makes what is fed of a
     function from ids to their rows, which is then rounded; None: those rows. exact_tables: see `rotary_tables`. op:
     other operators than those of the policy. tables: cos and sin for these operators, other ones than `rotary_tables`
-    makes.
+    makes. packed: sequences in one row begin where positions do anew; there is no mask then.
     """
     op = op or Propagation(dtype, policy.without(model.page.NOT_ROUNDED), at_tap, wants)
     c, w = model.config, model.weights
@@ -49,7 +50,15 @@ def predict_page(
         rows = rounding(dtype)(embeds(lambda ids: rows))
     x = op.tap("model.embed_tokens", certain(rows))
     B, S = input_ids_BS.shape
-    who = masking(mask, None, batch=B, queries=S, cached=0, has_cache=False, heads=c.num_attention_heads)
+    who = masking(
+        mask,
+        positions_BS if packed else None,
+        batch=B,
+        queries=S,
+        cached=0,
+        has_cache=False,
+        heads=c.num_attention_heads,
+    )
     x = model.page.forward(op, c, w, x, cos, sin, who, NoCache())
     head = HEAD_TAPS.get(model.head)
     if head is None:

@@ -271,7 +271,7 @@ class ReferenceCandidate:
             self.model(
                 input_ids=None if embeds is not None else inputs.input_ids[:, piece],
                 inputs_embeds=None if embeds is None else embeds[:, piece],
-                attention_mask=inputs.mask[:, : piece.stop],
+                attention_mask=None if inputs.given_mask is None else inputs.mask[:, : piece.stop],
                 position_ids=inputs.positions[:, piece],
                 past_key_values=cache,
                 use_cache=cache is not None,

@@ -202,7 +202,7 @@ def _figures(tap: TapReport) -> list[tuple[str, str, str]]:
     figures: list[tuple[str, Callable[[Measure], str]]] = [
         ("rms error / rms sigma", lambda m: findings.figure(m.ratio)),
         ("the same in an honest run", lambda m: findings.figure(m.honest) if m.honest else ""),
-        ("worst row", lambda m: f"{findings.figure(m.row_ratio)} ({findings.row_place(m.row)})"),
+        ("worst row", lambda m: f"{findings.figure(m.row_ratio)} ({findings.place_of_row(tap.name, m.row)})"),
         ("largest element", lambda m: f"{findings.figure(m.largest)} ({findings.place(tap.name, m.at)})"),
         ("rms error", lambda m: f"{m.rms_error:.3g}"),
         ("rms sigma", lambda m: f"{m.rms_sigma:.3g}"),

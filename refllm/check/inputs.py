@@ -102,6 +102,11 @@ class Inputs:
         return np.ones(self.input_ids.shape, np.int64) if self.attention_mask is None else self.attention_mask
 
     @property
+    def given_mask(self) -> np.ndarray | None:
+        """The mask that a model is given: none where sequences are packed."""
+        return None if self.learning is not None and self.learning.packed else self.mask
+
+    @property
     def positions(self) -> np.ndarray:
         """[B, S] int: the position of every token."""
         if self.position_ids is not None:

@@ -30,6 +30,7 @@ from refllm.check.backward import judge_backward, tables_on_grid
 from refllm.check.error_map import error_map
 from refllm.check.explained import explained
 from refllm.check.explained import in_words as explained_in_words
+from refllm.check.gradient_formulas import is_gradient
 from refllm.check.inputs import Inputs
 from refllm.check.layout import no_name
 from refllm.check.misbehaviour import Misbehaviour
@@ -83,11 +84,12 @@ def predict(
         model,
         inputs.input_ids,
         inputs.positions,
-        inputs.mask,
+        inputs.given_mask,
         dtype,
         policy,
         at_tap,
         embeds=inputs.embedded if inputs.feeds_embeddings else None,
+        packed=inputs.given_mask is None,
         **how,
     )
 
@@ -526,6 +528,11 @@ class Report:
         values = {tap.verdict for tap in self.taps}
         wrong = self.misbehaviour or "fails" in values or (self.next_tokens and self.next_tokens.defects)
         return verdict(wrong, missing=self.unseen or self.unsaid or "untested" in values)
+
+    @property
+    def last_value(self) -> str:
+        """The last value of the forward pass that was shown, "" if none was."""
+        return next((tap.name for tap in reversed(self.taps) if not is_gradient(tap.name)), "")
 
     @property
     def first_failure(self) -> TapReport | None:

@@ -10,7 +10,6 @@ from refllm.accuracy.measure import Measure
 from refllm.accuracy.verdicts import worst
 from refllm.check import explained, findings, formulas
 from refllm.check.findings import count, figure, percent
-from refllm.check.gradient_formulas import is_gradient
 from refllm.check.next_tokens import Flip
 from refllm.check.oracle import Report, TapReport
 from refllm.terminal.fitted_table import Table
@@ -314,12 +313,11 @@ def _format(report: Report) -> list[tuple[str, Text]]:
 
 def _attribution(report: Report) -> list[tuple[str, Text]]:
     """Where the predicted error of the last value comes from."""
-    last = next((tap.name for tap in reversed(report.taps) if not is_gradient(tap.name)), "")
-    if not report.attribution or not last:
+    if not report.attribution or not report.last_value:
         return []
     layers = {label: sum(part.values()) for label, part in findings.by_layer(report).items()}
     return [
-        ("sigma of", Text(f"{last} comes from {_shares(findings.by_operator(report))}")),
+        ("sigma of", Text(f"{report.last_value} comes from {_shares(findings.by_operator(report))}")),
         ("", Text(_shares(dict(sorted(layers.items(), key=lambda item: -item[1]))))),
         ("", Text(_shares({formulas.spoken(name): share for name, share in report.attribution.items()}, 3))),
     ]

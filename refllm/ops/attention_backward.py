@@ -49,8 +49,8 @@ def attention_backward(
     scores down a row without a key is the mean of all values, and the gradient goes through it: adding a constant to
     the scores, however large, has the slope 1.
     Rounding: `attention.grad.weights` for dp, `attention.grad.scores` for ds, `attention.grad.scaled` for scale ds,
-    `attention.grad.blocks` for that of a block of queries, added to those before, `attention.grad.heads` for each query
-    head's part of dk and dv, `attention.grad` for dq, dk, dv. Code that divides
+    `attention.grad.heads` for each query head's part of dk and dv, or `attention.grad.blocks` for their sum after every
+    block of queries, `attention.grad` for dq, dk, dv. Code that divides
     the weights first (`Policy.normalize_first`) takes delta from them, and not from o.
     Source: Dao et al. 2022, "FlashAttention", algorithm 4.
     """
@@ -81,8 +81,8 @@ def attention_backward(
             ds_GST = ar.round(ds_GST * ar.work(factor), "attention.grad.scaled")
             dq_BHSD[b, heads] = silenced_product(ds_GST, np.broadcast_to(k_TD, (g, T, D)), 1, ar)
             weights_GST = ar.round(p_GST, "attention.weights")
-            dk_BKTD[b, kv] = ar.round(_over_queries(ds_GST, q_GSD, ar), "attention.grad.heads").sum(axis=0)
-            dv_BKTD[b, kv] = ar.round(_over_queries(weights_GST, do_GSD, ar), "attention.grad.heads").sum(axis=0)
+            dk_BKTD[b, kv] = _over_queries(ds_GST, q_GSD, ar)
+            dv_BKTD[b, kv] = _over_queries(weights_GST, do_GSD, ar)
     dq, dk, dv = (ar.round(x, "attention.grad") for x in (dq_BHSD, dk_BKTD, dv_BKTD))
     return dq, dk, dv
 
@@ -120,14 +120,16 @@ def queries_per_block(queries: int) -> int:
 
 
 def _over_queries(w_GST: np.ndarray, x_GSD: np.ndarray, ar: Arithmetic) -> np.ndarray:
-    """w^T x, [G, T, D]; rounded at `attention.grad.blocks` after every block of queries, where the policy does."""
+    """The sum of w^T x over the heads of a group, [T, D]. Each head's part is rounded at `attention.grad.heads`; or the
+    sum itself at `attention.grad.blocks`, after every block of queries of every head."""
     if ar.exact or "attention.grad.blocks" not in ar.policy.points:
-        return np.asarray(w_GST.transpose(0, 2, 1) @ x_GSD)
-    total, step = np.zeros((len(w_GST), w_GST.shape[2], x_GSD.shape[2]), ar.work), queries_per_block(w_GST.shape[1])
-    for start in range(0, w_GST.shape[1], step):
-        block = slice(start, start + step)
-        part = w_GST[:, block].transpose(0, 2, 1) @ x_GSD[:, block]
-        total = ar.round(total + part, "attention.grad.blocks")
+        parts = ar.round(w_GST.transpose(0, 2, 1) @ x_GSD, "attention.grad.heads")
+        return np.asarray(parts.sum(axis=0))
+    total, step = np.zeros((w_GST.shape[2], x_GSD.shape[2]), ar.work), queries_per_block(w_GST.shape[1])
+    for w_ST, x_SD in zip(w_GST, x_GSD, strict=True):
+        for start in range(0, len(w_ST), step):
+            block = slice(start, start + step)
+            total = ar.round(total + w_ST[block].T @ x_SD[block], "attention.grad.blocks")
     return total
 
 

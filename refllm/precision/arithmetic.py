@@ -39,8 +39,8 @@ layer_norm.grad.sum        the sums over rows, after every addition (as that ker
 rope.grad.product          each product G * cos and G * sin; rope.grad: their sum
 attention.grad.weights     G v^T
 attention.grad.scores      gradient of the softmax's argument; attention.grad.scaled: ... times the scale
-attention.grad.blocks      the sums over queries of the gradients of k and v, after every block (torch's CPU kernel)
 attention.grad.heads       each query head's part of the gradients of k and v
+attention.grad.blocks      or their sum, after every block of queries of every head (torch's CPU kernel)
 attention.grad             gradients of q, k and v
 activation.grad            G act'(x)
 glu.grad.activation        G times up

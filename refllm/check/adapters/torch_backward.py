@@ -37,7 +37,7 @@ def run_backward(
     device = next(module.parameters()).device
     for rows in learning.parts():
         arrays = {"input_ids": inputs.input_ids[rows], "position_ids": inputs.positions[rows]}
-        arrays |= {} if learning.packed else {"attention_mask": inputs.mask[rows]}
+        arrays |= {} if inputs.given_mask is None else {"attention_mask": inputs.given_mask[rows]}
         given = {name: tensor(value, device) for name, value in arrays.items()}
         targets = {name: tensor(value[rows], device) for name, value in learning.targets(head).items()}
         show = ShownOnce(lambda name, value: shown.setdefault(name, []).append(value.cpu()))
