@@ -18,7 +18,7 @@ from refllm.ops.attention import visible_keys
 from refllm.ops.attention_backward import queries_per_block, weights_of_head
 from refllm.ops.linear_backward import turns
 from refllm.ops.norm_backward import rows_first, summed_to
-from refllm.precision import EXACT, Arithmetic, Policy
+from refllm.precision import EXACT, Arithmetic, Policy, rounding
 
 Variances = list[np.ndarray | None]
 _STEPS = 4  # float32 roundings between a gradient and what a norm makes of it: products, difference, root
@@ -64,20 +64,24 @@ class Backward(Propagation):
     def _embedding(self, d: Uncertain, *, ids: np.ndarray, counted: np.ndarray, table: np.ndarray) -> Variances:
         """A sum over the places of an id, which may be rounded after every addition but the first."""
         dy, shape = d[counted], table.shape
-        total, variance, squares = (np.zeros(shape) for _ in range(3))
-        ids = ids.ravel()
+        total, variance, added = (np.zeros(shape) for _ in range(3))
+        ids, onto = ids.ravel(), rounding(self.dtype)
+        running, chained = np.zeros(shape, np.float32), self.dtype != "float32" and self._rounds("embedding.sum")
         value, of_value = _in_rows(dy.value), _in_rows(dy.variance)
         places = np.bincount(ids, minlength=shape[0])[:, None]
         for number, turn in enumerate(turns(ids)):
             at = ids[turn]
             total[at] += value[turn]
             variance[at] += of_value[turn]
-            squares[at] += np.square(value[turn])
             if number and self._rounds("embedding.sum"):
-                variance[at] += np.asarray(self._noise(total[at], "embedding.sum"))
-        if self.dtype != "float32" and not self._rounds("embedding.sum"):
-            variance += np.where(places > 1, self._noise(total, "embedding"), 0)
-        return [variance]
+                added[at] += np.asarray(self._noise(total[at], "embedding.sum"))
+            if chained:
+                running[at] = onto(running[at] + value[turn].astype(np.float32))
+        if chained:  # see `_of_a_chain`
+            added = np.maximum(added, np.square(running - total))
+        elif self.dtype != "float32":
+            added = np.where(places > 1, self._noise(total, "embedding"), 0)
+        return [variance + added]
 
     def _add(self, d: Uncertain) -> Variances:
         """A sum hands its gradient on."""
@@ -141,10 +145,17 @@ class Backward(Propagation):
         count = np.full(total.shape, max(1, terms.size // max(1, total.size)))
         summed = summed + self._sum_noise(count, total, lambda: summed_to(np.square(terms), shape), point)
         if every and self.dtype != "float32" and self._rounds(every):
-            partial_sums = np.cumsum(rows_first(terms, shape), axis=0)
-            summed = summed + np.asarray(self._noise(partial_sums[1:], every)).sum(axis=0)
-            return np.asarray(summed)
+            return np.asarray(summed + self._of_a_chain(rows_first(terms, shape), total, every))
         return np.asarray(summed + self._noise(total, point))
+
+    def _of_a_chain(self, terms: np.ndarray, total: np.ndarray, point: str) -> np.ndarray:
+        """What rounding a sum over the first axis after every addition adds. The roundings are not independent where
+        the sum is so large that it swallows terms; then the error of such a sum itself is more."""
+        noise = np.asarray(self._noise(np.cumsum(terms, axis=0)[1:], point)).sum(axis=0)
+        running, onto = np.zeros(total.shape, np.float32), rounding(self.dtype)
+        for term in terms.astype(np.float32):
+            running = onto(running + term)
+        return np.maximum(noise, np.square(running - total))
 
     # ------------------------------------------------------------------------------------------------ RoPE, activations
 
@@ -191,7 +202,8 @@ class Backward(Propagation):
             allowed = visible(b, slice(h, h + 1), slice(0, S), T)
             row, keys, do = q[b, h], k[b, g], d.value[b, h]
             p, s = weights_of_head(row[None], keys, scale, allowed, lse[b, h][None], self._exact())
-            each = _Head(self, p[0], s[0], row, keys, v[b, g], do, d.variance[b, h], o[b, h], scale)
+            made = o[b, h], lse[b, h], scale
+            each = _Head(self, p[0], s[0], row, keys, v[b, g], do, d.variance[b, h], *made)
             found = each.variances(dk[b, g], dv[b, g], last=(h + 1) * K % H == 0)
             of_q[b, h] = found[0]
             of_k[b, g] += found[1]
@@ -236,7 +248,8 @@ class Backward(Propagation):
 
 
 class _Head:
-    """One query head of attention's backward pass: [S, D] against [T, D], at weights p [S, T] of scores s."""
+    """One query head of attention's backward pass: [S, D] against [T, D], at weights p [S, T] of scores s; lse [S] is
+    the logarithm of their denominators."""
 
     def __init__(
         self,
@@ -249,8 +262,10 @@ class _Head:
         do: np.ndarray,
         of_do: np.ndarray,
         o: np.ndarray,
+        lse: np.ndarray,
         scale: float,
     ) -> None:
+        self.lse = lse
         self.of, self.p, self.s, self.q, self.k, self.v = of, p, s, q, k, v
         self.do, self.of_do, self.o, self.scale = do, of_do, o, scale
         self.dp = do @ v.T
@@ -268,10 +283,12 @@ class _Head:
         if of.policy.normalize_first or of.dtype == "float32":
             rounded = rounded + self._seen(of._noise(ds, "attention.scaled"))
         shared = self._through_softmax(of_scores) + self._centred(of_dp) + square(p) * of_delta
-        of_ds = self.scale**2 * shared + rounded
+        of_row = self._of_row()
+        of_ds = self.scale**2 * shared + rounded + of_row * square(ds)
         dq, dk, dv = ds @ self.k, ds.T @ self.q, p.T @ self.do
         of_q = self.scale**2 * self._of_dq(of_scores, of_dp, of_delta) + rounded @ square(self.k)
-        of_q = of_q + of._noise(dq, "attention")
+        of_q = of_q + of_row * square(dq) + of._noise(dq, "attention")
+        of_p = of_p + of_row * square(p)
         of_k, of_v = of_ds.T @ square(self.q), of_p.T @ square(self.do) + square(p).T @ self.of_do
         terms, ones = np.maximum(np.count_nonzero(p, axis=-1, keepdims=True), 1), np.full((len(self.k), 1), len(p))
         of_q = of_q + of._sum_noise(terms, dq, lambda: square(ds) @ square(self.k))
@@ -307,6 +324,13 @@ class _Head:
             if not last or start + step < len(w):
                 added += np.asarray(self.of._noise(total, "attention.blocks"))
         return added
+
+    def _of_row(self) -> np.ndarray:
+        """The relative variance of the weights of a row that are made again of its log-sum-exp, in float32."""
+        lse = np.where(np.isfinite(self.lse), self.lse, 0)[:, None]
+        if self.of.dtype != "float32" or self.of.policy.normalize_first:
+            return np.zeros(lse.shape)
+        return np.asarray(2 * self.of._ulp(lse, "float32") ** 2 / 12)
 
     def _of_scores(self) -> tuple[np.ndarray, np.ndarray]:
         """The variance of the scores that are made again, or were kept; and of the weights that meet the gradient."""

@@ -204,7 +204,8 @@ class _Following(Walk):
             if found is not None:
                 rest = np.array(gradient.variance, np.float64)
                 rest[..., : found.shape[-1]] = 0
-                gradient = Uncertain(put(found[self.rows], gradient.value), rest)
+                shares = gradient.shares if rest.any() else {}  # channels that were not shown
+                gradient = Uncertain(put(found[self.rows], gradient.value), rest, shares)
         return gradient
 
     def begin(self, rows: slice) -> None:
