@@ -13,7 +13,7 @@ one operator serves both.
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,14 +21,13 @@ import numpy as np
 
 from refllm.accuracy.backward import Backward, exact_arithmetic
 from refllm.accuracy.propagation import Propagation, Uncertain, certain
-from refllm.forward.gradients import padding_id, taped_loss
+from refllm.forward.gradients import padding_id, taped_loss, tensor_names
 from refllm.forward.model import Model
 from refllm.forward.operators import Operators
 from refllm.forward.tape import Tape, Walk
 from refllm.forward.traced import Step
 from refllm.ops import IGNORE_INDEX
 from refllm.precision import Arithmetic, Policy
-from refllm.storage.load_report import file_name
 
 RUNS = 8
 """Passes with random errors. A variance that is the mean of n squares over k of them is known to sqrt(2 / (n k))."""
@@ -106,8 +105,7 @@ def walked(
 ) -> dict[str, Any]:
     """Tensor -> gradient after a pass and a walk over all micro-batches. plain: the operators of one of them; begin:
     told its rows before it is walked."""
-    prefix, found = model.prefix, dict[str, Any]()
-    names = {name: file_name(name, prefix) for name in model.weights.shapes}
+    names, found = tensor_names(model), dict[str, Any]()
     wanted = {name for name, key in names.items() if key not in call.frozen}
     taped = copy(model)
     taped.arithmetic = ar
@@ -367,18 +365,6 @@ def _certain(value: np.ndarray) -> Uncertain:
     return certain(value)
 
 
-@dataclass
-class Sampled:
-    """The exact gradient by each name, and the mean of the squares of what the disturbed runs differ by."""
-
-    exact: Named = field(default_factory=dict)
-    squares: Named = field(default_factory=dict)
-
-    def variance(self, name: str, runs: int) -> np.ndarray:
-        """The variance of one gradient."""
-        return self.squares[name] / runs
-
-
 def end_to_end(
     model: Model,
     call: Pass,
@@ -391,20 +377,19 @@ def end_to_end(
 ) -> dict[str, Uncertain]:
     """ "grad:" + name -> the exact gradient of every named value and tensor, and its variance for an implementation in
     `dtype` under `policy`, from its forward pass on. factor: what the predicted sigma of each operator is times."""
-    ar, sampled, errors = exact_arithmetic(policy), Sampled(), _Errors(factor)
+    ar, errors = exact_arithmetic(policy), _Errors(factor)
     forward = Propagation(dtype, policy, lambda _, x: x, lambda _: False)
-    for seed in range(runs + 1):
-        if seed:
-            errors.begin(seed)
-        walk = _Straying(ar, rules, errors, call.scale)
-        plain = _Disturbed(Operators(ar), forward, errors)
+
+    def once() -> Named:
+        walk, plain = _Straying(ar, rules, errors, call.scale), _Disturbed(Operators(ar), forward, errors)
         tensors = walked(model, call, ar, plain.for_rows, walk, lambda _: None)
         found = {name: np.concatenate(parts) for name, parts in walk.found.items()}
-        found |= {f"grad:{name}": gradient for name, gradient in tensors.items()}
-        if not seed:
-            sampled.exact = found
-            sampled.squares = {name: np.zeros(np.shape(x)) for name, x in found.items()}
-        else:
-            for name, gradient in found.items():
-                sampled.squares[name] += np.square(gradient - sampled.exact[name])
-    return {name: Uncertain(exact, sampled.variance(name, runs)) for name, exact in sampled.exact.items()}
+        return found | {f"grad:{name}": gradient for name, gradient in tensors.items()}
+
+    exact = once()
+    squares = {name: np.zeros(np.shape(x)) for name, x in exact.items()}
+    for seed in range(1, runs + 1):
+        errors.begin(seed)
+        for name, gradient in once().items():
+            squares[name] += np.square(gradient - exact[name])
+    return {name: Uncertain(value, squares[name] / runs) for name, value in exact.items()}

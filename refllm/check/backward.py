@@ -51,7 +51,7 @@ class _Way:
         return f"as policy {self.policy.name}" if self.order == BLOCKS else f"float32 sums {self.order}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Prediction:
     """All gradients under one way, what the definitions in the candidate's format give, and measures of those shown."""
 
@@ -60,7 +60,7 @@ class _Prediction:
     measures: dict[str, Measure] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class BackwardReport:
     """taps: of every shown gradient, in the order of a backward pass. unseen: sentences on what was not shown."""
 

@@ -9,8 +9,8 @@ import numpy as np
 from refllm.check.inputs import FAR, NOT_COUNTED, Inputs, Learning, padded_rows
 from refllm.check.taps import EVERYTHING, GRADIENTS, LOSS_SCALE, MICRO_BATCHES, Candidate
 from refllm.errors import InputError
+from refllm.forward.gradients import tensor_names
 from refllm.forward.model import Model
-from refllm.storage.load_report import file_name
 
 SCALE = {"float16": 1024.0}
 """What a loss is multiplied with, by dtype: gradients of a mean over many tokens are below what float16 holds."""
@@ -33,7 +33,7 @@ def with_labels(inputs: Inputs, model: Model, candidate: Candidate, frozen: Coll
     """
     if model.head not in _HEADS:
         raise InputError(f"--backward: a checkpoint with the head {model.head!r} has no loss; use one with a head")
-    names = [file_name(name, model.prefix) for name in model.weights.shapes]
+    names = list(tensor_names(model).values())
     for pattern in frozen:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(f"--frozen {pattern} is the name of no tensor; the first of all is {names[0]}")

@@ -40,7 +40,7 @@ def gradients_of(
     _check_call(model, given)
     tensors = any(map(is_tensor, given.values()))
     given = {name: to_numpy(x) if is_tensor(x) else x for name, x in given.items()}
-    names = {name: file_name(name, model.prefix) for name in model.weights.shapes}
+    names = tensor_names(model)
     names |= {} if given.get(EMBEDDINGS) is None else {EMBEDDINGS: EMBEDDINGS}
     wanted = _not_frozen(names, frozen)
     before = _accumulated(names, accumulated or {})
@@ -113,6 +113,11 @@ def _accumulated(names: Mapping[str, str], given: Mapping[str, Any]) -> dict[str
         if key not in names.values():
             raise InputError(f"accumulated: {key!r} is the name of no tensor of this model")
     return {key: to_numpy(gradient) for key, gradient in given.items()}
+
+
+def tensor_names(model: Any) -> dict[str, str]:
+    """The name of every tensor as the page has it -> as files do."""
+    return {name: file_name(name, model.prefix) for name in model.weights.shapes}
 
 
 def padding_id(config: Any) -> int | None:

@@ -50,7 +50,7 @@ class Case:
         return f"{self.model}, {self.layers} layers, {self.dtype}, {self.attention}, {self.how}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """What became of a case. runs: how many; alarms: "input: value: rules" of those that do not hold. ratios: parameter
     -> measured over predicted error, end to end, pooled over the runs; alone: the least and the largest of any gradient

@@ -358,7 +358,7 @@ def _rotations() -> Iterator[GradientMutant]:
     yield GradientMutant("rope: queries and keys turned otherwise", "rope", one, before)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Eager:
     """What eager attention's backward pass is made of, in float32, heads of keys repeated."""
 

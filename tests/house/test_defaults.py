@@ -20,7 +20,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "candidate": "transformers", "dtype": None, "policy": None, "attention": "eager", "input_ids": None,
         "attention_mask": None, "position_ids": None, "prompt": None, "stress": False, "isolate": True,
         "time_limit": None, "splits": 1, "tf32": False, "names": None, "library": None, "trace": None, "layout": "",
-        "against": None, "weights": None, "page": None, "explain": False,
+        "against": None, "weights": None, "page": None, "explain": False, "backward": False, "frozen": (),
     },
     "refllm.check:check_op": {
         "dtype": "bfloat16", "policy": None, "device": "cpu", "arrays": "torch", "calls": None, "level": "contract",
@@ -34,7 +34,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.check.run:Settings": {
         "candidate": "transformers", "dtypes": (), "attention": "eager", "policy": None, "stress": False,
         "seconds": None, "isolate": True, "splits": 1, "tf32": False, "names": None, "library": None,
-        "layout": "", "against": None, "weights": None, "explain": False,
+        "layout": "", "against": None, "weights": None, "explain": False, "backward": False, "frozen": (),
     },
     "refllm.forward.model:Model.from_pretrained": {
         **LOADING, **WHERE, "low_memory": False, "progress": None, "seed": 0,
@@ -62,7 +62,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "refllm.check.inputs:Inputs": {
         "attention_mask": None, "position_ids": None, "chunks": (), "embeds_scale": None, "label": "tokens",
-        "until": "", "embeds": None,
+        "until": "", "embeds": None, "learning": None,
     },
     "refllm.accuracy.measure:Measure": {"nonfinite_at": (), "misrounded": 0.0, "scatter": 0.0, "honest": 0.0},
     "refllm.golden.verify:Verified": {"cases": 0, "ratio": 0.0, "largest": 0.0, "worst": ""},

@@ -131,8 +131,8 @@ def test_public_names_stay_importable(module: str) -> None:
 CHANGED_LATER = {
     "refllm.check.adapters.torch_names.Names",
     "refllm.check.oracle.Report",
-    "refllm.check.oracle.TapReport",
     "refllm.check.runs.Runs",
+    "refllm.check.tap_report.TapReport",
     "refllm.check.trace.Trace",
     *(f"refllm.config.config.{name}" for name in ("ModelConfig", *(cls.__name__ for cls in CONFIG_CLASSES.values()))),
     "refllm.forward.outputs.ModelOutput",

@@ -5,7 +5,7 @@ zero in some rows, and at random.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from refllm import ops
 from refllm.ops.activation import ACTIVATIONS
-from refllm.precision import arithmetic
+from refllm.precision import EXACT, arithmetic
 
 RNG = np.random.default_rng(5)
 B, S, H, K, D, E, N, V = 2, 5, 4, 2, 6, 12, 7, 11
@@ -426,3 +426,24 @@ def test_an_unknown_activation_and_a_label_outside_are_refused() -> None:
         ops.cross_entropy_backward(1.0, normal(1, V), np.array([V]))
     with pytest.raises(InputError, match="reduction='max' is not known"):
         ops.cross_entropy_backward(1.0, normal(1, V), np.array([0]), reduction="max")
+
+
+def test_a_row_without_a_key_learns_as_autograd_of_the_eager_code_has_it() -> None:
+    """Scores are pushed down by the largest number: all keys count alike, and adding a constant has the slope 1."""
+    import torch
+
+    key_mask = np.ones((B, S), bool)
+    key_mask[0, :2] = False  # the first two queries see no key
+    q, k, v, do = normal(B, H, S, D), normal(B, H, S, D), normal(B, H, S, D), normal(B, H, S, D)
+    leaves = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
+    seen = np.tril(np.ones((S, S), bool)) & key_mask[:, None, None, :]
+    pushed = torch.tensor(np.where(seen, 0.0, np.finfo(np.float64).min))
+    scores = leaves[0] @ leaves[1].transpose(2, 3) * D**-0.5 + pushed
+    (torch.softmax(scores, -1) @ leaves[2]).backward(torch.tensor(do))
+    eager = replace(EXACT, policy=replace(EXACT.policy, masked_rows_are_zero=False))
+    found = ops.attention_backward(do, q, k, v, key_mask=key_mask, ar=eager)
+    for ours, leaf in zip(found, leaves, strict=True):
+        np.testing.assert_allclose(ours, leaf.grad.numpy(), rtol=0, atol=1e-12 * np.abs(ours).max())
+    zero = ops.attention_backward(do, q, k, v, key_mask=key_mask)  # where such rows are 0, they learn nothing
+    assert not zero[0][0, :, :2].any()
+    assert found[0][0, :, :2].any()

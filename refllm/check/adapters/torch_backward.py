@@ -9,7 +9,7 @@ from refllm.check.adapters.transformers_taps import ShownOnce
 from refllm.check.inputs import NOT_COUNTED, Inputs
 from refllm.check.misbehaviour import must_not_have_changed
 from refllm.check.taps import Sink
-from refllm.storage.load_report import file_name
+from refllm.forward.gradients import tensor_names
 
 Loss = Callable[[dict[str, Any], dict[str, Any]], Any]
 
@@ -93,8 +93,7 @@ def backward(candidate: Any, inputs: Inputs, sink: Sink) -> None:
     run_backward(candidate.module, inputs, sink, loss, opening.head)
     modules = dict(candidate.module.named_modules())
     model = load(opening.folder, head=opening.head, dtype=candidate.dtype, low_memory=True)
-    for name in model.weights.shapes:
-        key = file_name(name, model.prefix)
+    for key in tensor_names(model).values():
         path, _, last = key.rpartition(".")
         place = candidate.names.places.get(path)
         parameter = None if place is None else getattr(modules[place.path], last, None)
