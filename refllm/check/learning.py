@@ -14,6 +14,7 @@ from refllm.forward.model import Model
 
 SCALE = {"float16": 1024.0}
 """What a loss is multiplied with, by dtype: gradients of a mean over many tokens are below what float16 holds."""
+_NARROW_LOSSES = ("sequence_classification", "question_answering")
 _HEADS = ("causal_lm", "token_classification", "sequence_classification", "question_answering")
 
 
@@ -31,6 +32,11 @@ def with_labels(inputs: Inputs, model: Model, candidate: Candidate, frozen: Coll
 
     Raises InputError for a model without a loss, and for a pattern that is the name of no tensor.
     """
+    if model.head in _NARROW_LOSSES and candidate.dtype in ("bfloat16", "float16"):
+        raise InputError(
+            f"--backward: the loss of {model.head} is computed in {candidate.dtype} itself by Transformers, whose "
+            "gradients are not predicted: use --dtype float32"
+        )
     if model.head not in _HEADS:
         raise InputError(f"--backward: a checkpoint with the head {model.head!r} has no loss; use one with a head")
     names = list(tensor_names(model).values())
@@ -70,7 +76,8 @@ def more_runs(plain: Inputs, model: Model, candidate: Candidate, stress: bool) -
         labels = batch.learning.labels.copy()
         if model.head == "causal_lm":
             labels[1, : S // 3] = NOT_COUNTED
-        parts = 2 if MICRO_BATCHES in takes and model.head in ("causal_lm", "token_classification") else 1
+        # Of the heads of Transformers, only that of a language model divides by the labels of all micro-batches.
+        parts = 2 if MICRO_BATCHES in takes and model.head == "causal_lm" else 1
         label = "padded rows in 2 micro-batches" if parts > 1 else "padded rows"
         more = replace(batch.learning, labels=labels, micro_batches=parts)
         runs.append(replace(batch, learning=more, label=label))

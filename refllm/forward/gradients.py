@@ -40,7 +40,7 @@ def gradients_of(
     _check_call(model, given)
     tensors = any(map(is_tensor, given.values()))
     given = {name: to_numpy(x) if is_tensor(x) else x for name, x in given.items()}
-    names = tensor_names(model)
+    names = tensor_names(model, model.prefix)
     names |= {} if given.get(EMBEDDINGS) is None else {EMBEDDINGS: EMBEDDINGS}
     wanted = _not_frozen(names, frozen)
     before = _accumulated(names, accumulated or {})
@@ -115,9 +115,9 @@ def _accumulated(names: Mapping[str, str], given: Mapping[str, Any]) -> dict[str
     return {key: to_numpy(gradient) for key, gradient in given.items()}
 
 
-def tensor_names(model: Any) -> dict[str, str]:
-    """The name of every tensor as the page has it -> as files do."""
-    return {name: file_name(name, model.prefix) for name in model.weights.shapes}
+def tensor_names(model: Any, prefix: str = "model.") -> dict[str, str]:
+    """The name of every tensor as the page has it -> with the prefix of named values, or with that of a file."""
+    return {name: file_name(name, prefix) for name in model.weights.shapes}
 
 
 def padding_id(config: Any) -> int | None:

@@ -140,7 +140,8 @@ def freeze(model: Any, frozen: Collection[str]) -> None:
 def _head_of(model: Any) -> str:
     """The head by the name of the class."""
     name = type(model).__name__
-    return next((head for head, auto in _AUTO_CLASS.items() if name.endswith(auto.removeprefix("AutoModel"))), "base")
+    suffixes = {head: auto.removeprefix("AutoModel") for head, auto in _AUTO_CLASS.items()}
+    return next((head for head, suffix in suffixes.items() if suffix and name.endswith(suffix)), "base")
 
 
 def tensor_name(name: str) -> str:
