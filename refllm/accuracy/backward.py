@@ -106,7 +106,7 @@ class Backward(Propagation):
         return [of_x, self._over_rows(terms, d.value * n, weight.shape, "rms_norm")]
 
     def _layer_norm(self, d: Uncertain, x: np.ndarray, weight: np.ndarray, bias: Any, eps: float) -> Variances:
-        """As RMSNorm. The mean and 1 / standard deviation that are kept may be rounded, which a whole row shares."""
+        """The same, less the mean. That and 1 / standard deviation may be kept rounded, which a whole row shares."""
         x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
         mean = x.mean(axis=-1, keepdims=True)
         r = 1 / np.sqrt(np.mean(np.square(x - mean), axis=-1, keepdims=True) + eps)
@@ -187,7 +187,7 @@ class Backward(Propagation):
     # -------------------------------------------------------------------------------------------------------- attention
 
     def _attention(self, d: Uncertain, q: np.ndarray, k: np.ndarray, v: np.ndarray, **how: Any) -> Variances:
-        """With p = softmax(s), c = dp - sum p dp and ds = p c, an error e of the scores moves ds by
+        """Let p = softmax(s), c = dp - sum p dp and ds = p c: an error e of the scores moves ds by
         p_i (e_i - sum p e) c_i - p_i sum_j p_j c_j (e_j - sum p e), and an error f of dp by p_i (f_i - sum p f)."""
         q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
         (B, H, S, D), (K, T) = q.shape, k.shape[1:3]
@@ -275,8 +275,8 @@ class _Head:
     def variances(
         self, dk_before: np.ndarray, dv_before: np.ndarray, last: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of dq, and of this head's part of dk and dv. dk_before, dv_before: the sums over the heads of its group that
-        come before it. last: it is the last of them."""
+        """The variances of dq, and of this head's part of dk and dv. dk_before, dv_before: the sums over the heads of
+        its group that come before it. last: it is the last of them."""
         of, p, ds, square = self.of, self.p, self.ds, np.square
         (of_scores, of_p), of_dp, of_delta = self._of_scores(), self._of_dp(), self._of_delta()
         rounded = self.scale**2 * self._seen(of._noise(ds / self.scale, "attention.scores"))

@@ -271,7 +271,7 @@ class _Errors:
         self._factor = factor
 
     def begin(self, seed: int) -> None:
-        """From here on errors are made."""
+        """Errors are made from here on."""
         self._left, self._random = iter(self._sigmas), np.random.default_rng(seed)
 
     @property

@@ -324,7 +324,7 @@ class _Judge:
             raise InputError(f"{self.trace.source}: {name} has shape {list(shown.shape)}, expected {list(shape)}")
 
     def _place(self, name: str, index: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a row of all positions: the sequence and the position. A tensor of one axis has one row, which is not
+        """The sequence and the position for a row of all positions. A tensor of one axis has one row, which is not
         counted."""
         if not index:
             return ()

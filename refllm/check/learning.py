@@ -50,7 +50,7 @@ def with_labels(inputs: Inputs, model: Model, candidate: Candidate, frozen: Coll
 
 
 def _labels(inputs: Inputs, model: Model) -> np.ndarray:
-    """Of a language model the tokens, but not padding, and not the first token behind it, which padding predicts."""
+    """A language model has the tokens, but not padding, nor the first token behind it, which padding predicts."""
     B, S = inputs.input_ids.shape
     classes = int(getattr(model.config, "num_labels", 2))
     if model.head == "sequence_classification":

@@ -103,8 +103,8 @@ def run_case(case: Case) -> Outcome:
                         alone = [min(alone[0], tap.isolated.ratio), max(alone[1], tap.isolated.ratio)]
                     if tap.name.startswith("grad:") and tap.name.endswith((".weight", ".bias")):
                         squares.setdefault(tap.name[5:], []).append(tap.end_to_end.ratio**2)
-    ratios = {name: float(np.sqrt(np.mean(values))) for name, values in squares.items()}
-    return Outcome(SEEDS, alarms, ratios, (alone[0], alone[1]))
+    ratios = {name: round(float(np.sqrt(np.mean(values))), 3) for name, values in squares.items()}
+    return Outcome(SEEDS, alarms, ratios, (round(alone[0], 3), round(alone[1], 3)))
 
 
 def _report(case: Case, ours: Model, theirs: Any, seed: int) -> Report:

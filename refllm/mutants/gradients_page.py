@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 LEAST, LEAST_FLOAT32, MOST = 0.6, 0.55, 1.3
-"""Between which measured over predicted error of every parameter's gradient lies, pooled over the runs of a case."""
+"""The bounds of measured over predicted error of every parameter's gradient, pooled over the runs of a case."""
 NAMED = 0.95
 """The share of planted bugs that have to be named at the right operator."""
 
