@@ -15,11 +15,12 @@ from refllm.check.inputs import Inputs
 from refllm.check.layout import laid_out, put_together
 from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
 from refllm.check.stacks import STACKS, Opening, adapter, find_stack, must_have, wrap
-from refllm.check.taps import Candidate, Sink
+from refllm.check.taps import EVERYTHING, GRADIENTS, Candidate, Sink
 from refllm.check.trace import Trace
 from refllm.check.weights import HANDED, handed_over
 from refllm.config.digest import config_hash
 from refllm.errors import InputError, RefllmError
+from refllm.forward.gradients import tensor_names
 from refllm.forward.model import Model
 from refllm.inputs import to_numpy
 from refllm.user_code import find_function
@@ -243,6 +244,7 @@ class ReferenceCandidate:
         self.model = model
         self.dtype = model.dtype
         self.fused = hasattr(model, "backend")
+        self.takes = EVERYTHING if self.fused else (*EVERYTHING, GRADIENTS)
         self.name = name or f"refllm {model.dtype}" + (f" {model.policy}" if model.policy else "")
         self.details = {"refllm": __version__, "numpy": np.__version__}
 
@@ -263,6 +265,9 @@ class ReferenceCandidate:
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`."""
+        if inputs.learning is not None:
+            self._backward(inputs, sink)
+            return
         cache = self.model.new_cache() if inputs.chunks else None
         embeds = None
         if inputs.feeds_embeddings:
@@ -277,6 +282,18 @@ class ReferenceCandidate:
                 use_cache=cache is not None,
                 recorder=_Everything(sink, fused_attention=self.fused),
             )
+
+    def _backward(self, inputs: Inputs, sink: Sink) -> None:
+        """Values and gradients, by the tape."""
+        learning = inputs.learning
+        assert learning is not None
+        given: dict[str, Any] = {"input_ids": inputs.input_ids, "position_ids": inputs.positions}
+        given |= {"attention_mask": inputs.given_mask, **learning.targets(self.model.head)}
+        recorder = _Everything(sink, fused_attention=True)
+        found = self.model.gradients(**given, frozen=learning.frozen, recorder=recorder)
+        names = {of_file: name for name, of_file in tensor_names(self.model, self.model.prefix).items()}
+        for name, gradient in found.gradients.items():
+            sink(GRADIENT + tensor_names(self.model)[names[name]], gradient)
 
 
 class _Everything:

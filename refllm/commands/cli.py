@@ -238,6 +238,9 @@ def check(
         others = {"--candidate": candidate, "--stress": stress, "--time": time, "--names": names, "--library": library}
         refuse(others | {"--backward": backward})
     candidates, left_out = ([""], []) if recorded else run.candidates_to_check(candidate, checkpoint)
+    if backward and not candidate and set(candidates) & {*run.FAST}:
+        candidates = [name for name in candidates if name not in run.FAST]
+        left_out = [*left_out, "not checked: torch and triton, which do not train yet"]
     settings = [
         run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, **more) for name in candidates
     ]

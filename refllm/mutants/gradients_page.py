@@ -42,8 +42,8 @@ computes norms, softmax and tables in float32 in every format, and is judged by 
 its eager attention gives NaN in float64, since its mask overflows in float32).
 
 Rounding: Transformers has to round where `hf-eager` or `hf-sdpa` says, to the bit where float32 sums cannot matter;
-others wherever one of the policies does, by operator, which the report then says. Heads other than language models with
-losses in the narrow format (sequences, answers) are judged by the same rules and are not measured here.
+others wherever one of the policies does, by operator, which the report then says. The losses of sequences and of
+answers are computed in the narrow format itself by Transformers; their gradients are checked in float32 alone.
 """
 
 
