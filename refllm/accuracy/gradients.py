@@ -29,6 +29,7 @@ from refllm.forward.traced import Step
 from refllm.ops import IGNORE_INDEX
 from refllm.precision import Arithmetic, Policy
 
+_OF_A_NORM = 0.6  # of the variance of its float32 roundings: four of seven are of its mean, sum and root
 RUNS = 8
 """Passes with random errors. A variance that is the mean of n squares over k of them is known to sqrt(2 / (n k))."""
 
@@ -281,10 +282,15 @@ class _Errors:
     def keep(self, variance: Any) -> None:
         self._sigmas.append((self._factor * np.sqrt(np.asarray(variance, np.float64))).astype(np.float32))
 
-    def made(self, value: np.ndarray) -> np.ndarray:
+    def made(self, value: np.ndarray, of_rows: float = 0.0) -> np.ndarray:
+        """of_rows: which part of the variance is that of a factor which all of a row share."""
         assert self._left is not None
-        sigma = next(self._left)
-        return value + sigma * self._random.standard_normal(np.shape(value), np.float32)
+        sigma, shape = next(self._left), np.shape(value)
+        random = self._random.standard_normal(shape, np.float32)
+        if of_rows:
+            factor = np.sign(value) * self._random.standard_normal((*shape[:-1], 1), np.float32)
+            random = np.sqrt(1 - of_rows) * random + np.sqrt(of_rows) * factor
+        return value + sigma * random
 
 
 class _Disturbed:
@@ -319,7 +325,9 @@ class _Disturbed:
             for one in predicted if isinstance(predicted, tuple) else (predicted,):
                 self._errors.keep(one.variance)
             return value
-        found = tuple(self._errors.made(x) for x in several)
+        # In float32 a norm's root, or its mean, rounds as much as its products, and all of a row have it.
+        shared = _OF_A_NORM if self._forward.dtype == "float32" and operator.endswith("_norm") else 0.0
+        found = tuple(self._errors.made(x, shared) for x in several)
         return found if isinstance(value, tuple) else found[0]
 
 

@@ -25,8 +25,9 @@ from refllm.precision import HF_EAGER, HF_SDPA
 from refllm.strategies.small_models import EVERY_FLAG, build, model_class, small_config
 
 POLICIES = {"eager": HF_EAGER, "sdpa": HF_SDPA}
-SEEDS = 4
-"""Runs of one case, of which every second is a padded batch in micro-batches."""
+SEEDS = {"float32": 8}
+"""Runs of one case, else 4; every second is a padded batch in micro-batches. In float32 the errors of few numbers (a
+bias, the norm of a head) scatter more."""
 TOKENS = 45
 """No multiple of a block of the attention kernel."""
 LAYERS = {"llama": 0, "helium": 0, "arcee": 0, "stablelm": 0, "stablelm parallel": 1}
@@ -86,12 +87,12 @@ def pair(model: str, layers: int, dtype: str, attention: str) -> tuple[Model, An
 def run_case(case: Case) -> Outcome:
     """Checks a case."""
     squares: dict[str, list[float]] = {}
-    alarms, alone = list[str](), [np.inf, 0.0]
+    alarms, alone, runs = list[str](), [np.inf, 0.0], SEEDS.get(case.dtype, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours, theirs = pair(case.model, case.layers, case.dtype, case.attention)
         with _as_it_runs(case, theirs):
-            for seed in range(SEEDS):
+            for seed in range(runs):
                 report = _report(case, ours, theirs, seed)
                 first = report.first_failure
                 if report.verdict != "holds":
@@ -104,7 +105,7 @@ def run_case(case: Case) -> Outcome:
                     if tap.name.startswith("grad:") and tap.name.endswith((".weight", ".bias")):
                         squares.setdefault(tap.name[5:], []).append(tap.end_to_end.ratio**2)
     ratios = {name: round(float(np.sqrt(np.mean(values))), 3) for name, values in squares.items()}
-    return Outcome(SEEDS, alarms, ratios, (round(alone[0], 3), round(alone[1], 3)))
+    return Outcome(runs, alarms, ratios, (round(alone[0], 3), round(alone[1], 3)))
 
 
 def _report(case: Case, ours: Model, theirs: Any, seed: int) -> Report:
@@ -182,8 +183,8 @@ def planted(model: str, dtype: str) -> Iterator[Found]:
             yield found_of(mutant, ours, candidate, inputs, without)
 
 
-def found_of(mutant: GradientMutant, ours: Model, candidate: Any, inputs: Inputs, without: Trace) -> Found:
-    """One of them. without: the run without a bug."""
+def found_of(mutant: GradientMutant, ours: Model, candidate: Any, inputs: Inputs, without: Trace | None) -> Found:
+    """One of them. without: the run without a bug, to see whether the bug changes anything."""
     layer = 1
     if mutant.frozen:
         inputs = with_labels(inputs, ours, candidate, mutant.frozen)
@@ -193,7 +194,10 @@ def found_of(mutant: GradientMutant, ours: Model, candidate: Any, inputs: Inputs
     policy = HF_EAGER
     wrong = [tap for tap in judge_alone(ours, trace, Asked(policy), tables, policy) if tap.defect_here]
     first = wrong[0].name if wrong else ""
-    same = all(np.array_equal(trace.gradients[n], g) for n, g in without.gradients.items() if n in trace.gradients)
+    before = {} if without is None else without.gradients
+    same = bool(before) and all(
+        np.array_equal(trace.gradients[n], g) for n, g in before.items() if n in trace.gradients
+    )
     model = f"{ours.config.model_type}{' parallel' * bool(getattr(ours.config, 'use_parallel_residual', False))}"
     right = first in mutant.expected_at(layer, ours.config)
     return Found(mutant.name, model, trace.dtype, first, right, not same or bool(mutant.frozen))

@@ -210,7 +210,7 @@ def embedded(dtype: str) -> tuple[str, Any]:
 
 def test_a_torch_module_shows_its_gradients_and_a_wrong_one_is_named() -> None:
     folder, inner = embedded("bfloat16")
-    ids = np.arange(5, 45)[None]
+    ids = np.arange(5, 29)[None]
     reports = compare(folder, Port(inner), input_ids=ids, dtype="bfloat16", backward=True, isolate=False)
     assert [report.verdict for report in reports] == ["holds", "holds"]
     assert any("backward (" in str(habit) for habit in reports[0].habits)
@@ -240,7 +240,7 @@ def test_a_function_returns_gradients() -> None:
 
     found = []
     for factor in (1.0, 1.2):  # noqa: B007
-        report = compare(folder, own, input_ids=np.arange(5, 35)[None], backward=True, dtype="float32")[0]
+        report = compare(folder, own, input_ids=np.arange(5, 17)[None], backward=True, dtype="float32")[0]
         found.append((report.verdict, report.first_failure and report.first_failure.name))
         assert any("no operator was judged alone" in said for said in report.unseen)
     assert found == [("incomplete", None), ("fails", "grad:model.norm.weight")]
