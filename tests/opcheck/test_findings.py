@@ -457,22 +457,22 @@ def test_a_call_that_was_dumped(tmp_path: Path, monkeypatch: Any) -> None:
 # -- where a candidate of many possible profiles rounds ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", ["attention", "rms_norm_qkv_rope"])
-def test_every_profile_of_many_holds_and_what_is_far_off_is_compared_with_none(
-    operator: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_profile_of_many_holds_and_what_is_far_off_is_compared_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is far off is told at once, by its size beside the error of eager code; nobody who rounds is told so."""
-    call = next(c for c in corners(operator, "bfloat16") if min(e.exact.size for e in remembered(c, "fused")) >= 64)
+    call = next(call for call in corners("attention", "bfloat16") if call.kind == "fewer queries than keys")
     arguments, keywords = call.arrays()
-    given, expected = contract_of(operator).bound(arguments, keywords), remembered(call, "fused")
+    given, expected = contract_of("attention").bound(arguments, keywords), remembered(call, "fused")
 
-    def judged(values: list[np.ndarray]) -> list[bool]:
+    def judged(values: list[np.ndarray]) -> tuple[bool, bool]:
+        """Whether they hold by the policy, and by any profile."""
         results = tuple(Result(on_grid(value, "bfloat16"), value.shape, "bfloat16", "cpu") for value in values)
         first = [judge(result.value, e) for result, e in zip(results, expected, strict=True)]
-        return [j.holds for j in Roundings("fused").judged(call, arguments, keywords, results, expected, first)]
+        found = Roundings("fused").judged(call, arguments, keywords, results, expected, first)
+        return all(j.holds for j in first), all(j.holds for j in found)
 
-    way = roundings._WAYS[operator][0]
-    for points in profiles(operator)[::20]:
-        assert judged(way(Evaluated(given, "bfloat16", points))) == [True] * len(expected), points
+    way = roundings._WAYS["attention"][0]
+    made = [judged(way(Evaluated(given, "bfloat16", points))) for points in profiles("attention")[::12]]
+    assert [by_any for _, by_any in made] == [True] * len(made)
+    assert (False, True) in made  # some need a profile of their own
     monkeypatch.setattr(roundings, "_under", lambda *_: pytest.fail("it was compared"))
-    assert not all(judged([e.exact * 1.2 for e in expected]))
+    assert judged([e.exact * 1.2 for e in expected]) == (False, False)
