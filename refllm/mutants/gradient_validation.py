@@ -26,12 +26,12 @@ Log = Callable[[str], None]
 
 def parts() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, what measures it) of all that is measured."""
-    for case in cases():
-        yield case.key, lambda case=case: asdict(run_case(case))  # type: ignore[misc]
     for model in LAYERS:
         for dtype in PLANTED_IN:
             name = f"planted in {model}, {dtype}"
             yield name, lambda m=model, d=dtype: [asdict(found) for found in planted(m, d)]  # type: ignore[misc]
+    for case in cases():
+        yield case.key, lambda case=case: asdict(run_case(case))  # type: ignore[misc]
 
 
 def validate(markdown: Path, log: Log = lambda text: None, only: str = "") -> dict[str, Any]:
