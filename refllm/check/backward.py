@@ -18,7 +18,7 @@ from refllm.accuracy.backward import Backward
 from refllm.accuracy.judge import broken_isolated
 from refllm.accuracy.limits import END_TO_END, FLOAT64_SIGMA, ISOLATED, MISROUNDED, misrounded_limit
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
-from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, Uncertain
+from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, Uncertain, ulp
 from refllm.accuracy.wrong_answers import NOT_FINITE, undetected, wrong_answers
 from refllm.check.asked import Asked
 from refllm.check.error_map import error_map
@@ -121,6 +121,8 @@ class _Judge:
         self.shown = {name: g for name, g in trace.gradients.items() if not name.endswith(_NO_GRADIENT_OF)}
         self._of_values = {name: g for name, g in self.shown.items() if not of_tensor(name)}
         self.notes: list[str] = []
+        self._others: dict[_Way, _Prediction] = {}
+        self._in_float32: dict[_Way, dict[str, Uncertain]] = {}
 
     # ---------------------------------------------------------------------------------------------------------- the run
 
@@ -211,9 +213,12 @@ class _Judge:
         report = TapReport(name, NOTHING, dtype=self.dtype)
         if measured is NOTHING:
             return report
-        # What attention in one kernel computes is known to the bit only without tiles and approximate exponentials.
-        of_kernel = "attention" in operators and not way.policy.normalize_first
-        measured = replace(measured, misrounded=max(0.0, measured.misrounded - self._undecided(name, operators)))
+        # What attention in one kernel computes is known to the bit only without tiles and approximate exponentials; and
+        # dp less its mean is so small a difference that float32 sums move the scores' gradient in float16.
+        of_kernel = "attention" in operators and (not way.policy.normalize_first or self.dtype == "float16")
+        if measured.misrounded > misrounded_limit(measured.elements):
+            near = self._undecided(name, operators, way)
+            measured = replace(measured, misrounded=max(0.0, measured.misrounded - near))
         unknown = of_kernel or (self.asked.policy is None and not self._recognised(found[way], main))
         if unknown:
             measured = replace(measured, misrounded=0.0)
@@ -230,12 +235,19 @@ class _Judge:
             report.place = self._elsewhere(name, way)
         return report
 
-    def _undecided(self, name: str, operators: list[str]) -> float:
-        """The share of elements of a sum that is rounded after every addition which float32 arithmetic in the terms may
-        move to a neighbour: each addition may."""
-        if not of_tensor(name) or not {"layer_norm", "embedding"} & {*operators}:
-            return 0.0
-        return self.trace.inputs.input_ids.size * _MOVED * (2.0**-13 if self.dtype == "float16" else 2.0**-16)
+    def _undecided(self, name: str, operators: list[str], way: _Way) -> float:
+        """The share of elements that float32 arithmetic inside may move across a boundary between two numbers of the
+        format: long sums, differences, and sums that are rounded after every addition."""
+        if way not in self._in_float32:
+            rules = Backward("float32", way.policy)
+            given = self.model, self.call, self.trace.taps, self._of_values
+            self._in_float32[way] = predicted.isolated(*given, lambda _: rules, way.policy)
+        x = self._in_float32[way][name]
+        spacing = np.maximum(ulp(x.value, self.dtype, np.float64), np.finfo(np.float32).tiny)
+        near = float(np.mean(np.minimum(1, 2 * np.sqrt(x.variance) / spacing)))
+        if of_tensor(name) and {"layer_norm", "embedding"} & {*operators}:
+            near += self.trace.inputs.input_ids.size * _MOVED * (2.0**-13 if self.dtype == "float16" else 2.0**-16)
+        return near
 
     def _not_by_bits(self, untested: list[str], bits: np.ndarray) -> list[str]:
         """Those of the wrong answers that have the right bits as well: small numbers are seen so, whose error is
@@ -265,11 +277,6 @@ class _Judge:
             if not broken_isolated(self._others[way].measures[name], self.dtype):
                 return way.words
         return ""
-
-    @property
-    def _others(self) -> dict[_Way, _Prediction]:
-        found: dict[_Way, _Prediction] = self.__dict__.setdefault("_of_others", {})
-        return found
 
     def _after_all(self, report: TapReport, name: str, x: Uncertain) -> None:
         shown = self.shown[name]

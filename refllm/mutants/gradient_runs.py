@@ -26,8 +26,8 @@ from refllm.strategies.small_models import EVERY_FLAG, build, model_class, small
 
 POLICIES = {"eager": HF_EAGER, "sdpa": HF_SDPA}
 SEEDS = {"float32": 8}
-"""Runs of one case, else 4, and 2 of 24 layers; every second is a padded batch in micro-batches. In float32 the errors of few numbers (a
-bias, the norm of a head) scatter more."""
+"""Runs of one case, else 4, and 2 of 24 layers; every second is a padded batch in micro-batches. In float32 the errors
+of few numbers (a bias, the norm of a head) scatter more."""
 TOKENS = 45
 """No multiple of a block of the attention kernel."""
 LAYERS = {"llama": 0, "helium": 0, "arcee": 0, "stablelm": 0, "stablelm parallel": 1}

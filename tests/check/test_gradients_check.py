@@ -3,11 +3,14 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
+from witness import to_torch
 
 from refllm import golden
 from refllm.check.adapters.transformers import TransformersCandidate
@@ -20,10 +23,14 @@ from refllm.check.inputs import Inputs
 from refllm.check.learning import must_show_gradients, with_labels
 from refllm.check.oracle import Report, judge
 from refllm.check.trace import Trace
+from refllm.commands import cli
 from refllm.errors import InputError
 from refllm.forward.rotary import RotaryEmbedding
 from refllm.mutants.gradient_runs import POLICIES, found_of, inputs_of, pair
 from refllm.mutants.gradients import catalogue
+from refllm.strategies.small_models import build, model_class, small_config
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -244,3 +251,42 @@ def test_a_function_returns_gradients() -> None:
         found.append((report.verdict, report.first_failure and report.first_failure.name))
         assert any("no operator was judged alone" in said for said in report.unseen)
     assert found == [("incomplete", None), ("fails", "grad:model.norm.weight")]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
+    monkeypatch.setattr("sys.argv", ["refllm", "check", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(str(ended.value.code))
+
+
+def test_the_command_judges_gradients_and_refuses_what_has_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The reference itself, in float16: every value and tensor, in a JSON that is as its schema says."""
+    folder, ids = golden.checkpoints()["helium-tiny"], ["--ids", ",".join(map(str, range(5, 21)))]
+    file = tmp_path / "found.json"
+    how = ["--candidate", "numpy", "--dtype", "float16", "--backward", "--json", str(file)]
+    assert command(monkeypatch, folder, *how, *ids) in (0, 1)
+    found = json.loads(file.read_text())
+    jsonschema.validate(found, json.loads((ROOT / "docs" / "schema" / "check.json").read_text()))
+    assert "fails" not in {report["verdict"] for report in found["reports"]}
+    names = [tap["name"] for tap in found["reports"][0]["taps"]]
+    assert names.index("lm_head") < names.index("grad:lm_head") < names.index("grad:model.layers.0.mlp.act")
+    capsys.readouterr()
+    assert command(monkeypatch, folder, "--candidate", "torch", "--backward", *ids) == 2
+    assert "do not train yet" in capsys.readouterr().err
+    assert command(monkeypatch, folder, "--frozen", "lm_head.weight", *ids) == 2
+    assert "use it with --backward" in capsys.readouterr().err
+
+
+def test_heads_learn_too_and_a_loss_in_the_format_itself_is_refused() -> None:
+    for head, labels in (("token_classification", 5), ("question_answering", 2)):
+        flags = {"num_labels": labels, "pad_token_id": 3}
+        ours = build(model_class("arcee", head), small_config("arcee", **flags), 7, dtype="float32")
+        candidate = TransformersCandidate(to_torch(ours, dtype="float32", attention="eager"), "eager")
+        inputs = inputs_of(ours, candidate, 0, micro_batches=True)
+        assert judge(ours, record(candidate, ours, inputs), Asked(POLICIES["eager"])).verdict == "holds"
+    candidate.dtype = "bfloat16"
+    with pytest.raises(InputError, match="the loss of question_answering is computed in bfloat16 itself"):
+        with_labels(Inputs(np.ones((1, 4), int)), ours, candidate)
