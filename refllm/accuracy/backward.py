@@ -22,20 +22,34 @@ from refllm.precision import EXACT, Arithmetic, Policy, rounding
 
 Variances = list[np.ndarray | None]
 _STEPS = 4  # float32 roundings between a gradient and what a norm makes of it: products, difference, root
+_ONE_ADDITION = 0.541 * 2.0**-46 / 12  # relative variance, on average over a binade
+_OF_AN_EXPONENTIAL = (4 * 2.0**-24) ** 2  # relative variance of those of a kernel, which are good to some ulp
 _SLOPE_STEPS, _LEAST_SLOPE = 4, 0.25  # of the derivative of an activation; where it crosses 0 its terms do not
 
 
-class Backward(Propagation):
-    """The backward operators of an implementation in `dtype` under `policy`. order: in which float32 sums are added."""
+class _InOrder(Propagation):
+    """Operators whose float32 sums may be one chain in an order that is not random: first those of one sign, as where
+    some dims of a query and a key agree and others do not. The partial sums are then of the size of the terms."""
 
     width = np.float64  # gradients are small, and the squares of their ulp are smaller
+
+    def _accumulated(self, terms: np.ndarray, value: np.ndarray, square_sum: np.ndarray) -> np.ndarray:
+        found = super()._accumulated(terms, value, square_sum)
+        if self.order == BLOCKS:
+            return found
+        drift = np.maximum(np.square(value), terms * square_sum / 4) / 3
+        return np.maximum(found, terms * drift * _ONE_ADDITION)
+
+
+class Backward(_InOrder):
+    """The backward operators of an implementation in `dtype` under `policy`. order: in which float32 sums are added."""
 
     def __init__(self, dtype: str, policy: Policy, order: str = BLOCKS) -> None:
         points = frozenset(point.replace(".grad", "") for point in policy.points if ".grad" in point)
         super().__init__(dtype, replace(policy, points=points), lambda _, x: x, lambda _: False)
         self.order = order
-        self._forward = Propagation(dtype, policy, lambda _, x: x, lambda _: False)
-        self._forward.order, self._forward.width = order, np.float64
+        self._forward = _InOrder(dtype, policy, lambda _, x: x, lambda _: False)
+        self._forward.order = order
 
     def back(
         self, operator: str, grads: Sequence[Uncertain], kept: tuple[Any, ...], how: dict[str, Any], needed: Any
@@ -338,6 +352,8 @@ class _Head:
         q, k = certain(self.q), certain(self.k)
         of_scores = sum(forward._score_variance(q, k, self.s, self.p, self.scale), start=np.zeros(self.p.shape))
         seen = self.p > 0
+        if self.of.dtype == "float32" and not self.of.policy.normalize_first:
+            of_scores = of_scores + _OF_AN_EXPONENTIAL
         of_scores = np.where(seen, of_scores, 0)
         rounded = np.minimum(forward._noise(self.p, "attention.weights"), np.square(1 - self.p))
         of_p = forward._probs_variance(self.p, of_scores) + forward._inside(self.p, 3) + np.where(seen, rounded, 0)

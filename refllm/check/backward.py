@@ -49,7 +49,7 @@ class _Way:
 
     @property
     def words(self) -> str:
-        return f"as policy {self.policy.name}" if self.order == BLOCKS else f"float32 sums {self.order}"
+        return f"as policy {self.policy.name}" if self.order == BLOCKS else f"float32 sums {self.order}, in any order"
 
 
 @dataclass(frozen=True)
