@@ -27,8 +27,9 @@ from refllm.forward.operators import Operators
 from refllm.forward.tape import Tape, Walk
 from refllm.forward.traced import Step
 from refllm.ops import IGNORE_INDEX
-from refllm.precision import Arithmetic, Policy
+from refllm.precision import Arithmetic, Policy, rounding
 
+_NARROW = ("bfloat16", "float16")
 _OF_A_NORM = 0.6  # of the variance of its float32 roundings: four of seven are of its mean, sum and root
 RUNS = 8
 """Passes with random errors. A variance that is the mean of n squares over k of them is known to sqrt(2 / (n k))."""
@@ -102,17 +103,24 @@ class _Tables:
 
 
 def walked(
-    model: Model, call: Pass, ar: Arithmetic, plain: Callable[[slice], Any], walk: Walk, begin: Callable[[slice], None]
+    model: Model,
+    call: Pass,
+    ar: Arithmetic,
+    plain: Callable[[slice], Any],
+    walk: Walk,
+    begin: Callable[[slice], None],
+    exactly: Collection[str] = (),
 ) -> dict[str, Any]:
     """Tensor -> gradient after a pass and a walk over all micro-batches. plain: the operators of one of them; begin:
-    told its rows before it is walked."""
+    told its rows before it is walked. exactly: see `Tape`."""
     names, found = tensor_names(model), dict[str, Any]()
     wanted = {name for name, key in names.items() if key not in call.frozen}
     taped = copy(model)
     taped.arithmetic = ar
     for rows in call.parts():
         taped.rotary = _Tables(*(np.asarray(table[rows], ar.work) for table in call.tables))  # type: ignore[assignment]
-        tape = Tape(ar, model.weights, wanted, inputs={}, padding=padding_id(model.config), walk=walk)
+        padding = padding_id(model.config)
+        tape = Tape(ar, model.weights, wanted, inputs={}, padding=padding, walk=walk, exactly=exactly)
         begin(rows)
         loss = taped_loss(taped, tape, call.arguments(rows), plain(rows))
         with np.errstate(all="ignore"):
@@ -128,16 +136,22 @@ def walked(
 class _Shown:
     """Operators at whose names a candidate's values are put in the place of what was computed."""
 
-    def __init__(self, plain: Any, shown: Mapping[str, np.ndarray], rows: slice) -> None:
-        self._plain, self._shown, self._rows = plain, shown, rows
+    def __init__(self, plain: Any, shown: Mapping[str, np.ndarray], rows: slice, dtype: str) -> None:
+        self._plain, self._shown, self._rows, self._dtype = plain, shown, rows, dtype
         self.ar, self.scope = plain.ar, plain.scope
 
     def within(self, scope: str) -> "_Shown":
-        return _Shown(self._plain.within(scope), self._shown, self._rows)
+        return _Shown(self._plain.within(scope), self._shown, self._rows, self._dtype)
 
     def tap(self, name: str, value: np.ndarray) -> np.ndarray:
         found = self._shown.get(self.scope + name)
         return value if found is None else put(found[self._rows], value)
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """A sum in a narrow format, which is known to the bit though nobody showed it."""
+        total = self._plain.add(x, y)
+        narrow = self._dtype in _NARROW
+        return rounding(self._dtype)(total.astype(np.float32)).astype(self.ar.work) if narrow else total
 
     def __getattr__(self, operator: str) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(self._plain, operator)
@@ -219,7 +233,10 @@ def isolated(
     """
     ar = exact_arithmetic(policy)
     walk = _Following(rules, ar, gradients, call.scale)
-    tensors = walked(model, call, ar, lambda rows: _Shown(Operators(ar), values, rows), walk, walk.begin)
+    dtype = rules("add").dtype
+    exactly = ("add",) if dtype in _NARROW else ()
+    plain = lambda rows: _Shown(Operators(ar), values, rows, dtype)  # noqa: E731
+    tensors = walked(model, call, ar, plain, walk, walk.begin, exactly)
     found = {name: _joined(parts) for name, parts in walk.predicted.items()}
     return found | {f"grad:{name}": gradient for name, gradient in tensors.items()}
 
@@ -255,7 +272,7 @@ def to_the_bit(model: Model, call: Pass, values: Named, gradients: Named, dtype:
     float32 sums does not matter."""
     ar = Arithmetic(dtype, replace(policy, torch_order=False))
     walk = _Emulating(ar, gradients, call.scale)
-    tensors = walked(model, call, ar, lambda rows: _Shown(Operators(ar), values, rows), walk, walk.begin)
+    tensors = walked(model, call, ar, lambda rows: _Shown(Operators(ar), values, rows, dtype), walk, walk.begin)
     return {n: np.concatenate(parts) for n, parts in walk.found.items()} | {f"grad:{n}": g for n, g in tensors.items()}
 
 

@@ -741,7 +741,8 @@ def _add_backward(
     """Puts what was found about the gradients behind the values of the forward pass."""
     narrow = trace.dtype in ("bfloat16", "float16")
     profile = collected.record.profile_of("model.layers.0.self_attn.q_rope", "rope") if narrow else None
-    of_policy = asked.policy is not None and "rope.table" in asked.policy.points
+    named = None if asked.policy is None else asked.policy.without(model.page.NOT_ROUNDED)
+    of_policy = named is not None and "rope.table" in named.points
     rounded = of_policy or (asked.policy is None and (profile is None or "tables" in profile.points))
     assert collected.tables is not None
     cos, sin = tables_on_grid(*collected.tables.values(), trace.dtype, rounded)

@@ -88,7 +88,8 @@ class Tape:
     """What a forward pass computed, in order. One pass forward, one walk back.
 
     wanted: the tensors that are to have a gradient. inputs: named value -> the name that its gradient gets, for values
-    that come from outside. checkpointing: layers are computed again. walk: what is done with gradients.
+    that come from outside. checkpointing: layers are computed again. walk: what is done with gradients. exactly: the
+    operators whose results are known to the bit where their arguments are.
     """
 
     def __init__(
@@ -101,7 +102,9 @@ class Tape:
         padding: int | None = None,
         checkpointing: bool = False,
         walk: Walk | None = None,
+        exactly: Collection[str] = (),
     ) -> None:
+        self.exactly = exactly
         self.ar, self.inputs, self.padding, self.walk = ar, inputs, padding, walk or Walk(ar)
         self._weights, self._wanted, self._checkpointing = weights, wanted, checkpointing
         self._calls: list[_Call] = []
@@ -167,7 +170,7 @@ class Tape:
         call.shapes = [np.shape(x) for x in results]
         known = all(number is None or number in self._certain for number in sources)
         call.certain = known or step.operator in _READS  # of these nothing is kept that could be uncertain
-        if known and step.moves:
+        if known and (step.moves or step.operator in self.exactly):
             self._certain.update(call.results)
         self._write_down(call, arguments)
         traced = tuple(Traced(self, x, n) for x, n in zip(results, call.results, strict=True))

@@ -11,7 +11,7 @@ D head_dim, R rotary dims (here R = D). Source: Transformers, models/helium; Kyu
 
 # Where this family's Transformers code does not round although the policy would: the norm's weight is multiplied in
 # float32, before the only rounding. (Llama and Arcee round first.)
-NOT_ROUNDED = frozenset({"rms_norm.normalized", "rms_norm.grad.scaled", "rms_norm.grad.terms"})
+NOT_ROUNDED = frozenset({"rms_norm.normalized"})
 
 
 def tensors(c):

@@ -69,6 +69,9 @@ _GRADIENTS = frozenset(
     f"{name}.grad"
     for name in ("linear", "rms_norm", "layer_norm", "rope", "attention", "activation", "glu", "add", "embedding")
 ) | {"cross_entropy.grad", "loss.grad"}
+_ON_THE_WAY_BACK = {"rms_norm.normalized": ("rms_norm.grad.scaled", "rms_norm.grad.terms")}
+"""Where code does not round backwards that does not round forwards. (A rotation in float32 does: each of its products
+hands its own gradient back to the input, in the format of that.)"""
 _OUTPUTS = frozenset({"linear", "rms_norm", "layer_norm", "rope", "attention.weights", "attention", "add"})
 
 
@@ -97,8 +100,10 @@ class Policy:
         return frozenset(point for point in self.points if ".grad" not in point)
 
     def without(self, points: frozenset[str]) -> "Policy":
-        """The same policy, not rounding at `points`: how a model page states what its family does differently."""
-        return replace(self, points=self.points - points)
+        """The same policy, not rounding at `points`: how a model page states what its family does differently. What is
+        multiplied in float32 is so on the way back as well."""
+        back = {point for forward in points for point in _ON_THE_WAY_BACK.get(forward, ())}
+        return replace(self, points=self.points - points - back)
 
 
 HF_EAGER = Policy(

@@ -20,6 +20,7 @@ from refllm.check import compare
 from refllm.check.adapters.transformers import TransformersCandidate, quiet_transformers
 from refllm.check.candidates import record
 from refllm.check.formulas import formula
+from refllm.check.html import render
 from refllm.check.inputs import Inputs
 from refllm.check.oracle import Report, judge
 from refllm.commands import cli
@@ -117,6 +118,17 @@ def test_transformers_own_model_holds(kind: str, dtype: str, stress: bool, folde
     for report in compare(folder(kind), candidate, dtype=dtype, input_ids=IDS, stress=stress, page=page_of(kind)):
         assert report.verdict == "holds", told(report)
         assert not [habit for habit in report.habits if habit.expected]  # it rounds as Transformers does
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "olmo2"])
+def test_its_gradients_hold_too(kind: str, folder: Callable[[str], Path]) -> None:
+    candidate = TransformersCandidate(theirs(folder(kind), torch.bfloat16))
+    ids = IDS[:, :32]
+    report = compare(folder(kind), candidate, dtype="bfloat16", input_ids=ids, backward=True, page=page_of(kind))[0]
+    untested = [(tap.name, tap.untested) for tap in report.taps if tap.untested]
+    assert report.verdict == "holds", (told(report), report.unseen, report.unsaid, untested)
+    assert sum(tap.name.startswith("grad:") for tap in report.taps) > 50
+    assert "backward" in render([report])
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
