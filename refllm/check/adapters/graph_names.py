@@ -31,7 +31,8 @@ _ATTENTION = ("Attention", "MultiHeadAttention", "ScaledDotProductAttention")
 _LIKE = ("CastLike", "ConvertLike")
 _SCALES = ("Mul", "Multiply", "Div", "Divide", "Cast", "Convert", *_LIKE)
 _SIZES = ("Shape", "ShapeOf", "Size")
-_MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Broadcast", "Identity", "Tile", "Concat", "Slice")
+_REPEATS = ("Expand", "Broadcast", "Identity")
+_MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", *_REPEATS, "Tile", "Concat", "Slice")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class _Names:
         while node is not None:
             scaled = node.kind in _SCALES and (varying := self._varying(node)) is not None
             if not scaled and not node.swaps and self._are_heads(name, heads):
-                return name
+                return self._before_repeating(name, heads)
             if scaled:
                 name = str(varying)
             elif node.kind in _MOVES:
@@ -181,6 +182,16 @@ class _Names:
                 return None
             node = self.graph.made_by.get(name)
         return None
+
+    def _before_repeating(self, name: str, heads: int) -> str:
+        """The same heads where they are first: a compiler takes out what expands to the shape that there is."""
+        node = self.graph.made_by[name]
+        while node.kind in _REPEATS and self._are_heads(node.inputs[0], heads):
+            name = node.inputs[0]
+            if name not in self.graph.made_by:
+                break
+            node = self.graph.made_by[name]
+        return name
 
     def _varying(self, node: Node) -> str | None:
         """The one input of a node that is not fixed, if there is one."""
