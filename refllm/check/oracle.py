@@ -61,12 +61,15 @@ def _to_no_bit(x: Uncertain) -> Uncertain:
     return replace(x, rounded=None, before=None if x.before is None else replace(x.before, rounded=None))
 
 
-def _orders(operator: str) -> list[Profile]:
-    """The orders of float32 sums, from the smallest error to the largest."""
+def _orders(operator: str, reads: tuple[str, ...]) -> list[Profile]:
+    """The orders of float32 sums, from the smallest error to the largest. reads: what a product may read in place of
+    its input, each in every order."""
     orders = [BLOCKS, ONE_CHAIN, *([ONE_PASS] if operator == "layer_norm" else [])]
     if operator in ("rope", "glu", "activation", "add"):
         orders = [BLOCKS]
     found = [ONCE if order == BLOCKS else Profile(order=order) for order in orders]
+    if operator == "linear" and len(reads) > 1:
+        return [replace(profile, inputs=reading) for reading in reads for profile in found]
     return [*found, Profile(tf32=True)] if operator in ("linear", "attention") else found
 
 
@@ -185,7 +188,7 @@ class Judge:
         self.isolated: dict[str, TapReport] = {}
         self.next_tokens: TokenReport | None = None
         self.shares: dict[str, float] = {}
-        self.record = Record(self.narrow)
+        self.record = Record(self.narrow, asked.kinds)
         self.tables = guess
         self._recognise = Recogniser(trace.dtype, self.places, asked.splits)
         self._last: tuple[Made, Profiled, Profile] | None = None
@@ -325,11 +328,11 @@ class Judge:
         return _to_no_bit(op.under(made, chosen(profile, made.operator, self.narrow)))
 
     def _in_an_order(self, name: str, made: Made, op: Profiled, candidate: np.ndarray) -> Uncertain:
-        """The value in that order of float32 sums which has the smallest error that holds."""
-        first: Uncertain | None = None
-        for profile in _orders(made.operator):
+        """The value in that order of float32 sums which has the smallest error that holds; if none does, of the ways
+        to read the input that which leaves the least."""
+        least, nearest = np.inf, None
+        for profile in _orders(made.operator, self.record.readings(name)):
             x = op.under(made, profile)
-            first = first or x
             rows = self._rows(candidate)
             found = self._measure(rows, self._rows(x.value, candidate), self._rows(x.variance, candidate))
             if not broken_isolated(found, self.trace.dtype) and (not profile.tf32 or found.ratio > TF32_AT_LEAST):
@@ -338,8 +341,10 @@ class Judge:
                 if profile.order == ONE_PASS:
                     self._cancels[name] = self._cancellation(made.inputs[0].value)
                 return x
-        assert first is not None
-        return first
+            if nearest is None or (profile.order == ONCE.order and not profile.tf32 and found.ratio < least):
+                least, nearest = found.ratio, x
+        assert nearest is not None
+        return nearest
 
     def _cancellation(self, read: np.ndarray) -> str:
         """What to say of a variance in one pass over such rows; "" where their means are small enough for it."""

@@ -80,6 +80,8 @@ def check_recorded(
     trace = canonical(replace(trace, dtype=format_, taps=taps), model, layout)
     where = f"{checkpoint} {format_}, {trace.inputs.label}"
     how: dict[str, Any] = {"checkpoint": checkpoint, "step": lambda text: step(f"{where}: {text}")}
+    if weights is not None:
+        asked = replace(asked, kinds=weights.kinds(model))
     if against is not None:
         return judge_against(model, trace, canonical(against, model, layout if against.is_plain else ""), asked, **how)
     report = judge(model, trace, asked, explain=explain, **how)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -53,6 +53,9 @@ class Runs:
     weights: Given | None = None
 
     def __post_init__(self) -> None:
+        if self.weights is not None and self.weights.own:
+            self.weights, said = self.weights.checked(self.load("float64"))
+            self.notes = [*self.notes, *said]
         self._model = self._load(self.candidate.dtype)
 
     def _load(self, dtype: str) -> Model:
@@ -181,10 +184,13 @@ class Runs:
         return report
 
     def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
+        asked = Asked.of(self.policy)
+        if self.weights is not None:
+            asked = replace(asked, kinds=self.weights.kinds(self._model))
         if self.against is None:
-            return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step, explain=self.explain)
+            return judge(self._model, trace, asked, checkpoint=self.checkpoint, step=step, explain=self.explain)
         layout = ",".join(self.layout) if self.against.is_plain else ""
-        good, asked = canonical(self.against, self._model, layout), Asked.of(self.policy)
+        good = canonical(self.against, self._model, layout)
         return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)
 
     def _misbehaving(self, inputs: Inputs, found: Misbehaviour) -> Report:

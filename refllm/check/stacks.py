@@ -5,6 +5,10 @@ An adapter is a module with two functions:
 
     open_candidate(opening)   -> Candidate   what `--candidate NAME[:FILE]` names
     wrap(model, opening)      -> Candidate   the same for a live object of that stack
+
+and a third where a file has weights of its own, which may be in another format than the checkpoint's:
+
+    weights(opening)          -> Given       (refllm.check.weights)
 """
 
 import importlib

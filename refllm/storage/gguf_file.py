@@ -102,6 +102,11 @@ class GgufFile:
         """Name -> how the tensor is stored: "F32", "Q8_0", "Q4_K"."""
         return {name: tensor.tensor_type.name for name, tensor in self._stored.items()}
 
+    def bits(self, name: str) -> float:
+        """How many bits a number of the tensor takes, those of its block's scales included."""
+        tensor = self._stored[name]
+        return 8 * float(tensor.n_bytes) / float(tensor.n_elements)
+
     def shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(int(n) for n in reversed(self._stored[name].shape))
         return shape if self._part[name] is None else shape[1:]
