@@ -132,6 +132,7 @@ def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str
         weights=weights,
         notes=[*kept.notes, *laid.notes],
         doubts=laid.doubts,
+        last_alone=laid.last_alone,
     )
 
 

@@ -53,10 +53,14 @@ class Runs:
     weights: Given | None = None
 
     def __post_init__(self) -> None:
+        self._check_weights()
+        self._model = self._load(self.candidate.dtype)
+
+    def _check_weights(self) -> None:
+        """Leaves out what are no weights of the checkpoint's, and says so."""
         if self.weights is not None and self.weights.own:
             self.weights, said = self.weights.checked(self.load("float64"))
             self.notes = [*self.notes, *said]
-        self._model = self._load(self.candidate.dtype)
 
     def _load(self, dtype: str) -> Model:
         """The checkpoint in `dtype`, with the weights that the candidate has."""
@@ -83,9 +87,10 @@ class Runs:
         begin = time.monotonic()
         found, rows = self._run(self.plain), Rows(0, 0)
         seconds = time.monotonic() - begin
-        possible, skipped = self._possible()  # as is known now that it ran
         if isinstance(found, Trace):
             self._take_weights(found)
+        possible, skipped = self._possible()  # as is known now that it ran
+        if isinstance(found, Trace):
             self._settle(found)
             rows = self._rows(found, possible, seconds) if self.against is None else rows
         more += [] if _hangs(found) else possible
@@ -133,6 +138,7 @@ class Runs:
             self.notes = [*self.notes, f"it hands over weights of its own, which are not read: judged with {given}"]
         elif trace.weights:
             self.weights = Given.handed(self.candidate.name, trace.weights)
+            self._check_weights()
             self._model = self._load(self.candidate.dtype)
 
     def _tell_format_error(self, report: Report) -> None:

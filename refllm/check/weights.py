@@ -67,7 +67,8 @@ class Given:
     """Weights in the place of a checkpoint's, as far as there are any. source: where they come from, in words.
 
     rounded: whether the precision of the check rounds them, as it does those of a checkpoint; what was handed over is
-    taken as it is. own: whether they are of the candidate's own file, which is asked whether it has the checkpoint's.
+    taken as it is. own: whether they are what the candidate has, which is asked whether they are the checkpoint's in
+    another format, and not what somebody said that they should be.
     without: tensors, as the pages name them, that are not taken though they are there.
     """
 
@@ -97,7 +98,7 @@ class Given:
     @classmethod
     def handed(cls, source: str, arrays: Mapping[str, Any]) -> "Given | None":
         """What somebody handed over; None for nothing."""
-        return cls(source, Handed(arrays), rounded=False) if arrays else None
+        return cls(source, Handed(arrays), rounded=False, own=True) if arrays else None
 
     def in_place_of(self, model: Model) -> Model:
         """`model` with these weights. Raises InputError for a tensor that it does not have, or of another shape."""
@@ -122,20 +123,24 @@ class Given:
         return _Arrays(self.tensors, pages, np.float64 if exact else np.float32, round)
 
     def checked(self, exact: Model) -> "tuple[Given | None, list[str]]":
-        """Those of the candidate's own file that are the checkpoint's in another format; None where there are no other
+        """Those of the candidate's own that are the checkpoint's in another format; None where there are no other
         formats. And a sentence on each tensor that is another one: the candidate is judged without it, and found.
 
         exact: the checkpoint in float64.
         """
+        if not self.own:
+            return self, []
         arrays, said, same = self.arrays(exact), list[str](), set[str]()
+        kinds: Mapping[str, str] = getattr(self.tensors, "kinds", {})
         for page, name in arrays.names.items():
-            kind, bits = self.tensors.kinds[name], self.tensors.bits(name)  # type: ignore[attr-defined]
+            kind = kinds.get(name, "")
+            bits = self.tensors.bits(name) if kind else 0.0  # type: ignore[attr-defined]
             off, most = _worst_row(arrays[page], exact.weights[page]), _most(kind, bits)
             if off > most:
                 said.append(
-                    f"{name} of {self.source} ({kind}) is not the checkpoint's: a row is off by {_percent(off)} of "
-                    f"its size, and that format costs at most {_percent(most)}; judged with the checkpoint's (or, if "
-                    f"it is meant, with --weights {self.source})"
+                    f"{name} of {self.source}{f' ({kind})' if kind else ''} is not the checkpoint's: a row is off by "
+                    f"{_percent(off)} of its size, and {'that' if kind else 'a'} format costs no more than "
+                    f"{_percent(most)}; judged with the checkpoint's (if it is meant, --weights says so)"
                 )
             if off > most or (off == 0 and kind == "F32"):
                 same.add(page)
@@ -267,7 +272,7 @@ _LEAST_HALF = 2.0**-25
 
 
 def _most(kind: str, bits: float) -> float:
-    """What a row of a tensor may be off by in a format of so many bits, as a part of its size."""
+    """What a row of a tensor may be off by in a format of so many bits, as a part of its size. bits: 0 if unknown."""
     return _RELATIVE.get(kind, min(ANOTHER_TENSOR, 2 ** (STEPS_OF_A_ROW - bits)))
 
 

@@ -235,6 +235,13 @@ def test_a_tensor_of_a_file_that_is_another_is_said_and_not_taken(folder: Path, 
         assert np.array_equal(taken, model.weights[name.removeprefix("model.")])
 
 
+def test_weights_that_a_port_hands_over_are_asked_whose_they_are(folder: Path) -> None:
+    report = one(folder, port(rows_swapped(by_rows(folder)), hands_over=True))
+    assert report.first_failure is not None
+    assert report.first_failure.name == "model.layers.1.mlp.up_proj"
+    assert any("up_proj.weight of" in note and "is not the checkpoint's: a row is off" in note for note in report.notes)
+
+
 def test_the_error_of_the_format_is_that_of_exact_runs(folder: Path, tmp_path: Path) -> None:
     arrays = by_rows(folder)
     save_checkpoint(tmp_path, arrays, "float32")
