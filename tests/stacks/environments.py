@@ -39,6 +39,7 @@ ENVIRONMENTS: dict[str, Environment] = {
     "onnx": Environment(("onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2"), "onnx", in_make_test=True),
     "openvino": Environment(("openvino==2026.4.1",), "openvino"),
     "jax": Environment(("jax==0.10.2",), "jax"),
+    "flax": Environment(("jax==0.10.2", "flax==0.12.8")),
     "ctranslate2": Environment(("ctranslate2==4.8.5",), "ctranslate2"),
     "gguf": Environment(("gguf==0.19.0",), "gguf"),
     "quantized": Environment(
