@@ -84,6 +84,8 @@ class GgufFile:
         extras.require("reading a GGUF file", "gguf")
         import gguf
 
+        if os.path.isfile(path) and not is_gguf(path):
+            raise CheckpointError(f"{path}: this is no GGUF file; such a file begins with {MAGIC.decode()}")
         try:
             reader = gguf.GGUFReader(path)
         except OSError as error:
