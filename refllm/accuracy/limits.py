@@ -88,6 +88,10 @@ each of 31 numbers beside one that is 2^(b - 1) steps large is sqrt(31) / 2^b = 
 bit, and as much is left for those that are rounded themselves. A row that is lost is off by 1, another one by sqrt(2),
 and of what was measured the coarsest format, Q2_K, by 0.35."""
 
+OF_ONE_ROUNDING, OF_THE_SMALLEST = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}, 2.0**-25
+"""The same of a row that is rounded number by number: half a step of each; and half the smallest number of float16, as
+what a number may be off by in any case."""
+
 CANCELS = 3
 """Mean over standard deviation of a row, from where a variance in one pass, the difference of two squares, is mostly
 their error."""

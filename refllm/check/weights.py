@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from refllm.accuracy.limits import ANOTHER_TENSOR, STEPS_OF_A_ROW
+from refllm.accuracy.limits import ANOTHER_TENSOR, OF_ONE_ROUNDING, OF_THE_SMALLEST, STEPS_OF_A_ROW
 from refllm.check.inputs import Inputs
 from refllm.check.next_tokens import compare_tokens
 from refllm.check.taps import as_array
@@ -266,14 +266,9 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-_RELATIVE = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
-_LEAST_HALF = 2.0**-25
-"""Half of the smallest number of float16."""
-
-
 def _most(kind: str, bits: float) -> float:
     """What a row of a tensor may be off by in a format of so many bits, as a part of its size. bits: 0 if unknown."""
-    return _RELATIVE.get(kind, min(ANOTHER_TENSOR, 2 ** (STEPS_OF_A_ROW - bits)))
+    return OF_ONE_ROUNDING.get(kind, min(ANOTHER_TENSOR, 2 ** (STEPS_OF_A_ROW - bits)))
 
 
 def _worst_row(found: np.ndarray, own: np.ndarray) -> float:
@@ -281,7 +276,7 @@ def _worst_row(found: np.ndarray, own: np.ndarray) -> float:
     if found.shape != own.shape:
         return float("inf")
     off, size = (np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=-1)) for x in (found - own, own))
-    off = np.where(off > _LEAST_HALF, off, 0)
+    off = np.where(off > OF_THE_SMALLEST, off, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.max(np.where(off > 0, off / size, 0), initial=0))
 

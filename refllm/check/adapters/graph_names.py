@@ -124,13 +124,16 @@ class _Names:
         if short in _INPUTS:
             width = width if short != "self_attn.context" else self.sizes["H"] * self.sizes["D"]
             return self.entering(f"{at}.{_INPUTS[short]}", width)
-        return self.leaving(tap, width)
+        heads = next((self.sizes[axis] for axis in "HK" if axes.startswith(f"B {axis} ")), None)
+        return self.leaving(tap, width, heads)
 
-    def leaving(self, module: str, width: int | None) -> str | None:
-        """The last value that is made in a module and read outside of it."""
+    def leaving(self, module: str, width: int | None, heads: int | None) -> str | None:
+        """The last value that is made in a module and read outside of it. heads: how many it has to have; None: it is
+        not split into them."""
         for node in reversed(self.by_module.get(module, [])):
             for name in node.outputs:
-                if self._fits(name, width) and (name in self.graph.results or self._read_outside(name, module)):
+                fits = self._fits(name, width) and (heads is None or self._are_heads(name, heads))
+                if fits and (name in self.graph.results or self._read_outside(name, module)):
                     return name
         return None
 
