@@ -69,7 +69,7 @@ class Record:
         return tuple(dict.fromkeys((*before[-1:], *READ_BESIDE.get(kind, (AS_IT_IS,)))))
 
     def _in_float32(self, name: str) -> Profile | None:
-        """The profile of a value; of a product that was not shown, or holds in no way, with the most rounded reading."""
+        """A profile; of a product that was not shown, or holds in no way, with the reading that rounds most."""
         rounded = in_no_certain_way(READ_BESIDE.get(self.kinds.get(name, ""), (AS_IT_IS,))[-1])
         order, reads = self.orders.get(formulas.short(name)), self.reads.get(name, rounded)
         return replace(order or ONCE, inputs=reads) if reads else order
