@@ -330,7 +330,7 @@ def test_info_says_what_a_gguf_file_is(folder: Path, monkeypatch: Any, capsys: A
     assert found["kinds"]["Q4_0"] == 16
 
 
-@pytest.mark.parametrize("damage", ["magic", "cut", "family", "tensor", "heads"])
+@pytest.mark.parametrize("damage", ["magic", "text", "cut", "family", "tensor", "heads"])
 def test_a_damaged_gguf_file_is_one_sentence(folder: Path, tmp_path: Path, damage: str) -> None:
     path, edits = tmp_path / "m.gguf", {}
     if damage == "heads":
@@ -339,12 +339,19 @@ def test_a_damaged_gguf_file_is_one_sentence(folder: Path, tmp_path: Path, damag
     data = path.read_bytes()
     if damage == "magic":
         path.write_bytes(b"GGUF" + b"\xff" * 100)
+    elif damage == "text":
+        path.write_text("no GGUF file, but a text")
     elif damage == "cut":
         path.write_bytes(data[: len(data) // 2])
     elif damage == "family":
         path.write_bytes(data.replace(b"llama", b"phi77"))
     elif damage == "tensor":
         path.write_bytes(data.replace(b"blk.0.ffn_up", b"blk.9.ffn_up"))
-    expected = {"family": "expected one of llama", "tensor": "is no tensor of", "heads": "expected a number of 1"}
+    expected = {
+        "text": "this is no GGUF file",
+        "family": "expected one of llama",
+        "tensor": "is no tensor of",
+        "heads": "expected a number of 1",
+    }
     with pytest.raises(CheckpointError, match=expected.get(damage, "a GGUF file that cannot be read")):
         GgufFile.open(path)
