@@ -85,6 +85,17 @@ TABLES_OF_ONE = 4.0
 asked for the tables. Layers that turn alike differ by their numbers of heads and by the sizes of their values, less
 than twofold; one that is wrong is wrong by far more than a rounding."""
 
+ANOTHER_TENSOR, STEPS_OF_A_ROW = 0.7, 3.5
+"""What a row of a quantised tensor may be off by, as a part of its size, and still be the checkpoint's: in a format of
+b bits a number, those of scales among them, 2^(`STEPS_OF_A_ROW` - b), but never more than the first. Half a step in
+each of 31 numbers beside one that is 2^(b - 1) steps large is sqrt(31) / 2^b = 2^(2.5 - b) of it; scales take half a
+bit, and as much is left for those that are rounded themselves. A row that is lost is off by 1, another one by sqrt(2),
+and of what was measured the coarsest format, Q2_K, by 0.35."""
+
+OF_ONE_ROUNDING, OF_THE_SMALLEST = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}, 2.0**-25
+"""The same of a row that is rounded number by number: half a step of each; and half the smallest number of float16, as
+what a number may be off by in any case."""
+
 CANCELS = 3
 """Mean over standard deviation of a row, from where a variance in one pass, the difference of two squares, is mostly
 their error."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from refllm.check.inputs import Inputs
     from refllm.check.oracle import Report
     from refllm.check.process import Processes
+    from refllm.check.stacks import Opening
     from refllm.check.trace import Trace
     from refllm.check.weights import Given
     from refllm.forward.model import Model
@@ -131,6 +132,7 @@ class _Call:
     def reports(self, given: dict[str, Any], prompt: str | None, processes: "Processes | None") -> "list[Report]":
         """A report per input. given: arrays by name, or None for those that were not. processes: where a name's
         candidate runs; None: in this one."""
+        from refllm.check.candidates import weights_of
         from refllm.check.layout import words_of
         from refllm.check.run import close
         from refllm.check.runs import Runs
@@ -153,7 +155,7 @@ class _Call:
             against=self.against,
             notes=notes,
             recorded=lambda: close(found),
-            weights=self._weights(),
+            weights=weights_of(self._opening()) if self.weights is None else self._weights(),
             explain=self.explain,
         )
         return list(runs.reports())
@@ -177,16 +179,20 @@ class _Call:
 
     def _open(self, processes: "Processes | None") -> Any:
         from refllm.check.candidates import of_object, open_candidate
+
+        opening = self._opening()
+        if not opening.name:
+            return of_object(self.candidate, opening)
+        return open_candidate(opening) if processes is None else processes.open(opening)
+
+    def _opening(self) -> "Opening":
         from refllm.check.run import head_of
         from refllm.check.stacks import Opening
         from refllm.precision.dtype_names import dtype_name
 
         name = self.candidate if isinstance(self.candidate, str) else ""
         dtype, head = dtype_name(self.dtype or "float32"), head_of(self.folder)
-        opening = Opening(name, self.folder, head, dtype, self.attention, self.names, self.library)
-        if not name:
-            return of_object(self.candidate, opening)
-        return open_candidate(opening) if processes is None else processes.open(opening)
+        return Opening(name, self.folder, head, dtype, self.attention, self.names, self.library)
 
 
 def _trace(given: Any, input_ids: Any = None) -> "Trace | None":

@@ -43,6 +43,8 @@ def explained(
     wrong: its name. alone: it is wrong on the candidate's own inputs, so that the values shown before it are taken
     over; else everything counts from the token ids on. policy: where the candidate rounds, about.
     """
+    if trace.last_alone:
+        return None  # the page that is changed computes the logits of all tokens
     names = [name for name in names_of(model.page, model.config) if name != HEAD_TAPS.get(model.head)]
     names += [HEAD_TAPS[model.head]] if model.head in HEAD_TAPS else []
     target = _whole_operator(wrong, trace)

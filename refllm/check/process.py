@@ -84,6 +84,10 @@ class Processes:
         if process is not None:
             process.close()
 
+    def forget(self, candidate: "ApartCandidate") -> None:
+        """It is neither open nor being opened."""
+        self._opened.pop(_kind(candidate.opening.name), None)
+
     def give_up(self, name: str, found: Misbehaviour) -> None:
         """Whatever the checkpoint is: a candidate that misbehaves when it is imported does so again."""
         self._unusable[name] = found
@@ -144,6 +148,7 @@ class ApartCandidate:
         except MisbehavesError as error:
             if not imported:
                 self._processes.give_up(self.opening.name, error.found)
+            self._processes.forget(self)  # whoever asks again is answered again
             raise
 
     def _receive(self, process: Process, end: float, late: str) -> Answer:

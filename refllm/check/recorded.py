@@ -75,16 +75,21 @@ def check_recorded(
         raise InputError(f"{trace.source}: {format_} cannot be checked: say --dtype with one of {', '.join(DTYPES)}")
     step(f"{checkpoint}: loading")
     taps, tensors = handed_over(trace.taps)
-    weights = weights or Given.handed(trace.source, tensors)
+    weights, said_of_weights = weights or Given.handed(trace.source, tensors), list[str]()
+    if weights is not None:
+        weights, said_of_weights = weights.checked(load("float64"))
     model = load(format_) if weights is None else weights.in_place_of(load(format_))
     trace = canonical(replace(trace, dtype=format_, taps=taps), model, layout)
     where = f"{checkpoint} {format_}, {trace.inputs.label}"
     how: dict[str, Any] = {"checkpoint": checkpoint, "step": lambda text: step(f"{where}: {text}")}
+    if weights is not None:
+        asked = replace(asked, kinds=weights.kinds(model))
     if against is not None:
         return judge_against(model, trace, canonical(against, model, layout if against.is_plain else ""), asked, **how)
     report = judge(model, trace, asked, explain=explain, **how)
     if weights is not None:
         report.format_error = format_error(load("float64"), weights, trace.inputs, report)
+    report.notes += said_of_weights
     said = "dtype" in trace.details or dtype is not None
     report.notes += (
         [] if said or not trace.is_plain else [f"judged as {format_}, as its values are; --dtype says another"]
@@ -109,6 +114,7 @@ def canonical(trace: Trace, model: Model, layout: str = "") -> Trace:
         layout=(),
         notes=[*trace.notes, *laid.notes],
         doubts=[*trace.doubts, *laid.doubts],
+        last_alone=laid.last_alone,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from refllm import extras
 from refllm.check.asked import Asked
-from refllm.check.candidates import FAST, KNOWN, open_candidate, record
+from refllm.check.candidates import FAST, KNOWN, open_candidate, record, weights_of
 from refllm.check.functions import DTYPES
 from refllm.check.inputs import Inputs
 from refllm.check.layout import words_of
@@ -203,7 +203,7 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
     """A report per input. The candidate of the following job is opened while the last run of this one is judged."""
     step(f"{job.folder.name}: loading")
     candidate = job.open(processes)  # it loads its weights while this process loads its own
-    good = job.settings.against
+    good, opening = job.settings.against, job.settings.opening(job.folder, candidate.dtype)
     inputs, notes = inputs_for(job.folder, job.settings.tokens, good)
 
     def go_on() -> None:
@@ -227,7 +227,7 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
         notes=notes,
         step=step,
         recorded=go_on,
-        weights=None if job.settings.weights is None else Given.open(job.settings.weights),
+        weights=weights_of(opening) if job.settings.weights is None else Given.open(job.settings.weights),
         explain=job.settings.explain,
     )
     yield from runs.reports()

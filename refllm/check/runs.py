@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -53,7 +53,14 @@ class Runs:
     weights: Given | None = None
 
     def __post_init__(self) -> None:
+        self._check_weights()
         self._model = self._load(self.candidate.dtype)
+
+    def _check_weights(self) -> None:
+        """Leaves out what are no weights of the checkpoint's, and says so."""
+        if self.weights is not None and self.weights.own:
+            self.weights, said = self.weights.checked(self.load("float64"))
+            self.notes = [*self.notes, *said]
 
     def _load(self, dtype: str) -> Model:
         """The checkpoint in `dtype`, with the weights that the candidate has."""
@@ -80,9 +87,10 @@ class Runs:
         begin = time.monotonic()
         found, rows = self._run(self.plain), Rows(0, 0)
         seconds = time.monotonic() - begin
-        possible, skipped = self._possible()  # as is known now that it ran
         if isinstance(found, Trace):
             self._take_weights(found)
+        possible, skipped = self._possible()  # as is known now that it ran
+        if isinstance(found, Trace):
             self._settle(found)
             rows = self._rows(found, possible, seconds) if self.against is None else rows
         more += [] if _hangs(found) else possible
@@ -130,6 +138,7 @@ class Runs:
             self.notes = [*self.notes, f"it hands over weights of its own, which are not read: judged with {given}"]
         elif trace.weights:
             self.weights = Given.handed(self.candidate.name, trace.weights)
+            self._check_weights()
             self._model = self._load(self.candidate.dtype)
 
     def _tell_format_error(self, report: Report) -> None:
@@ -181,10 +190,13 @@ class Runs:
         return report
 
     def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
+        asked = Asked.of(self.policy)
+        if self.weights is not None:
+            asked = replace(asked, kinds=self.weights.kinds(self._model))
         if self.against is None:
-            return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step, explain=self.explain)
+            return judge(self._model, trace, asked, checkpoint=self.checkpoint, step=step, explain=self.explain)
         layout = ",".join(self.layout) if self.against.is_plain else ""
-        good, asked = canonical(self.against, self._model, layout), Asked.of(self.policy)
+        good = canonical(self.against, self._model, layout)
         return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)
 
     def _misbehaving(self, inputs: Inputs, found: Misbehaviour) -> Report:

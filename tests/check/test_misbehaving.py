@@ -153,6 +153,17 @@ def test_a_file_whose_import_does_not_end_hangs(
     )
 
 
+def test_what_cannot_be_opened_is_said_at_once_where_nobody_said_a_dtype(
+    warm_python: None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked twice: whether it takes a dtype, and to run."""
+    monkeypatch.setattr(process, "SECONDS_TO_START", 20.0)
+    (tmp_path / "mine.py").write_text("def f(checkpoint): return 3")
+    (report,) = check_all([checkpoint], Settings(f"{tmp_path / 'mine.py'}:f", seconds=0.5))
+    assert report.misbehaviour is not None
+    assert "returns a int; expected a model of a stack" in report.misbehaviour.text
+
+
 @pytest.mark.parametrize("reference", ["nowhere:forward", "json:no_such_function", "/no/such/file.py:forward"])
 def test_a_function_that_is_not_there_is_wrong_use(reference: str, warm_python: None, checkpoint: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be imported|has no function"):
