@@ -259,6 +259,7 @@ def test_what_became_of_an_entry_is_said(of_runs: dict[str, Any], of_operators: 
         ("[]", "not a JSON object"),
         ("{}", "expected {"),
         ('{"schema": 9, "known": []}', "schema is 9"),
+        ('{"schema": 1, "known": []}', "schema is 1; expected 2"),
         ('{"known": [3]}', "entry 1 is 3"),
         ('{"known": [{"value": "a", "operator": "b"}]}', "a value or an operator"),
         ('{"known": [{"value": "a", "until": "2027-01-31"}]}', 'no "reason"'),
