@@ -27,8 +27,10 @@ def nothing_left(gate: np.ndarray, y: np.ndarray, exact: np.ndarray, dtype: str)
     far = (gate < high) & (gate > low) & np.isfinite(exact) & (np.abs(exact) >= np.finfo(np.float32).tiny)
     if not far.any() or np.exp(low) * largest(dtype) < 1:
         return np.zeros(gate.shape, bool)
+    # What is float64 inside may cancel too, farther out: its steps of 1 are granted, as many as limits.INNER.
+    steps = limits.INNER * 2.0**-53 * (1 + np.exp(np.minimum(-gate, -low)))
     with np.errstate(invalid="ignore"):
-        off = np.abs(y - exact) > np.abs(exact) / 2 + ulp(exact, dtype, np.float64)
+        off = np.abs(y - exact) > np.abs(exact) * (0.5 + steps) + ulp(exact, dtype, np.float64)
     return np.asarray(far & off)
 
 

@@ -38,11 +38,17 @@ def test_every_criterion_holds_for_the_known_run_and_for_none_that_is_nonsense()
         assert holding(np.full_like(KNOWN, np.nan), greedy=[]) == set()
 
 
+def second_most_probable_raised(z: np.ndarray, row: int) -> np.ndarray:
+    z = z.copy()
+    z[row, np.argsort(z[row])[-2]] += 3
+    return z
+
+
 @pytest.mark.parametrize(("change", "lost"), [
     (lambda z: z + np.sqrt(0.011) * z.std() * np.sign(RNG.standard_normal(z.shape)), {"NMSE < 1e-2"}),
     (lambda z: z + np.sqrt(0.009) * z.std() * np.sign(RNG.standard_normal(z.shape)), set()),
-    (lambda z: np.where(np.arange(9)[:, None] == 3, z[::-1], z), {"NMSE < 1e-2", "KL < 0.1, 4 tokens"}),
-    (lambda z: np.where(np.arange(9)[:, None] == 4, z[::-1], z), set()),
+    (lambda z: second_most_probable_raised(z, 3), {"KL < 0.1, 4 tokens"}),
+    (lambda z: second_most_probable_raised(z, 4), set()),
     (lambda z: z + 100, {"NMSE < 1e-2", "cosine > 0.99"}),
     (lambda z: 1.05 * z, set()),
     (lambda z: 1.15 * z, {"NMSE < 1e-2"}),
@@ -50,9 +56,7 @@ def test_every_criterion_holds_for_the_known_run_and_for_none_that_is_nonsense()
 def test_each_criterion_loses_what_its_sentence_says(change: Any, lost: set[str]) -> None:
     """Of the criteria that do not look at single logits, those are lost; the others see all of these."""
     coarse = {"NMSE < 1e-2", "KL < 0.1, 4 tokens", "cosine > 0.99"}
-    found = change(KNOWN)
-    if found is not None:
-        assert coarse - holding(found) == lost, coarse - holding(found)
+    assert coarse - holding(change(KNOWN)) == lost
 
 
 def test_criteria_on_single_logits_have_their_limits() -> None:
