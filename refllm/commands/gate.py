@@ -62,7 +62,7 @@ def wrong_in(report: dict[str, Any]) -> list[Wrong]:
 
 
 def _token_in_words(report: dict[str, Any]) -> str:
-    """Of a report on log-probabilities, what is wrong: the whole, or single tokens."""
+    """What is wrong in a report on log-probabilities: the whole, or single tokens."""
     row, position = report["worst"]
     whole = f"{float(report['ratio']):.3g} sigma (limit {report['limit']:.3g})"
     token = f"{float(report['sigmas']):.3g} sigma (limit {report['token_limit']:.3g})"

@@ -130,7 +130,7 @@ def _short(cell: str) -> str:
 
 
 def _passed(found: list[Outcome]) -> list[str]:
-    """Of each criterion the mistakes that are visible in the logits and pass it most often."""
+    """The mistakes that are visible in the logits and pass a criterion most often, for each."""
     rows = []
     for name in NAMES:
         passed = Counter(one.name for one in found if one.visible and one.said.get(name, "fails") != "fails")

@@ -1,4 +1,4 @@
-"""Of a trainer and a rollout engine, is the one blamed whose positions are wrong, and neither for its rounding?
+"""Is that one of a trainer and a rollout engine blamed whose positions are wrong, and neither for its rounding?
 
     python -m refllm.mutants.rollouts
 
@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {
 }
 SHAPE, SEEDS = (1, 64), 3
 FORMATS = (("bfloat16", "bfloat16"), ("float32", "bfloat16"))
-"""Of trainer and rollout."""
+"""The formats of trainer and rollout."""
 MISTAKES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "one later from position 8 on": lambda p: p + (p >= 8),
     "restart after 32": lambda p: p % 32,

@@ -3,6 +3,9 @@ named."""
 
 import json
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -15,7 +18,7 @@ from safetensors.numpy import save_file
 from tiny import VOCAB, tiny_model
 
 import refllm
-from refllm.check import check_logprobs
+from refllm.check import check_logprobs, logprobs
 from refllm.check.inputs import Inputs
 from refllm.check.logprobs import Found, expect
 from refllm.check.logprobs_file import LogProbs
@@ -294,3 +297,29 @@ def test_command_says_whose_fault_it_is(
     assert "sequence" in str(next(ET.parse(xml).iter("failure")).get("message"))
     code, out, err = run("--tf32")
     assert (code, out, err) == (2, "", "refllm: --logprobs judges what a file says, so leave out --tf32\n")
+
+
+def test_end_of_the_time_leaves_the_reports_so_far(
+    folder: Path, runs: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged, files = logprobs.judged, [tmp_path / name for name in ("trainer.jsonl", "rollout.jsonl")]
+    for file in files:
+        write(file, runs["bfloat16"], dtype="bfloat16")
+
+    def the_first(*arguments: Any) -> Iterator[Any]:
+        yield next(judged(*arguments))
+        (timer,) = (thread for thread in threading.enumerate() if isinstance(thread, threading.Timer))
+        threading.Thread(target=timer.function).start()
+        time.sleep(60)
+
+    monkeypatch.setattr(logprobs, "judged", the_first)
+    command = ["refllm", "check", folder, "--logprobs", files[0], "--logprobs", files[1], "--time", "600"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--json", str(tmp_path / "f.json")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    values = json.loads((tmp_path / "f.json").read_text())
+    assert (ended.value.code, values["verdict"], values["difference"]) == (1, "incomplete", None)
+    assert values["ended"].startswith("the time of 600 s was up at")
+    assert [report["source"] for report in values["reports"]] == ["trainer.jsonl"]
+    schema = json.loads((Path(__file__).parents[2] / "docs/schema/logprobs.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(values)
