@@ -47,7 +47,7 @@ def parts() -> list[Part]:
 
 def measured(part: Part, every: int, keep: Path | None) -> tuple[float, list[dict[str, Any]]]:
     """CPU seconds and plain values of one part, read from a folder if it was done before."""
-    file = None if keep is None else keep / f"{'-'.join(part).replace(' ', '_')}-{every}.json"
+    file = None if keep is None else _file(part, every, keep)
     if file is not None and file.exists():
         kept = json.loads(file.read_text())
         return kept["seconds"], kept["values"]
@@ -60,6 +60,10 @@ def measured(part: Part, every: int, keep: Path | None) -> tuple[float, list[dic
         file.parent.mkdir(parents=True, exist_ok=True)
         output_file.replace(file, json.dumps({"seconds": seconds, "values": values}))
     return seconds, values
+
+
+def _file(part: Part, every: int, keep: Path) -> Path:
+    return keep / f"{'-'.join(part).replace(' ', '_')}-{every}.json"
 
 
 def _measured(part: Part, every: int) -> list[dict[str, Any]]:
@@ -177,11 +181,14 @@ the place of a mistake.
 """
 
 
-def page(found: list[Outcome], pairs: list[rollouts.Blamed], every: int, seconds: float) -> str:
-    """The document."""
+def page(
+    found: list[Outcome], pairs: list[rollouts.Blamed], every: int, seconds: float, missing: Iterable[Part] = ()
+) -> str:
+    """The document. missing: parts that were not measured."""
     wrong = sum(one.wrong for one in found)
     lines = [
         _HEAD.format(minutes=seconds / 60, every=every, wrong=wrong, right=len(found) - wrong),
+        *_not_measured(list(missing)),
         "## The criteria",
         "",
         *(f"- **{c.name}**. {c.text} (Who asks so: {c.source}.)" for c in CRITERIA),
@@ -230,6 +237,13 @@ def page(found: list[Outcome], pairs: list[rollouts.Blamed], every: int, seconds
     return "\n".join(lines) + "\n"
 
 
+def _not_measured(missing: list[Part]) -> list[str]:
+    if not missing:
+        return []
+    said = (f"{group} ({sum(part[0] == group for part in missing)})" for group in dict.fromkeys(p[0] for p in missing))
+    return [f"Not measured yet are {len(missing)} of {len(parts())} parts: {', '.join(said)}.", ""]
+
+
 def main() -> int:
     """The command. Exit code 1 where this check rejects a right run, or blames the wrong program."""
     parser = argparse.ArgumentParser(description="Compare the criteria of the field with this check.")
@@ -239,11 +253,15 @@ def main() -> int:
         "--every", type=int, default=2, help="plant one of so many mistakes in each checkpoint and format"
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--kept", action="store_true", help="write what --keep has, and say what is missing")
     given = parser.parse_args()
+    if given.kept and given.keep is None:
+        parser.error("--kept needs --keep")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on tiny products its threads wait longer than they work
     found, pairs, seconds = list[Outcome](), list[rollouts.Blamed](), 0.0
     with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {part: pool.submit(measured, part, given.every, given.keep) for part in parts()}
+        wanted = [part for part in parts() if not given.kept or _file(part, given.every, given.keep).exists()]
+        futures = {part: pool.submit(measured, part, given.every, given.keep) for part in wanted}
         for part, future in futures.items():
             took, values = future.result()
             seconds += took
@@ -252,7 +270,8 @@ def main() -> int:
                 pairs += [_blamed(one) for one in values]
             else:
                 found += [Outcome(**one) for one in values]
-    output_file.replace(given.markdown, page(found, pairs, given.every, seconds))
+    missing = [part for part in parts() if part not in futures]
+    output_file.replace(given.markdown, page(found, pairs, given.every, seconds, missing))
     false = [one for one in found if any(is_false_alarm(one, name) for name in (ALONE, SHOWN))]
     return int(bool(false) or not all(one.right for one in pairs))
 
