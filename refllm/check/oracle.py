@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from refllm.accuracy import tables
+from refllm.accuracy.cancellation import SIGMOIDS, nothing_left
+from refllm.accuracy.cancellation import in_words as in_words_of_lost
 from refllm.accuracy.judge import broken, broken_isolated
 from refllm.accuracy.limits import CANCELS, TF32_AT_LEAST
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
@@ -362,6 +364,17 @@ class Judge:
             f"{largest_mean:.3g} of its standard deviations; take the mean off first"
         )
 
+    def _cancelled(self, name: str, candidate: np.ndarray, x: Uncertain) -> str:
+        """What to say of an activation whose sigmoid has cancelled; "" where its gate is not shown."""
+        if self._made is None or not name.endswith(".act") or self._made[0].how.get("name") not in SIGMOIDS:
+            return ""
+        gate = self._made[0].inputs[0]
+        if gate.variance.any():
+            return ""
+        of_gate, found, exact = (self._rows(values) for values in (gate.value, candidate, x.value))
+        lost = nothing_left(of_gate, found, exact, self.trace.dtype)
+        return in_words_of_lost(of_gate, found, exact, lost) if lost.any() else ""
+
     def _isolated(self, name: str, x: Uncertain) -> Uncertain:
         candidate = self._candidate(name, x)
         if candidate is not None and self._put_in_order(name, x, candidate):
@@ -388,6 +401,7 @@ class Judge:
             report.named = f"{found.defect}: that predicts it to the bit" if found.defect else found.shared
             if self.policy is not None and broken_isolated(report.isolated, self.trace.dtype) and not report.named:
                 report.place = self._elsewhere(name, candidate)
+        report.named = report.named or self._cancelled(name, candidate, x)
         report.zmap = error_map(rows, exact, variance, self.overflow)
         if name.endswith(".context"):
             first = np.unique(self.places[:, 0], return_index=True)[1]

@@ -163,7 +163,7 @@ class ApartCandidate:
             file, line = process.where()
             self._processes.end(self)
             at = f" ({place(file, line)})" if file else ""
-            found = Misbehaviour("hangs", f"{late}{at}; --time gives it more", file, line)
+            found = Misbehaviour("hangs", f"{late}{at}; --time-limit gives it more", file, line)
             raise MisbehavesError(found, self.name) from None
         if answer.word == "misbehaves":
             raise MisbehavesError(Misbehaviour(**answer.values), self.name)

@@ -130,7 +130,7 @@ def refuse(given: dict[str, Any]) -> None:
     why = {
         "--candidate": "it was run already",
         "--stress": "other inputs cannot be run; record those that refllm trace --inputs-only --stress writes",
-        "--time": "nothing is run",
+        "--time-limit": "nothing is run",
         "--names": "nothing is run",
         "--library": "nothing is run",
     }

@@ -90,7 +90,7 @@ class Settings:
         if self.against is not None and self.stress:
             raise InputError("--against has the values of one run, so leave out --stress")
         if self.seconds is not None and not self.seconds > 0:
-            raise InputError(f"--time {self.seconds:g}: expected more than 0 seconds")
+            raise InputError(f"--time-limit {self.seconds:g}: expected more than 0 seconds")
 
     def opening(self, folder: Path, dtype: str) -> Opening:
         """What the candidate is opened from, for one checkpoint in one precision."""

@@ -221,7 +221,8 @@ class Power:
 def _cut(e: Expected, part: slice) -> Expected:
     if not e.exact.ndim:
         return e
-    return replace(e, **{name: getattr(e, name)[part] for name in ("exact", "contract", "variance", "inner")})
+    arrays = {name: x for name, x in vars(e).items() if isinstance(x, np.ndarray)}
+    return replace(e, **{name: x[part] for name, x in arrays.items()})  # type: ignore[arg-type]
 
 
 def _structure(call: Call, results: tuple[Result, ...], expected: tuple[Expected, ...], task: Task) -> Finding | None:

@@ -29,7 +29,6 @@ from refllm.strategies.levels import families_of
 Step = frozenset[str]
 Made = Callable[["Evaluated"], list[np.ndarray]]
 Others = Callable[[], list[np.ndarray]]
-_TILT = limits.INNER * 2.0**-24
 _STORED = (frozenset({OUT}), frozenset[str]())
 """A result between two steps of an operator: put into the format, or handed on as it is."""
 _MANY = 100
@@ -321,7 +320,7 @@ def _kept(call: Call, points: tuple[tuple[str, Step], ...], tilt: float) -> list
 
 
 def _others(evaluated: Callable[[float], list[np.ndarray]], output: int) -> list[np.ndarray]:
-    return [evaluated(tilt)[output] * (1 + tilt) for tilt in (-_TILT, _TILT)]
+    return [evaluated(tilt)[output] * (1 + tilt) for tilt in (-limits.TILT, limits.TILT)]
 
 
 def _has_the_bits(result: Result, e: Expected, product: bool, points: int, others: Others) -> bool:

@@ -459,7 +459,7 @@ def test_exit_codes_of_a_recorded_run(folder: Path, traces: dict[str, Trace], tm
     [
         (["--stress"], "so leave out --stress: other inputs cannot be run; record those that refllm trace"),
         (["--candidate", "numpy"], "so leave out --candidate: it was run already"),
-        (["--time", "3"], "leave out --time: nothing is run"),
+        (["--time-limit", "3"], "leave out --time-limit: nothing is run"),
         (["--dtype", "float32", "--dtype", "bfloat16"], "a run that was recorded has one"),
         (["--layout", "NE"], "--layout: layout 'NE' is not known; use tokens, SBE"),
         (["--ids", "1,2,3"], "its input_ids are other tokens than those of the command"),

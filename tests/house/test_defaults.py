@@ -22,6 +22,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "time_limit": None, "splits": 1, "tf32": False, "names": None, "library": None, "trace": None, "layout": "",
         "against": None, "weights": None, "page": None, "explain": False,
     },
+    "refllm.check:check_logprobs": {"dtype": None, "policy": None},
     "refllm.check:check_op": {
         "dtype": "bfloat16", "policy": None, "device": "cpu", "arrays": "torch", "calls": None, "level": "contract",
         **SEARCH, "seconds": None, "isolate": True, "shrink": True, "deep": True, "keep_going": False, "bitwise": False,
