@@ -186,8 +186,12 @@ _OF_TENSORS = (
 
 
 def _axes(function: ast.FunctionDef) -> dict[str, int]:
-    """How many axes the names have that are used as tensors: by their unpacked shapes, and the indices into them."""
+    """How many axes the names have that are used as tensors: by their unpacked shapes, and the indices into them.
+
+    Who says `x.shape[2]` and `x.shape[-1]` means two axes by them.
+    """
     found: dict[str, int] = {}
+    from_behind: set[str] = set()
     for node in ast.walk(function):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in _OF_TENSORS:
             found.setdefault(node.value.id, 0)
@@ -197,7 +201,8 @@ def _axes(function: ast.FunctionDef) -> dict[str, int]:
         index, name = _index(node)
         if name:
             found[name] = max(found.get(name, 0), index + 1 if index >= 0 else -index)
-    return found
+            from_behind |= {name} if index < 0 else set()
+    return {name: axes + (axes > 2 and name in from_behind) for name, axes in found.items()}
 
 
 def _of_shape(expression: ast.expr) -> str:

@@ -96,6 +96,9 @@ def specialise(launch: Launch, target: Target) -> Specialisation:
     if missing := [p.name for p in kernel.params if p.name not in given and not p.has_default]:
         raise InputError(f"{kernel.__name__} cannot be compiled without {', '.join(missing)}")
     settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch.options}
+    settings = {
+        name: value for name, value in settings.items() if name not in given
+    }  # a kernel may have one of its own
     try:
         bound, properties, extra = bind(**given, **settings, debug=kernel.debug or False, instrumentation_mode="")
         options, signature, constants, attributes = kernel._pack_args(backend, extra, bound, properties, extra)

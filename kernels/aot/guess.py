@@ -19,7 +19,8 @@ from triton.runtime.jit import JITFunction
 from refllm.kernels.aot import call_sites
 
 OPTIONS = ("num_warps", "num_stages")
-TRIES = 24
+_USUAL = {"num_warps": "4", "num_stages": "3"}
+TRIES = 40
 """Compilations that a guess may take. One that fails takes a tenth of the time of one that does not."""
 
 
@@ -80,7 +81,10 @@ def _line(reason: str) -> int:
 
 
 def _one_changed(found: list[Guess], named: set[str]) -> Iterator[list[Guess]]:
-    """The guesses with one of them changed: what the line is about that the compiler stopped at first."""
+    """The guesses with one of them changed: what the line is about that the compiler stopped at first. Before that, all
+    tensors of bfloat16 as another kind of number: a kernel may have its own written into it."""
+    for text in ("*fp16", "*fp32"):
+        yield [replace(each, text=text) if each.text == "*bf16" else each for each in found]
     for guess in sorted(found, key=lambda guess: (guess.name not in named, not guess.constant)):
         for index, text in enumerate(guess.others):
             changed = replace(guess, text=text, others=guess.others[index + 1 :])
@@ -108,7 +112,7 @@ def _guess(parameter: Any, called: dict[str, Any], reads: "_Reads") -> Guess:
 
 
 def _other_tensors(text: str) -> tuple[str, ...]:
-    return tuple(other for other in ("*bf16", "*fp32", "*i32", "*i64") if other != text)
+    return tuple(other for other in ("*bf16", "*fp32", "*fp16", "*i32", "*i64") if other != text)
 
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.float64: "fp64", torch.bool: "i1"}
@@ -181,11 +185,13 @@ class _Reads:
         """A tl.constexpr, and what else it may be."""
         if name in self.compared:
             return self.compared[name], ()
+        if name in _USUAL:
+            return _USUAL[name], ()
         if name in self.dtypes:
             return "tl.float32", ("tl.bfloat16",)
         if name in self.switches:
             return "False", ("True", "None", "0")
-        return ("128", ("64", "32", "16", "8", "1", "True", "False", "None", "tl.float32"))
+        return "128", ("64", "16", "1", "None", "tl.float32")
 
     def _pointers(self) -> set[str]:
         """The names that loads and stores start from, through assignments: `p = x + row`, `tl.load(p + columns)`."""

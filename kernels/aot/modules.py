@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from triton import knobs
+from triton.runtime.autotuner import Autotuner, Heuristics
+from triton.runtime.jit import JITFunction
 
 from refllm.errors import InputError
 
@@ -25,7 +27,10 @@ def load(module: str) -> Any:
     try:
         return _load_file(Path(module).resolve()) if module.endswith(".py") else importlib.import_module(module)
     except Exception as error:  # whatever the user's module raises is the answer to the user
-        raise InputError(f"{module} cannot be imported: {said(error)}") from None
+        found = _without_a_gpu(Path(module).resolve()) if module.endswith(".py") else None
+        if found is None:
+            raise InputError(f"{module} cannot be imported: {said(error)}") from None
+        return found
 
 
 def said(error: Exception) -> str:
@@ -72,15 +77,44 @@ def _without_packages(root: Path, dotted: list[str]) -> Any:
         return importlib.import_module(".".join(names))
 
 
-def _alone(path: Path) -> Any:
+def _alone(path: Path, part_of_it: bool = False) -> Any:
+    """The module of a file; with `part_of_it` what it had defined when it failed."""
     name = f"_user_kernels_{path.stem}"  # not the stem alone: a file may be called torch.py
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(name)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     with _first_on_the_path(path.parent):  # as for a script: its neighbours can be imported
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception:
+            if not part_of_it:
+                raise
     return module
+
+
+def _without_a_gpu(path: Path) -> Any:
+    """What a script defines before it needs a GPU for more than to ask for it; None if that is no kernel.
+
+    Tutorials ask for the device in their first lines, and measure in their last.
+    """
+    from refllm.kernels.interpreter import cuda_stand_in
+    from refllm.kernels.interpreter.cuda_answers import needs_gpu
+    from refllm.kernels.interpreter.exchange import Exchange
+
+    exchanged = Exchange()
+    with cuda_stand_in():
+        exchanged.set(JITFunction, "run", needs_gpu("a launch when a file is imported"))
+        try:
+            module = _alone(path, part_of_it=True)
+        except Exception:
+            return None
+        finally:
+            exchanged.undo()
+    return module if any(isinstance(value, _KERNELS) for value in vars(module).values()) else None
+
+
+_KERNELS = (JITFunction, Autotuner, Heuristics)
 
 
 @contextlib.contextmanager

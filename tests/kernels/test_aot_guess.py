@@ -119,6 +119,29 @@ def test_what_is_missing_in_a_package_is_said(package: Callable[..., Path]) -> N
         load(str(path))
 
 
+SCRIPT = """
+import torch, triton, triton.language as tl
+DEVICE = triton.runtime.driver.active.get_active_torch_device()
+SMS = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+@triton.jit
+def kernel(x, N: tl.constexpr):
+    tl.store(x + tl.arange(0, N), 1)
+x = torch.empty(SMS, device=DEVICE)
+kernel[(1,)](x, N=4)
+raise SystemExit("not reached")
+"""
+
+
+def test_a_script_that_asks_for_the_gpu_and_then_uses_it_is_read_up_to_there(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    module = load(str(tmp_path / "script.py"))
+    assert module.kernel.arg_names == ["x", "N"]
+    assert not torch.cuda.is_available()
+    (tmp_path / "none.py").write_text(SCRIPT.replace("@triton.jit", "1 / 0"))
+    with pytest.raises(InputError, match=r"none\.py cannot be imported: RuntimeError: 0 active drivers"):
+        load(str(tmp_path / "none.py"))
+
+
 def guessed(path: Path) -> tuple[dict[str, str], dict[str, int]]:
     module = load(str(path))
     kernel = find_kernel(module, str(path), "loss_kernel")
