@@ -132,7 +132,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
             pytest.fail(f"the marker {MARKER} takes keywords only, those of refllm.kernels.interpreted()", False)
         stack = item.stash[_ENTERED] = contextlib.ExitStack()
         settings = item.config.stash.get(_SETTINGS, {})
-        stack.enter_context(_interpreted(**settings | (marker.kwargs if marker else {})))
+        stack.enter_context(_interpreted(**{**settings, **(marker.kwargs if marker else {})}))
     return (yield)
 
 

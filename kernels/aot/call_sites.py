@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 SHAPES = {1: (1024,), 2: (256, 1024), 3: (4, 256, 1024), 4: (2, 256, 16, 64), 5: (2, 4, 256, 16, 64)}
-"""Of tensors of which nothing but the number of axes is known. Small, since blocks grow with them, and with a block the
+"""Shapes of tensors of which nothing but the number of axes is known. Small, since blocks grow with them, and with a block the
 time to compile."""
 
 _INT64 = re.compile(r"label|target|(^|_)(idx|indices|index|ids?)($|_)|input_ids|position", re.IGNORECASE)

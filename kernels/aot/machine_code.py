@@ -252,7 +252,7 @@ _SIZES = {"i1": 1, "i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "
 
 
 def _bytes_of(line: str) -> int:
-    """Of the value that a load or store moves, by the last type on its line."""
+    """Bytes of the value that a load or store moves, by the last type on its line."""
     shape, kind = re.findall(r"(?:tensor<((?:\d+x)*))?(?:!tt\.ptr<)?((?:bf|f|i)\d+\w*)", line)[-1]
     count = 1
     for length in re.findall(r"\d+", shape):

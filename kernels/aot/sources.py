@@ -97,7 +97,8 @@ class CommandSource:
         if not missing:
             return
         found, options = guess.guesses(load(self.module), self.kernel, function, missing)
-        source = replace(self, **options)
+        usual = {"num_warps": self.num_warps, "num_stages": self.num_stages} | options
+        source = replace(self, num_warps=usual["num_warps"], num_stages=usual["num_stages"])
         found, refused = guess.compiling(function, found, lambda each: source._with(each)._refused(target))
         words = ["refllm kernels check-aot", shlex.quote(f"{self.module}:{self.kernel}")]
         words += [f"--arg {shlex.quote(f'{name}={text}')}" for name, text in self.arguments]

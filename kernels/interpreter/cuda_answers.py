@@ -16,7 +16,7 @@ from refllm.kernels.interpreter.errors import NeedsGpuError
 from refllm.kernels.targets import Target
 
 VERSION = "13.0"
-"""Of CUDA, where this build of Torch has none: that of Torch 2.11 to 2.13 on PyPI."""
+"""The version of CUDA where this build of Torch has none: that of Torch 2.11 to 2.13 on PyPI."""
 
 
 @dataclass(frozen=True)

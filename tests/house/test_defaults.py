@@ -71,7 +71,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.kernels.calls:call": {"bias": True},
     "refllm.kernels.launch:Launch": {
         "num_warps": 4, "num_stages": 3, "tensor_cores": False, "async_copies": False, "wide_loads": False,
-        "narrow": "",
+        "wide_stores": False, "narrow": "",
     },
 }  # fmt: skip
 """module:name -> what stands for each argument that is not given; functions and lists made anew are left out."""
