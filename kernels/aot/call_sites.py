@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 SHAPES = {1: (1024,), 2: (256, 1024), 3: (4, 256, 1024), 4: (2, 256, 16, 64), 5: (2, 4, 256, 16, 64)}
-"""Shapes of tensors of which nothing but the number of axes is known. Small, since blocks grow with them, and with a block the
-time to compile."""
+"""Shapes of tensors of which nothing but the number of axes is known. They are small, since blocks grow with them, and
+with a block the time to compile."""
 
 _INT64 = re.compile(r"label|target|(^|_)(idx|indices|index|ids?)($|_)|input_ids|position", re.IGNORECASE)
 _INT32 = re.compile(r"seqlens?|block_table|page_table|(^|_)offsets?($|_)|lengths?", re.IGNORECASE)
