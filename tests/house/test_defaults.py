@@ -10,7 +10,8 @@ import pytest
 LOADING = {"dtype": "float32", "policy": None}
 WHERE = {"backend": "numpy", "device": None}
 SEARCH = {"max_examples": 100, "seed": 0, "time_limit": 10.0}
-CHECKS: dict[str, Any] = {"bounds": True, "overflow": True, "races": True, "poison": True, "tf32": True}
+CHECKS: dict[str, Any] = {"bounds": True, "overflow": True, "races": True, "poison": True,
+                          "masked": "nan", "tf32": True}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm:load": {"head": None, **LOADING, **WHERE, "low_memory": False, "page": None},
     "refllm:pipeline": {
@@ -47,6 +48,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.kernels.models.fast_model:FastModel.fresh": {
         "seed": 0, "dtype": "float32", "backend": "torch", "device": None,
     },
+    "refllm.kernels:cuda_stand_in": {"target": "sm_90"},
     "refllm.kernels:interpreted": {**CHECKS, "configs": "first"},
     "refllm.kernels:patch": {"backend": None, "fuse_qkv": False},
     "refllm.kernels.verify:assert_meets_contract": {"limit": None},
@@ -70,7 +72,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.kernels.calls:call": {"bias": True},
     "refllm.kernels.launch:Launch": {
         "num_warps": 4, "num_stages": 3, "tensor_cores": False, "async_copies": False, "wide_loads": False,
-        "narrow": "",
+        "wide_stores": False, "narrow": "",
     },
 }  # fmt: skip
 """module:name -> what stands for each argument that is not given; functions and lists made anew are left out."""
