@@ -61,9 +61,6 @@ _UNITS: dict[str, tuple[str, ...]] = {
         "np.clip(gate, -7, 7) * sigmoid(np.clip(gate, -7, 7)) * up",
         "np.minimum(gate, 7) * sigmoid(np.minimum(gate, 7)) * np.clip(up, -7, 7)",
     ),
-    "NaN hidden: a NaN becomes 0": (
-        "np.where(np.isnan(gate), 0, gate) * sigmoid(np.where(np.isnan(gate), 0, gate)) * np.where(np.isnan(up), 0, up)",
-    ),
     "silu in bfloat16: silu(gate) is rounded to bfloat16": ('narrow(gate * sigmoid(gate), "bfloat16") * up',),
     "sigmoid in bfloat16: the sigmoid is rounded to bfloat16": ('gate * narrow(sigmoid(gate), "bfloat16") * up',),
 }  # fmt: skip
@@ -85,7 +82,6 @@ _SQUARES: dict[str, tuple[str, ...]] = {
     "threshold at one: it is the relu of x - 1": ("np.maximum(x - 1, 0) ** 2",),
     "sign: the sign is wrong": ("-np.maximum(x, 0) ** 2",),
     "infinity times zero: relu(x) x is NaN for minus infinity": ("np.maximum(x, 0) * x",),
-    "NaN dropped: a NaN becomes 0": ("np.where(x > 0, x, 0) ** 2",),
     "saturates: a square beyond the format becomes its largest number, and not infinity": (
         "np.minimum(np.maximum(x, 0) ** 2, NUMBER)",
         "np.where(np.isinf(x), np.maximum(x, 0), np.minimum(np.maximum(x, 0) ** 2, NUMBER))",
@@ -112,4 +108,4 @@ def hypotheses() -> Iterator[OpHypothesis]:
         for words, texts in wrong.items():
             name, _, says = words.partition(": ")
             codes = [((right, text),) for text in texts]
-            yield mistake(operator, name, says, *codes, numbers=_NUMBERS.get(name, ()))
+            yield mistake(operator, name, says, *codes, numbers=_NUMBERS.get(name, ()), place="narrow" in texts[0])

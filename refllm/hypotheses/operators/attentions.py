@@ -6,11 +6,11 @@ from typing import Any
 from refllm.hypotheses.operators.edits import Edits
 from refllm.hypotheses.operators.hypothesis import OpHypothesis, mistake
 
-_SCALE = "(D**-0.5 if scale is None else scale)"
+SCALE = "(D**-0.5 if scale is None else scale)"
 _HEADS = "k, v = k.repeat(g, axis=1), np.nan_to_num(v.repeat(g, axis=1))\n"
 _SEEN = "seen = np.ones((S, T), bool) if key_mask is None else key_mask[:, None, None]\n"
 _CAUSAL = "seen = seen & (np.arange(T) <= np.arange(S)[:, None] + T - S) if causal else seen\n"
-_SCORES = f"q @ k.swapaxes(2, 3) * {_SCALE}"
+_SCORES = f"q @ k.swapaxes(2, 3) * {SCALE}"
 _MASKED = f"s = np.where(seen, {_SCORES}, -np.inf)\n"
 _TOP = "top = s.max(axis=-1, keepdims=True, initial=-1e300)\n"
 _EXP, _TOTAL = "e = np.exp(s - top)\n", "total = e.sum(axis=-1, keepdims=True)\n"
@@ -36,7 +36,7 @@ def hypotheses() -> Iterator[OpHypothesis]:
 def _scale(operator: str) -> Iterator[OpHypothesis]:
     def one(name: str, says: str, *scales: str) -> OpHypothesis:
         """scales: what the scores are multiplied with."""
-        return mistake(operator, name, says, *[((_SCALE, scale),) for scale in scales])
+        return mistake(operator, name, says, *[((SCALE, scale),) for scale in scales])
 
     yield one("no scale", "the scores are not scaled", "(1 if scale is None else scale)", "1")
     yield one("divided by D", "the scores are divided by D, and not by its root", "(1 / D if scale is None else scale)")
@@ -52,13 +52,13 @@ def _scale(operator: str) -> Iterator[OpHypothesis]:
               "(D**-0.25 if scale is None else scale)")  # fmt: skip
     yield one("scale argument ignored", "the scale is D^-1/2, whatever the argument says", "D**-0.5")
     yield one("scale on top", "the argument scale comes on top of D^-1/2", "(D**-0.5 * (1 if scale is None else scale))")
-    yield one("scale squared", "the scale is applied twice", f"{_SCALE} ** 2")
+    yield one("scale squared", "the scale is applied twice", f"{SCALE} ** 2")
     yield one("divided by the scale", "the scores are divided by the argument scale, and should be multiplied by it",
               "(D**-0.5 if scale is None else 1 / scale)")  # fmt: skip
-    yield one("sign of the scale lost", "a negative scale is used as its magnitude", f"abs({_SCALE})")
-    yield one("sign of the scores", "the scores have the wrong sign", f"-{_SCALE}")
+    yield one("sign of the scale lost", "a negative scale is used as its magnitude", f"abs({SCALE})")
+    yield one("sign of the scores", "the scores have the wrong sign", f"-{SCALE}")
     yield mistake(operator, "scaled after the softmax", "the scale multiplies the weights, and not the scores",
-                  ((_SCALE, "1"), (_O, f"{_O} * {_SCALE}")))  # fmt: skip
+                  ((SCALE, "1"), (_O, f"{_O} * {SCALE}")))  # fmt: skip
 
 
 def _softmax(operator: str) -> Iterator[OpHypothesis]:
@@ -86,28 +86,22 @@ def _softmax(operator: str) -> Iterator[OpHypothesis]:
         (_EXP, "e = 1.0 * (s == top)\n"),))  # fmt: skip
     yield one("maximum not subtracted", "the maximum is not subtracted, and the exponential overflows",
               ((_TOP, "top = np.zeros_like(s[..., :1])\n"),))  # fmt: skip
-    yield one("maximum of everything", "one maximum is subtracted from all rows of a head",
-              ((_TOP, "top = s.max(axis=(-2, -1), keepdims=True, initial=-1e300) + 0 * s[..., :1] * 0\n"),))  # fmt: skip
-    yield one("maximum of what is masked", "the maximum is that of all scores, the masked ones too", (
-        (_TOP, f"top = ({_SCORES}).max(axis=-1, keepdims=True, initial=-1e300)\n"),))  # fmt: skip
     yield one("weights in bfloat16", "the weights are rounded to NUMBER", ((_O, 'narrow(e, "NUMBER") @ v / np.where('
               'total == 0, 1, total)'),), ((_O, 'narrow(e / np.where(total == 0, 1, total), "NUMBER") @ v'),),
-              numbers=("bfloat16", "float16"))  # fmt: skip
+              numbers=("bfloat16", "float16"), place=True)  # fmt: skip
     yield one("scores in bfloat16", "the scores are rounded to NUMBER", (
-        (_SCORES, f'narrow({_SCORES}, "NUMBER")'),), ((_SCORES, f'narrow(q @ k.swapaxes(2, 3), "NUMBER") * {_SCALE}'),),
-        numbers=("bfloat16", "float16"))  # fmt: skip
+        (_SCORES, f'narrow({_SCORES}, "NUMBER")'),), ((_SCORES, f'narrow(q @ k.swapaxes(2, 3), "NUMBER") * {SCALE}'),),
+        numbers=("bfloat16", "float16"), place=True)  # fmt: skip
     yield one("denominator in bfloat16", "the sum of the weights is rounded to NUMBER",
               ((_TOTAL, 'total = narrow(e.sum(axis=-1, keepdims=True), "NUMBER")\n'),),
               numbers=("bfloat16", "float16"))  # fmt: skip
     yield one("q in bfloat16", "q is rounded to NUMBER after it was scaled", (
-        (_SCORES, f'narrow(q * {_SCALE}, "NUMBER") @ k.swapaxes(2, 3)'),), numbers=("bfloat16", "float16"))  # fmt: skip
+        (_SCORES, f'narrow(q * {SCALE}, "NUMBER") @ k.swapaxes(2, 3)'),), numbers=("bfloat16", "float16"), place=True)  # fmt: skip
     yield one("keys as values", "the weights multiply k, and not v", (("np.nan_to_num(v.repeat", "np.nan_to_num(k.repeat"),))
     yield one("values as keys", "the scores are those of q and v, and not of q and k",
               (("k, v = k.repeat(g, axis=1),", "k, v = v.repeat(g, axis=1),"),))  # fmt: skip
     yield one("keys and values exchanged", "k and v are exchanged",
               ((_HEADS, "k, v = v.repeat(g, axis=1), k.repeat(g, axis=1)\n"),))  # fmt: skip
-    yield one("q and k exchanged", "the scores are k q^T, and not q k^T",
-              (("q @ k.swapaxes(2, 3)", "(q @ k.swapaxes(2, 3)).swapaxes(2, 3)"),))  # fmt: skip
     yield one("q as keys", "the scores are those of q with itself", (("q @ k.swapaxes", "q @ q.swapaxes"),))
     yield one("distances for products", "the scores are squared distances, and not products", (
         ("q @ k.swapaxes(2, 3)", "-((q[..., None, :] - k[..., None, :, :]) ** 2).sum(-1)"),))  # fmt: skip
@@ -161,7 +155,8 @@ def _tiles(operator: str) -> Iterator[OpHypothesis]:
     yield one("first keys alone", "no more than the first NUMBER keys are read",
               ((_MASKED, f"seen = seen & (np.arange(T) < NUMBER)\n    {_MASKED}"),))  # fmt: skip
     yield one("padding in the denominator", "the lanes past the last key, to NUMBER, count as keys of score 0",
-              ((_TOTAL, f"total = e.sum(axis=-1, keepdims=True) + (padded(T, NUMBER) - T) * np.exp(-top)\n"),))  # fmt: skip
+              ((_TOTAL, f"total = e.sum(axis=-1, keepdims=True) + (padded(T, NUMBER) - T) * np.exp(-top)\n"),),
+              numbers=(*_TILES, "next_power(T)", "max(16, next_power(T))"))  # fmt: skip
     online = "e = np.exp(s - running(s, NUMBER))\n"
     yield one("no rescaling", "what was summed is not rescaled when a later tile of NUMBER keys has a larger maximum",
               ((_EXP, online),))  # fmt: skip
@@ -216,11 +211,20 @@ def _masks() -> Iterator[OpHypothesis]:
     yield one("strictly later keys", "the wrong triangle is masked: a query sees only what comes later",
               causal(f"{keys} > {rows} + T - S"), causal(f"{keys} > {rows}"))  # fmt: skip
     yield one("own key alone", "a query sees its own key alone", causal(f"{keys} == {rows} + T - S"))
+    yield one("q and k exchanged", "the scores are k q^T, and not q k^T",
+              (("q @ k.swapaxes(2, 3)", "(q @ k.swapaxes(2, 3)).swapaxes(2, 3)"),))  # fmt: skip
+    yield one("maximum of everything", "one maximum is subtracted from all rows of a head",
+              ((_TOP, "top = s.max(axis=(-2, -1), keepdims=True, initial=-1e300) + 0 * s[..., :1] * 0\n"),))  # fmt: skip
+    yield one("maximum of what is masked", "the maximum is that of all scores, the masked ones too", (
+        (_TOP, f"top = ({_SCORES}).max(axis=-1, keepdims=True, initial=-1e300)\n"),))  # fmt: skip
     yield one("causal ignored", "causal is not used: every query sees all keys", ((_CAUSAL, "seen = seen\n"),))
     yield one("always causal", "causal is not used: it is always causal", ((" if causal else seen\n", "\n"),))
     yield one("causal exchanged", "causal is taken the other way round", (("if causal", "if not causal"),))
     yield one("window", "a query sees no more than NUMBER keys", causal(f"({keys} <= {rows} + T - S) & ({keys} > "
               f"{rows} + T - S - NUMBER)"), numbers=("1", "2", "3", "4", "8", "16", "32", "64", "128"))  # fmt: skip
+    yield one("window of tiles", "a query sees its own tile of NUMBER keys and no more than two before it",
+              causal(f"({keys} <= {rows} + T - S) & ({keys} >= ({rows} + T - S) // NUMBER * NUMBER - 2 * NUMBER)"),
+              numbers=("8", "16", "32", "64"))  # fmt: skip
     yield one("key mask ignored", "key_mask is not used", ((" if key_mask is None else key_mask[:, None, None]", ""),))
     yield one("key mask inverted", "key_mask is taken the other way round: True hides a key",
               (("key_mask[:, None, None]", "~key_mask[:, None, None]"),))  # fmt: skip

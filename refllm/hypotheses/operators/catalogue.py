@@ -2,10 +2,10 @@
 
 from functools import lru_cache
 
-from refllm.hypotheses.operators import activations, attentions, everywhere, losses, norms, rotations
+from refllm.hypotheses.operators import activations, attentions, constants, everywhere, losses, norms, rotations
 from refllm.hypotheses.operators.hypothesis import OpHypothesis
 
-_AREAS = (norms, rotations, attentions, activations, losses, everywhere)
+_AREAS = (norms, rotations, attentions, activations, losses, everywhere, constants)
 
 
 @lru_cache(maxsize=1)

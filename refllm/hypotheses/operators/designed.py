@@ -106,11 +106,16 @@ def _rope(operator: str, dtype: str) -> Iterator[Call]:
 
 
 def _norm_rope(operator: str, dtype: str) -> Iterator[Call]:
-    def call(norm: str, S: int, D: int, half: int, interleaved: bool, eps: float, batch: int = 0) -> Call:
-        q, k = (Array((2, n, S, D), dtype, seed=n, mean=0.6) for n in (4, 2))
+    def call(
+        norm: str, S: int, D: int, half: int, interleaved: bool, eps: float, batch: int = 0, size: float = 1.0,
+        zero: bool = False,
+    ) -> Call:  # fmt: skip
+        planted: Any = ((((None, None), 1, 1), 0.0),) if zero else ()
+        q, k = (Array((2, n, S, D), dtype, seed=n, mean=0.6 * size, scale=size, planted=planted) for n in (4, 2))
         weights = (Array((n, D), dtype, seed=n + 10, mean=1.0, scale=0.5) for n in (4, 2))
         words = (("norm", norm), ("interleaved", interleaved))
-        kind = f"designed: {norm}, {'pairs' if interleaved else 'halves'}, {S} positions"
+        kind = f"designed: {norm}, {'pairs' if interleaved else 'halves'}, {S} positions, of size {size:g}"
+        kind = _kind("!a head of zeros, " + norm) if zero else kind
         return Call(operator, dtype, (q, k, *weights, *_tables(S, half, dtype, batch), eps), words, kind)
 
     yield call("rms", 5, 10, 5, False, 0.25)
@@ -118,17 +123,25 @@ def _norm_rope(operator: str, dtype: str) -> Iterator[Call]:
     yield call("rms", 5, 12, 4, True, 1e-5)
     yield call("layer", 5, 12, 4, False, 0.25)
     yield call("rms", 6, 10, 3, False, 0.25, batch=2)
+    yield call("rms", 3, 10, 5, False, 1e-5, size=1e-3)
+    yield call("layer", 3, 10, 5, True, 1e-5, size=1e-3)
+    yield call("rms", 3, 10, 5, False, 1e-6, zero=True)
+    yield call("layer", 3, 10, 5, False, 1e-6, zero=True)
     yield call("rms", 67, 8, 4, False, 0.1)
 
 
 def _projected(operator: str, dtype: str) -> Iterator[Call]:
-    def call(S: int, E: int, D: int, half: int, interleaved: bool, eps: float, batch: int = 0) -> Call:
+    def call(
+        S: int, E: int, D: int, half: int, interleaved: bool, eps: float, batch: int = 0, zero: bool = False
+    ) -> Call:
         H, K = 4, 2
         rows = (H + 2 * K) * D
-        x, weight = Array((2, S, E), dtype, seed=1, mean=0.6), Array((E,), dtype, seed=2, mean=1.0, scale=0.5)
+        x = Array((2, S, E), dtype, seed=1, mean=0.6, planted=((((None, None), 1), 0.0),) if zero else ())
+        weight = Array((E,), dtype, seed=2, mean=1.0, scale=0.5)
         w, b = Array((rows, E), dtype, seed=3, scale=E**-0.5), Array((rows,), dtype, seed=4)
         words = (("num_heads", H), ("num_kv_heads", K), ("interleaved", interleaved))
         kind = f"designed: {'pairs' if interleaved else 'halves'}, {S} positions, a row of {E}"
+        kind = _kind("!a row of zeros") if zero else kind
         return Call(operator, dtype, (x, weight, w, b, *_tables(S, half, dtype, batch), eps), words, kind)
 
     yield call(5, 7, 8, 4, False, 0.25)
@@ -136,6 +149,7 @@ def _projected(operator: str, dtype: str) -> Iterator[Call]:
     yield call(5, 9, 10, 3, True, 1e-5)
     yield call(3, 9, 10, 3, False, 0.25)
     yield call(6, 7, 8, 3, False, 0.25, batch=2)
+    yield call(3, 7, 8, 4, True, 1e-6, zero=True)
     yield call(3, 139, 8, 4, False, 0.1)
     yield call(67, 5, 8, 4, False, 0.1)
 
@@ -166,8 +180,8 @@ def _attention(operator: str, dtype: str) -> Iterator[Call]:
     yield call("!large scores", 4, 5, 9, size=3000.0)
     yield _negative(operator, dtype)
     yield call("many keys", 67, 139, 9, size=3.0)
-    yield call("many keys, not causal", 5, 139, 9, size=3.0, causal=False, return_lse=True)
-    yield call("long heads", 3, 4, 83, B=1)
+    yield call("many keys, not causal", 5, 197, 9, size=3.0, causal=False, return_lse=True)
+    yield call("long heads", 3, 4, 203, B=1)
 
 
 def _negative(operator: str, dtype: str) -> Call:
@@ -196,7 +210,7 @@ def _decode(operator: str, dtype: str) -> Iterator[Call]:
     yield call("!no slots in a sequence", 1, 7, (4, 0, 3))
     yield call("!large scores", 1, 9, (5, 7), size=3000.0)
     yield call("many slots", 2, 301, (139, 267, 68), size=3.0)
-    yield call("long heads", 1, 5, (4, 3), 83)
+    yield call("long heads", 1, 5, (4, 3), 203)
 
 
 def _labels(n: int, classes: int, ignored: tuple[int, ...], value: int, first: int | None) -> Array:
@@ -239,6 +253,7 @@ def _losses(operator: str, dtype: str) -> Iterator[Call]:
     yield call("many classes", 5, 301, (2,), reduction="none")
     yield call("the mean over many classes", 19, 301, (2, 3, 11))
     if linear:
+        yield call("very many classes", 3, 587, reduction="none")
         yield call("a long row", 5, 7, (2,), 139, size=0.5, reduction="none")
     else:
         yield call("very many classes", 3, 2309, reduction="none")

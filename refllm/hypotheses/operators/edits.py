@@ -99,6 +99,14 @@ def tile_tops(s: np.ndarray, tile: int) -> np.ndarray:
     return np.repeat(np.where(np.isneginf(top), -1e300, top), tile, -1)[..., :n]
 
 
+def lane_tops(s: np.ndarray, lanes: int) -> np.ndarray:
+    """The maximum of each entry's own lane: of those of the last axis that lie `lanes` apart."""
+    n = s.shape[-1]
+    pad = np.full((*s.shape[:-1], padded(n, lanes) - n), -np.inf)
+    top = np.concatenate([s, pad], -1).reshape(*s.shape[:-1], -1, lanes).max(-2)
+    return np.tile(np.where(np.isneginf(top), -1e300, top), -(-n // lanes))[..., :n]
+
+
 def softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
     """e^x / sum e^x along an axis."""
     e = exp(x - x.max(axis=axis, keepdims=True, initial=-1e300))
@@ -146,6 +154,7 @@ TOOLS: dict[str, Any] = {
     "narrow": narrow,
     "running": running,
     "tile_tops": tile_tops,
+    "lane_tops": lane_tops,
     "softmax": softmax,
     "sigmoid": sigmoid,
     "normal_cdf": normal_cdf,

@@ -7,7 +7,7 @@ import numpy as np
 
 from refllm.hypotheses.operators.edits import narrow, whole, whole_of_long
 from refllm.hypotheses.operators.hypothesis import OpHypothesis, Outputs, mistake
-from refllm.ops.contracts import OPERATORS, contract_of
+from refllm.ops.contracts import OPERATORS, ROWS, contract_of
 
 _TILES = ("4", "8", "16", "32", "64", "128", "256", "512", "1024")
 _ROWS = ("2", "4", "8", "16", "32", "64")
@@ -26,14 +26,15 @@ def hypotheses() -> Iterator[OpHypothesis]:
                       partial(_no_columns, whole), partial(_no_columns, whole_of_long), numbers=_TILES)  # fmt: skip
         yield mistake(operator, "last rows zero", "the last, partial tile of NUMBER rows of the result is 0",
                       partial(_no_rows, whole), partial(_no_rows, whole_of_long), numbers=_ROWS)  # fmt: skip
-        yield mistake(operator, "NaN in the result hidden", "a NaN in the result becomes 0", _no_nan)
+        if outputs[0][0] == ROWS:
+            yield mistake(operator, "NaN hidden", "a NaN becomes 0", _no_nan)
         yield mistake(operator, "all zero", "the result is 0", lambda out, _: tuple(0 * x for x in out))
         yield mistake(operator, "result rounded", "the result is rounded to NUMBER",
                       lambda out, dtype: tuple(narrow(x, dtype) for x in out),
-                      numbers=("bfloat16", "float16"))  # fmt: skip
+                      numbers=("bfloat16", "float16"), place=True)  # fmt: skip
         if len(outputs[0]) == 4:
             yield mistake(operator, "result by token", "the result is stored as [B, S, H, D], and lies as [B, H, S, D]",
-                          _by_token)  # fmt: skip
+                          _by_token, _by_head)  # fmt: skip
             yield mistake(operator, "result transposed", "positions and dims of the result are exchanged in memory",
                           _transposed)  # fmt: skip
             yield mistake(operator, "heads copied from the first", "every head of the result is that of the first",
@@ -76,6 +77,16 @@ def _no_rows(kept: Callable[[int, int], int], outputs: Outputs, value: str) -> O
 
 def _by_token(outputs: Outputs, value: str) -> Outputs:
     return tuple(x.swapaxes(1, 2).ravel().reshape(x.shape) if x.ndim == 4 else x for x in outputs)
+
+
+def _by_head(outputs: Outputs, value: str) -> Outputs:
+    """The other way round: memory that is read as [B, S, H, D] was written as [B, H, S, D]."""
+
+    def read(x: np.ndarray) -> np.ndarray:
+        B, H, S, D = x.shape
+        return np.ascontiguousarray(x).reshape(B, S, H, D).swapaxes(1, 2)
+
+    return tuple(read(x) if x.ndim == 4 else x for x in outputs)
 
 
 def _transposed(outputs: Outputs, value: str) -> Outputs:

@@ -12,8 +12,9 @@ import numpy as np
 from refllm.accuracy.limits import ELEMENT_LIMIT
 from refllm.hypotheses.operators.catalogue import catalogue
 from refllm.hypotheses.operators.designed import is_corner
-from refllm.hypotheses.operators.hypothesis import OpHypothesis, Outputs, Variant
-from refllm.hypotheses.operators.outcomes import Outcomes
+from refllm.hypotheses.operators.hypothesis import NUMBER, OpHypothesis, Outputs, Variant
+from refllm.hypotheses.operators.outcomes import Outcomes, outcomes
+from refllm.hypotheses.operators.solve import readings, solved
 from refllm.ops.contracts import contract_of
 from refllm.strategies.levels import level_of
 
@@ -21,6 +22,9 @@ _ROUGH = {"float32": 3e-3, "float16": 3e-2, "bfloat16": 0.2}
 """Of a row's largest number: what is further off is not looked at any closer."""
 _NEARER = 0.25
 """How much nearer than what is right a hypothesis has to be, root mean square over the elements where they differ."""
+
+_ENOUGH = 3
+"""Elements of a call in which a number that is solved for has to show: with one, any number fits."""
 
 Answers = dict[int, Outputs]
 """What a candidate returned, by the number of the designed call."""
@@ -38,27 +42,29 @@ class Fit:
     changed: str
 
 
-def fitting(known: Outcomes, answers: Answers, without: Sequence[str] = ()) -> list[Fit]:
+def fitting(operator: str, dtype: str, answers: Answers, without: Sequence[str] = ()) -> list[Fit]:
     """All hypotheses that fit, none where none does. without: the names of some that are left out.
 
-    They have to fit on all calls; where none does, on those that ask no more than the formula, and then on the plain
-    ones: a candidate may be wrong in two ways, of which one shows only there.
+    First as those of a kernel that computes in float32 inside, then of one that rounds every step to its dtype. They
+    have to fit on all calls; where none does, on those that ask no more than the formula, and then on the plain ones:
+    a candidate may be wrong in two ways, of which one shows only there.
     """
-    for numbers in _parts(known, answers):
-        wrong = [n for n in numbers if not _agree(known, known.right, n, answers[n])]
-        if not wrong:
-            continue
-        order = sorted(numbers, key=lambda n: (n not in wrong, sum(x.size for x in answers[n])))
-        hypotheses = [h for h in catalogue(known.right.hypothesis.operator) if h.name not in without]
-        for search in (_whole, _with_argument, _one_result):
-            found = list(search(known, hypotheses, order, answers))
-            if found:
-                return found
+    hypotheses = [h for h in catalogue(operator) if h.name not in without and not (h.place and dtype != "float32")]
+    for inside in dict.fromkeys(("float32", dtype)):
+        known = outcomes(operator, dtype, inside)
+        for numbers in _parts(known, answers):
+            wrong = [n for n in numbers if not _agree(known, known.right, n, answers[n])]
+            order = sorted(numbers, key=lambda n: (n not in wrong, sum(x.size for x in answers[n])))
+            for search in (_whole, _with_argument, _one_result, _solved) if wrong else ():
+                found = list(search(known, hypotheses, order, answers))
+                if found:
+                    return found
     return []
 
 
-def is_right(known: Outcomes, answers: Answers) -> bool:
-    """Whether all that a candidate returned is right."""
+def is_right(operator: str, dtype: str, answers: Answers) -> bool:
+    """Whether all that a candidate returned is right, as one that rounds every step."""
+    known = outcomes(operator, dtype, dtype)
     return all(_agree(known, known.right, n, answer) for n, answer in answers.items())
 
 
@@ -184,6 +190,42 @@ def _results_like(known: Outcomes, variant: Variant, numbers: Sequence[int], ans
         elif not of and not like <= free:
             return []
     return sorted(like or ()) if seen else []
+
+
+def _solved(
+    known: Outcomes, hypotheses: Sequence[OpHypothesis], numbers: Sequence[int], answers: Answers
+) -> Iterator[Fit]:
+    """Hypotheses with a number that is solved for: one number for all calls, or one of their lengths."""
+    wrong = [n for n in numbers if not _agree(known, known.right, n, answers[n])]
+    numeric = [n for n in wrong if sum(x.size for x in answers[n]) >= _ENOUGH] or wrong
+    for hypothesis in hypotheses:
+        for code in hypothesis.codes if hypothesis.solved else ():
+            variant = Variant(hypothesis, code)
+            found: dict[int, float] = {}
+            for n in numeric:
+                value = solved(known, variant, n, answers[n])
+                if value is None:
+                    break
+                found[n] = value
+            else:
+                yield from _read(known, variant, found, numbers, answers)
+
+
+def _read(
+    known: Outcomes, variant: Variant, found: dict[int, float], numbers: Sequence[int], answers: Answers
+) -> Iterator[Fit]:
+    for words, exact in readings(found, known.calls, known.dtype):
+        if all(_agree(known, variant.at(value), n, answers[n]) for n, value in exact.items()) and _evidence_at(
+            known, variant, exact, answers
+        ):
+            says = variant.hypothesis.says.replace(NUMBER, words)
+            shown = replace(variant, number=words)
+            yield Fit(variant.hypothesis, says, *shown.lines)
+
+
+def _evidence_at(known: Outcomes, variant: Variant, exact: dict[int, float], answers: Answers) -> bool:
+    """Whether there are more elements than numbers that were solved for."""
+    return sum(y.size for n in exact for y in answers[n]) >= _ENOUGH * len(exact)
 
 
 def _agree(known: Outcomes, variant: Variant, n: int, answer: Outputs) -> bool:

@@ -24,7 +24,8 @@ class OpHypothesis:
     name: short, one per operator. says: what is wrong, in one clause for a report; `NUMBER` stands for its number.
     operator: which contract it breaks. codes: the ways to write it: edits of the text, or what is done to the right
     results. numbers: what `NUMBER` may be, as source text ("32", "next_power(x.shape[-1])"); () where there is none.
-    source: where the mistake was seen, "" for one of one's own.
+    solved: where the search for `NUMBER` begins, if it is solved for; it is asked when nothing else fits. place: honest
+    code in a narrow format may round there, so that it is no mistake in one. source: where the mistake was seen, "" for one of one's own.
     """
 
     name: str
@@ -32,7 +33,9 @@ class OpHypothesis:
     operator: str
     codes: tuple[Edits | After, ...]
     numbers: tuple[str, ...] = ()
+    solved: tuple[float, ...] = ()
     source: str = ""
+    place: bool = False
 
     @property
     def text(self) -> str:
@@ -41,7 +44,9 @@ class OpHypothesis:
 
     @property
     def variants(self) -> list["Variant"]:
-        """Every way to write it with every number."""
+        """Every way to write it with every number; none where the number is solved for."""
+        if self.solved:
+            return []
         numbers: Sequence[str] = self.numbers or ("",)
         return [Variant(self, code, number) for code in self.codes for number in numbers]
 
@@ -71,6 +76,10 @@ class Variant:
     def lines(self) -> tuple[str, str]:
         """What the definition has, and what stands there instead; "" twice where no text is edited."""
         return ("", "") if callable(self.code) else changed_lines(self.hypothesis.text, self.text)
+
+    def at(self, number: float) -> "Variant":
+        """The same with another number."""
+        return Variant(self.hypothesis, self.code, repr(number))
 
     def __call__(self, arguments: Sequence[Any], keywords: dict[str, Any]) -> Outputs | None:
         """The results of a call with this mistake, in float64; None where it cannot be computed."""

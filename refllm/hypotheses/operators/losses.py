@@ -149,7 +149,7 @@ def _softmax(operator: str) -> Iterator[OpHypothesis]:
               of_p("((softmax(z) - np.eye(z.shape[-1])[labels[counted]]) ** 2).mean(-1)"))  # fmt: skip
     yield one("focal loss", "it is the focal loss, (1 - p)^2 times the loss", of_p("-np.log(p) * (1 - p) ** 2"))
     yield one("logits in bfloat16", "the logits are rounded to NUMBER before the loss",
-              prepared('logits = narrow(logits, "NUMBER")'), numbers=("bfloat16", "float16"))  # fmt: skip
+              prepared('logits = narrow(logits, "NUMBER")'), numbers=("bfloat16", "float16"), place=True)  # fmt: skip
     yield one("loss in bfloat16", "the loss of a row is kept in NUMBER",
               ((_LOSS, f'{_LOSS}    loss = narrow(loss, "NUMBER")\n'),), numbers=("bfloat16", "float16"))  # fmt: skip
     yield one("sum in bfloat16", "the sum of the exponentials is kept in NUMBER",
@@ -187,15 +187,19 @@ def _reduction(operator: str) -> Iterator[OpHypothesis]:
 
 
 def _tiles(operator: str) -> Iterator[OpHypothesis]:
-    def one(name: str, says: str, *codes: Edits, **more: object) -> OpHypothesis:
-        return mistake(operator, name, says, *codes, numbers=_TILES, **more)
+    def one(name: str, says: str, *codes: Edits, numbers: tuple[str, ...] = _TILES) -> OpHypothesis:
+        return mistake(operator, name, says, *codes, numbers=numbers)
 
     cut = "z[..., : whole(z.shape[-1], NUMBER)]"
     yield one("last classes left out", "the last, partial tile of NUMBER classes is missing from the sum",
               ((_LOG_SUM, f"np.log(np.exp({cut}).sum(axis=-1))"),))  # fmt: skip
     yield one("padding in the sum", "the padding lanes of the last tile of NUMBER count as logits of 0",
               ((_LOG_SUM, "np.log(np.exp(z).sum(axis=-1) + (padded(z.shape[-1], NUMBER) - z.shape[-1]) * "
-                "np.exp(-logits[counted].max(axis=-1)))"),))  # fmt: skip
+                "np.exp(-logits[counted].max(axis=-1)))"),),
+              numbers=(*_TILES, "2048", "4096", "next_power(z.shape[-1])", "max(16, next_power(z.shape[-1]))"))  # fmt: skip
+    yield one("lanes not weighted", "the sums of NUMBER lanes are added as if their maxima were the same",
+              ((_LOG_SUM, "np.log(np.exp(z - lane_tops(z, NUMBER)).sum(axis=-1))"),),
+              numbers=(*_TILES, "2048", "4096"))  # fmt: skip
     yield one("no rescaling", "the running sum is not rescaled when a later tile of NUMBER has a larger maximum",
               ((_LOG_SUM, "np.log(np.exp(z - running(z, NUMBER)).sum(axis=-1))"),))  # fmt: skip
     yield one("tiles not weighted", "the sums of tiles of NUMBER are added as if their maxima were the same",
@@ -222,9 +226,9 @@ def _projection() -> Iterator[OpHypothesis]:
     yield one("tail of E left out", "the last, partial tile of NUMBER columns is missing from the product",
               "x[:, : whole(x.shape[-1], NUMBER)] @ weight.T[: whole(x.shape[-1], NUMBER)]", numbers=_TILES)  # fmt: skip
     narrow = "narrow(narrow(x, 'NUMBER') @ narrow(weight, 'NUMBER').T, 'NUMBER')"
-    yield one("product in bfloat16", "the product is formed in NUMBER", narrow, numbers=("bfloat16", "float16"))
+    yield one("product in bfloat16", "the product is formed in NUMBER", narrow, numbers=("bfloat16", "float16"), place=True)
     yield one("factors in bfloat16", "x and the weight are rounded to NUMBER before the product",
-              "narrow(x, 'NUMBER') @ narrow(weight, 'NUMBER').T", numbers=("bfloat16", "float16"))  # fmt: skip
+              "narrow(x, 'NUMBER') @ narrow(weight, 'NUMBER').T", numbers=("bfloat16", "float16"), place=True)  # fmt: skip
     chunks = (
         "parts = [cross_entropy(x[i : i + NUMBER] @ weight.T, labels[i : i + NUMBER], ignore_index, reduction)[0]\n"
         "             for i in range(0, len(x), NUMBER)]\n"

@@ -11,8 +11,9 @@ SUM = "np.sum(x * x, axis=-1, keepdims=True)"
 _CENTRE = "x = x - x.mean(axis=-1, keepdims=True)\n"
 _BIAS = "return y if bias is None else y + bias"
 TILES = ("4", "8", "16", "32", "64", "128", "256", "512", "1024")
-_BLOCKS = (
+BLOCKS = (
     "next_power(x.shape[-1])",
+    *(f"max({tile}, next_power(x.shape[-1]))" for tile in (8, 16, 32, 64, 128, 256, 512, 1024)),
     *(f"padded(x.shape[-1], {tile})" for tile in (4, 8, 16, 32, 64, 128, 256)),
     *("16", "32", "64", "128", "256", "512", "1024", "2048"),
 )
@@ -89,7 +90,7 @@ def root(operator: str) -> Iterator[OpHypothesis]:
     yield one("divided by the rows", "the sum of squares is divided by the number of rows, and not by E",
               ((MEAN, f"({SUM} / len(x))"),))  # fmt: skip
     yield one("mean over the padded row", "the sum of squares is divided by the length of the padded row, NUMBER",
-              ((MEAN, f"({SUM} / (NUMBER))"),), numbers=_BLOCKS)  # fmt: skip
+              ((MEAN, f"({SUM} / (NUMBER))"),), numbers=BLOCKS)  # fmt: skip
     yield one("only the first tile in the mean", "only the first NUMBER columns of a row enter the mean square",
               ((MEAN, "np.mean(x[..., :NUMBER] ** 2, axis=-1, keepdims=True)"),),
               ((MEAN, "(np.sum(x[..., :NUMBER] ** 2, axis=-1, keepdims=True) / x.shape[-1])"),),
@@ -181,13 +182,13 @@ def _layer(operator: str) -> Iterator[OpHypothesis]:
                   ((_CENTRE, "x = x - x.mean()\n"),))  # fmt: skip
     yield mistake(operator, "centred with the padded row", "the sum of a row is divided by the length of the padded "
                   "row, NUMBER, for its mean", ((_CENTRE, "x = x - x.sum(axis=-1, keepdims=True) / (NUMBER)\n"),),
-                  numbers=_BLOCKS)  # fmt: skip
+                  numbers=BLOCKS)  # fmt: skip
     yield mistake(operator, "centred with the first tile", "the mean that is subtracted is that of the first NUMBER "
                   "columns", ((_CENTRE, "x = x - x[..., :NUMBER].mean(axis=-1, keepdims=True)\n"),),
                   numbers=TILES)  # fmt: skip
     padding = f"({SUM} + ((NUMBER) - x.shape[-1]) * (raw - x)[..., :1] ** 2) / x.shape[-1]"
     yield mistake(operator, "padding in the variance", "the padding lanes of a ragged row count in the variance, as "
-                  "(0 - mean)^2", (raw, (MEAN, f"({padding})")), numbers=_BLOCKS,
+                  "(0 - mean)^2", (raw, (MEAN, f"({padding})")), numbers=BLOCKS,
                   source="Dao-AILab/quack 9310d47")  # fmt: skip
     yield mistake(operator, "median", "the median is subtracted, and not the mean",
                   ((_CENTRE, "x = x - np.median(x, axis=-1, keepdims=True)\n"),))  # fmt: skip
@@ -239,7 +240,7 @@ def _sum(operator: str, norm: str) -> Iterator[OpHypothesis]:
     both = 'narrow(narrow(residual, "bfloat16") + narrow(x, "bfloat16"), "bfloat16")'
     one = 'narrow(residual + x, "bfloat16")'
     yield mistake(operator, "sum in bfloat16", "x and the residual meet in bfloat16 whatever their dtype",
-                  *(returns(call.replace("residual + x", how), how) for how in (one, both)))  # fmt: skip
+                  *(returns(call.replace("residual + x", how), how) for how in (one, both)), place=True)  # fmt: skip
     centred = "(residual + x) - (residual + x).mean(axis=-1, keepdims=True)"
     yield mistake(operator, "sum centred", "the sum that returns has lost the mean of its row",
                   returns(call, centred))  # fmt: skip

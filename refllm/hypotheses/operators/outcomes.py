@@ -13,8 +13,8 @@ import numpy as np
 from refllm.accuracy.propagation import ulp
 from refllm.hypotheses.operators.designed import designed
 from refllm.hypotheses.operators.hypothesis import OpHypothesis, Outputs, Variant
+from refllm.ops.contracts import contract_of
 from refllm.precision import largest
-from refllm.strategies.call import Call
 
 _DRAWS, _DRAWS_OF_ROUNDED = 4, 32
 """How often inputs are moved; and those of a hypothesis that rounds, where a move may carry a number over a border."""
@@ -22,14 +22,21 @@ _INSIDE = {"float32": 6.0, "bfloat16": 3.0, "float16": 3.0}
 """How much more than its inputs' roundings move it an honest result may be off: steps inside round too."""
 _CHAIN = 16
 """Terms of a float32 sum from which the roundings of one chain of additions are granted besides."""
+_SMALLEST = np.finfo(np.float32).smallest_subnormal
 _DIGITS = {"float32": 24, "bfloat16": 8, "float16": 11}
 
 
 class Outcomes:
-    """The results of an operator's hypotheses on its designed calls, in one format."""
+    """The results of an operator's hypotheses on its designed calls.
 
-    def __init__(self, operator: str, dtype: str) -> None:
-        self.dtype = dtype
+    dtype: of the inputs and results. inside: the format in which steps inside may round; float32 is what a fused kernel
+    does, the dtype what a plain one may.
+    """
+
+    def __init__(self, operator: str, dtype: str, inside: str) -> None:
+        self.dtype, self.inside = dtype, inside
+        known = contract_of(operator)
+        self._formats = ["float32" if name in known.float32 else dtype for name in known.outputs]
         self.calls = designed(operator, dtype)
         self.right = Variant(OpHypothesis("right", "", operator, ((),)), ())
         self._arrays: dict[int, tuple[list[Any], dict[str, Any]]] = {}
@@ -41,7 +48,7 @@ class Outcomes:
         cannot be computed."""
         if (variant, n) not in self._results:
             out = variant(*self.arrays(n))
-            self._results[variant, n] = None if out is None else tuple(_in_format(x, self.dtype) for x in out)
+            self._results[variant, n] = None if out is None else tuple(map(_in_format, out, self._formats))
         return self._results[variant, n]
 
     def sigmas(self, variant: Variant, n: int) -> Outputs:
@@ -69,10 +76,10 @@ class Outcomes:
         # Float32 loses what is added to a larger number, which no move of the inputs shows.
         self._add(squares, results, variant([_in_float32(x) for x in arguments], keywords), 1)
         longest = max((max(x.shape, default=1) for x in arguments if isinstance(x, np.ndarray)), default=1)
-        inside = _INSIDE[self.dtype] * (np.sqrt(1 + longest / _CHAIN) if self.dtype == "float32" else 1.0)
+        inside = _INSIDE[self.inside] * (np.sqrt(1 + longest / _CHAIN) if self.inside == "float32" else 1.0)
         return tuple(
-            np.hypot(inside * np.sqrt(square), _spacing(x, self.dtype) / np.sqrt(12)) + np.finfo(np.float32).smallest_subnormal
-            for square, x in zip(squares, results, strict=True)
+            np.hypot(inside * np.sqrt(square), _spacing(x, dtype) / np.sqrt(12)) + _SMALLEST
+            for square, x, dtype in zip(squares, results, self._formats, strict=False)
         )
 
     @staticmethod
@@ -83,19 +90,13 @@ class Outcomes:
     def _moved(self, x: Any, rng: np.random.Generator) -> Any:
         if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
             return x
-        return x * (1 + 2.0 ** (1 - _DIGITS[self.dtype]) / np.sqrt(12) * rng.standard_normal(x.shape))
+        return x * (1 + 2.0 ** (1 - _DIGITS[self.inside]) / np.sqrt(12) * rng.standard_normal(x.shape))
 
 
 @lru_cache(maxsize=None)
-def outcomes(operator: str, dtype: str) -> Outcomes:
+def outcomes(operator: str, dtype: str, inside: str = "float32") -> Outcomes:
     """Those of an operator in a format, which are kept."""
-    return Outcomes(operator, dtype)
-
-
-def answered(operator: str, dtype: str, calls: Any) -> list[int]:
-    """The numbers of some of the designed calls."""
-    known: tuple[Call, ...] = designed(operator, dtype)
-    return [known.index(call) for call in calls]
+    return Outcomes(operator, dtype, inside)
 
 
 def _exact(x: Any) -> Any:

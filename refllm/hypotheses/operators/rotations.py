@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from refllm.hypotheses.operators.edits import Edits
 from refllm.hypotheses.operators.hypothesis import OpHypothesis, mistake
-from refllm.hypotheses.operators.norms import MEAN, ROOT, root, weight
+from refllm.hypotheses.operators.norms import BLOCKS, MEAN, ROOT, root, weight
 
 _TABLES = "cos, sin, R, out = cos[..., None, :, :], sin[..., None, :, :], 2 * cos.shape[-1], x.copy()\n"
 _PAIRS = "(slice(0, R, 2), slice(1, R, 2)) if interleaved else (slice(0, R // 2), slice(R // 2, R))"
@@ -111,7 +111,7 @@ def _tables(operator: str) -> Iterator[OpHypothesis]:
     yield one("tables by head", "the tables are read by head, and not by position",
               "{0}.swapaxes(-3, -2)[..., : x.shape[1], :, :]")  # fmt: skip
     yield one("table rounded", "cos and sin are rounded to NUMBER", 'narrow({0}, "NUMBER")',
-              numbers=("bfloat16", "float16"))  # fmt: skip
+              numbers=("bfloat16", "float16"), place=True)  # fmt: skip
     stretched = (
         "c, s = (np.concatenate([t, t], -1) if interleaved else np.repeat(t, 2, -1) for t in (cos, sin))\n"
         f"    {_LEFT}a * c[..., first] - b * s[..., first], b * c[..., second] + a * s[..., second]\n"
@@ -135,8 +135,8 @@ def _norm_rope() -> Iterator[OpHypothesis]:
     line = f"y = weight[:, None] * x / {ROOT}\n        return rotate(y, cos, sin, interleaved)"
     right = "return one(q, q_weight), one(k, k_weight)"
 
-    def one(name: str, says: str, *codes: Edits) -> OpHypothesis:
-        return mistake(operator, name, says, *codes)
+    def one(name: str, says: str, *codes: Edits, **more: object) -> OpHypothesis:
+        return mistake(operator, name, says, *codes, **more)
 
     for name, words in (("k", "keys"), ("q", "queries")):
         yield one(f"{words} not rotated", f"{name} is not rotated",
@@ -168,7 +168,8 @@ def _norm_rope() -> Iterator[OpHypothesis]:
               (('norm == "layer"', 'norm == "rms"'),))  # fmt: skip
     rotated = MEAN.replace("x * x", "x[..., : 2 * cos.shape[-1]] ** 2")
     yield one("statistics of the rotated part", "the norm sees only the dims that are rotated",
-              ((MEAN, rotated), ("x.mean(", "x[..., : 2 * cos.shape[-1]].mean(")), ((MEAN, rotated),))  # fmt: skip
+              ((MEAN, rotated), ("x.mean(", "x[..., : 2 * cos.shape[-1]].mean(")), ((MEAN, rotated),),
+              ((MEAN, f"({rotated} * 2 * cos.shape[-1] / x.shape[-1])"),))  # fmt: skip
     rest = "raw = x\n        " + centre
     from_r = "        y[..., 2 * cos.shape[-1] :] = {0}[..., 2 * cos.shape[-1] :]\n        return rotate("
     yield one("rest of the head not normed", "the dims from R on are copied from the input",
@@ -184,8 +185,8 @@ def _norm_rope() -> Iterator[OpHypothesis]:
         yield one(f"{words} without a weight", f"the weight of {name} is not applied",
                   ((f"one({name}, {name}_weight)", f"one({name}, np.ones_like({name}_weight))"),))  # fmt: skip
     yield one("padding in the variance", "the padding lanes of a head count in the variance, as (0 - mean)^2",
-              ((centre, rest), (MEAN, f"({MEAN} + (next_power(x.shape[-1]) / x.shape[-1] - 1) * (raw - x)[..., :1] "
-                                "** 2)")))  # fmt: skip
+              ((centre, rest), (MEAN, f"({MEAN} + ((NUMBER) / x.shape[-1] - 1) * (raw - x)[..., :1] ** 2)")),
+              numbers=BLOCKS)  # fmt: skip
 
 
 def _projected() -> Iterator[OpHypothesis]:
@@ -261,7 +262,9 @@ def _projected() -> Iterator[OpHypothesis]:
     product = f"y = weight * x / {ROOT} @ w_qkv.T"
     left = f"(weight * x / {ROOT})[..., : whole(x.shape[-1], NUMBER)] @ w_qkv.T[: whole(x.shape[-1], NUMBER)]"
     yield one("tail of E left out", "the last, partial tile of NUMBER columns is missing from the product",
-              ((product, f"y = {left}"),), numbers=("8", "16", "32", "64", "128"))  # fmt: skip
+              ((product, f"y = {left}"),),
+              ((MEAN, "(np.sum(x[..., : whole(x.shape[-1], NUMBER)] ** 2, axis=-1, keepdims=True) / x.shape[-1])"),
+               ("@ w_qkv.T", "@ (w_qkv.T * (np.arange(x.shape[-1]) < whole(x.shape[-1], NUMBER))[:, None])")), numbers=("8", "16", "32", "64", "128"))  # fmt: skip
     yield one("norm after the projection", "the norm is that of the projected row", ((
         product, "x0, x = x, x @ w_qkv.T\n"
         f"    y, x = x / {ROOT}, x0"),))  # fmt: skip
