@@ -242,7 +242,7 @@ def _masks() -> Iterator[OpHypothesis]:
     yield one("mask after the softmax", "the mask is applied after the softmax, whose rows then do not sum to 1",
               ((_MASKED, f"s = {_SCORES}\n"), (_O, after)))  # fmt: skip
     yield one("masked with 0", "masked scores are 0, and not -inf: masked keys have weight", masked("0.0"),
-              masked("-1e-9"), masked("1e-9"), source="pytorch/tutorials")  # fmt: skip
+              masked("-1e-9"), masked("1e-9"))  # fmt: skip
     yield one("masked with a small number", "masked scores are NUMBER, and not -inf: masked keys have weight",
               masked("NUMBER"), numbers=("-1.0", "1.0", "-5.0", "-10.0", "-100.0"))  # fmt: skip
     yield one("mask added", "the mask of ones and zeros is added to the scores, and nothing is masked",

@@ -68,6 +68,13 @@ def is_right(operator: str, dtype: str, answers: Answers) -> bool:
     return all(_agree(known, known.right, n, answer) for n, answer in answers.items())
 
 
+def wrong_elements(known: Outcomes, n: int, answer: Outputs) -> list[np.ndarray]:
+    """Which elements of each result of a call are not what is right."""
+    truth = known.results(known.right, n)
+    assert truth is not None
+    return [~_alike(t, s, y) for t, s, y in zip(truth, known.sigmas(known.right, n), answer, strict=True)]
+
+
 def _parts(known: Outcomes, answers: Answers) -> Iterator[list[int]]:
     """Numbers of calls, fewer and fewer."""
     every = list(answers)
@@ -249,9 +256,11 @@ def _near(x: np.ndarray, y: np.ndarray, dtype: str) -> bool:
 
 
 def _agrees(x: np.ndarray, sigma: np.ndarray, y: np.ndarray) -> bool:
-    finite = np.isfinite(x)
-    if x.shape != y.shape or not np.array_equal(finite, np.isfinite(y)):
-        return False
-    strange = (x == y) | (np.isnan(x) & np.isnan(y))
-    z = np.abs(np.where(finite, x - np.where(finite, y, 0), 0)) / sigma
-    return bool((finite | strange).all() and (z <= ELEMENT_LIMIT).all())
+    return x.shape == y.shape and bool(_alike(x, sigma, y).all())
+
+
+def _alike(x: np.ndarray, sigma: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which elements are the same up to rounding; NaN is NaN."""
+    finite = np.isfinite(x) & np.isfinite(y)
+    same = (x == y) | (np.isnan(x) & np.isnan(y))
+    return np.where(finite, np.abs(np.where(finite, x, 0) - np.where(finite, y, 0)) <= ELEMENT_LIMIT * sigma, same)

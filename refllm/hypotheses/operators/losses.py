@@ -43,7 +43,7 @@ def _rows(operator: str) -> Iterator[OpHypothesis]:
                        "bool)\n"),)  # fmt: skip
     kept: Edits = (("counted.sum()", "(given != ignore_index).sum()"),)
     yield one("mean over all rows", "the mean is taken over all rows, with those that are ignored",
-              (("counted.sum()", "len(labels)"),), source="huggingface/transformers#34242")  # fmt: skip
+              (("counted.sum()", "len(labels)"),))  # fmt: skip
     yield one("ignored rows count", "an ignored row counts as if its label were 0", as_label("0"), inside("0"),
               clamped, (*clamped, *kept))
     yield one("ignored rows count at the end", "an ignored row counts as if its label were the last one",

@@ -47,7 +47,6 @@ def root(operator: str) -> Iterator[OpHypothesis]:
         ((ROOT, f"({sqrt_mean} + np.sqrt(eps))"),),
         ((f"/ {ROOT}", f"* (1 / {sqrt_mean} + eps)"),),
         ((f"x / {ROOT}", f"(x / {sqrt_mean} + eps)"),),
-        source="allenai/OLMo#281",
     )
     yield one("eps fixed", "eps is NUMBER, whatever the argument says", ((f"{MEAN} + eps", f"{MEAN} + NUMBER"),),
               ((ROOT, f"({sqrt_mean} + NUMBER)"),), numbers=_EPS)  # fmt: skip
@@ -64,7 +63,7 @@ def root(operator: str) -> Iterator[OpHypothesis]:
               ((ROOT, f"np.sqrt(({SUM} + eps) / x.shape[-1])"),))  # fmt: skip
     yield one("no root", "it divides by the mean square, and not by its root", ((ROOT, f"({MEAN} + eps)"),))
     yield one("multiplied by the root", "it multiplies by the root, and should divide by it",
-              ((f"/ {ROOT}", f"* {ROOT}"),), source="stanford-cs336/assignment1-basics#2")  # fmt: skip
+              ((f"/ {ROOT}", f"* {ROOT}"),))  # fmt: skip
     yield one(
         "squares summed",
         "the squares are summed, and not averaged",
@@ -81,12 +80,10 @@ def root(operator: str) -> Iterator[OpHypothesis]:
               ((ROOT, "np.max(np.abs(x), axis=-1, keepdims=True)"),),
               ((ROOT, "np.sqrt(np.max(x * x, axis=-1, keepdims=True) + eps)"),))  # fmt: skip
     yield one("divided by E - 1" if "layer" not in operator else "unbiased variance",
-              "the sum of squares is divided by E - 1, and not by E", ((MEAN, f"({SUM} / (x.shape[-1] - 1))"),),
-              source="harvardnlp/annotated-transformer#119")  # fmt: skip
+              "the sum of squares is divided by E - 1, and not by E", ((MEAN, f"({SUM} / (x.shape[-1] - 1))"),))  # fmt: skip
     if "layer" in operator:
         yield one("unbiased variance, eps outside the root", "it divides by the deviation over E - 1, and eps is "
-                  "outside the root", ((ROOT, f"(np.sqrt({SUM} / (x.shape[-1] - 1)) + eps)"),),
-                  source="harvardnlp/annotated-transformer#119")  # fmt: skip
+                  "outside the root", ((ROOT, f"(np.sqrt({SUM} / (x.shape[-1] - 1)) + eps)"),))  # fmt: skip
     yield one("divided by the rows", "the sum of squares is divided by the number of rows, and not by E",
               ((MEAN, f"({SUM} / len(x))"),))  # fmt: skip
     yield one("mean over the padded row", "the sum of squares is divided by the length of the padded row, NUMBER",
@@ -188,8 +185,7 @@ def _layer(operator: str) -> Iterator[OpHypothesis]:
                   numbers=TILES)  # fmt: skip
     padding = f"({SUM} + ((NUMBER) - x.shape[-1]) * (raw - x)[..., :1] ** 2) / x.shape[-1]"
     yield mistake(operator, "padding in the variance", "the padding lanes of a ragged row count in the variance, as "
-                  "(0 - mean)^2", (raw, (MEAN, f"({padding})")), numbers=BLOCKS,
-                  source="Dao-AILab/quack 9310d47")  # fmt: skip
+                  "(0 - mean)^2", (raw, (MEAN, f"({padding})")), numbers=BLOCKS)  # fmt: skip
     yield mistake(operator, "median", "the median is subtracted, and not the mean",
                   ((_CENTRE, "x = x - np.median(x, axis=-1, keepdims=True)\n"),))  # fmt: skip
     yield mistake(operator, "deviation of magnitudes", "it divides by the mean distance from the mean, and not by the "
