@@ -102,7 +102,6 @@ def _softmax(operator: str) -> Iterator[OpHypothesis]:
               (("k, v = k.repeat(g, axis=1),", "k, v = v.repeat(g, axis=1),"),))  # fmt: skip
     yield one("keys and values exchanged", "k and v are exchanged",
               ((_HEADS, "k, v = v.repeat(g, axis=1), k.repeat(g, axis=1)\n"),))  # fmt: skip
-    yield one("q as keys", "the scores are those of q with itself", (("q @ k.swapaxes", "q @ q.swapaxes"),))
     yield one("distances for products", "the scores are squared distances, and not products", (
         ("q @ k.swapaxes(2, 3)", "-((q[..., None, :] - k[..., None, :, :]) ** 2).sum(-1)"),))  # fmt: skip
     yield one("cosines for products", "the scores are those of q and k of length 1", (
@@ -211,6 +210,7 @@ def _masks() -> Iterator[OpHypothesis]:
     yield one("strictly later keys", "the wrong triangle is masked: a query sees only what comes later",
               causal(f"{keys} > {rows} + T - S"), causal(f"{keys} > {rows}"))  # fmt: skip
     yield one("own key alone", "a query sees its own key alone", causal(f"{keys} == {rows} + T - S"))
+    yield one("q as keys", "the scores are those of q with itself", (("q @ k.swapaxes", "q @ q.swapaxes"),))
     yield one("q and k exchanged", "the scores are k q^T, and not q k^T",
               (("q @ k.swapaxes(2, 3)", "(q @ k.swapaxes(2, 3)).swapaxes(2, 3)"),))  # fmt: skip
     yield one("maximum of everything", "one maximum is subtracted from all rows of a head",
@@ -221,7 +221,7 @@ def _masks() -> Iterator[OpHypothesis]:
     yield one("always causal", "causal is not used: it is always causal", ((" if causal else seen\n", "\n"),))
     yield one("causal exchanged", "causal is taken the other way round", (("if causal", "if not causal"),))
     yield one("window", "a query sees no more than NUMBER keys", causal(f"({keys} <= {rows} + T - S) & ({keys} > "
-              f"{rows} + T - S - NUMBER)"), numbers=("1", "2", "3", "4", "8", "16", "32", "64", "128"))  # fmt: skip
+              f"{rows} + T - S - NUMBER)"), numbers=("2", "3", "4", "8", "16", "32", "64", "128"))  # fmt: skip
     yield one("window of tiles", "a query sees its own tile of NUMBER keys and no more than two before it",
               causal(f"({keys} <= {rows} + T - S) & ({keys} >= ({rows} + T - S) // NUMBER * NUMBER - 2 * NUMBER)"),
               numbers=("8", "16", "32", "64"))  # fmt: skip
@@ -254,7 +254,7 @@ def _masks() -> Iterator[OpHypothesis]:
         (_MASKED, _MASKED.replace("(seen", "(~(seen & np.ones((S, T), bool))")),))  # fmt: skip
     finite = masked("NUMBER")
     yield one("finite sentinel", "masked scores are NUMBER, and valid ones may be smaller", finite,
-              numbers=("-1e4", "-5e4", "-65504.0", "-10000.0", "-1e5", "-1e6", "-1e9"))  # fmt: skip
+              numbers=("-1e4", "-5e4", "-65504.0", "-10000.0", "-1e5", "-1e6"))  # fmt: skip
     yield one("last key left out", "the last key is never read", ((_MASKED, f"seen = seen & ({keys} < T - 1)\n    "
               f"{_MASKED}"),), ((_MASKED, f"seen = seen & ({keys} < max(1, T - 1))\n    {_MASKED}"),))  # fmt: skip
     yield one("first key left out", "the first key is never read", ((_MASKED, f"seen = seen & ({keys} > 0)\n    "
@@ -287,7 +287,7 @@ def _lse() -> Iterator[OpHypothesis]:
     yield one("LSE of no keys", "lse of a query without a key is 0, and should be -inf",
               f"np.where(total[..., 0] == 0, 0, {_LSE})", f"np.where(total[..., 0] == 0, -1e30, {_LSE})",
               f"np.where(total[..., 0] == 0, np.inf, {_LSE})")  # fmt: skip
-    yield one("sign of LSE", "lse has the wrong sign", f"-({_LSE})", "np.log(total)[..., 0] - top[..., 0]")
+    yield one("sign of LSE", "lse has the wrong sign", f"-({_LSE})")
     yield one("LSE of the mean", "lse is the logarithm of the mean, and not of the sum", f"{_LSE} - np.log(T)")
     yield one("maximum subtracted twice in LSE", "lse has the maximum with the wrong sign",
               "np.log(total)[..., 0] - top[..., 0]")  # fmt: skip
@@ -342,12 +342,12 @@ def _cache() -> Iterator[OpHypothesis]:
               slots(f"{slot} <= {token} + n - S", "0.0"), slots(f"{slot} <= {token} + n - S", "-1e-9"))  # fmt: skip
     yield one("finite sentinel", "masked scores are NUMBER, and valid ones may be smaller",
               slots(f"{slot} <= {token} + n - S", "NUMBER"),
-              numbers=("-1e4", "-5e4", "-65504.0", "-1e5", "-1e6", "-1e9"))  # fmt: skip
+              numbers=("-1e4", "-5e4", "-65504.0", "-1e5", "-1e6"))  # fmt: skip
     yield one("cache of the first sequence", "all sequences read the cache of the first",
               ((_CALL, _CALL.replace("k[b,", "k[:1,").replace("v[b,", "v[:1,")),))  # fmt: skip
     yield one("window", "a token sees no more than NUMBER slots",
               slots(f"({slot} <= {token} + n - S) & ({slot} > {token} + n - S - NUMBER)"),
-              numbers=("1", "2", "4", "8", "16", "32", "64", "128"))  # fmt: skip
+              numbers=("2", "4", "8", "16", "32", "64", "128"))  # fmt: skip
     empty = f"(padded(T, NUMBER) // NUMBER - padded(n - S + 1 + {token}, NUMBER) // NUMBER)"
     yield one("empty splits counted", "a split of NUMBER slots of which none is in use counts as one of sum 1",
               (*slots(f"{slot} <= {token} + n - S"),

@@ -247,6 +247,7 @@ def _losses(operator: str, dtype: str) -> Iterator[Call]:
     yield call("the sum", 9, 7, (1, 7), reduction="sum")
     yield call("another ignore_index", 8, 6, (3, 4), value=4, reduction="none")
     yield call("the mean, another ignore_index", 8, 6, (3, 4), value=4)
+    yield call("unlikely labels", 7, 9, (3,), size=4.0 if linear else 9.0, reduction="none")
     yield call("!ignore_index is -1", 8, 6, (3, 4), value=-1, reduction="none")
     yield call("!large logits", 5, 7, (1,), size=3000.0, reduction="none")
     yield call("!nothing to count", 3, 5, (0, 1, 2))

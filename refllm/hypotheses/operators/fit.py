@@ -140,7 +140,7 @@ def _evidence(known: Outcomes, variant: Variant, numbers: Sequence[int], answers
             apart = np.where(both, np.abs(np.where(both, h - t, 0)) / s, 0)
             seen = apart > 2 * ELEMENT_LIMIT
             wrong += int((seen | (np.isfinite(h) & ~np.isfinite(t))).sum())
-            strange += int((~np.isfinite(h) & np.isfinite(t)).sum())
+            strange += int((~np.isfinite(h) & ~((h == t) | (np.isnan(h) & np.isnan(t)))).sum())
             right += int((both & ~seen).sum())
             near += float(np.square((np.where(seen, y - h, 0)) / s).sum())
             far += float(np.square((np.where(seen, y - t, 0)) / s).sum())

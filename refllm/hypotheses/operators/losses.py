@@ -89,7 +89,7 @@ def _label(operator: str) -> Iterator[OpHypothesis]:
     yield one("first class for the label", "the first class is read, and not the label", at("0 * labels[counted]"))
     yield one("label of the first row", "every row has the label of the first one", at("labels[counted][:1]"))
     yield one("mean for the label", "the mean over all classes is read, and not the label", ((_LABEL, "z.mean(-1)"),))
-    yield one("label left out", "the label's logit is not subtracted", ((f" - {_LABEL}", ""),))
+    yield one("label left out", "the label's logit is not subtracted", ((f" - {_LABEL}", " + logits[counted].max(axis=-1)"),))
     yield one("label's logit twice", "the label's own logit counts twice in the sum",
               ((_LOG_SUM, f"np.log(np.exp(z).sum(axis=-1) + np.exp({_LABEL}))"),))  # fmt: skip
     yield one("label left out of the sum", "the label's own logit is left out of the sum",
@@ -116,7 +116,7 @@ def _softmax(operator: str) -> Iterator[OpHypothesis]:
               ((_LABEL, "logits[counted][np.arange(len(z)), labels[counted]]"),))  # fmt: skip
     yield one("maximum added twice", "the maximum is taken from the label's logit alone", (
         (_LOG_SUM, "(np.log(np.exp(z).sum(axis=-1)) + logits[counted].max(axis=-1))"),))  # fmt: skip
-    yield one("sign", "the sign is wrong: log p, and not -log p", of_p("np.log(p)"))
+    yield one("sign", "the sign is wrong: log p, and not -log p", ((f"{_LOG_SUM} - {_LABEL}", f"{_LABEL} - {_LOG_SUM}"),))
     yield one("softmax twice", "the softmax is taken twice", prepared("logits = softmax(logits)"))
     yield one("log-softmax of the softmax's logarithm", "the probabilities' logarithm is taken of the sigmoid, class "
               "by class", of_p("np.logaddexp(0, -logits[counted][np.arange(len(z)), labels[counted]])"))  # fmt: skip

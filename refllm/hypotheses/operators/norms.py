@@ -188,8 +188,6 @@ def _layer(operator: str) -> Iterator[OpHypothesis]:
                   "(0 - mean)^2", (raw, (MEAN, f"({padding})")), numbers=BLOCKS)  # fmt: skip
     yield mistake(operator, "median", "the median is subtracted, and not the mean",
                   ((_CENTRE, "x = x - np.median(x, axis=-1, keepdims=True)\n"),))  # fmt: skip
-    yield mistake(operator, "deviation of magnitudes", "it divides by the mean distance from the mean, and not by the "
-                  "deviation", ((ROOT, "(np.mean(np.abs(x), axis=-1, keepdims=True) + eps)"),))  # fmt: skip
     yield mistake(operator, "centred, not divided", "x is centred, and not divided by anything",
                   ((f" / {ROOT}", ""),))  # fmt: skip
 

@@ -1,0 +1,246 @@
+"""Writes docs/looks-like.md: how often `check-op` names a mistake rightly, wrongly, or not at all.
+
+    python tests/opcheck/looks_like_page.py docs/looks-like.md      # three minutes on one core
+
+Exit code 1 where less is named rightly, or more wrongly, than the page promises.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refllm import kernels
+from refllm.hypotheses.operators.catalogue import catalogue
+from refllm.hypotheses.operators.designed import designed
+from refllm.hypotheses.operators.fit import fitting, is_right
+from refllm.hypotheses.operators.outcomes import outcomes
+from refllm.kernels.mutants import catalogue as planted
+from refllm.ops.contracts import OPERATORS
+from refllm.storage import output_file
+from refllm.terminal.status_line import StatusLine
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from beginners import every as beginners  # noqa: E402
+from beginners.right_names import BEGINNERS, PLANTED  # noqa: E402
+from beginners.twins import TWINS, are_twins  # noqa: E402
+from beginners.scoring import Asked, Score, answers_of, falsely, is_visible, score  # noqa: E402
+
+RIGHTLY, OF_PLANTED, WRONGLY = 0.70, 0.80, 0.02
+"""What is promised in float32: the least share that is named rightly, of beginners' and of planted mistakes, and the
+most that is named wrongly."""
+
+
+def ask_beginners(dtype: str) -> Iterator[Asked]:
+    """Every operator of a beginner."""
+    for one in beginners():
+        answers = answers_of(one.operator, one.function, dtype, one.arrays)
+        yield Asked(one.operator, one.name, one.mistake, frozenset({BEGINNERS[one.name]}), answers)
+
+
+def ask_planted(form: str, dtype: str) -> Iterator[Asked]:
+    """Every planted bug of `refllm.kernels.mutants` of a form whose values are wrong on a designed input."""
+    for mutant in planted(form=form):
+        if dtype not in mutant.dtypes or mutant.equivalent or mutant.place:
+            continue
+        inside = kernels.interpreted() if form == "triton" else contextlib.nullcontext()
+        with inside:
+            answers = answers_of(mutant.operator, mutant.function(), dtype, "torch", form == "triton", deep=True)
+        right = frozenset({mutant.name, *PLANTED.get(mutant.name, ())})
+        asked = Asked(mutant.operator, f"{mutant.name}, {form}", mutant.what, right, answers)
+        if answers and is_visible(asked, dtype):
+            yield asked
+
+
+def named_right_ones(dtype: str) -> tuple[list[str], int]:
+    """Of the right implementations of the tests, those of which something is named, and how many there are."""
+    import legitimate
+    import legitimate_libraries
+
+    every = [*legitimate.RIGHT, *getattr(legitimate_libraries, "RIGHT", ())]
+    ones = [one for one in dict.fromkeys((o.operator, o.name) for o in every)]
+    found, asked = [], 0
+    for one in every:
+        if dtype in one.dtypes and (one.operator, one.name) in ones:
+            asked += 1
+            answers = answers_of(one.operator, one.function, dtype, "torch")
+            found += [f"{one.operator}, {one.name}: {fit.says}" for fit in fitting(one.operator, dtype, answers)]
+    return found, asked
+
+
+def row(words: str, scores: Sequence[Score]) -> tuple[str, ...]:
+    """One line of the table of rates."""
+    n = len(scores)
+    counts = {verdict: sum(s.verdict == verdict for s in scores) for verdict in ("rightly", "wrongly", "silent")}
+    shares = [f"{counts[verdict]} ({100 * counts[verdict] / max(1, n):.1f} %)" for verdict in counts]
+    alone = sum(s.alone for s in scores)
+    return words, str(n), shares[0], str(alone), shares[1], shares[2], str(sum(bool(falsely(s)) for s in scores))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(head), line(["---"] * len(head)), *map(line, rows)]
+
+
+def said(scored: Score) -> str:
+    """What is named, in words."""
+    return "; or: ".join(words for _, words in scored.named) or "nothing"
+
+
+def page(scores: dict[str, list[Score]], right: dict[str, tuple[list[str], int]]) -> str:
+    """The whole page."""
+    hypotheses = {operator: catalogue(operator) for operator in OPERATORS}
+    total = sum(map(len, hypotheses.values()))
+    rates = [row(words, of) for words, of in scores.items()]
+    beginners_32 = scores["beginners', float32"]
+    lines = [
+        "# What a wrong operator looks like",
+        "",
+        "When a candidate of `refllm check-op` returns wrong values, it is run on a few designed inputs, and each of",
+        f"{total} hypotheses is asked whether it gives the candidate's numbers: a hypothesis is a small named edit of the",
+        "definition's text (`refllm/hypotheses/operators/`). All that fit on every input are named, within their",
+        "predicted rounding; where none does, nothing is. Written by a command:",
+        "",
+        "    python tests/opcheck/looks_like_page.py docs/looks-like.md",
+        "",
+        "## How often",
+        "",
+        "*Beginners'*: wrong operators in NumPy and Torch, each with one mistake, written before the catalogue and",
+        "without it (`tests/opcheck/beginners/`), though by the same hand. *Planted*: the bugs of",
+        "[docs/mutants.md](../docs/mutants.md) whose values are wrong on a designed input, by others, who did not know",
+        "of a catalogue. *Rightly*: the right name is among those that fit; *alone*: and no other is. *Wrongly*: only",
+        "others are. *Falsely*: once the right name is taken out of the catalogue, another takes its place (one that",
+        "was not there before, and is no number that was solved for).",
+        "",
+        *table(("wrong operators", "asked", "rightly", "alone", "wrongly", "silent", "falsely"), rates),
+        "",
+        "Right implementations of which something was named: "
+        + ", ".join(f"{len(found)} of {n} in {dtype}" for dtype, (found, n) in right.items())
+        + ".",
+        "",
+        "In a narrow format a beginner's code rounds everywhere, the statistics of a row too, which is a second mistake",
+        "beside the first; a kernel that computes in float32 inside is named as well as one in float32.",
+        "",
+        "## The catalogue",
+        "",
+        "Numbers: those of all results on the designed inputs. Twins are named together, since nothing tells them apart.",
+        "",
+        *table(
+            ("operator", "hypotheses", "ways to write them", "inputs", "numbers", "twins"),
+            [
+                (
+                    operator,
+                    str(len(of)),
+                    str(sum(len(h.codes) for h in of)),
+                    str(len(designed(operator, "float32"))),
+                    str(_numbers(operator)),
+                    "; ".join(" = ".join(pair) for pair in TWINS.get(operator, ())) or "none",
+                )
+                for operator, of in hypotheses.items()
+            ],
+        ),
+        "",
+        "## Beginners, one by one",
+        "",
+        "In float32: the mistake as it was written down, and what is named.",
+        "",
+        *table(
+            ("operator", "mistake", "named"),
+            [(s.asked.operator, s.asked.mistake, said(s)) for s in beginners_32],
+        ),
+        "",
+        "## Not named, or wrongly",
+        "",
+    ]
+    for words, of in scores.items():
+        rest = [s for s in of if s.verdict != "rightly"]
+        lines += [f"### {words}", ""]
+        lines += [f"- {s.asked.operator}, {s.asked.name}: {s.asked.mistake} Named: {said(s)}." for s in rest] or ["None."]
+        lines.append("")
+    lines += ["## Named falsely without its own entry", ""]
+    lines += [
+        f"- {words}: {s.asked.operator}, {s.asked.name}: {', '.join(falsely(s))}"
+        for words, of in scores.items()
+        for s in of
+        if falsely(s)
+    ] or ["None."]
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(operator: str) -> int:
+    known = outcomes(operator, "float32")
+    return sum(x.size for n in range(len(known.calls)) for x in known.results(known.right, n) or ())
+
+
+def alike() -> list[str]:
+    """The hypotheses whose own numbers fit another one that is not listed as a twin, or do not fit themselves."""
+    found = []
+    for operator in OPERATORS:
+        known = outcomes(operator, "float32")
+        shapes = [[x.shape for x in known.results(known.right, n) or ()] for n in range(len(known.calls))]
+        for variant in (v for h in catalogue(operator) for v in h.variants):
+            every = ((n, known.results(variant, n)) for n in range(len(known.calls)))
+            answers = {n: out for n, out in every if out is not None and [x.shape for x in out] == shapes[n]}
+            name = variant.hypothesis.name
+            if not is_right(operator, "float32", answers):
+                named = {fit.hypothesis.name for fit in fitting(operator, "float32", answers)}
+                odd = [other for other in named - {name} if not are_twins(operator, name, other)]
+                found += [f"{operator}: {name} is {other} as well" for other in odd]
+                found += [f"{operator}: {name} does not fit itself"] if name not in named else []
+    return list(dict.fromkeys(found))
+
+
+def promised(scores: dict[str, list[Score]], right: dict[str, tuple[list[str], int]]) -> list[str]:
+    """What is not as the page promises, in words."""
+
+    def share(of: Sequence[Score], verdict: str) -> float:
+        return sum(s.verdict == verdict for s in of) / max(1, len(of))
+
+    of_planted = [s for words, of in scores.items() if words.startswith("planted") and "float32" in words for s in of]
+    groups = {"beginners'": (scores["beginners', float32"], RIGHTLY), "planted": (of_planted, OF_PLANTED)}
+    broken = [f"{words}: {share(of, 'rightly'):.1%} rightly" for words, (of, least) in groups.items()
+              if share(of, "rightly") < least]  # fmt: skip
+    broken += [f"{words}: {share(of, 'wrongly'):.1%} wrongly" for words, (of, _) in groups.items()
+               if share(of, "wrongly") > WRONGLY]  # fmt: skip
+    return broken + [one for found, _ in right.values() for one in found] + alike()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; see the module docstring."""
+    parser = argparse.ArgumentParser(prog="python tests/opcheck/looks_like_page.py", description=main.__doc__)
+    parser.add_argument("page", type=Path, help="the file to write")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    groups: dict[str, tuple[str, Any]] = {
+        "beginners', float32": ("float32", lambda: ask_beginners("float32")),
+        "beginners', bfloat16": ("bfloat16", lambda: ask_beginners("bfloat16")),
+        "planted in Torch, float32": ("float32", lambda: ask_planted("torch", "float32")),
+        "planted in Triton, float32": ("float32", lambda: ask_planted("triton", "float32")),
+        "planted in Torch, bfloat16": ("bfloat16", lambda: ask_planted("torch", "bfloat16")),
+    }
+    scores: dict[str, list[Score]] = {}
+    with StatusLine(sys.stderr) as step:
+        for words, (dtype, ask) in groups.items():
+            scores[words] = []
+            for asked in ask():
+                step(f"{words}: {asked.name}", len(scores[words]), 0)
+                scores[words].append(score(asked, dtype, removed=dtype == "float32"))
+        right = {dtype: named_right_ones(dtype) for dtype in ("float32", "bfloat16", "float16")}
+        step.clear()
+    output_file.replace(given.page, page(scores, right))
+    broken = promised(scores, right)
+    print("\n".join(broken) or "as promised")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
