@@ -492,4 +492,3 @@ def _made_small(
         return examine(call, deep=deep, limit=limit)
 
     return make_small(first, retry, deadline)[0]
-

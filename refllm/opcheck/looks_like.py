@@ -1,4 +1,4 @@
-"""What a wrong candidate looks like: it runs on the designed inputs, and the hypotheses that give its numbers are named.
+"""What a wrong candidate looks like: it runs on designed inputs, and the hypotheses that give its numbers are named.
 
 That comes before anything is made small: on one or two columns many mistakes have the same numbers. All that fit are
 named, and none where none does; then it is said where the designed inputs come out wrong, if that is not everywhere.

@@ -26,10 +26,10 @@ from refllm.terminal.status_line import StatusLine
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from beginners import every as beginners  # noqa: E402
-from beginners.right_names import BEGINNERS, PLANTED  # noqa: E402
-from beginners.twins import TWINS, are_twins  # noqa: E402
-from beginners.scoring import Asked, Score, answers_of, falsely, is_visible, score  # noqa: E402
+from beginners import every as beginners
+from beginners.right_names import BEGINNERS, PLANTED
+from beginners.scoring import Asked, Score, answers_of, falsely, is_visible, score
+from beginners.twins import TWINS, are_twins
 
 RIGHTLY, OF_PLANTED, WRONGLY = 0.70, 0.80, 0.02
 """What is promised in float32: the least share that is named rightly, of beginners' and of planted mistakes, and the
@@ -48,28 +48,30 @@ def ask_planted(form: str, dtype: str) -> Iterator[Asked]:
     for mutant in planted(form=form):
         if dtype not in mutant.dtypes or mutant.equivalent or mutant.place:
             continue
+        right = frozenset({mutant.name, *PLANTED.get(mutant.name, ())})
         inside = kernels.interpreted() if form == "triton" else contextlib.nullcontext()
         with inside:
-            answers = answers_of(mutant.operator, mutant.function(), dtype, "torch", form == "triton", deep=True)
-        right = frozenset({mutant.name, *PLANTED.get(mutant.name, ())})
-        asked = Asked(mutant.operator, f"{mutant.name}, {form}", mutant.what, right, answers)
-        if answers and is_visible(asked, dtype):
-            yield asked
+            function = mutant.function()
+            for deep in (False, True):  # the second is dearer, and is asked of few
+                answers = answers_of(mutant.operator, function, dtype, "torch", form == "triton", deep)
+                asked = Asked(mutant.operator, f"{mutant.name}, {form}", mutant.what, right, answers)
+                if not answers or not is_visible(asked, dtype):
+                    break
+            else:
+                yield asked
 
 
 def named_right_ones(dtype: str) -> tuple[list[str], int]:
     """Of the right implementations of the tests, those of which something is named, and how many there are."""
-    import legitimate
-    import legitimate_libraries
+    from legitimate_libraries import RIGHT
 
-    every = [*legitimate.RIGHT, *getattr(legitimate_libraries, "RIGHT", ())]
-    ones = [one for one in dict.fromkeys((o.operator, o.name) for o in every)]
     found, asked = [], 0
-    for one in every:
-        if dtype in one.dtypes and (one.operator, one.name) in ones:
+    for one in RIGHT:
+        if dtype in one.dtypes:
             asked += 1
             answers = answers_of(one.operator, one.function, dtype, "torch")
-            found += [f"{one.operator}, {one.name}: {fit.says}" for fit in fitting(one.operator, dtype, answers)]
+            if not is_right(one.operator, dtype, answers):
+                found += [f"{one.operator}, {one.name}: {fit.says}" for fit in fitting(one.operator, dtype, answers)]
     return found, asked
 
 
@@ -93,7 +95,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def said(scored: Score) -> str:
     """What is named, in words."""
-    return "; or: ".join(words for _, words in scored.named) or "nothing"
+    return "; or: ".join(fit.says for fit in scored.named) or "nothing"
 
 
 def page(scores: dict[str, list[Score]], right: dict[str, tuple[list[str], int]]) -> str:
@@ -105,10 +107,10 @@ def page(scores: dict[str, list[Score]], right: dict[str, tuple[list[str], int]]
     lines = [
         "# What a wrong operator looks like",
         "",
-        "When a candidate of `refllm check-op` returns wrong values, it is run on a few designed inputs, and each of",
-        f"{total} hypotheses is asked whether it gives the candidate's numbers: a hypothesis is a small named edit of the",
-        "definition's text (`refllm/hypotheses/operators/`). All that fit on every input are named, within their",
-        "predicted rounding; where none does, nothing is. Written by a command:",
+        "When a candidate of `refllm check-op` returns wrong values, it is run on a few designed inputs, and",
+        f"each of {total} hypotheses is asked whether it gives the candidate's numbers: a hypothesis is a small named",
+        "edit of the definition's text (`refllm/hypotheses/operators/`). All that fit on every input are named, within",
+        "their predicted rounding; where none does, nothing is. Written by a command:",
         "",
         "    python tests/opcheck/looks_like_page.py docs/looks-like.md",
         "",
@@ -119,7 +121,8 @@ def page(scores: dict[str, list[Score]], right: dict[str, tuple[list[str], int]]
         "[docs/mutants.md](../docs/mutants.md) whose values are wrong on a designed input, by others, who did not know",
         "of a catalogue. *Rightly*: the right name is among those that fit; *alone*: and no other is. *Wrongly*: only",
         "others are. *Falsely*: once the right name is taken out of the catalogue, another takes its place (one that",
-        "was not there before, and is no number that was solved for).",
+        "was not there before, and does not say the same in other words: a number that was solved for, or a mistake",
+        "restricted to one result or one value of an argument).",
         "",
         *table(("wrong operators", "asked", "rightly", "alone", "wrongly", "silent", "falsely"), rates),
         "",
@@ -127,12 +130,12 @@ def page(scores: dict[str, list[Score]], right: dict[str, tuple[list[str], int]]
         + ", ".join(f"{len(found)} of {n} in {dtype}" for dtype, (found, n) in right.items())
         + ".",
         "",
-        "In a narrow format a beginner's code rounds everywhere, the statistics of a row too, which is a second mistake",
-        "beside the first; a kernel that computes in float32 inside is named as well as one in float32.",
+        "In a narrow format a beginner's code rounds everywhere, the statistics of a row too, which is a second",
+        "mistake beside the first; a kernel that computes in float32 inside is named as well as one in float32.",
         "",
         "## The catalogue",
         "",
-        "Numbers: those of all results on the designed inputs. Twins are named together, since nothing tells them apart.",
+        "Numbers: those of all results on the designed inputs. Twins are named together: nothing tells them apart.",
         "",
         *table(
             ("operator", "hypotheses", "ways to write them", "inputs", "numbers", "twins"),
@@ -164,7 +167,9 @@ def page(scores: dict[str, list[Score]], right: dict[str, tuple[list[str], int]]
     for words, of in scores.items():
         rest = [s for s in of if s.verdict != "rightly"]
         lines += [f"### {words}", ""]
-        lines += [f"- {s.asked.operator}, {s.asked.name}: {s.asked.mistake} Named: {said(s)}." for s in rest] or ["None."]
+        lines += [f"- {s.asked.operator}, {s.asked.name}: {s.asked.mistake} (named: {said(s)})" for s in rest] or [
+            "None."
+        ]
         lines.append("")
     lines += ["## Named falsely without its own entry", ""]
     lines += [

@@ -47,7 +47,7 @@ def test_right_names_are_names() -> None:
     for name, right in PLANTED.items():
         operators = {m.operator for m in mutants if m.name == name}
         assert operators, name
-        assert all({h.name for h in catalogue(o)} & {name, *right} for o in operators), name
+        assert any({h.name for h in catalogue(o)} & {name, *right} for o in operators), name
 
 
 def test_the_report_has_the_name_and_the_line_before_anything_is_small() -> None:

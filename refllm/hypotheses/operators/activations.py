@@ -48,9 +48,7 @@ _UNITS: dict[str, tuple[str, ...]] = {
     "exponential of base 2: the exponential has the base 2": ("gate / (1 + np.exp2(-gate)) * up",),
     "silu of both: silu is taken of gate and of up": ("gate * sigmoid(gate) * up * sigmoid(up)",),
     "silu twice: silu is taken twice": ("gate * sigmoid(gate) * sigmoid(gate * sigmoid(gate)) * up",),
-    "slope of silu: it is the derivative of the SiLU": (
-        "sigmoid(gate) * (1 + gate * (1 - sigmoid(gate))) * up",
-    ),
+    "slope of silu: it is the derivative of the SiLU": ("sigmoid(gate) * (1 + gate * (1 - sigmoid(gate))) * up",),
     "sign: the sign is wrong": ("-gate * sigmoid(gate) * up",),
     "exponential overflows: the sigmoid is e^x / (1 + e^x), which is infinity by infinity for large x": (
         "gate * (np.exp(gate) / (1 + np.exp(gate))) * up",
@@ -63,7 +61,7 @@ _UNITS: dict[str, tuple[str, ...]] = {
     ),
     "silu in bfloat16: silu(gate) is rounded to bfloat16": ('narrow(gate * sigmoid(gate), "bfloat16") * up',),
     "sigmoid in bfloat16: the sigmoid is rounded to bfloat16": ('gate * narrow(sigmoid(gate), "bfloat16") * up',),
-}  # fmt: skip
+}
 _SQUARES: dict[str, tuple[str, ...]] = {
     "no relu: x is squared without the relu": ("x**2",),
     "not squared: the relu is not squared": ("np.maximum(x, 0)",),

@@ -1,11 +1,11 @@
-"""Designed inputs: a few small calls per operator, on which the hypotheses differ from what is right and from each other.
+"""Designed inputs: a few small calls per operator, on which hypotheses differ from what is right and from each other.
 
 No length is another's, or a multiple of a tile; eps is large enough to be seen; weights, heads and labels are all
 different; means are not 0. One call per operator is longer than a tile or two, for what happens at its end.
 """
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ def _kind(words: str) -> str:
     return words.replace("!", _CORNER) if words.startswith("!") else f"designed: {words}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def designed(operator: str, dtype: str) -> tuple[Call, ...]:
     """The designed calls of an operator, with all that floats in one dtype."""
     return tuple(_OF[operator](operator, dtype))
@@ -107,9 +107,16 @@ def _rope(operator: str, dtype: str) -> Iterator[Call]:
 
 def _norm_rope(operator: str, dtype: str) -> Iterator[Call]:
     def call(
-        norm: str, S: int, D: int, half: int, interleaved: bool, eps: float, batch: int = 0, size: float = 1.0,
+        norm: str,
+        S: int,
+        D: int,
+        half: int,
+        interleaved: bool,
+        eps: float,
+        batch: int = 0,
+        size: float = 1.0,
         zero: bool = False,
-    ) -> Call:  # fmt: skip
+    ) -> Call:
         planted: Any = ((((None, None), 1, 1), 0.0),) if zero else ()
         q, k = (Array((2, n, S, D), dtype, seed=n, mean=0.6 * size, scale=size, planted=planted) for n in (4, 2))
         weights = (Array((n, D), dtype, seed=n + 10, mean=1.0, scale=0.5) for n in (4, 2))
@@ -155,9 +162,7 @@ def _projected(operator: str, dtype: str) -> Iterator[Call]:
 
 
 def _attention(operator: str, dtype: str) -> Iterator[Call]:
-    def call(
-        kind: str, S: int, T: int, D: int = 10, B: int = 2, K: int = 2, size: float = 1.0, **words: Any
-    ) -> Call:
+    def call(kind: str, S: int, T: int, D: int = 10, B: int = 2, K: int = 2, size: float = 1.0, **words: Any) -> Call:
         q = Array((B, 4, S, D), dtype, seed=1, scale=size)
         k, v = Array((B, K, T, D), dtype, seed=2, mean=0.3), Array((B, K, T, D), dtype, seed=3, mean=1.0)
         if size > 100:
@@ -173,8 +178,14 @@ def _attention(operator: str, dtype: str) -> Iterator[Call]:
     yield call("a negative scale", 3, 5, scale=-0.2, return_lse=True)
     hidden = (((0, 1), 0), ((0, 4), 0), ((1, 3), 0))
     yield call("a key mask", 5, 6, key_mask=Array((2, 6), "bool", "ones", planted=hidden))
-    yield call("a key mask, not causal", 3, 6, causal=False, return_lse=True,
-               key_mask=Array((2, 6), "bool", "ones", planted=hidden))  # fmt: skip
+    yield call(
+        "a key mask, not causal",
+        3,
+        6,
+        causal=False,
+        return_lse=True,
+        key_mask=Array((2, 6), "bool", "ones", planted=hidden),
+    )
     blind = Array((2, 5), "bool", "ones", planted=(((0,), 0), ((1, 1), 0)))
     yield call("!no keys in a sequence", 3, 5, causal=False, return_lse=True, key_mask=blind)
     yield call("!large scores", 4, 5, 9, size=3000.0)
@@ -229,9 +240,18 @@ def _logits(rows: tuple[Array, ...]) -> np.ndarray:
 def _losses(operator: str, dtype: str) -> Iterator[Call]:
     linear = operator.startswith("linear")
 
-    def call(kind: str, N: int, V: int, ignored: tuple[int, ...] = (), E: int = 6, size: float = 2.0, value: int = -100,
-             **words: Any) -> Call:  # fmt: skip
+    def call(
+        kind: str,
+        N: int,
+        V: int,
+        ignored: tuple[int, ...] = (),
+        E: int = 6,
+        size: float = 2.0,
+        value: int = -100,
+        **words: Any,
+    ) -> Call:
         given = dict(words) | ({} if value == -100 else {"ignore_index": value})
+        rows: tuple[Array, ...]
         if linear:
             rows = (Array((N, E), dtype, seed=1, scale=size), Array((V, E), dtype, seed=2, mean=0.2))
         else:

@@ -7,7 +7,7 @@ text that defines `definition`, as that of an exercise.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def changed_lines(text: str, other: str) -> tuple[str, str]:
     return old, new
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(text: str) -> Callable[..., tuple[np.ndarray, ...]]:
     """The function `definition` of a text, in which the names of `TOOLS` mean something."""
     space = dict(TOOLS)

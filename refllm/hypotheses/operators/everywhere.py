@@ -19,29 +19,53 @@ def hypotheses() -> Iterator[OpHypothesis]:
         outputs = list(contract_of(operator).outputs.values())
         if outputs[0] == ("N",):  # one number per row
             continue
-        yield mistake(operator, "copied from the first row", "every row of the result is that of the first",
-                      _first_row)  # fmt: skip
+        yield mistake(operator, "copied from the first row", "every row of the result is that of the first", _first_row)
         yield mistake(operator, "rows reversed", "the rows of the result are in the reverse order", _reversed)
-        yield mistake(operator, "last columns zero", "the last, partial tile of NUMBER columns of the result is 0",
-                      partial(_no_columns, whole), partial(_no_columns, whole_of_long), numbers=_TILES)  # fmt: skip
-        yield mistake(operator, "last rows zero", "the last, partial tile of NUMBER rows of the result is 0",
-                      partial(_no_rows, whole), partial(_no_rows, whole_of_long), numbers=_ROWS)  # fmt: skip
+        yield mistake(
+            operator,
+            "last columns zero",
+            "the last, partial tile of NUMBER columns of the result is 0",
+            partial(_no_columns, whole),
+            partial(_no_columns, whole_of_long),
+            numbers=_TILES,
+        )
+        yield mistake(
+            operator,
+            "last rows zero",
+            "the last, partial tile of NUMBER rows of the result is 0",
+            partial(_no_rows, whole),
+            partial(_no_rows, whole_of_long),
+            numbers=_ROWS,
+        )
         if outputs[0][0] == ROWS:
             yield mistake(operator, "NaN hidden", "a NaN becomes 0", _no_nan)
         yield mistake(operator, "all zero", "the result is 0", lambda out, _: tuple(0 * x for x in out))
-        yield mistake(operator, "result rounded", "the result is rounded to NUMBER",
-                      lambda out, dtype: tuple(narrow(x, dtype) for x in out),
-                      numbers=("bfloat16", "float16"), place=True)  # fmt: skip
+        yield mistake(
+            operator,
+            "result rounded",
+            "the result is rounded to NUMBER",
+            lambda out, dtype: tuple(narrow(x, dtype) for x in out),
+            numbers=("bfloat16", "float16"),
+            place=True,
+        )
         if len(outputs[0]) == 4:
-            yield mistake(operator, "result by token", "the result is stored as [B, S, H, D], and lies as [B, H, S, D]",
-                          _by_token, _by_head)  # fmt: skip
-            yield mistake(operator, "result transposed", "positions and dims of the result are exchanged in memory",
-                          _transposed)  # fmt: skip
-            yield mistake(operator, "heads copied from the first", "every head of the result is that of the first",
-                          _first_head)  # fmt: skip
+            yield mistake(
+                operator,
+                "result by token",
+                "the result is stored as [B, S, H, D], and lies as [B, H, S, D]",
+                _by_token,
+                _by_head,
+            )
+            yield mistake(
+                operator, "result transposed", "positions and dims of the result are exchanged in memory", _transposed
+            )
+            yield mistake(
+                operator, "heads copied from the first", "every head of the result is that of the first", _first_head
+            )
         else:
-            yield mistake(operator, "result transposed", "rows and columns of the result are exchanged in memory",
-                          _transposed)  # fmt: skip
+            yield mistake(
+                operator, "result transposed", "rows and columns of the result are exchanged in memory", _transposed
+            )
 
 
 def _first_row(outputs: Outputs, value: str) -> Outputs:

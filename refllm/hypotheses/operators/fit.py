@@ -16,7 +16,6 @@ from refllm.hypotheses.operators.hypothesis import NUMBER, OpHypothesis, Outputs
 from refllm.hypotheses.operators.outcomes import Outcomes, outcomes
 from refllm.hypotheses.operators.solve import readings, solved
 from refllm.ops.contracts import contract_of
-from refllm.strategies.levels import level_of
 
 _ROUGH = {"float32": 3e-3, "float16": 3e-2, "bfloat16": 0.2}
 """Of a row's largest number: what is further off is not looked at any closer."""
@@ -32,7 +31,8 @@ Answers = dict[int, Outputs]
 
 @dataclass(frozen=True)
 class Fit:
-    """A hypothesis that gives a candidate's numbers. says: with its number, and the results that it is in. definition,
+    """A hypothesis that gives a candidate's numbers. says: with its number, and what it is restricted to
+    (`restricted`): one result, or one value of an argument. definition,
     changed: the lines that its edit changes, before and after; "" where it is no edit. corners: whether it also gives
     what the candidate has where more than the formula is asked."""
 
@@ -40,14 +40,15 @@ class Fit:
     says: str
     definition: str
     changed: str
+    restricted: bool = False
 
 
 def fitting(operator: str, dtype: str, answers: Answers, without: Sequence[str] = ()) -> list[Fit]:
     """All hypotheses that fit, none where none does. without: the names of some that are left out.
 
     First as those of a kernel that computes in float32 inside, then of one that rounds every step to its dtype. They
-    have to fit on all calls; where none does, on those that ask no more than the formula, and then on the plain ones:
-    a candidate may be wrong in two ways, of which one shows only there.
+    have to fit on all calls; where none does, on those that ask no more than the formula: a beginner's code is often
+    wrong as well where there is no key, a NaN or an overflow.
     """
     hypotheses = [h for h in catalogue(operator) if h.name not in without and not (h.place and dtype != "float32")]
     for inside in dict.fromkeys(("float32", dtype)):
@@ -76,15 +77,12 @@ def wrong_elements(known: Outcomes, n: int, answer: Outputs) -> list[np.ndarray]
 
 
 def _parts(known: Outcomes, answers: Answers) -> Iterator[list[int]]:
-    """Numbers of calls, fewer and fewer."""
+    """Numbers of calls: all, then those that ask no more than the formula."""
     every = list(answers)
     formula = [n for n in every if not is_corner(known.calls[n])]
-    plain = [n for n in formula if level_of(known.calls[n]) == "basic"]
-    seen: list[list[int]] = []
-    for numbers in (every, formula, plain):
-        if numbers and numbers not in seen:
-            seen.append(numbers)
-            yield numbers
+    yield every
+    if formula and formula != every:
+        yield formula
 
 
 def _whole(
@@ -108,7 +106,7 @@ def _with_argument(
             if not outside or not all(_agree(known, known.right, n, answers[n]) for n in outside):
                 continue
             for fit in _whole(known, hypotheses, inside, answers):
-                yield replace(fit, says=f"{fit.says}; with {name}={value!r} alone")
+                yield replace(fit, says=f"{fit.says}; with {name}={value!r} alone", restricted=True)
 
 
 def _said(fits: Sequence[Variant]) -> Fit:
@@ -137,13 +135,13 @@ def _evidence(known: Outcomes, variant: Variant, numbers: Sequence[int], answers
         sigmas = known.sigmas(variant, n)
         for h, t, s, y in zip(results, truth, sigmas, answers[n], strict=True):
             both = np.isfinite(h) & np.isfinite(t)
-            apart = np.where(both, np.abs(np.where(both, h - t, 0)) / s, 0)
+            apart = np.where(both, np.abs(_minus(h, t)), 0) / s
             seen = apart > 2 * ELEMENT_LIMIT
             wrong += int((seen | (np.isfinite(h) & ~np.isfinite(t))).sum())
             strange += int((~np.isfinite(h) & ~((h == t) | (np.isnan(h) & np.isnan(t)))).sum())
             right += int((both & ~seen).sum())
-            near += float(np.square((np.where(seen, y - h, 0)) / s).sum())
-            far += float(np.square((np.where(seen, y - t, 0)) / s).sum())
+            near += float(np.square(np.where(seen, _minus(y, h), 0) / s).sum())
+            far += float(np.square(np.where(seen, _minus(y, t), 0) / s).sum())
     known_values = wrong >= 2 or (wrong + strange >= 1 and right >= 1)
     return known_values and near <= _NEARER**2 * far
 
@@ -153,7 +151,7 @@ def _one_result(
 ) -> Iterator[Fit]:
     """Hypotheses that hold in some results, the others of which are right."""
     names = list(contract_of(known.right.hypothesis.operator).outputs)
-    if len(answers[numbers[0]]) < 2:
+    if max(len(answers[n]) for n in numbers) < 2:
         return
     for hypothesis in hypotheses:
         like: dict[tuple[int, ...], list[Variant]] = {}
@@ -163,7 +161,7 @@ def _one_result(
                 like.setdefault(tuple(which), []).append(variant)
         for results, variants in like.items():
             fit = _said(variants)
-            yield replace(fit, says=f"{fit.says}; in {' and '.join(names[i] for i in results)} alone")
+            yield replace(fit, says=f"{fit.says}; in {' and '.join(names[i] for i in results)} alone", restricted=True)
 
 
 def _results_like(known: Outcomes, variant: Variant, numbers: Sequence[int], answers: Answers) -> list[int]:
@@ -192,9 +190,7 @@ def _results_like(known: Outcomes, variant: Variant, numbers: Sequence[int], ans
         free = {-1 - i for i in here if i < 0}
         if like is None:
             like = of if of else None
-        elif of and not (of <= like | free and like <= of | free):
-            return []
-        elif not of and not like <= free:
+        elif (of and not (of <= like | free and like <= of | free)) or (not of and not like <= free):
             return []
     return sorted(like or ()) if seen else []
 
@@ -233,6 +229,11 @@ def _read(
 def _evidence_at(known: Outcomes, variant: Variant, exact: dict[int, float], answers: Answers) -> bool:
     """Whether there are more elements than numbers that were solved for."""
     return sum(y.size for n in exact for y in answers[n]) >= _ENOUGH * len(exact)
+
+
+def _minus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # infinity less infinity, which nobody counts
+        return x - y
 
 
 def _agree(known: Outcomes, variant: Variant, n: int, answer: Outputs) -> bool:

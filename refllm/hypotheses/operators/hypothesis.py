@@ -1,5 +1,6 @@
 """One hypothesis about an operator: a small named edit of its definition's text, in every way that it is written."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +25,9 @@ class OpHypothesis:
     name: short, one per operator. says: what is wrong, in one clause for a report; `NUMBER` stands for its number.
     operator: which contract it breaks. codes: the ways to write it: edits of the text, or what is done to the right
     results. numbers: what `NUMBER` may be, as source text ("32", "next_power(x.shape[-1])"); () where there is none.
-    solved: where the search for `NUMBER` begins, if it is solved for; it is asked when nothing else fits. place: honest
-    code in a narrow format may round there, so that it is no mistake in one. source: where the mistake was seen, "" for one of one's own.
+    solved: where the search for `NUMBER` begins, if it is solved for; it is asked when nothing else fits. source: where
+    the mistake was seen, "" for one of one's own. place: honest code in a narrow format may round there, so that it is
+    no mistake in one.
     """
 
     name: str
@@ -84,7 +86,8 @@ class Variant:
     def __call__(self, arguments: Sequence[Any], keywords: dict[str, Any]) -> Outputs | None:
         """The results of a call with this mistake, in float64; None where it cannot be computed."""
         try:
-            with np.errstate(all="ignore"):
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # means of nothing
                 out = compiled(self.text)(*arguments, **keywords)
                 out = self.code(out, self.number) if callable(self.code) else out
         except (ValueError, IndexError, TypeError, ZeroDivisionError):  # of shapes that such code does not take

@@ -5,7 +5,7 @@ predicted as that of the right one: its inputs are moved by roundings of the for
 is what honest code inside may do; the results are rounded besides.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ class Outcomes:
         return x * (1 + 2.0 ** (1 - _DIGITS[self.inside]) / np.sqrt(12) * rng.standard_normal(x.shape))
 
 
-@lru_cache(maxsize=None)
+@cache
 def outcomes(operator: str, dtype: str, inside: str = "float32") -> Outcomes:
     """Those of an operator in a format, which are kept."""
     return Outcomes(operator, dtype, inside)

@@ -1,4 +1,4 @@
-"""Which hypotheses are the mistake of a beginner and of a planted bug: written by hand, read against their sentences."""
+"""Which hypotheses are the mistake of a beginner or of a planted bug, read against their sentences."""
 
 BEGINNERS = {
     "rms_mean_without_square": "mean without the square",

@@ -1,13 +1,13 @@
 """Asks "looks like" of wrong operators, and scores its answers: rightly named, wrongly named, or silent."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from refllm.hypotheses.operators.designed import designed
-from refllm.hypotheses.operators.fit import Answers, fitting, is_right
+from refllm.hypotheses.operators.fit import Answers, Fit, fitting, is_right
 from refllm.opcheck.observe import Task, observe
 from refllm.ops.contracts import contract_of
 
@@ -28,23 +28,23 @@ class Asked:
 
 @dataclass(frozen=True)
 class Score:
-    """named: (hypothesis, sentence) of all that fit. without: the same, with the right hypotheses left out."""
+    """named: all that fit. without: those with the right hypotheses left out."""
 
     asked: Asked
-    named: tuple[tuple[str, str], ...]
-    without: tuple[tuple[str, str], ...] = ()
+    named: tuple[Fit, ...]
+    without: tuple[Fit, ...] = ()
 
     @property
     def verdict(self) -> str:
         """ "rightly" where the right name is among those that fit, "wrongly" where others alone are, or "silent"."""
         if not self.named:
             return "silent"
-        return "rightly" if any(name in self.asked.right for name, _ in self.named) else "wrongly"
+        return "rightly" if any(fit.hypothesis.name in self.asked.right for fit in self.named) else "wrongly"
 
     @property
     def alone(self) -> bool:
         """Whether nothing but the right name fits."""
-        return self.verdict == "rightly" and all(name in self.asked.right for name, _ in self.named)
+        return self.verdict == "rightly" and all(fit.hypothesis.name in self.asked.right for fit in self.named)
 
 
 def answers_of(
@@ -69,19 +69,16 @@ def is_visible(asked: Asked, dtype: str) -> bool:
 
 def score(asked: Asked, dtype: str, removed: bool = False) -> Score:
     """removed: also with the right hypotheses left out."""
-    without = _names(asked, dtype, sorted(asked.right)) if removed and asked.right else ()
-    return Score(asked, _names(asked, dtype), without)
+    without = fitting(asked.operator, dtype, asked.answers, sorted(asked.right)) if removed else ()
+    return Score(asked, tuple(fitting(asked.operator, dtype, asked.answers)), tuple(without))
 
 
 def falsely(scored: Score) -> list[str]:
-    """The names that it has once its own is left out, without numbers that were solved for: those are so."""
-    from refllm.hypotheses.operators.catalogue import catalogue
+    """The names that it has once its own is left out and had not before.
 
-    solved = {h.name for h in catalogue(scored.asked.operator) if h.solved}
-    first = {name for name, _ in scored.named}  # those that cannot be told from it were named at first
-    return [name for name, _ in scored.without if name not in solved and name not in first]
-
-
-def _names(asked: Asked, dtype: str, without: Sequence[str] = ()) -> tuple[tuple[str, str], ...]:
-    fits = fitting(asked.operator, dtype, asked.answers, without)
-    return tuple((fit.hypothesis.name, fit.says) for fit in fits)
+    A number that was solved for, and a mistake that is restricted to one result or one value of an argument, say the
+    same in other words: always half-split is other pairs where pairs are interleaved.
+    """
+    before = {fit.hypothesis.name for fit in scored.named}
+    fits = [fit for fit in scored.without if not fit.restricted and not fit.hypothesis.solved]
+    return [fit.hypothesis.name for fit in fits if fit.hypothesis.name not in before]

@@ -17,14 +17,12 @@ TWINS: dict[str, tuple[tuple[str, str], ...]] = {
     "rms_norm_qkv_rope": (*_TILES, *_ZERO[:1]),
     "attention": (
         ("last keys left out", "first keys alone"),  # of fewer than two tiles
-        ("finite sentinel", "mean for no keys"),  # of a sentinel that no score reaches
     ),
     "decode_attention": (
         ("value of an extra key", "padding in the denominator"),  # of one lane
         *_ZERO,
     ),
     "relu2": (("square in bfloat16", "result rounded"),),  # the square is the result
-    "cross_entropy": (("last classes left out", "only the first classes"),),
     "linear_cross_entropy": (("last classes left out", "only the first classes"),),
 }
 
