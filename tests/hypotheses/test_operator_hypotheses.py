@@ -44,13 +44,14 @@ def of(operator: str, name: str) -> OpHypothesis:
 def test_the_catalogue_is_large_and_names_are_of_one() -> None:
     names = [(h.operator, h.name) for h in every()]
     assert len(names) == len(set(names)) >= 800
-    assert min(len(catalogue(operator)) for operator in OPERATORS) >= 25
+    assert min(len(catalogue(operator)) for operator in OPERATORS if designed(operator, "float32")) >= 25
     assert sum(len(h.codes) > 1 for h in every()) > 200
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_edit_stands_in_the_definition_and_changes_a_number_of_a_designed_input(operator: str) -> None:
     known = outcomes(operator, "float32")
+    assert catalogue(operator)
     for hypothesis in catalogue(operator):
         variants = hypothesis.variants or [
             Variant(hypothesis, code).at(number) for code in hypothesis.codes for number in hypothesis.solved[:6]
@@ -120,6 +121,7 @@ def test_a_mistake_is_named_by_its_own_name_and_by_its_twins_alone() -> None:
 
 def test_twins_are_twins() -> None:
     """What is listed is so for some number: nothing stands there that could be told apart."""
+    assert TWINS
     for operator, pairs in TWINS.items():
         for one, other in pairs:
             variants = [v for name in (one, other) for v in of(operator, name).variants]

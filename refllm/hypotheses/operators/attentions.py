@@ -262,7 +262,7 @@ def _tiles(operator: str) -> Iterator[OpHypothesis]:
     whole = _slots(f"np.arange(T) <= {_TOKEN} + n - S") if operator == "decode_attention" else ()
 
     def one(name: str, says: str, *codes: Edits, numbers: tuple[str, ...] = _TILES) -> OpHypothesis:
-        """In tiles of what a sequence has, or of the whole cache."""
+        """Tiles are those of what a sequence has, or of the whole cache."""
         every = [*codes, *((*whole, *code) for code in codes if whole)]
         return mistake(operator, name, says, *every, numbers=numbers)
 

@@ -29,8 +29,8 @@ def _kind(words: str) -> str:
 
 @cache
 def designed(operator: str, dtype: str) -> tuple[Call, ...]:
-    """The designed calls of an operator, with all that floats in one dtype."""
-    return tuple(_OF[operator](operator, dtype))
+    """The designed calls of an operator, with all that floats in one dtype; none of one that has none yet."""
+    return tuple(_OF[operator](operator, dtype)) if operator in _OF else ()
 
 
 def _norms(operator: str, dtype: str) -> Iterator[Call]:

@@ -89,7 +89,7 @@ def _no_columns(kept: Callable[[int, int], int], outputs: Outputs, value: str) -
 
 
 def _no_rows(kept: Callable[[int, int], int], outputs: Outputs, value: str) -> Outputs:
-    """Of heads the positions, else the rows: the last axis but one; of one number per row that one."""
+    """Rows are the positions of heads, else the last axis but one; of one number per row that one."""
 
     def cut(x: np.ndarray) -> np.ndarray:
         axis = x.ndim - 1 if x.ndim in (1, 3) else x.ndim - 2

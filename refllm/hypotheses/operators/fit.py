@@ -18,7 +18,7 @@ from refllm.hypotheses.operators.solve import readings, solved
 from refllm.ops.contracts import contract_of
 
 _ROUGH = {"float32": 3e-3, "float16": 3e-2, "bfloat16": 0.2}
-"""Of a row's largest number: what is further off is not looked at any closer."""
+"""The share of a row's largest number from which on what is off is not looked at any closer."""
 _NEARER = 0.25
 """How much nearer than what is right a hypothesis has to be, root mean square over the elements where they differ."""
 
