@@ -11,7 +11,7 @@ import numpy as np
 
 from refllm.accuracy.expected import remembered
 from refllm.hypotheses.operators.designed import designed
-from refllm.hypotheses.operators.fit import Answers, fitting, is_right, wrong_elements
+from refllm.hypotheses.operators.fit import Answers, fitting, wrong_elements
 from refllm.hypotheses.operators.outcomes import outcomes
 from refllm.opcheck.examine import Examiner, Finding
 from refllm.opcheck.offers import Offers
@@ -54,8 +54,6 @@ def looks_like(examine: Examiner, offers: Offers, finding: Finding) -> Likeness:
         return Likeness()
     operator, dtype = finding.call.operator, finding.call.dtype
     answers = _answers(examine, offers, operator, dtype)
-    if not answers or is_right(operator, dtype, answers):
-        return Likeness()
     fits = fitting(operator, dtype, answers)
     guesses = tuple(Guess(f.hypothesis.name, f.says, f.hypothesis.source, f.definition, f.changed) for f in fits)
     return Likeness(guesses) if guesses else Likeness((), _wrong_in(operator, dtype, answers))

@@ -272,6 +272,7 @@ def _softmax(operator: str) -> Iterator[OpHypothesis]:
         "loss in bfloat16",
         "the loss of a row is kept in NUMBER",
         ((_LOSS, f'{_LOSS}    loss = narrow(loss, "NUMBER")\n'),),
+        *_also_of_rounded_logits(operator),
         numbers=("bfloat16", "float16"),
     )
     yield one(
@@ -292,6 +293,14 @@ def _softmax(operator: str) -> Iterator[OpHypothesis]:
         prepared("logits = np.clip(logits, -NUMBER, NUMBER)"),
         numbers=("1", "10", "30", "50", "80", "88", "100"),
     )
+
+
+def _also_of_rounded_logits(operator: str) -> list[Edits]:
+    """The loss of a row kept in a narrow format, of logits that are honestly rounded to it."""
+    if operator != "linear_cross_entropy":
+        return []
+    logits = ("cross_entropy(x @ weight.T,", "cross_entropy(narrow(x @ weight.T, 'NUMBER'),")
+    return [((_LOSS, f'{_LOSS}    loss = narrow(loss, "NUMBER")\n'), logits)]
 
 
 def _reduction(operator: str) -> Iterator[OpHypothesis]:
