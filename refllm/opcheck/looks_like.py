@@ -23,6 +23,14 @@ from refllm.strategies.call import Call
 _OF_VALUES = ("value", "NaN pattern")
 
 
+_ENDS = ("hangs", "crashes")
+"""What costs the time of many calls: then nothing is named."""
+
+
+class _MisbehavesError(Exception):
+    pass
+
+
 @dataclass(frozen=True)
 class Guess:
     """One mistake that gives the candidate's numbers. what: in one clause. source: where it was seen, "" for one that
@@ -66,7 +74,7 @@ def _answers(examine: Examiner, offers: Offers, operator: str, dtype: str) -> An
         if offers.asks(call) and _is_usual(call, offers):
             try:
                 values = _values(examine, call)
-            except TimeIsUpError:
+            except (TimeIsUpError, _MisbehavesError):
                 return {}
             if values is not None:
                 answers[n] = values
@@ -76,6 +84,8 @@ def _answers(examine: Examiner, offers: Offers, operator: str, dtype: str) -> An
 def _values(examine: Examiner, call: Call) -> tuple[np.ndarray, ...] | None:
     """The results of one call; None where there are none, or others than the contract has."""
     seen = examine.runner.observe(replace(examine.task, call=call, deep=False), examine.limit, examine.until)
+    if seen.property in _ENDS:
+        raise _MisbehavesError
     expected = remembered(call, examine.task.policy, examine.convention)
     if seen.property or [r.value.shape for r in seen.results] != [e.exact.shape for e in expected]:
         return None

@@ -9,8 +9,10 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -96,6 +98,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def said(scored: Score) -> str:
     """What is named, in words."""
     return "; or: ".join(fit.says for fit in scored.named) or "nothing"
+
+
+GROUPS = {
+    "beginners', float32": ("beginners", "float32"),
+    "beginners', bfloat16": ("beginners", "bfloat16"),
+    "planted in Torch, float32": ("torch", "float32"),
+    "planted in Triton, float32": ("triton", "float32"),
+    "planted in Torch, bfloat16": ("torch", "bfloat16"),
+}
+"""What is asked, and in which format."""
+
+
+def measure(words: str) -> list[Score]:
+    """The scores of one group, without the numbers that they rest on."""
+    torch.set_num_threads(1)
+    kind, dtype = GROUPS[words]
+    every = ask_beginners(dtype) if kind == "beginners" else ask_planted(kind, dtype)
+    scores = (score(asked, dtype, removed=dtype == "float32") for asked in every)
+    return [replace(scored, asked=replace(scored.asked, answers={})) for scored in scores]
 
 
 def page(scores: dict[str, list[Score]], right: dict[str, tuple[list[str], int]]) -> str:
@@ -216,33 +237,29 @@ def promised(scores: dict[str, list[Score]], right: dict[str, tuple[list[str], i
               if share(of, "rightly") < least]  # fmt: skip
     broken += [f"{words}: {share(of, 'wrongly'):.1%} wrongly" for words, (of, _) in groups.items()
                if share(of, "wrongly") > WRONGLY]  # fmt: skip
-    return broken + [one for found, _ in right.values() for one in found] + alike()
+    return broken + [one for found, _ in right.values() for one in found]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see the module docstring."""
     parser = argparse.ArgumentParser(prog="python tests/opcheck/looks_like_page.py", description=main.__doc__)
     parser.add_argument("page", type=Path, help="the file to write")
+    parser.add_argument("--told-apart", action="store_true", help="also ask whether every way to be wrong has one name")
+    parser.add_argument("--processes", type=int, default=4)
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    groups: dict[str, tuple[str, Any]] = {
-        "beginners', float32": ("float32", lambda: ask_beginners("float32")),
-        "beginners', bfloat16": ("bfloat16", lambda: ask_beginners("bfloat16")),
-        "planted in Torch, float32": ("float32", lambda: ask_planted("torch", "float32")),
-        "planted in Triton, float32": ("float32", lambda: ask_planted("triton", "float32")),
-        "planted in Torch, bfloat16": ("bfloat16", lambda: ask_planted("torch", "bfloat16")),
-    }
-    scores: dict[str, list[Score]] = {}
-    with StatusLine(sys.stderr) as step:
-        for words, (dtype, ask) in groups.items():
-            scores[words] = []
-            for asked in ask():
-                step(f"{words}: {asked.name}", len(scores[words]), 0)
-                scores[words].append(score(asked, dtype, removed=dtype == "float32"))
-        right = {dtype: named_right_ones(dtype) for dtype in ("float32", "bfloat16", "float16")}
+    with StatusLine(sys.stderr) as step, ProcessPoolExecutor(given.processes, get_context("fork")) as pool:
+        asked = {words: pool.submit(measure, words) for words in GROUPS}
+        of_right = {dtype: pool.submit(named_right_ones, dtype) for dtype in ("float32", "bfloat16", "float16")}
+        told_apart = pool.submit(alike) if given.told_apart else None
+        scores, right = {}, {}
+        for i, (words, future) in enumerate(asked.items()):
+            step(words, i, len(asked))
+            scores[words] = future.result()
+        right = {dtype: future.result() for dtype, future in of_right.items()}
+        odd = told_apart.result() if told_apart is not None else []
         step.clear()
     output_file.replace(given.page, page(scores, right))
-    broken = promised(scores, right)
+    broken = promised(scores, right) + odd
     print("\n".join(broken) or "as promised")
     return 1 if broken else 0
 

@@ -39,12 +39,12 @@ def hypotheses() -> Iterator[OpHypothesis]:
         )
         if outputs[0][0] == ROWS:
             yield mistake(operator, "NaN hidden", "a NaN becomes 0", _no_nan)
-        yield mistake(operator, "all zero", "the result is 0", lambda out, _: tuple(0 * x for x in out))
+        yield mistake(operator, "all zero", "the result is 0", _zero)
         yield mistake(
             operator,
             "result rounded",
             "the result is rounded to NUMBER",
-            lambda out, dtype: tuple(narrow(x, dtype) for x in out),
+            _rounded,
             numbers=("bfloat16", "float16"),
             place=True,
         )
@@ -70,6 +70,14 @@ def hypotheses() -> Iterator[OpHypothesis]:
 
 def _first_row(outputs: Outputs, value: str) -> Outputs:
     return tuple(np.broadcast_to(x[:1], x.shape) for x in outputs)
+
+
+def _zero(outputs: Outputs, value: str) -> Outputs:
+    return tuple(0 * x for x in outputs)
+
+
+def _rounded(outputs: Outputs, dtype: str) -> Outputs:
+    return tuple(narrow(x, dtype) for x in outputs)
 
 
 def _no_nan(outputs: Outputs, value: str) -> Outputs:

@@ -14,17 +14,24 @@ from refllm.strategies.call import Call
 _BEST = 3
 _STEPS = 12
 _STEP = 1e-5
+_WORTH, _NEARER = 2.0, 0.25
+"""What the best of a grid may leave, of what is right, squared, and what the number that is found may, not squared."""
 _CLOSE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 0.06}
 """How far, of itself, a number that is solved for on a call may be from the one that it is."""
 
 
 def solved(known: Outcomes, variant: Variant, n: int, answer: Outputs) -> float | None:
-    """The number with which a variant is nearest to an answer on call n; None where none is near."""
+    """The number with which a variant is nearest to an answer on call n; None where none is much nearer than what is
+    right."""
+    right = _left(known, known.right, n, answer, 1.0)
     grid = sorted(variant.hypothesis.solved, key=lambda value: _left(known, variant, n, answer, value))[:_BEST]
+    if not any(_left(known, variant, n, answer, value) < _WORTH * right for value in grid):
+        return None
     found = [_refined(known, variant, n, answer, value) for value in grid]
     best = min(found, key=lambda value: _left(known, variant, n, answer, value))
     share = _left(known, variant, n, answer, best) / max(_size(known, n, answer), 1e-300)
-    return best if share < _CLOSE[known.dtype] ** 2 else None
+    nearer = _left(known, variant, n, answer, best) < _NEARER**2 * right
+    return best if nearer and share < _CLOSE[known.dtype] ** 2 else None
 
 
 def readings(values: dict[int, float], calls: Sequence[Call], dtype: str) -> Iterator[tuple[str, dict[int, float]]]:
