@@ -194,6 +194,11 @@ def audit(
     return AuditReport(checker.name, tuple(outcomes))
 
 
+def outcome_of(mutant: "Mutant", max_examples: int = MAX_EXAMPLES, seed: int = 0) -> Outcome:
+    """What `check_op` makes of one mutant, in every dtype in which that makes a difference."""
+    return _outcome(mutant, _OurCheck(max_examples, seed, known_first=False), None)
+
+
 def _outcome(mutant: "Mutant", checker: "_OurCheck | _UsersTest", dtype: str | None) -> Outcome:
     start = time.monotonic()
     dtypes = (dtype,) if dtype else mutant.dtypes[: None if checker.looks_in_every_dtype else 1]

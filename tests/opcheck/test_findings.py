@@ -115,6 +115,18 @@ def test_a_loss_that_fails_has_a_report(tmp_path: Path) -> None:
     assert report.to_dict()["counterexample"]["begins"] == []
 
 
+def test_a_single_number_that_changes_is_seen_from_another_process() -> None:
+    """Where the candidate runs apart, what is sent back of it is an array of no axes, and no crash."""
+    times = iter(range(1000))
+
+    def loss(*arguments: Any, **how: Any) -> Any:
+        return plain.cross_entropy(*arguments, **how) + next(times)
+
+    only = [call for call in corners("cross_entropy", "float32") if call.kind == "plain"]
+    report = check_op("cross_entropy", loss, dtype="float32", calls=only, shrink=False, max_examples=0)
+    assert report.property == "determinism", str(report)
+
+
 # -- compilers ---------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +318,35 @@ def test_what_is_left_out_is_never_asked() -> None:
         assert q[3] <= 64
         assert {x.layout for x in call.arguments} == {"dense"}
         assert "key_mask" not in dict(call.keywords)
+
+
+def test_what_is_left_out_is_not_asked_of_a_row_alone_either() -> None:
+    def nothing_is_0(*given: Any, **how: Any) -> Any:
+        loss = plain.cross_entropy(*given, **how)
+        return torch.zeros_like(loss) if (given[1] == how.get("ignore_index", -100)).all() else loss
+
+    asked = {"without": ("nothing_counted", "empty"), "level": "hostile", "dtype": "float32", **NOW}
+    report = check_op("cross_entropy", nothing_is_0, **asked)
+    assert report.verdict == "holds", str(report)
+    assert check_op("cross_entropy", nothing_is_0, **(asked | {"without": ()})).property == "NaN pattern"
+
+
+def by_the_stride_of_a_token(x: Any) -> Any:
+    """Rows one after the other, as far apart as two tokens: but an axis of length 1 may have any stride."""
+    dense = x.transpose(1, 2).contiguous()
+    B, S, H, D = dense.shape
+    return dense.as_strided((B * S, H, D), (dense.stride(1), D, 1)).reshape(B, S, H, D).transpose(1, 2)
+
+
+@pytest.mark.parametrize("operator", ["rope", "attention"])
+def test_the_stride_of_one_token_says_nothing(operator: str) -> None:
+    """As in Liger-Kernel 0.8.5, whose rotation of contiguous [B, H, 1, D] takes a head for the next row."""
+
+    def wrong(*given: Any, **how: Any) -> Any:
+        return getattr(plain, operator)(*map(by_the_stride_of_a_token, given[:2]), *given[2:], **how)
+
+    report = check_op(operator, wrong, shrink=False, **NOW)
+    assert (report.property, report.first.call.arguments[0].shape[2]) == ("value", 1), str(report)
 
 
 def test_torch_conventions() -> None:
