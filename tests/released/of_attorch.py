@@ -1,0 +1,24 @@
+"""attorch: its repository on the path."""
+
+from wrapping import checkout, released
+
+NAME, VERSION = "attorch", checkout("attorch")
+
+from attorch.cross_entropy_loss_layer import CrossEntropyLossAutoGrad  # noqa: E402
+from attorch.layer_norm_layer import LayerNormAutoGrad  # noqa: E402
+from attorch.rms_norm_layer import RMSNormAutoGrad  # noqa: E402
+
+
+@released(NAME, "rms_norm", "RMSNormAutoGrad")
+def rms_norm(x, weight, eps):
+    return RMSNormAutoGrad.apply(x, weight, eps)
+
+
+@released(NAME, "layer_norm", "LayerNormAutoGrad")
+def layer_norm(x, weight, bias, eps):
+    return LayerNormAutoGrad.apply(x, weight, bias, eps, False)
+
+
+@released(NAME, "cross_entropy", "CrossEntropyLossAutoGrad", convention="torch", without=("reduction", "ignore_index"))
+def cross_entropy(logits, labels):
+    return CrossEntropyLossAutoGrad.apply(logits, labels)

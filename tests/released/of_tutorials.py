@@ -1,0 +1,33 @@
+"""Triton's tutorials: its repository on the path."""
+
+import importlib.util
+import re
+
+from wrapping import CHECKOUTS, checkout, released
+
+NAME, VERSION = "Triton's tutorials", checkout("triton")
+
+
+def _tutorial(file):
+    """The module of a tutorial without what it runs when it is imported: its tests and its benchmarks."""
+    path = CHECKOUTS / "triton/python/tutorials" / file
+    source = re.sub(r"^(test|bench)\w*(\.run)?\(.*$", "", path.read_text(), flags=re.MULTILINE)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(path.stem.replace("-", "_"), path))
+    exec(compile(source, str(path), "exec"), vars(module))
+    return module
+
+
+_norm, _attention = _tutorial("05-layer-norm.py"), _tutorial("06-fused-attention.py")
+
+
+@released(NAME, "layer_norm", "05-layer-norm")
+def layer_norm(x, weight, bias, eps):
+    return _norm.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+_LEFT = ("key_mask", "return_lse", "grouped_heads")
+
+
+@released(NAME, "attention", "06-fused-attention", "float16", without=_LEFT, sizes=("D==64", "T%128==0", "S==T"))
+def attention(q, k, v, *, scale=None, causal=True):
+    return _attention.attention(q, k, v, causal, q.shape[-1] ** -0.5 if scale is None else scale, False)
