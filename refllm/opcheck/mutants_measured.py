@@ -87,9 +87,6 @@ def measure(path: Path, resume: bool, workers: int, progress: Progress) -> Resul
     from refllm.kernels.mutants import catalogue
 
     results = replace(read(path) if resume else Results(), versions=_versions())
-    known = {m.slug for m in catalogue()}
-    for slug in [slug for slug in results.mutants if slug not in known]:
-        del results.mutants[slug]
     mutants = [m for m in catalogue() if results.of(m) is None]
     operators = [operator for operator in kernels.OPERATORS if operator not in results.typical]
     for done, (name, one) in enumerate(_each([m.slug for m in mutants], operators, workers)):

@@ -17,17 +17,17 @@ def _tutorial(file):
     return module
 
 
-_norm, _attention = _tutorial("05-layer-norm.py"), _tutorial("06-fused-attention.py")
+norm, fused = _tutorial("05-layer-norm.py"), _tutorial("06-fused-attention.py")
 
 
 @released(NAME, "layer_norm", "05-layer-norm")
 def layer_norm(x, weight, bias, eps):
-    return _norm.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return norm.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-_LEFT = ("key_mask", "return_lse", "grouped_heads")
+_LEFT, _SIZES = ("key_mask", "return_lse", "grouped_heads", "causal"), ("D==128", "T==64", "S==T")
 
 
-@released(NAME, "attention", "06-fused-attention", "float16", without=_LEFT, sizes=("D==64", "T%128==0", "S==T"))
+@released(NAME, "attention", "06-fused-attention", "float16", without=_LEFT, sizes=_SIZES, configs="all")
 def attention(q, k, v, *, scale=None, causal=True):
-    return _attention.attention(q, k, v, causal, q.shape[-1] ** -0.5 if scale is None else scale, False)
+    return fused.attention(q, k, v, causal, q.shape[-1] ** -0.5 if scale is None else scale, False)
