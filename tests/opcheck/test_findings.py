@@ -458,7 +458,7 @@ def test_a_candidate_may_round_wherever_honest_code_does_and_is_told_where() -> 
 
 
 def test_what_lies_between_two_numbers_may_fall_to_either_side_inside_alone() -> None:
-    """Subnormal x over the root of eps, of few bits: float32 moves them across a boundary, and then the product with the
+    """Subnormal x over the root of eps, of few bits: float32 moves them across a boundary, and their product with the
     weight is exact."""
     x = Array((1, 552), "bfloat16", scale=1e-39, seed=30000)
     weight = Array((552,), "bfloat16", scale=0.3, mean=1.0, seed=30002)

@@ -19,6 +19,9 @@ def layer_norm(x, weight, bias, eps):
     return LayerNormAutoGrad.apply(x, weight, bias, eps, False)
 
 
-@released(NAME, "cross_entropy", "CrossEntropyLossAutoGrad", convention="torch", without=("reduction", "ignore_index"))
+_LEFT = ("reduction", "ignore_index", "ignored_labels", "nothing_counted", "empty")
+
+
+@released(NAME, "cross_entropy", "CrossEntropyLossAutoGrad", convention="torch", without=_LEFT)
 def cross_entropy(logits, labels):
     return CrossEntropyLossAutoGrad.apply(logits, labels)

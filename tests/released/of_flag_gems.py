@@ -33,7 +33,7 @@ def swiglu(gate, up):
     return flag_gems.silu_and_mul(gate, up)
 
 
-@released(NAME, "rope", "apply_rotary_pos_emb", without=("tables_per_row", "partial_rotation"))
+@released(NAME, "rope", "apply_rotary_pos_emb", without=("tables_per_row", "partial_rotation", "strides"))
 def rope(q, k, cos, sin, *, interleaved):
     q, k = (x.transpose(1, 2).contiguous() for x in (q, k))
     rotated = flag_gems.apply_rotary_pos_emb(q, k, cos, sin, None, interleaved)
@@ -48,6 +48,6 @@ def cross_entropy(logits, labels, *, ignore_index=-100, reduction="mean"):
 _LEFT = ("key_mask", "return_lse", "fewer_queries", "empty")
 
 
-@released(NAME, "attention", "scaled_dot_product_attention", without=_LEFT, sizes="D==64")
+@released(NAME, "attention", "scaled_dot_product_attention", without=_LEFT, sizes="D==128")
 def attention(q, k, v, *, scale=None, causal=True):
     return flag_gems.scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale, q.shape[1] != k.shape[1])

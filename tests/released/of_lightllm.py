@@ -35,7 +35,7 @@ def rope(q, k, cos, sin, *, interleaved):
     return tuple(y.view(x.transpose(1, 2).shape).transpose(1, 2) for y, x in zip(rows, (q, k), strict=True))
 
 
-_ONE = ("several_tokens", "scale", "empty", "no_keys")
+_ONE = ("several_tokens", "scale", "empty", "no_keys", "strides")
 
 
 @released(NAME, "decode_attention", "gqa_decode_attention_fwd", without=_ONE, sizes="D==64")

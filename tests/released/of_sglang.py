@@ -29,7 +29,11 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
 
 
 @released(
-    NAME, "attention", "context_attention_fwd", without=("key_mask", "return_lse", "empty"), sizes=("S==T", "D>=16")
+    NAME,
+    "attention",
+    "context_attention_fwd",
+    without=("key_mask", "return_lse", "empty", "strides"),
+    sizes=("S==T", "D>=16"),
 )
 def attention(q, k, v, *, scale=None, causal=True):
     B, S = q.shape[0], q.shape[2]

@@ -20,12 +20,12 @@ def _tutorial(file):
 norm, fused = _tutorial("05-layer-norm.py"), _tutorial("06-fused-attention.py")
 
 
-@released(NAME, "layer_norm", "05-layer-norm")
+@released(NAME, "layer_norm", "05-layer-norm", without="no_bias")
 def layer_norm(x, weight, bias, eps):
     return norm.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-_LEFT, _SIZES = ("key_mask", "return_lse", "grouped_heads", "causal"), ("D==128", "T==64", "S==T")
+_LEFT, _SIZES = ("key_mask", "return_lse", "grouped_heads"), ("D==128", "T==64", "S==T")
 
 
 @released(NAME, "attention", "06-fused-attention", "float16", without=_LEFT, sizes=_SIZES, configs="all")
