@@ -73,10 +73,12 @@ def read(path: Path) -> Results:
 
 def write(path: Path, results: Results) -> None:
     """The file, in the order of the catalogue."""
+    from refllm import kernels
     from refllm.kernels.mutants import catalogue
 
     listed = [one for one in map(results.of, catalogue()) if one is not None]
-    content = {"versions": results.versions, "mutants": [*map(asdict, listed)], "typical": results.typical}
+    typical = {operator: results.typical[operator] for operator in kernels.OPERATORS if operator in results.typical}
+    content = {"versions": results.versions, "mutants": [*map(asdict, listed)], "typical": typical}
     output_file.replace(path, json.dumps(content, indent=1) + "\n")
 
 

@@ -148,10 +148,12 @@ Bugs = Sequence[tuple["Mutant", Measured]]
 
 
 def _by_level(bugs: Bugs) -> list[str]:
+    from refllm import kernels
+
     defects = [(m, one) for m, one in bugs if not m.place]
     asked = {"": "by default", "--level hostile": "with `--level hostile`", "--bitwise": "with `--bitwise`"}
     rows = []
-    for operator in (*dict.fromkeys(m.operator for m, _ in bugs), "**all**"):
+    for operator in (*(name for name in kernels.OPERATORS if any(m.operator == name for m, _ in bugs)), "**all**"):
         own = [one for m, one in defects if operator in (m.operator, "**all**")]
         levels = (sum(one.found and one.level == level and one.asked != "--bitwise" for one in own) for level in LEVELS)
         bitwise = sum(one.found and one.asked == "--bitwise" for one in own)

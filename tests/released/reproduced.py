@@ -110,18 +110,27 @@ def flag_gems_loss() -> Iterator[Shown]:
     yield "loss", got, right("cross_entropy", [logits, labels], {})[0]
 
 
+def _by_a_column(rms_norm: Callable[..., torch.Tensor]) -> Iterator[Shown]:
+    x, weight = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[1.0, 9.0]] * 4)[:, 0]
+    with interpreted():
+        got = rms_norm(x, weight, 1e-6)
+    yield "y", got, right("rms_norm", [x, weight, 1e-6], {})[0]
+
+
 @fault
 def lightllm_weight() -> Iterator[Shown]:
     """LightLLM: a weight with a stride. It is read as a dense one."""
     import of_lightllm
 
-    x, weight = (
-        torch.tensor([[1.0, 2.0, 3.0, 4.0]]),
-        torch.tensor([[1.0, 9.0], [1.0, 9.0], [1.0, 9.0], [1.0, 9.0]])[:, 0],
-    )
-    with interpreted():
-        got = of_lightllm.rms_norm(x, weight, 1e-6)
-    yield "y", got, right("rms_norm", [x, weight, 1e-6], {})[0]
+    yield from _by_a_column(of_lightllm.rms_norm)
+
+
+@fault
+def unsloth_weight() -> Iterator[Shown]:
+    """Unsloth: the same."""
+    import of_unsloth
+
+    yield from _by_a_column(of_unsloth.rms_norm)
 
 
 def main() -> int:
