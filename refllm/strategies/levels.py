@@ -92,18 +92,19 @@ def _ignored_label(call: Call) -> int:
     return -100 if value is None else int(value)
 
 
-def _ignored(call: Call) -> np.ndarray | None:
+def ignored_rows(call: Call) -> np.ndarray | None:
+    """Which rows have a label that is ignored; None where there are no labels."""
     labels = _kind(call, "labels")
     return None if labels is None else labels.array() == _ignored_label(call)
 
 
 def _some_ignored(call: Call) -> bool:
-    ignored = _ignored(call)
+    ignored = ignored_rows(call)
     return ignored is not None and bool(ignored.any())
 
 
 def _all_ignored(call: Call) -> bool:
-    ignored = _ignored(call)
+    ignored = ignored_rows(call)
     return ignored is not None and bool(ignored.all())
 
 
