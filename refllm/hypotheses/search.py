@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class Search:
 
     target: its name, "" for the end of the page. candidate: what was shown for it, [B, S, n] or [B, H, S, n]. shown:
     values before it, which are taken over. policy: where the candidate rounds, about. seconds: after which nothing new
-    is tried.
+    is tried. kept: what runs under single hypotheses gave, for other candidates for the same value of the same run.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Search:
         policy: Policy | None = None,
         dtype: str = "float32",
         seconds: float = 30.0,
+        kept: dict[Any, Any] | None = None,
     ) -> None:
         from refllm.precision import HF_EAGER
 
@@ -95,7 +97,7 @@ class Search:
         self.shown, self.policy = dict(shown or {}), (policy or HF_EAGER).without(model.page.NOT_ROUNDED)
         self.arrays, self.ends = Arrays(model), time.monotonic() + seconds
         self.kinds: tuple[Kind, ...] = KINDS if dtype == "float32" else ("exact",)
-        self.ran, self.few = 0, True
+        self.ran, self.few, self._kept = 0, True, kept
         self._references: dict[tuple[str, bool], np.ndarray] = {}
         at_head = target == HEAD_TAPS.get(model.head)
         width = candidate.shape[-1]
@@ -113,6 +115,15 @@ class Search:
     def run(self, changes: Hypotheses, whole: bool, kind: Kind | None = None) -> Uncertain | np.ndarray | None:
         """The rows of the value under some changes; None where they do not apply. whole: all rows and columns, and not
         the first. kind: of the tables, and then with its error."""
+        if self._kept is None or len(changes) > 1:
+            return self._run(changes, whole, kind)
+        key = [(h.name, h.layers, h.value) for h in changes], whole, whole or self.few, kind
+        if (name := repr(key)) not in self._kept:
+            self._kept[name] = self._run(changes, whole, kind)
+        found: Uncertain | np.ndarray | None = self._kept[name]
+        return found
+
+    def _run(self, changes: Hypotheses, whole: bool, kind: Kind | None) -> Uncertain | np.ndarray | None:
         first = self.tokens if whole or not self.few else self.tokens.first(_TOKENS)
         tokens = self.tokens if any(change.ahead for change in changes) else first
         S = tokens.ids.shape[1]

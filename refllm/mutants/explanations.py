@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,20 @@ from refllm.precision import rounding
 from refllm.storage import output_file
 from refllm.strategies import small_models
 
-LENGTH, RIGHT_RUNS = 64, 10
+LENGTH, RIGHT_RUNS, _WORKERS = 64, 10, 2
 _SAME = 0.5  # sigma by which two hypotheses with the same numbers may differ
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what is run. dtype: of the weights and of the port."""
+    """A model and what is run. dtype: of the weights and of the port. kept: what the reference gave under hypotheses,
+    which does not depend on the mistake in the port."""
 
     name: str
     model: Model
     ids: np.ndarray
     dtype: str
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -64,7 +66,7 @@ class Case:
         """The search for what explains such logits."""
         positions = np.arange(self.ids.shape[1])[None]
         tokens = Tokens(self.ids, np.ones_like(self.ids), positions, dtype=self.dtype)
-        return Search(self.model, tokens, "lm_head", logits, dtype=self.dtype, seconds=seconds)
+        return Search(self.model, tokens, "lm_head", logits, dtype=self.dtype, seconds=seconds, kept=self.kept)
 
 
 def _narrow(dtype: str) -> Any:
@@ -183,7 +185,7 @@ def swept(case: Case) -> Iterator[Outcome]:
 def right_run(case: Case, seed: int) -> Explanation:
     """The explanation of a run in which nothing is wrong."""
     ids = np.random.default_rng(seed).integers(0, case.model.config.vocab_size, case.ids.shape)
-    other = replace(case, ids=ids)
+    other = replace(case, ids=ids, kept={})
     return explain(other.search(other.logits()), case.model.config)
 
 
@@ -244,7 +246,7 @@ def main(arguments: list[str]) -> int:
     path, kept, *some = [*arguments, *[""] * (2 - len(arguments))]
     keys = [case.key for case in cases() if not some or case.name in some]
     outcomes: list[Outcome] = []
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(_WORKERS) as pool:
         for found in pool.map(in_case, keys, [Path(kept) if kept else None] * len(keys)):
             outcomes += found
     for o in outcomes:
