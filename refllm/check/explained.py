@@ -80,7 +80,7 @@ def in_words(found: Explanation | None) -> list[str]:
     if found.kind == "nearly":
         left = f"{100 * (1 - found.share):.1f}% of the error, and {best.sigma:.3g} sigma remain"
         return [f"nearly explained: with {best.says} the reference gives {left}"]
-    several = ", or with ".join(_said(cause) for cause in found.causes)
+    several = ", or with ".join(cause.says for cause in found.causes)
     if found.kind == "slope":
         shape = f"the error of {whose} is small, but it has the shape of what {best.says} makes"
         return [f"{shape} (slope {best.slope:.2f}, effect {best.effect:.2f} sigma)"]
@@ -88,11 +88,6 @@ def in_words(found: Explanation | None) -> list[str]:
     if len(found.causes) > 1:
         words.append(f"{whose[5:]} cannot tell {'both' if len(found.causes) == 2 else 'these'} apart")
     return words
-
-
-def _said(cause: object) -> str:
-    says, error = cause.says, cause.error  # type: ignore[attr-defined]
-    return f"{says} (+- {error:.1g})" if error else str(says)
 
 
 def _whose(value: str) -> str:

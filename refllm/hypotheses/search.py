@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from refllm.parallel import one_blas_thread
 from refllm.precision import EXACT, Policy
 
 _TOKENS, _COLUMNS = 48, 256  # what is looked at first: rows of a sequence, and columns of the head's output
+_KEPT_AT_MOST = 2000  # runs
 
 _NO_MEANING = (DoesNotApplyError, LookupError, ValueError, TypeError, AttributeError, InputError)
 """What a page or an operator raises on a change that has no meaning for it, or for the change below it."""
@@ -71,6 +71,10 @@ def holds(found: Measure, dtype: str) -> bool:
     return found.ratio <= limits.end_to_end_limit(found) and found.row_ratio <= limits.row_limit(found, dtype)
 
 
+Kept = dict[str, "Uncertain | np.ndarray | None"]
+"""What runs under a single hypothesis gave, by what was run."""
+
+
 class Search:
     """The runs of one model and input, up to one value.
 
@@ -89,7 +93,7 @@ class Search:
         policy: Policy | None = None,
         dtype: str = "float32",
         seconds: float = 30.0,
-        kept: dict[Any, Any] | None = None,
+        kept: Kept | None = None,
     ) -> None:
         from refllm.precision import HF_EAGER
 
@@ -98,7 +102,7 @@ class Search:
         self.arrays, self.ends = Arrays(model), time.monotonic() + seconds
         self.kinds: tuple[Kind, ...] = KINDS if dtype == "float32" else ("exact",)
         self.ran, self.few, self._kept = 0, True, kept
-        self._references: dict[tuple[str, bool], np.ndarray] = {}
+        self._references: dict[tuple[bool, bool], np.ndarray] = {}
         at_head = target == HEAD_TAPS.get(model.head)
         width = candidate.shape[-1]
         self._columns = np.linspace(0, width - 1, _COLUMNS).astype(int) if at_head and width > _COLUMNS else None
@@ -118,9 +122,11 @@ class Search:
         if self._kept is None or len(changes) > 1:
             return self._run(changes, whole, kind)
         key = [(h.name, h.layers, h.value) for h in changes], whole, whole or self.few, kind
-        if (name := repr(key)) not in self._kept:
-            self._kept[name] = self._run(changes, whole, kind)
-        found: Uncertain | np.ndarray | None = self._kept[name]
+        if (name := repr(key)) in self._kept:
+            return self._kept[name]
+        found = self._run(changes, whole, kind)
+        if len(self._kept) < _KEPT_AT_MOST:
+            self._kept[name] = found
         return found
 
     def _run(self, changes: Hypotheses, whole: bool, kind: Kind | None) -> Uncertain | np.ndarray | None:
@@ -163,7 +169,7 @@ class Search:
         return self._rows(candidate, tokens).astype(np.float64)
 
     def _base(self, whole: bool) -> np.ndarray:
-        key = "exact", whole
+        key = whole, whole or self.few
         if key not in self._references:
             found = self.run((), whole)
             assert isinstance(found, np.ndarray)

@@ -26,7 +26,7 @@ from refllm import golden
 from refllm.forward.model import Model
 from refllm.hypotheses.catalogue import catalogue
 from refllm.hypotheses.explain import Explanation, explain
-from refllm.hypotheses.search import Search, holds
+from refllm.hypotheses.search import Kept, Search, holds
 from refllm.hypotheses.setup import Tokens
 from refllm.models.auto import load
 from refllm.mutants.port import Port
@@ -48,7 +48,7 @@ class Case:
     model: Model
     ids: np.ndarray
     dtype: str
-    kept: dict[Any, Any] = field(default_factory=dict)
+    kept: Kept = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -109,6 +109,8 @@ def _result(case: Case, bug: Bug, search: Search, found: Explanation) -> str:
         return "nearly"
     if found.kind == "none":
         return "none" if bug.right else "silent"
+    if not bug.right:
+        return "false name"
     if names & set(bug.right) or _solved(bug, found):
         return "right"
     return "same" if _same_numbers(bug, search, found) else "wrong"
@@ -123,11 +125,13 @@ def _solved(bug: Bug, found: Explanation) -> bool:
     for cause in found.causes:
         if bug.number is None or cause.value is None or not bug.right:
             continue
+        assert cause.low is not None
+        assert cause.high is not None
         of = bug.right[0].rstrip("0123456789.e-+ ")
-        if not cause.name.startswith(of):
+        if cause.family != of:
             continue
         # A negative number is a part of what is right, which differs from model to model.
-        if bug.number < 0 or abs(cause.value - bug.number) <= (cause.error or 0) + 1e-6 * abs(bug.number):
+        if bug.number < 0 or cause.low - 1e-6 * bug.number <= bug.number <= cause.high + 1e-6 * bug.number:
             return True
     return False
 
