@@ -32,6 +32,7 @@ _SHARE = 0.3  # of the error, that a hypothesis may leave by the reference's sig
 _LAYERED, _PAIRED, _PAIRS = 8, 40, 8
 _FIRST, _PROMISING = 2, 0.4  # hypotheses that a second one is put on top of, and their least cosine
 _ROUNDING = 1.1  # sigma of the changed page, up to which what is left is as small as rounding mostly is
+_NO_CHANCE = 300.0  # times an error falls, so that it is not by chance
 _RIGHT = 3.0  # rms sigma of the first row, up to which it is right
 
 
@@ -152,6 +153,7 @@ class _Explaining:
         self.free = [h for h in hypotheses if h.open]
         self.trials: list[Trial] = []
         self.close: Judged | None = None
+        self.tried: set[str] = set()
 
     def result(self) -> Explanation:
         if not np.isfinite(self.search.seen(True)).all():
@@ -184,11 +186,39 @@ class _Explaining:
         rows = np.sqrt(np.mean(np.square(search.error()), axis=-1)) / sigma
         if float(rows.max()) < limits.ROW[search.dtype] and self._wrong():
             search.few = False
-        self.trials = self._all_of(self.plain, "trying")
+        self.trials = self._until_one_fits() if search.large else self._all_of(self.plain, "trying")
+
+    def _until_one_fits(self) -> list[Trial]:
+        """Of a large model: those first that the first token does not rule out; after one that fits only others for the
+        same operator, which the value may not tell from it."""
+        ordered = sorted(self.plain, key=_last_if_seen_late if self._first_is_wrong() else _last_if_seen_early)
+        trials, operator = [], ""
+        for n, hypothesis in enumerate(ordered):
+            if self.search.out_of_time:
+                break
+            if operator not in ("", hypothesis.operator):
+                continue
+            self.step(f"trying {n + 1} of {len(ordered)} hypotheses: {hypothesis.name}")
+            self.tried.add(hypothesis.name)
+            trial = self.search.tried((hypothesis,))
+            if trial is None:
+                continue
+            trials.append(trial)
+            if not operator and trial.share < _SHARE and self._fits([trial]):
+                operator = hypothesis.operator
+        return sorted(trials, key=lambda t: t.left)
+
+    def _first_is_wrong(self) -> bool:
+        """Whether the first token of a row is, which sees itself alone."""
+        error, sigma = self.search.error()[0], max(self.search.reference.rms_sigma, np.finfo(float).tiny)
+        return float(np.sqrt(np.mean(np.square(error)))) > _RIGHT * sigma
 
     def _all_of(self, hypotheses: list[Hypothesis], words: str, before: Hypotheses = ()) -> list[Trial]:
-        count = len(hypotheses)
-        return self.search.all_of(hypotheses, lambda n: self.step(f"{words} {n + 1} of {count} hypotheses"), before)
+        def step(n: int) -> None:
+            self.step(f"{words} {n + 1} of {len(hypotheses)} hypotheses: {hypotheses[n].name}")
+            self.tried.add(hypotheses[n].name)
+
+        return self.search.all_of(hypotheses, step, before)
 
     # ------------------------------------------------------------------------------------------------------- judgement
 
@@ -224,9 +254,11 @@ class _Explaining:
         )
 
     def _against_numbers(self, found: list[Judged]) -> list[Judged]:
-        """What fits, or what fits better by a number that is nobody's name for anything. Where all that is left is
-        rounding, no number can fit better."""
+        """What fits, or what fits better by a number that is nobody's name for anything. No number can where all that
+        is left is rounding, and none would by chance where nearly all is gone."""
         if not found or found[0].found.ratio < _ROUNDING:
+            return found
+        if self.search.reference.rms_error > _NO_CHANCE * found[0].found.rms_error:
             return found
         numbers = self._solved(_SHARE)
         better = numbers and numbers[0].found.ratio * limits.AS_GOOD_AS_THE_BEST < found[0].found.ratio
@@ -266,15 +298,22 @@ class _Explaining:
 
     def _solved(self, least: float = 0.9) -> list[Judged]:
         """Hypotheses with a number. least: the part of the error that the best of its grid may leave."""
+        trials = self._numbers(least)
+        self.trials = sorted([*self.trials, *trials], key=lambda t: t.left)
+        return self._fits(trials)
+
+    def _numbers(self, least: float) -> list[Trial]:
         trials = []
         for n, hypothesis in enumerate(self.free):
             self.step(f"solving for {hypothesis.name}, {n + 1} of {len(self.free)}")
+            if self.search.out_of_time:
+                break
+            self.tried.add(hypothesis.name)
             solved: Solved | None = solve(self.search, hypothesis, least=least)
             trial = None if solved is None else self.search.tried((solved.hypothesis,))
             if trial is not None:
                 trials.append(trial)
-        self.trials = sorted([*self.trials, *trials], key=lambda t: t.left)
-        return self._fits(trials)
+        return trials
 
     def _single_layers(self) -> list[Judged]:
         """The hypotheses whose direction is nearest, in one layer each."""
@@ -300,9 +339,16 @@ class _Explaining:
         for first in nearest:
             if found or first.cosine < _PROMISING or self.search.out_of_time:
                 break
-            seconds = self._all_of(self.plain, f"{first.changes[-1].name} and", first.changes)
-            found = self._fits([t for t in seconds if t.left * limits.FALLS <= first.left])
+            trials = self._all_of(self._nearest_to_the_rest(first), f"{first.changes[-1].name} and", first.changes)
+            found = self._fits([t for t in trials if t.left * limits.FALLS <= first.left])
         return found
+
+    def _nearest_to_the_rest(self, first: Trial) -> list[Hypothesis]:
+        """Those whose effect has most of the direction of what a first one leaves."""
+        rest = (self.search.error() - first.d).ravel()
+        single = [t for t in self.trials if len(t.changes) == 1 and t.changes[0].layers is None and t is not first]
+        along = [abs(float(np.vdot(rest, t.d))) / float(np.linalg.norm(t.d)) for t in single]
+        return [single[n].changes[0] for n in np.argsort(along)[::-1][:_PAIRED]]
 
     def _by_sums(self) -> list[tuple[Hypotheses, float]]:
         """Pairs, and what the better one of each leaves alone."""
@@ -324,28 +370,37 @@ class _Explaining:
     # --------------------------------------------------------------------------------------------------------- results
 
     def _explanation(self, kind: Kind, causes: list[Cause], share: float = 0.0) -> Explanation:
-        tried, of = len(self.plain), len(self.plain) + len(self.free)
-        before = self.search.reference.ratio
-        return Explanation(self.search.target, kind, tuple(causes), before, share, (), tried, of)
+        before, of = self.search.reference.ratio, len(self.plain) + len(self.free)
+        return Explanation(self.search.target, kind, tuple(causes), before, share, (), len(self.tried), of)
 
     def _below(self) -> Explanation:
-        """An error within its limit that has the shape of what a hypothesis does."""
-        found = []
-        for trial in sorted(self.trials, key=lambda t: -t.cosine)[:_JUDGED]:
+        """An error within its limit that has the shape of what a hypothesis does, with or without a number."""
+        found = self._of_the_shape(self.trials)
+        if found:
+            numbers = self._numbers(1.0)
+            found = self._of_the_shape([*self.trials, *numbers])
+        if not found or not self._alike([trial for trial, _ in found]):
+            return self._none()
+        named = [j for _, j in found if j.changes[-1].parameter is None] or [j for _, j in found]
+        causes = self._causes(named, self._has_the_shape)
+        return self._explanation("slope", causes, causes[0].sigma / max(self.search.reference.ratio, 1e-300))
+
+    def _of_the_shape(self, trials: Iterable[Trial]) -> list[tuple[Trial, Judged]]:
+        """Those that leave the least, and as little as the best."""
+        found: list[tuple[Trial, Judged]] = []
+        for trial in sorted(trials, key=lambda t: -t.cosine)[: 2 * _JUDGED]:
             if trial.changes[-1].places or trial.slope < limits.BELOW_SLOPE or trial.effect < limits.EFFECT:
                 continue
             judged = self.search.judged(trial.changes)
             if judged is not None and self._has_the_shape(judged):
-                found.append(judged)
-        found = _as_good_as_the_best(found)
-        if not found or not self._alike([judged.changes[-1].name for judged in found]):
-            return self._none()
-        causes = self._causes(found, self._has_the_shape)
-        return self._explanation("slope", causes, causes[0].sigma / max(self.search.reference.ratio, 1e-300))
+                found.append((trial, judged))
+        least = min((j.found.ratio for _, j in found), default=0.0)
+        return [(t, j) for t, j in found if j.found.ratio <= least * limits.AS_GOOD_AS_THE_BEST]
 
-    def _alike(self, names: list[str]) -> bool:
+    @staticmethod
+    def _alike(trials: list[Trial]) -> bool:
         """Whether these change the value in one direction. Where they do not, the error does not tell which it is."""
-        effects = [t.d.ravel() / np.linalg.norm(t.d) for t in self.trials if t.changes[-1].name in names]
+        effects = [t.d.ravel() / np.linalg.norm(t.d) for t in trials]
         return all(float(a @ b) > limits.ALIKE for a, b in combinations(effects, 2))
 
     def _has_the_shape(self, judged: Judged) -> bool:
@@ -369,6 +424,16 @@ class _Explaining:
         found = self._explanation("none", [], 1.0)
         facts = _facts(self.search) if self._wrong() and np.isfinite(self.search.seen(True)).all() else ()
         return Explanation(found.value, "none", (), found.before, 1.0, facts, found.tried, found.of)
+
+
+def _last_if_seen_late(hypothesis: Hypothesis) -> bool:
+    """Order of hypotheses where the first token is wrong: it has no other position and no other key."""
+    return hypothesis.operator == "rope" and "context" not in hypothesis.values
+
+
+def _last_if_seen_early(hypothesis: Hypothesis) -> bool:
+    """Where it is right."""
+    return hypothesis.operator not in ("rope", "attention") and not {"q_proj", "k_proj"} & set(hypothesis.values)
 
 
 def _as_good_as_the_best(found: list[Judged]) -> list[Judged]:

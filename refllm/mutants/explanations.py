@@ -10,6 +10,7 @@ that stands beside the mistake, or one that gives the same numbers.
 """
 
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -127,8 +128,7 @@ def _solved(bug: Bug, found: Explanation) -> bool:
             continue
         assert cause.low is not None
         assert cause.high is not None
-        of = bug.right[0].rstrip("0123456789.e-+ ")
-        if cause.family != of:
+        if cause.family != re.sub(r" [-+.e\d]+$", "", bug.right[0]):
             continue
         # A negative number is a part of what is right, which differs from model to model.
         if bug.number < 0 or cause.low - 1e-6 * bug.number <= bug.number <= cause.high + 1e-6 * bug.number:

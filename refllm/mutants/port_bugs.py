@@ -28,7 +28,7 @@ def _bug(name: str, right: str, number: float | None = None, **fields: Any) -> B
 
 
 def _with(name: str, right: str, fields: Callable[[Any], Fields]) -> Bug:
-    return Bug(name, fields, tuple(right.split(" | ")))
+    return Bug(name, fields, tuple(right.split(" | ")) if right else ())
 
 
 def _interleave(config: Any) -> Fields:
