@@ -10,7 +10,7 @@ what the first row, the first bad row and the space of the head tell.
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
@@ -59,7 +59,9 @@ class Cause:
 class Explanation:
     """What explains one wrong value, the best first. kind: explained; nearly, if the error shrinks to a small part but
     not to rounding; slope, if it is below the limit and has the shape of what a hypothesis does; none. before: the
-    error without any. facts: what is certain where nothing explains it. tried: hypotheses, of how many."""
+    error without any. facts: what is certain where nothing explains it. tried: hypotheses, of how many; out_of_time:
+    whether the others were left out.
+    """
 
     value: str
     kind: Kind
@@ -69,6 +71,7 @@ class Explanation:
     facts: tuple[str, ...] = ()
     tried: int = 0
     of: int = 0
+    out_of_time: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -265,12 +268,15 @@ class _Explaining:
         return numbers if better else found
 
     def _causes(self, found: list[Judged], accepts: Callable[[Judged], bool]) -> list[Cause]:
-        """In words, the best first: those that differ by a number alone are one."""
+        """In words, the best first. Those that differ by a number alone are one, with a number that is known for
+        something, if there is one."""
+        known = {h.name for h in self.plain}
         by_family: dict[tuple[object, ...], _Found] = {}
-        for one in sorted((self._settled(j, accepts) for j in found), key=lambda f: f.judged.found.ratio):
+        for judged in sorted(found, key=lambda j: (any(h.name not in known for h in j.changes), j.found.ratio)):
+            one = self._settled(judged, accepts)
             other = by_family.get(one.family)
             by_family[one.family] = one if other is None else other.together_with(one)
-        return [one.cause() for one in by_family.values()]
+        return [one.cause() for one in sorted(by_family.values(), key=lambda f: f.judged.found.ratio)]
 
     def _settled(self, judged: Judged, accepts: Callable[[Judged], bool]) -> _Found:
         """With the numbers that fit best, unless those that it has fit as well, and their intervals."""
@@ -371,7 +377,9 @@ class _Explaining:
 
     def _explanation(self, kind: Kind, causes: list[Cause], share: float = 0.0) -> Explanation:
         before, of = self.search.reference.ratio, len(self.plain) + len(self.free)
-        return Explanation(self.search.target, kind, tuple(causes), before, share, (), len(self.tried), of)
+        return Explanation(
+            self.search.target, kind, tuple(causes), before, share, (), len(self.tried), of, self.search.out_of_time
+        )
 
     def _below(self) -> Explanation:
         """An error within its limit that has the shape of what a hypothesis does, with or without a number."""
@@ -423,7 +431,7 @@ class _Explaining:
     def _none(self) -> Explanation:
         found = self._explanation("none", [], 1.0)
         facts = _facts(self.search) if self._wrong() and np.isfinite(self.search.seen(True)).all() else ()
-        return Explanation(found.value, "none", (), found.before, 1.0, facts, found.tried, found.of)
+        return replace(found, facts=facts)
 
 
 def _last_if_seen_late(hypothesis: Hypothesis) -> bool:

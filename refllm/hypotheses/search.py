@@ -85,7 +85,8 @@ class Search:
     values before it, which are taken over. policy: where the candidate rounds, about. seconds: after which nothing new
     is tried. kept: what runs under single hypotheses gave, for other candidates for the same value of the same run.
 
-    A large model is looked at in float32, and judged in the first rows that are wrong.
+    A large model is looked at in float32, and judged in the first rows that are wrong. Raises DoesNotApplyError where
+    the reference itself has no finite value.
     """
 
     def __init__(
@@ -183,7 +184,8 @@ class Search:
         key = whole, whole or self.few
         if key not in self._references:
             found = self.run((), whole)
-            assert isinstance(found, np.ndarray)
+            if not isinstance(found, np.ndarray):
+                raise DoesNotApplyError
             self._references[key] = found
         return self._references[key]
 
@@ -197,7 +199,8 @@ class Search:
         found = []
         for kind in self.kinds[:1] if self.large else self.kinds:
             x = self.run((), True, kind)
-            assert isinstance(x, Uncertain)
+            if not isinstance(x, Uncertain):
+                raise DoesNotApplyError
             found.append(measure(self.seen(True), x.value, x.variance))
             if holds(found[-1], self.dtype):
                 break

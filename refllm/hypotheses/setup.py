@@ -56,12 +56,17 @@ class Tokens:
         return replace(self, ids=ids, mask=mask, positions=positions, pieces=pieces)
 
 
+def is_small(model: Model) -> bool:
+    """Whether a run of the model takes milliseconds, so that hundreds of them are nothing."""
+    return model.num_parameters() <= _KEPT_AT_MOST
+
+
 class Arrays(Mapping[str, np.ndarray]):
     """The tensors of a model as float64, which are kept where they are small."""
 
     def __init__(self, model: Model) -> None:
         self._weights, self._kept = model.weights, dict[str, np.ndarray]()
-        self.small = model.num_parameters() <= _KEPT_AT_MOST
+        self.small = is_small(model)
         self.names = [*self._weights.shapes, *self._weights.tied]
 
     def __getitem__(self, name: str) -> np.ndarray:
