@@ -109,7 +109,6 @@ def _masks(config: Any) -> Iterator[Hypothesis]:
         "the mask turned round: a query sees itself and what comes later",
         _seen(lambda t, u: u >= t),
     )
-    yield _attend("itself alone", "a query that sees itself alone", _seen(lambda t, u: u == t))
     yield _attend("first key hidden", "the first key hidden", _seen(lambda t, u: (u > 0) | (t == 0), True))
 
     def edit(setup: Setup, value: float) -> None:
@@ -118,6 +117,7 @@ def _masks(config: Any) -> Iterator[Hypothesis]:
     grid = [*range(1, 17), *(16 * i for i in range(2, 17))]
     says = lambda v: f"a window of {v:.0f} keys"  # noqa: E731
     windows = free("window", "attention", _SCORES, edit, grid, says, whole=True)
+    yield windows.at(1, "itself alone", "a query that sees itself alone")
     yield from (windows.at(n) for n in (2, 4, 8, 16, 32, 64, 128))
     yield windows
     for n in (8, 16, 32, 64):

@@ -204,7 +204,8 @@ def _sums(config: Any) -> Iterator[Hypothesis]:
 
     grid, says = [0.2, 0.5, 0.8, 0.95, 1.05, 1.3, 2.0], lambda v: f"what layers add times {v:.6g}"
     family = free("factor of what layers add", "add", _STREAM, edit_both, grid, says)
-    for words, value in (("sqrt(1/2)", 0.5**0.5), ("1/2", 0.5), (f"1 / sqrt({2 * layers})", (2 * layers) ** -0.5)):
+    factors = {0.5**0.5: "sqrt(1/2)", (2 * layers) ** -0.5: f"1 / sqrt({2 * layers})", 0.5: "1/2"}
+    for value, words in factors.items():
         yield family.at(value, f"what layers add times {words}", f"what layers add times {words}")
     yield family
     halves = lambda call, x, y: times(call.base(x, y), 0.5**0.5)  # noqa: E731
@@ -297,4 +298,4 @@ def _orders(count: int) -> Iterator[Hypothesis]:
             yield ordered(f"layer {i} for {i + 1}", f"the tensors of layer {i} in layer {i + 1}", same)
     if count > 2:
         yield ordered("layers reversed", "the layers in reverse order", every[::-1])
-    yield ordered("the first layer everywhere", "the tensors of layer 0 in every layer", [0] * count)
+        yield ordered("the first layer everywhere", "the tensors of layer 0 in every layer", [0] * count)

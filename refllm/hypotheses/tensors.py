@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from refllm.hypotheses.hypothesis import Hypothesis, decades, free, one_of
-from refllm.hypotheses.setup import Call, DoesNotApplyError, Edit, Setup
+from refllm.hypotheses.setup import DoesNotApplyError, Edit, Setup
 from refllm.hypotheses.values import mapped, moved, number, rounded, times, with_noise_of
 
 _QKV = "q_proj k_proj v_proj"
@@ -381,7 +381,6 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
     yield _outside("tied head", said, "head", "lm_head", _tied)
     quant: Edit = lambda a: quantized(a, 8, 0)  # noqa: E731
     yield _outside("int8 head", "an int8 head", "head", "lm_head", lambda s: s.edit("lm_head.weight", quant))
-    yield _outside("hidden state before the last norm", "the head read before the last norm", "norm", "norm", _unnormed)
     yield _outside(
         "norms of layer 0 at the end", "the weight of the first norm for the last one", "norm", "norm", _first_norm
     )
@@ -410,14 +409,6 @@ def _tied(setup: Setup) -> None:
     if not weights.has("lm_head.weight") or setup.c.tie_word_embeddings:
         raise DoesNotApplyError
     setup.read({"lm_head.weight": "embed_tokens.weight"})
-
-
-def _unnormed(setup: Setup) -> None:
-    def same(call: Call, x: Any, w: Any, *rest: Any) -> Any:
-        return x if call.layer is None else call.base(x, w, *rest)
-
-    setup.operate("rms_norm", same)
-    setup.operate("layer_norm", same)
 
 
 def _first_norm(setup: Setup) -> None:
