@@ -389,6 +389,8 @@ def _caches() -> Iterator[Hypothesis]:
             return rounded(call.base(q, k, v, **masking), dtype)
 
         yield _attend(f"context in {dtype}", f"attention's result in {dtype}", after, "context", places=True)
+    says = "keys and values kept in float16, and queries and weights rounded to it for their products"
+    yield _attend("attention by a cache in float16", says, _read_in_float16, places=True)
     yield _attend("cache in int8", "keys and values kept in int8, a scale for each head and position", _int8)
 
     def edit(setup: Setup, value: float) -> None:
@@ -396,6 +398,12 @@ def _caches() -> Iterator[Hypothesis]:
 
     grid = [-1.0, 0.25, 0.5, 0.8, 0.95, 1.05, 1.25, 2.0, 4.0]
     yield free("factor of the context", "attention", "context", edit, grid, lambda v: f"the context times {v:.6g}")
+
+
+def _read_in_float16(call: Call, q: Any, k: Any, v: Any, **masking: Any) -> Any:
+    """As llama.cpp reads a cache in float16: what is multiplied by it is rounded to float16 first."""
+    q, k, v = (rounded(x, "float16") for x in (q, k, v))
+    return _by_scores(lambda s: rounded(_softmax(s), "float16"))(call, q, k, v, **masking)
 
 
 def _int8(call: Call, q: Any, k: Any, v: Any, **masking: Any) -> Any:

@@ -232,7 +232,7 @@ def page(outcomes: list[Outcome]) -> str:
         "Made by `python -m refllm.mutants.explanations FILE`. A port that shares no code with the hypotheses",
         f"shows its logits alone, of {LENGTH} tokens; {len(BUGS)} mistakes are planted into it, one at a time.",
         "A mistake is visible if the check fails. It is named rightly if the explanation has the hypothesis that",
-        "stands beside it in `refllm/mutants/port_bugs.py`, or a number of its kind with the right one in its interval.",
+        "stands beside it in `refllm/mutants/port_bugs.py`, or a number of its kind whose interval has the right one.",
         "",
         f"- {len(visible)} visible wrong runs: {explained} ({100 * explained / max(1, len(visible)):.1f} %) explained, "
         f"{count['right']} by the right hypothesis and",
