@@ -219,7 +219,8 @@ class _Explaining:
     def _all_of(self, hypotheses: list[Hypothesis], words: str, before: Hypotheses = ()) -> list[Trial]:
         def step(n: int) -> None:
             self.step(f"{words} {n + 1} of {len(hypotheses)} hypotheses: {hypotheses[n].name}")
-            self.tried.add(hypotheses[n].name)
+            if hypotheses is self.plain:
+                self.tried.add(hypotheses[n].name)
 
         return self.search.all_of(hypotheses, step, before)
 
@@ -328,7 +329,7 @@ class _Explaining:
             return []
         nearest = sorted((t for t in self.trials if not t.changes[-1].alone), key=lambda t: -abs(t.cosine))
         some = [t.changes[-1].within([i]) for t in nearest[:_LAYERED] for i in range(layers)]
-        trials = self._all_of(some, "in single layers,")
+        trials = self._all_of(some, "in one layer,")
         self.trials = sorted([*self.trials, *trials], key=lambda t: t.left)
         return self._fits(trials)
 
@@ -345,7 +346,7 @@ class _Explaining:
         for first in nearest:
             if found or first.cosine < _PROMISING or self.search.out_of_time:
                 break
-            trials = self._all_of(self._nearest_to_the_rest(first), f"{first.changes[-1].name} and", first.changes)
+            trials = self._all_of(self._nearest_to_the_rest(first), "two at once,", first.changes)
             found = self._fits([t for t in trials if t.left * limits.FALLS <= first.left])
         return found
 

@@ -13,8 +13,13 @@ import pytest
 from gguf_writer import write_gguf
 from harness import Bug, Checks, must_be_named, must_hold
 
+import refllm
 from refllm import golden
 from refllm.check import compare
+from refllm.check.candidates import open_candidate, record
+from refllm.check.inputs import Inputs
+from refllm.check.oracle import judge
+from refllm.check.stacks import Opening
 from refllm.errors import InputError
 from refllm.storage.checkpoint import Checkpoint, save_checkpoint
 
@@ -63,6 +68,23 @@ def test_right_models_hold(checkpoint: str, dtype: str, library: Path, folder_of
         CHECKS, checkpoint, dtype, f"gguf:{file}", folder=folder, library=library, stress=True, isolate=False
     )
     assert len(reports) == 5  # batches, padding, far positions and a cache as well
+
+
+def test_a_cache_in_float16_is_recognised_from_the_logits_alone(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is llama.cpp's default; queries and weights are rounded to float16 as well, to be multiplied by it."""
+    from refllm.check.adapters import llama_library
+
+    monkeypatch.setattr(llama_library, "_F32", llama_library._F16)
+    folder = golden.path("llama-tiny")
+    file, model = write_gguf(folder, tmp_path / "m.gguf"), refllm.load(folder, head="causal_lm", dtype="float32")
+    candidate = open_candidate(Opening(f"gguf:{file}", folder, library=library))
+    trace = record(candidate, model, Inputs(np.arange(3, 67)[None]))
+    trace.taps = {"lm_head": trace.taps["lm_head"]}
+    found = judge(model, trace, explain=True).explanation
+    assert found is not None
+    assert [cause.name for cause in found.causes] == ["attention by a cache in float16"]
 
 
 def metadata(**changes: Any) -> dict[str, Any]:
