@@ -43,7 +43,7 @@ def compare(
     against: Any = None,
     weights: Any = None,
     page: str | os.PathLike[str] | None = None,
-    explain: bool = False,
+    explain: bool | None = None,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
@@ -66,7 +66,8 @@ def compare(
     checkpoint folder, a safetensors or GGUF file, or arrays by the names of the checkpoint's tensors. It is judged with
     them, and what they cost is reported apart (`Report.format_error`). page: the file of a page of one's own, or a
     known family (`refllm.models.own_page`). explain: look for the change of the reference that gives what a wrong run
-    has (`Report.explanation`); it takes a second or more for every report.
+    has (`Report.explanation`), for 30 seconds at most; None does so in the first run that fails, and where a small
+    model shows its last value alone.
 
     A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
     and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
@@ -107,7 +108,7 @@ class _Call:
     library: Path | None
     weights: Any
     against: "Trace | None"
-    explain: bool
+    explain: bool | None
 
     def recorded(self, trace: "Trace | None") -> "Report":
         """The report on a recorded run."""

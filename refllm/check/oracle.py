@@ -49,6 +49,7 @@ from refllm.forward.dry_run import names_of
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
 from refllm.hypotheses.explain import Explanation
+from refllm.hypotheses.setup import is_small
 from refllm.models.own_page import current
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
@@ -767,10 +768,11 @@ def judge(
     *,
     checkpoint: str = "",
     step: Callable[[str], None] = lambda text: None,
-    explain: bool = False,
+    explain: bool | None = False,
 ) -> Report:
     """The report on a trace. model: the checkpoint's, with weights on the grid of the trace's dtype. explain: whether
-    to look for what a wrong run did (`refllm.check.explained`).
+    to look for what a wrong run did (`refllm.check.explained`); None: where it fails, and where nothing but the last
+    value was shown, of a model that is small.
 
     Raises InputError where trace and model do not fit: another config, unknown names, other shapes.
     """
@@ -798,7 +800,7 @@ def judge(
         unsaid=collected.unsaid(),
         unseen=[*never_shown(model.head, trace), *never_read(model)],
     )
-    if explain:
+    if explain is not False and (explain or report.verdict == "fails" or is_small(model)):
         report.explanation = _explanation(model, collected, report, step)
         report.notes += explained_in_words(report.explanation) if report.verdict != "fails" else []
     report.notes += trace.doubts if report.verdict == "fails" else []

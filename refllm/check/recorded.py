@@ -9,6 +9,7 @@ import numpy as np
 
 from refllm.check.against import judge_against
 from refllm.check.asked import Asked
+from refllm.check.explained import by_default
 from refllm.check.functions import DTYPES
 from refllm.check.layout import laid_out, words_of
 from refllm.check.oracle import Report, judge
@@ -61,14 +62,15 @@ def check_recorded(
     against: Trace | None = None,
     step: Step = lambda *_: None,
     weights: Given | None = None,
-    explain: bool = False,
+    explain: bool | None = None,
 ) -> Report:
     """The report on a recorded run. load: dtype -> the checkpoint, with weights on the grid of that dtype.
 
     dtype: in which it computed; None takes what the trace says, or shows. layout: how its values lie, in place of what
     the trace says (`refllm.check.layout.LAYOUTS`). against: a known-good run, the measure in place of the page.
     weights: those that it computed with, where they are not the checkpoint's; the file may hold them, as
-    `weights.<tensor>`. explain: see `judge`. Raises InputError for a trace that is not of this checkpoint.
+    `weights.<tensor>`. explain: see `judge`; None: `explained.by_default`. Raises InputError for a trace that is not of
+    this checkpoint.
     """
     format_ = dtype or trace.dtype
     if format_ not in DTYPES:
@@ -86,7 +88,7 @@ def check_recorded(
         asked = replace(asked, kinds=weights.kinds(model))
     if against is not None:
         return judge_against(model, trace, canonical(against, model, layout if against.is_plain else ""), asked, **how)
-    report = judge(model, trace, asked, explain=explain, **how)
+    report = judge(model, trace, asked, explain=by_default(explain), **how)
     if weights is not None:
         report.format_error = format_error(load("float64"), weights, trace.inputs, report)
     report.notes += said_of_weights

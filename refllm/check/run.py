@@ -59,7 +59,8 @@ class Settings:
     isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`. names, library: see
     `refllm.check.stacks.Opening`. layout: words of `refllm.check.layout.LAYOUTS`.
     against: a known-good run to be the measure, and its tokens those that are run where `tokens` has none.
-    weights: what `refllm.check.weights.Given.open` takes. explain: look for what a wrong run did.
+    weights: what `refllm.check.weights.Given.open` takes. explain: see
+    `refllm.check.runs.Runs`.
     """
 
     candidate: str = "transformers"
@@ -77,7 +78,7 @@ class Settings:
     layout: str = ""
     against: Trace | None = None
     weights: Path | None = None
-    explain: bool = False
+    explain: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))

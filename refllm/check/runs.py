@@ -10,6 +10,7 @@ from refllm.check.against import judge_against
 from refllm.check.asked import Asked
 from refllm.check.candidates import record
 from refllm.check.chosen_embeddings import chosen
+from refllm.check.explained import by_default
 from refllm.check.inputs import Inputs, every_token, stressed
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
@@ -34,7 +35,7 @@ class Runs:
     against: a known-good run, the measure in place of the page; of the plain inputs.
     recorded: called when the last run is done and not yet judged. weights: those that the candidate really
     has, where they are not the checkpoint's; it may hand them over in its first run. explain: look for what a wrong
-    run did (`refllm.check.explained`).
+    run did (`refllm.check.explained`); None: in the first runs that fail, until one is explained.
     """
 
     load: Callable[[str], Model]
@@ -49,12 +50,13 @@ class Runs:
     notes: list[str] = field(default_factory=list)
     step: Callable[..., None] = lambda *_: None
     recorded: Callable[[], None] = lambda: None
-    explain: bool = False
+    explain: bool | None = None
     weights: Given | None = None
 
     def __post_init__(self) -> None:
         self._check_weights()
         self._model = self._load(self.candidate.dtype)
+        self._is_explained = False
 
     def _check_weights(self) -> None:
         """Leaves out what are no weights of the checkpoint's, and says so."""
@@ -194,7 +196,11 @@ class Runs:
         if self.weights is not None:
             asked = replace(asked, kinds=self.weights.kinds(self._model))
         if self.against is None:
-            return judge(self._model, trace, asked, checkpoint=self.checkpoint, step=step, explain=self.explain)
+            explain = by_default(self.explain)
+            explain = False if explain is None and self._is_explained else explain
+            report = judge(self._model, trace, asked, checkpoint=self.checkpoint, step=step, explain=explain)
+            self._is_explained |= report.explanation is not None and bool(report.explanation.causes)
+            return report
         layout = ",".join(self.layout) if self.against.is_plain else ""
         good = canonical(self.against, self._model, layout)
         return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)

@@ -195,8 +195,14 @@ def check(
     ] = None,
     page: Page = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Look for the change of the reference that gives what a wrong run has.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--explain/--no-explain",
+            help="Look for the change of the reference that gives what a wrong run has, for 30 s at most; by default "
+            "in the first run that fails.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,

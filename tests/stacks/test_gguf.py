@@ -16,9 +16,14 @@ from gguf_writer import write_gguf
 from harness import Bug, Checks, must_be_named, must_hold
 from tiny import tiny_model
 
+import refllm
 from refllm import golden
 from refllm.check import compare
 from refllm.check.adapters.llama_library import LlamaLibrary, Settings
+from refllm.check.candidates import open_candidate, record
+from refllm.check.inputs import Inputs
+from refllm.check.oracle import judge
+from refllm.check.stacks import Opening
 from refllm.errors import InputError
 from refllm.storage.checkpoint import Checkpoint, save_checkpoint
 
@@ -115,6 +120,23 @@ def test_a_format_that_is_not_known_is_one_sentence(wide: Path, library: Path, t
     file = quantised(library, write_gguf(wide, tmp_path / "m.gguf"), tmp_path / "q.gguf", 3)
     with pytest.raises(InputError, match=r"q\.gguf: tensors are in Q4_1, and what .* read is not known here"):
         compare(wide, f"gguf:{file}", library=library, isolate=False)
+
+
+def test_a_cache_in_float16_is_recognised_from_the_logits_alone(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is llama.cpp's default; queries and weights are rounded to float16 as well, to be multiplied by it."""
+    from refllm.check.adapters import llama_library
+
+    monkeypatch.setattr(llama_library, "_F32", llama_library._F16)
+    folder = golden.path("llama-tiny")
+    file, model = write_gguf(folder, tmp_path / "m.gguf"), refllm.load(folder, head="causal_lm", dtype="float32")
+    candidate = open_candidate(Opening(f"gguf:{file}", folder, library=library))
+    trace = record(candidate, model, Inputs(np.arange(3, 67)[None]))
+    trace.taps = {"lm_head": trace.taps["lm_head"]}
+    found = judge(model, trace, explain=True).explanation
+    assert found is not None
+    assert [cause.name for cause in found.causes] == ["attention by a cache in float16"]
 
 
 def metadata(**changes: Any) -> dict[str, Any]:
