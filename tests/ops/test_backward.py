@@ -174,6 +174,30 @@ def test_gradients_are_those_of_autograd(case: Case) -> None:
             assert np.abs(found - expected).max() <= 1e-12 * max(1.0, np.abs(expected).max())
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_slopes_are_those_of_autograd_at_corners_and_in_the_tails(name: str) -> None:
+    """Where an activation has a corner the choice is Torch's; where one saturates the slope is a number, also where the
+    quotient that autograd takes is 0 / 0."""
+    import torch
+    from transformers.activations import ACT2FN
+
+    places = [0.0, -0.0, 1e-30, 3, -3, 6, 10, -10, 35, -35, -45, 90, -90, 104, -104, 750, -750, 1e5, -1e5]
+    exact = 1e-11 if name == "gelu_fast" else 1e-12  # Transformers has sqrt(2 / pi) to ten digits there
+    for dtype, tolerance in ((np.float64, exact), (np.float32, 1e-5)):  # 1 - tanh^2 cancels, and is multiplied by x^3
+        x = np.array([*places, *np.linspace(-12, 12, 101)], dtype)
+        tensor = torch.from_numpy(x).requires_grad_()
+        ACT2FN[name](tensor).sum().backward()
+        expected = tensor.grad.numpy()
+        ar = arithmetic("float32") if dtype == np.float32 else arithmetic("float64")
+        found = ops.activation_backward(np.ones_like(x), x, name, ar=ar)
+        assert found.dtype == dtype
+        assert np.isfinite(found).all()
+        known = np.isfinite(expected)
+        assert (known | (x < -100)).all()
+        assert np.abs(found - expected)[known].max() <= tolerance, x[known][np.abs(found - expected)[known].argmax()]
+        assert np.abs(found[~known]).max(initial=0) < 1e-20
+
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
