@@ -28,27 +28,17 @@ class FollowedOperators(TorchOperators):
         return plain.EAGER[name] if name in plain.EAGER else super().__getattr__(name)
 
     def within(self, scope: str) -> "FollowedOperators":
+        """These operators: nothing has a name here."""
         return self
 
     @staticmethod
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + b, in Torch's own way alone."""
         return F.linear(x, weight, bias)
 
-    # The eager forms want a table that fits the heads.
-
-    def rope(self, q: Any, k: Any, cos: Any, sin: Any, **how: Any) -> Any:
-        return plain.EAGER["rope"](q, k, cos.unsqueeze(-3), sin.unsqueeze(-3), **how)
-
-    def norm_rope(
-        self, q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float, **how: Any
-    ) -> Any:
-        tables = cos.unsqueeze(-3), sin.unsqueeze(-3)
-        return plain.EAGER["norm_rope"](q, k, q_weight, k_weight, *tables, eps, **how)
-
-    def rms_norm_qkv_rope(self, x: Any, norm: Any, w: Any, b: Any, cos: Any, sin: Any, eps: float, **how: Any) -> Any:
-        del how["cache"]
-        tables = cos.unsqueeze(-3), sin.unsqueeze(-3)
-        return plain.EAGER["rms_norm_qkv_rope"](x, norm, w, b, *tables, eps, **how)
+    def rms_norm_qkv_rope(self, *arguments: Any, cache: None, **how: Any) -> Any:
+        """The eager form, which has no cache."""
+        return plain.EAGER["rms_norm_qkv_rope"](*arguments, **how)
 
     def attention(
         self,
@@ -60,6 +50,7 @@ class FollowedOperators(TorchOperators):
         key_mask: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Torch's own attention, of whatever mask. A row without a key gives 0, and has a gradient of 0."""
         grouped, options = q_BHSD.shape[1] != k_BKTD.shape[1], {"is_causal": causal}
         if key_mask is not None or mask is not None:
             options = {"attn_mask": _who_sees_whom(q_BHSD, k_BKTD.shape[2], causal, key_mask, mask)}
@@ -111,6 +102,7 @@ def loss_and_gradients(
     followed = copy(model)
     followed.rotary = copy(model.rotary)
     followed.follow = lambda _: FollowedOperators()
+    followed.tables = lambda at: [x.unsqueeze(-3) for x in type(model).tables(followed, at)]  # one for all heads
     with torch.enable_grad():
         followed.weights = _FollowedWeights(model.weights, leaves, padding)
         if EMBEDDINGS in wanted:
