@@ -89,7 +89,7 @@ def test_frozen_and_accumulated() -> None:
 
 
 def test_bfloat16_gradients_are_near_the_exact_ones() -> None:
-    exact, fast = pair("llama", 0)
+    exact, _ = pair("llama", 0)
     narrow = FastModel.of(exact, dtype="bfloat16", backend="torch", device="cpu")
     expected = exact.gradients(IDS, labels=IDS).gradients
     for name, gradient in narrow.gradients(IDS, labels=IDS).gradients.items():
