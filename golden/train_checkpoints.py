@@ -31,7 +31,7 @@ DTYPE = "bfloat16"
 CONTEXT = 128
 """Tokens of a window."""
 SEED = 1768842596
-"""Of the fresh weights."""
+"""The seed of the fresh weights."""
 WITHIN = 0.1
 """How far, as a share, the loss of the corpus may be from that of the stored checkpoint."""
 
@@ -151,7 +151,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def _plain_with_padding(vocab_size: int) -> Tokenizer:
-    """As StableLM-2's, <|endoftext|> pads too."""
+    """The tokenizer of StableLM-2 in its make: <|endoftext|> pads too."""
     tokenizer = train_tokenizers.bytes_plain(vocab_size)
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

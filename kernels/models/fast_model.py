@@ -10,7 +10,7 @@ with other weights, operators, pages and cache behind it.
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping
-from functools import wraps
+from inspect import signature
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -156,7 +156,6 @@ class FastModel(Model):
         """An empty cache for this model; max_cache_len: of that many slots, allocated once."""
         return TorchCache(self.config, max_cache_len)
 
-    @wraps(Model.__call__, assigned=(), updated=())  # has its signature
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """`Model.__call__` with arrays or tensors in, tensors on the model's device out. Nothing is differentiated:
         `gradients` is for that."""
@@ -220,10 +219,11 @@ class FastModel(Model):
             )
         if recorder is not None:
             raise InputError("gradients: backend torch shows no named values; load the model with backend='numpy'")
+        names = [*signature(Model.__call__).parameters][1:]
         return gradients_of(
             self,
-            arguments,
-            keywords,
+            (),
+            {**dict(zip(names, arguments, strict=False)), **keywords},
             frozen=frozen,
             accumulated=accumulated,
             recorder=None,

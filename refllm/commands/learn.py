@@ -11,13 +11,13 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="To understand the reports and the models.",
+    help="What helps to understand the reports and the models.",
 )
 
 
 @app.callback()
 def describe() -> None:
-    """To understand the reports and the models."""
+    """What helps to understand the reports and the models."""
 
 
 @app.command()

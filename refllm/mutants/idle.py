@@ -11,7 +11,7 @@ _TOKENS = 256
 
 @dataclass(frozen=True)
 class Idle:
-    """Of one checkpoint on 256 tokens of the corpus.
+    """The figures of one checkpoint, on 256 tokens of the corpus.
 
     certain: the median of the largest next-token probability. activation, weight: the largest number of any MLP's
     activations, and of any matrix, over the RMS there. directions: of the projection that uses the fewest, which share

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,6 +77,7 @@ def page(found: "Validation") -> str:
     """The page in Markdown, or its half on trained weights."""
     from refllm.mutants.profiles_page import aims, places, ports
 
+    parts: tuple[Callable[[Validation], list[str]], ...]
     parts = (_head, aims, _sharpness, places, _losses, ports, _alarms, _calibration)
     if found.weights == "trained":
         parts = (_trained_head, aims, _not_at_once, _alarms, _overall)

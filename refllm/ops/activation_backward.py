@@ -55,12 +55,6 @@ def _sqrtsoftplus(x: np.ndarray) -> np.ndarray:
     return np.where(x < -40, np.exp(np.minimum(x, 0) / 2) / 2, _sigmoid(near) / (2 * np.sqrt(softplus(near))))
 
 
-def _sqrtsoftplus(x: np.ndarray) -> np.ndarray:
-    """s(x) / (2 sqrt(softplus(x))); far below 0, where both vanish, e^(x/2) / 2."""
-    near = np.maximum(x, -40)
-    return np.where(x < -40, np.exp(np.minimum(x, 0) / 2) / 2, _sigmoid(near) / (2 * np.sqrt(softplus(near))))
-
-
 def _ones(where: np.ndarray, x: np.ndarray) -> np.ndarray:
     return where.astype(x.dtype)
 
