@@ -1,6 +1,8 @@
 """A run learns, stops and goes on as if it had not, and refuses what it cannot go on from."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,19 @@ def test_numpy_and_torch_have_the_same_losses(name: str, tmp_path: Path) -> None
     assert losses["numpy"] == pytest.approx(losses["torch"], rel=1e-5)
     assert losses["numpy"] != losses["torch"]  # sums in another order: it was not NumPy both times
     assert losses["numpy"][-1] < 0.9 * losses["numpy"][0]
+
+
+def test_what_readme_trains_and_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of README.md about `learnt`, with two steps."""
+    root = HELIUM.parents[2]
+    lines = re.findall(r"^    refllm (.*\blearnt\b.*)$", (root / "README.md").read_text(), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["train", "generate"]
+    monkeypatch.chdir(root)
+    for line, more in zip(lines, (["--steps", "2"], []), strict=True):
+        words = [str(tmp_path / word) if word == "learnt" else word for word in shlex.split(line)]
+        shown = CliRunner().invoke(cli.app, [*words, *more])
+        assert shown.exit_code == 0, shown.output
+        assert shown.output.strip()
 
 
 def test_a_backend_without_gradients_is_refused(tmp_path: Path) -> None:
