@@ -121,8 +121,11 @@ def _text(folder: Path) -> np.ndarray | None:
 # ----------------------------------------------------------------------------------------------------------- sharpness
 
 
-def sharpness(folders: dict[str, Path], mutants: list[Mutant], log: Log = lambda text: None) -> list[Case]:
-    """Every mutant in every checkpoint where it changes anything."""
+def sharpness(
+    folders: dict[str, Path], mutants: list[Mutant], log: Log = lambda text: None, by_policy: bool = True
+) -> list[Case]:
+    """Every mutant in every checkpoint where it changes anything. by_policy: whether each is judged by the named policy
+    as well, and not only those that this is about, which are places; else what it says is what is said without."""
     from refllm.config import AutoConfig
 
     cases = []
@@ -134,12 +137,12 @@ def sharpness(folders: dict[str, Path], mutants: list[Mutant], log: Log = lambda
                 key = (mutant.dtype, mutant.attention)
                 if key not in pairs:
                     pairs[key] = Pair(folder, *key)
-                cases.append(_case(name, mutant, pairs[key]))
+                cases.append(_case(name, mutant, pairs[key], by_policy))
         log(f"{name}: {sum(case.checkpoint == name for case in cases)} mutants")
     return cases
 
 
-def _case(checkpoint: str, mutant: Mutant, pair: Pair) -> Case:
+def _case(checkpoint: str, mutant: Mutant, pair: Pair, by_policy: bool) -> Case:
     layer = pair.model.config.num_hidden_layers // 2
     ids = pair.tokens(seed=0)
 
@@ -154,6 +157,9 @@ def _case(checkpoint: str, mutant: Mutant, pair: Pair) -> Case:
 
     trace = traced(Inputs(ids))
     plain, report = judged(trace)
+    named = plain
+    if by_policy or mutant.place:
+        named = _outcome(mutant, layer, judge(pair.model, trace, POLICY[pair.attention]))
     case = Case(
         mutant=mutant.name,
         area=mutant.area,
@@ -166,7 +172,7 @@ def _case(checkpoint: str, mutant: Mutant, pair: Pair) -> Case:
         equivalent=mutant.equivalent,
         kind=mutant.kind,
         plain=plain,
-        named=_outcome(mutant, layer, judge(pair.model, trace, POLICY[pair.attention])),
+        named=named,
     )
     if mutant.equivalent:
         case.result_holds = _result_holds(report)

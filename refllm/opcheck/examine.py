@@ -136,12 +136,13 @@ class Examiner:
         keywords: dict[str, Any],
         results: tuple[Result, ...],
         expected: tuple[Expected, ...],
+        whole: bool = True,
     ) -> list[Judgement]:
-        """A judgement per output, of the profile in which it holds if there is one."""
+        """A judgement per output, of the profile in which it holds if there is one. whole: not a row of the call."""
         judged = [judge(r.value, e) for r, e in zip(results, expected, strict=True)]
         if self.roundings is None or call.dtype == "float32":
             return judged
-        return self.roundings.judged(call, arguments, keywords, results, expected, judged)
+        return self.roundings.judged(call, arguments, keywords, results, expected, judged, whole)
 
     def again(self, first: Finding, repeats: int) -> Finding | None:
         """What is to be said of a call that failed, if it does not fail every time: None if it does.
@@ -179,7 +180,7 @@ class Examiner:
             text = f"row {row} computed alone: {broken.text}"
             return replace(broken, property="invariance", text=text, row_alone=row)
         arrays = inputs.row_alone(call, *call.arrays(), row)
-        judged = self._judged(call, *arrays, results, tuple(wanted))
+        judged = self._judged(call, *arrays, results, tuple(wanted), whole=False)
         for whole, result, e, verdict in zip(seen.results, results, wanted, judged, strict=True):
             if not verdict.holds:
                 text = f"row {row} computed alone is wrong: {verdict.faults[0].text}"
