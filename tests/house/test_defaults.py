@@ -21,8 +21,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "candidate": "transformers", "dtype": None, "policy": None, "attention": "eager", "input_ids": None,
         "attention_mask": None, "position_ids": None, "prompt": None, "stress": False, "isolate": True,
         "time_limit": None, "splits": 1, "tf32": False, "names": None, "library": None, "trace": None, "layout": "",
-        "against": None, "weights": None, "page": None, "explain": False,
+        "against": None, "weights": None, "page": None, "explain": None,
     },
+    "refllm.check:check_logprobs": {"dtype": None, "policy": None},
     "refllm.check:check_op": {
         "dtype": "bfloat16", "policy": None, "device": "cpu", "arrays": "torch", "calls": None, "level": "contract",
         **SEARCH, "seconds": None, "isolate": True, "shrink": True, "deep": True, "keep_going": False, "bitwise": False,
@@ -35,7 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.check.run:Settings": {
         "candidate": "transformers", "dtypes": (), "attention": "eager", "policy": None, "stress": False,
         "seconds": None, "isolate": True, "splits": 1, "tf32": False, "names": None, "library": None,
-        "layout": "", "against": None, "weights": None, "explain": False,
+        "layout": "", "against": None, "weights": None, "explain": None,
     },
     "refllm.forward.model:Model.from_pretrained": {
         **LOADING, **WHERE, "low_memory": False, "progress": None, "seed": 0,

@@ -20,7 +20,7 @@ from triton.runtime.autotuner import Autotuner  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from refllm.kernels import interpreter  # noqa: E402
-from refllm.kernels.interpreter import KernelError, cuda_stand_in, interpreted  # noqa: E402
+from refllm.kernels.interpreter import KernelError, autotune, cuda_stand_in, interpreted  # noqa: E402
 
 HALF = tl.constexpr(0.5)
 
@@ -225,6 +225,19 @@ def test_a_wrong_configuration_is_found() -> None:
         ):
             wrong_for_16[grid](x, y, 12)
         assert interpreter.unwritten(y).all()  # the comparison ran on copies
+
+
+def test_configurations_may_round_elsewhere() -> None:
+    """A number near 0 in a row of large ones has their error; what is missing has a larger one."""
+    row = torch.tensor([[0.7, 1e-4, float("nan")], [1e-4, 0.0, 0.0]], dtype=torch.float16)
+    other = row.clone()
+    other[0, 1] += 2e-4
+    autotune._must_agree(other, row)
+    for wrong, value in (((0, 1), 0.01), ((1, 1), 2e-4), ((0, 2), 0.0)):
+        changed = row.clone()
+        changed[wrong] = value
+        with pytest.raises(AssertionError):
+            autotune._must_agree(changed, row)
 
 
 def test_pytest_shows_the_launch_that_failed_and_nothing_of_the_interpreter() -> None:
