@@ -33,6 +33,7 @@ def predict_page(
     op: Propagation | None = None,
     tables: Callable[[Propagation], tuple[Uncertain, Uncertain]] | None = None,
     packed: bool = False,
+    head_of: np.ndarray | None = None,
 ) -> Uncertain:
     """The page of `model`, run for an implementation in `dtype` under `policy`; at_tap sees every named value that is
     wanted, and what it returns is passed on. Returns the head's output, or the last norm's of a model without a head.
@@ -40,7 +41,8 @@ def predict_page(
     model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. embeds: makes what is fed of a
     function from ids to their rows, which is then rounded; None: those rows. exact_tables: see `rotary_tables`. op:
     other operators than those of the policy. tables: cos and sin for these operators, other ones than `rotary_tables`
-    makes. packed: sequences in one row begin where positions do anew; there is no mask then.
+    makes. head_of: [B], the one position of every row of which the head is computed; None: all. packed:
+    sequences in one row begin where positions do anew; there is no mask then.
     """
     op = op or Propagation(dtype, policy.without(model.page.NOT_ROUNDED), at_tap, wants)
     c, w = model.config, model.weights
@@ -63,6 +65,8 @@ def predict_page(
     head = HEAD_TAPS.get(model.head)
     if head is None:
         return x
+    if head_of is not None:
+        x = x[np.arange(B)[:, None], head_of[:, None]]
     return op.tap(head, op.linear(x, w[f"{head}.weight"], w.get(f"{head}.bias")))
 
 

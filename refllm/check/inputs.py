@@ -107,6 +107,11 @@ class Inputs:
         return None if self.learning is not None and self.learning.packed else self.mask
 
     @property
+    def last(self) -> np.ndarray:
+        """[B] int: the column of the last token of every row that is no padding."""
+        return np.asarray(self.valid.shape[1] - 1 - self.valid[:, ::-1].argmax(axis=1))
+
+    @property
     def positions(self) -> np.ndarray:
         """[B, S] int: the position of every token."""
         if self.position_ids is not None:

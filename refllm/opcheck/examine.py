@@ -14,6 +14,7 @@ from refllm.opcheck import inputs
 from refllm.opcheck.observe import Observation, Result, Task
 from refllm.opcheck.roundings import Roundings
 from refllm.opcheck.without import missing_result, raised
+from refllm.parallel import one_blas_thread
 from refllm.precision import rounding
 from refllm.strategies.call import Call
 from refllm.strategies.levels import LEVELS, level_of
@@ -90,7 +91,7 @@ class Examiner:
 
         Raises InputError for a call that the contract does not allow, TimeIsUpError where all time is up in a run.
         """
-        expected = remembered(call, self.task.policy, self.convention)
+        expected = self._expected(call)
         task = replace(self.task, call=call, deep=deep)
         seen = self.runner.observe(task, self.limit if limit is None else limit, self.until)
         self.examples += 1
@@ -119,6 +120,11 @@ class Examiner:
         self.power.see(expected)
         return None
 
+    # Products this small are not worth the threads of BLAS, which wait for each other where other programs run.
+    @one_blas_thread()
+    def _expected(self, call: Call) -> tuple[Expected, ...]:
+        return remembered(call, self.task.policy, self.convention)
+
     def _as_returned(
         self, call: Call, results: tuple[Result, ...], expected: tuple[Expected, ...]
     ) -> tuple[Expected, ...]:
@@ -129,6 +135,7 @@ class Examiner:
         narrow = results[0].dtype == call.dtype
         return (narrow_loss(expected[0], *call.arrays(), call.dtype),) if narrow else expected
 
+    @one_blas_thread()
     def _judged(
         self,
         call: Call,
@@ -155,7 +162,7 @@ class Examiner:
         self.runner.close()
         seen = self.runner.observe(replace(self.task, call=first.call, repeats=repeats), self.limit, self.until)
         if seen.property:
-            return _outright(first.call, seen, remembered(first.call, self.task.policy, self.convention))
+            return _outright(first.call, seen, self._expected(first.call))
         text = f"wrong now and then: {first.text}; {repeats + 1} more calls with the same inputs were right"
         return replace(first, property="determinism", text=text, judgement=None, row_alone=None)
 
@@ -221,7 +228,8 @@ class Power:
 def _cut(e: Expected, part: slice) -> Expected:
     if not e.exact.ndim:
         return e
-    return replace(e, **{name: getattr(e, name)[part] for name in ("exact", "contract", "variance", "inner")})
+    arrays = {name: x for name, x in vars(e).items() if isinstance(x, np.ndarray)}
+    return replace(e, **{name: x[part] for name, x in arrays.items()})  # type: ignore[arg-type]
 
 
 def _structure(call: Call, results: tuple[Result, ...], expected: tuple[Expected, ...], task: Task) -> Finding | None:

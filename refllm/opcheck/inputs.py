@@ -9,6 +9,7 @@ from refllm.inputs import to_numpy
 from refllm.ops.contracts import contract_of, is_batched
 from refllm.strategies.arrays import Array, memory_of
 from refllm.strategies.call import Call
+from refllm.strategies.levels import ignored_rows
 
 _SMALL = 1 << 24
 """Bytes of memory up to which all of it is compared or changed, what lies between the elements included."""
@@ -147,6 +148,14 @@ def rows_of(call: Call) -> int:
     first = call.arguments[0]
     axes = next(iter(contract_of(call.operator).arguments.values()))
     return first.shape[0] if isinstance(first, Array) and is_batched(axes, len(first.shape)) else 1
+
+
+def row_for_itself(call: Call) -> int:
+    """The row that is computed alone: the last one; of a loss of all rows the last that counts, since calls without any
+    are a family of their own, which may not be offered. -1 if there is none."""
+    ignored = ignored_rows(call) if is_reduced(call) else None
+    rows = np.arange(rows_of(call)) if ignored is None else np.flatnonzero(~ignored)
+    return int(rows[-1]) if rows.size else -1
 
 
 def row_alone(

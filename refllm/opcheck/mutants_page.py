@@ -1,53 +1,64 @@
 """Writes docs/mutants.md: the catalogue of known bugs, and how many of them a test finds: ours, and typical ones.
 
-    python -m refllm.opcheck.mutants_page docs/mutants.md      # six minutes on one core
-    python -m refllm.opcheck.mutants_page docs/mutants.md --catalogue-only     # keeps what was measured
+    python -m refllm.opcheck.mutants_page docs/mutants.md --json docs/mutants.json      # half an hour on one core
+    python -m refllm.opcheck.mutants_page docs/mutants.md --json docs/mutants.json --resume     # what is missing there
 
-Exit code 1 if our own check misses a bug or rejects what is none.
+What was measured lies in the JSON file, which is written after every bug, so that a run that was ended goes on. Exit
+code 1 if our own check misses a bug or rejects what is none.
 """
 
 import argparse
-import platform
+import statistics
 import sys
-import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refllm.opcheck import mutants_measured
+from refllm.opcheck.mutants_measured import Measured, Results
 from refllm.storage import output_file
+from refllm.strategies.levels import LEVELS
 from refllm.terminal.status_line import StatusLine
 
 if TYPE_CHECKING:
     from refllm.kernels.mutants import Mutant
-    from refllm.opcheck.audit import AuditReport
 
-CATALOGUE = "## The catalogue"
-"""The heading from which on the page holds nothing that was measured."""
-_OURS = "check-op"
-_DRAWN = {"torch": 100, "triton": 0}
-"""Examples that check-op draws after its fixed ones, which are enough for the Triton kernels."""
+TARGETS = {"torch": 30.0, "triton": 120.0}
+"""Seconds in which a counterexample has to be found and made small, by form."""
 
 
-def catalogue_part() -> str:
-    """The page from `CATALOGUE` on: every mutant by operator, what changes nothing, and bugs that no operator has."""
+def page(results: Results) -> str:
+    """The page as a whole."""
+    return measured_part(results) + "\n" + catalogue_part(results)
+
+
+def catalogue_part(results: Results) -> str:
+    """Every mutant by operator, what changes nothing, and bugs that no operator has."""
     from refllm import kernels
     from refllm.kernels.mutants import catalogue
     from refllm.kernels.mutants.not_applicable import NOT_APPLICABLE
 
     mutants = catalogue()
     lines = [
-        CATALOGUE,
+        "## The catalogue",
         "",
         f"{sum(not m.equivalent for m in mutants)} bugs. Each is a function that can be called, checked, or read:",
         "`refllm.kernels.mutants.built:NAME`, where NAME is the operator and the name with underscores, and `triton_`",
         "before it for a Triton kernel. A source that is no issue is the area of a one-line mistake. A defect is",
         "wrong whatever else the kernel does; a place is where honest code may round too, so a report shows it, and",
-        "calls it wrong only with `--policy fused`. The words after `place` are those of the report.",
+        "calls it wrong only with `--policy fused`. The words after `place` are those of the report. The level is that",
+        "of the inputs that show a bug first; an option is named where the defaults do not find it.",
         "",
     ]
     for operator in kernels.OPERATORS:
         own = [m for m in mutants if m.operator == operator and not m.equivalent]
-        lines += [f"### {operator}", "", *_table(("name", "form", "what", "kind", "source"), map(_row, own)), ""]
+        lines += [
+            f"### {operator}",
+            "",
+            *_table(("name", "form", "what", "kind", "found at", "source"), (_row(m, results.of(m)) for m in own)),
+            "",
+        ]
     lines += [
         "## Changes that nobody can see",
         "",
@@ -66,49 +77,29 @@ def catalogue_part() -> str:
     return "\n".join(lines)
 
 
-def _row(mutant: "Mutant") -> tuple[str, ...]:
+def _row(mutant: "Mutant", found: Measured | None) -> tuple[str, ...]:
     kind = f"place: {mutant.place}" if mutant.place else "defect"
-    return mutant.name, mutant.form, mutant.what, kind, mutant.source
+    at = "not found" if found is None or not found.found else found.level
+    at += f", `{found.asked}`" if found is not None and found.found and found.asked else ""
+    return mutant.name, mutant.form, mutant.what, kind, at, mutant.source
 
 
-def measure(step: StatusLine) -> tuple["AuditReport", dict[str, dict[str, "AuditReport"]], float]:
-    """Our check on the whole catalogue, typical tests (by operator, by name) on the torch part, and the seconds."""
-    from refllm import kernels
-    from refllm.opcheck.audit import AuditReport, audit
-    from refllm.opcheck.typical_tests import typical_tests
+def measured_part(results: Results) -> str:
+    """What was measured, without the catalogue."""
+    from refllm.kernels.mutants import catalogue
 
-    start = time.monotonic()
-    parts = (audit(form=form, max_examples=drawn, progress=step) for form, drawn in _DRAWN.items())
-    ours = AuditReport(_OURS, tuple(outcome for part in parts for outcome in part.outcomes))
-    typical = {
-        operator: {
-            name: audit(operator, test, dtype=name.rpartition(", ")[2], progress=step)
-            for name, test in typical_tests(operator).items()
-        }
-        for operator in kernels.OPERATORS
-    }
-    step.clear()
-    return ours, typical, time.monotonic() - start
-
-
-def measured_part(ours: "AuditReport", typical: dict[str, dict[str, "AuditReport"]], seconds: float) -> str:
-    """The page up to `CATALOGUE`."""
-    import torch
-
-    names = list(next(iter(typical.values())))
+    bugs = [(m, one) for m in catalogue() if not m.equivalent and (one := results.of(m)) is not None]
+    names = list(next(iter(results.typical.values()), {}))
     rows = []
-    for operator, reports in typical.items():
-        own = ours.of(operator)
-        by_form = (_rate([o for o in own.bugs if o.form == form]) for form in ("torch", "triton"))
-        rows.append((operator, *by_form, *(_rate(reports[name].bugs) for name in names)))
-    every = [_rate([o for o in ours.bugs if o.form == form]) for form in ("torch", "triton")]
-    theirs = [_rate([o for reports in typical.values() for o in reports[name].bugs]) for name in names]
+    for operator, typical in results.typical.items():
+        own = [(m, one) for m, one in bugs if m.operator == operator]
+        by_form = (_found(one for m, one in own if m.form == form) for form in TARGETS)
+        rows.append((operator, *by_form, *(_rate(*typical[name]) for name in names)))
+    every = [_found(one for m, one in bugs if m.form == form) for form in TARGETS]
+    theirs = [_rate(*map(sum, zip(*(by[name] for by in results.typical.values()), strict=True))) for name in names]
     rows.append(("**all**", *every, *theirs))
-    found: dict[str, int] = {}
-    for outcome in ours.bugs:
-        found[outcome.by] = found.get(outcome.by, 0) + outcome.killed
-    first = sum(o.killed and o.examples == 1 for o in ours.bugs)
-    ten = sum(o.killed and o.examples <= 10 for o in ours.bugs)
+    found = Counter(one.by for _, one in bugs if one.found)
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     lines = [
         "# How good is a test of a kernel?",
         "",
@@ -120,58 +111,111 @@ def measured_part(ours: "AuditReport", typical: dict[str, dict[str, "AuditReport
         "where `test_my_rms_norm(fn)` calls `fn` as it would call the kernel, and raises if it dislikes it. It is",
         "given the right operator first: a test that rejects that is void.",
         "",
-        "Written by a command:",
+        "Written by a command, with what it measured beside it:",
         "",
-        "    python -m refllm.opcheck.mutants_page docs/mutants.md",
+        "    python -m refllm.opcheck.mutants_page docs/mutants.md --json docs/mutants.json",
         "",
-        f"Measured with torch {torch.__version__}, Python {platform.python_version()}, in {seconds:.0f} s.",
+        f"Measured with {versions}.",
         "",
         "## Kill rates",
         "",
-        "The share of bugs that are found, and how many there are. `check-op` is `refllm check-op` without shrinking,",
-        "on its fixed calls and, for plain Torch, up to 100 drawn ones. A bug counts as found if it is in every dtype",
-        "in which it makes a difference. Triton kernels are asked `--bitwise` besides: a row alone must have the bits",
-        "that it has in its batch, as ours promise, and some of their bugs break nothing else. The others are tests as",
-        "they are usually written: one call on normally distributed numbers of a round shape (4 x 1024 for the norms),",
-        "compared with plain Torch by `torch.allclose` with rtol = atol = 1e-2 or `torch.testing.assert_close`.",
-        "They are asked for the bugs in plain Torch that make a difference in their dtype.",
+        "The share of bugs that are found, and how many there are. `check-op` is `refllm check-op` on its fixed calls",
+        "and, for plain Torch, up to 100 drawn ones. A bug counts as found if it is in every dtype in which it makes a",
+        "difference. The others are tests as they are usually written: one call on normally distributed numbers of a",
+        "round shape (4 x 1024 for the norms), compared with plain Torch by `torch.allclose` with rtol = atol = 1e-2",
+        "or `torch.testing.assert_close`. They are asked for the bugs in plain Torch that make a difference in their",
+        "dtype.",
         "",
         "Bugs of whole models, and whether `refllm check` names them: [docs/validation.md](../"
         + "docs/validation.md).",
         "",
-        *_table(("operator", f"{_OURS}, torch", f"{_OURS}, triton", *names), rows),
+        *_table(("operator", "check-op, torch", "check-op, triton", *names), rows),
         "",
-        f"{first} of {len(ours.bugs)} bugs are found by the first call, {ten} by one of the first ten. By property:",
-        ", ".join(f"{by} {count}" for by, count in sorted(found.items(), key=lambda pair: -pair[1])) + ".",
+        "By property: " + ", ".join(f"{by} {count}" for by, count in found.most_common()) + ".",
         "",
-        *_by_level(ours),
+        *_by_level(bugs),
+        *_places(bugs),
+        *_times(bugs),
     ]
-    if ours.survivors or ours.rejected:
+    wrong = [(m, one) for m in catalogue() if (one := results.of(m)) is not None and one.found == bool(m.equivalent)]
+    if wrong:
         lines += ["Survived, or rejected though nothing is wrong:", ""]
-        lines += [f"- {o.operator}, {o.form}: {o.what}" for o in (*ours.survivors, *ours.rejected)] + [""]
+        lines += [f"- {m.operator}, {m.form}: {m.what}" for m, _ in wrong] + [""]
     return "\n".join(lines)
 
 
-def _by_level(ours: "AuditReport") -> list[str]:
-    """The level at which each bug is found first, in the first dtype in which it makes a difference."""
-    levels = ("basic", "contract", "hostile")
+Bugs = Sequence[tuple["Mutant", Measured]]
+
+
+def _by_level(bugs: Bugs) -> list[str]:
+    from refllm import kernels
+
+    defects = [(m, one) for m, one in bugs if not m.place]
+    asked = {"": "by default", "--level hostile": "with `--level hostile`", "--bitwise": "with `--bitwise`"}
     rows = []
-    for operator in (*ours.operators, "**all**"):
-        own = ours.bugs if operator == "**all**" else ours.of(operator).bugs
-        defects, places = ([o for o in own if bool(o.place) is wanted] for wanted in (False, True))
-        rows.append((operator, *(str(sum(o.level == one for o in defects)) for one in levels), str(len(places))))
+    for operator in (*(name for name in kernels.OPERATORS if any(m.operator == name for m, _ in bugs)), "**all**"):
+        own = [one for m, one in defects if operator in (m.operator, "**all**")]
+        levels = (sum(one.found and one.level == level and one.asked != "--bitwise" for one in own) for level in LEVELS)
+        bitwise = sum(one.found and one.asked == "--bitwise" for one in own)
+        places = sum(bool(m.place) for m, _ in bugs if operator in (m.operator, "**all**"))
+        rows.append((operator, *map(str, levels), str(bitwise), str(places)))
+    told = Counter(one.asked for _, one in defects if one.found)
     return [
-        "Defects by the level of inputs at which each is found first, and places, where honest code may round too: a",
-        "report shows those, and they are wrong under `--policy fused` alone.",
+        "## Levels",
         "",
-        *_table(("operator", *levels, "places"), rows),
+        "Defects by the level of inputs that shows each first. `basic` and `contract` count by default, `hostile` with",
+        "`--level hostile`. What breaks nothing but the bits of a row that is computed alone breaks a promise of our",
+        "own kernels, not the contract: `--bitwise` asks for it. Places are where honest code may round too.",
+        "",
+        *_table(("operator", *LEVELS, "bitwise", "places"), rows),
+        "",
+        f"Of {len(defects)} defects are found: "
+        + ", ".join(f"{told[option]} {words}" for option, words in asked.items())
+        + ".",
         "",
     ]
 
 
-def _rate(outcomes: Sequence) -> str:
-    killed = sum(o.killed for o in outcomes)
-    return f"{100 * killed / len(outcomes):.0f} % of {len(outcomes)}" if outcomes else ""
+def _places(bugs: Bugs) -> list[str]:
+    rows = [(m.operator, m.form, m.name, one.rounds, "found" if one.found else "missed") for m, one in bugs if m.place]
+    return [
+        "## Places",
+        "",
+        "Each holds by default, and the report says where it rounds; `--policy fused` calls it wrong.",
+        "",
+        *_table(("operator", "form", "name", "the report says", "with `--policy fused`"), rows),
+        "",
+    ]
+
+
+def _times(bugs: Bugs) -> list[str]:
+    rows = []
+    for form, target in TARGETS.items():
+        own = [(m, one) for m, one in bugs if m.form == form and one.found]
+        if own:
+            worst, longest = max(own, key=lambda pair: pair[1].seconds)
+            half = statistics.median(one.seconds for _, one in own)
+            slow = sum(one.seconds > 10 for _, one in own)
+            words = f"{longest.seconds:.1f} s ({worst.operator}: {worst.what})"
+            rows.append((form, f"{target:.0f} s", f"{half:.1f} s", str(slow), words))
+    return [
+        "## Time to a counterexample",
+        "",
+        "As a command takes it, in a process of its own and with the counterexample made small; two bugs were measured",
+        "at a time.",
+        "",
+        *_table(("form", "target", "median", "over 10 s", "longest"), rows),
+        "",
+    ]
+
+
+def _found(own: Iterable[Measured]) -> str:
+    each = [one.found for one in own]
+    return _rate(sum(each), len(each))
+
+
+def _rate(found: int, of: int) -> str:
+    return f"{100 * found / of:.0f} % of {of}" if of else ""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -185,17 +229,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m refllm.opcheck.mutants_page", description=main.__doc__)
     parser.add_argument("page", type=Path, help="the file to write")
-    parser.add_argument("--catalogue-only", action="store_true", help="measure nothing: keep that part of the page")
+    parser.add_argument("--json", type=Path, required=True, help="the file of what is measured")
+    parser.add_argument("--resume", action="store_true", help="measure what that file does not have")
+    parser.add_argument("--workers", type=int, default=1, help="processes that measure")
     given = parser.parse_args(arguments)
-    if given.catalogue_only:
-        head = given.page.read_text(encoding="utf-8").partition(CATALOGUE)[0]
-        output_file.replace(given.page, head + catalogue_part())
-        return 0
     with StatusLine(sys.stderr) as step:
-        ours, typical, seconds = measure(step)
-    text = measured_part(ours, typical, seconds) + "\n" + catalogue_part()
-    output_file.replace(given.page, text)
-    return 0 if ours.holds else 1
+        results = mutants_measured.measure(given.json, given.resume, given.workers, step)
+    output_file.replace(given.page, page(results))
+    return 0 if mutants_measured.holds(results) else 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ in one place, one more call, on other numbers, shows whether they are overwritte
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from refllm.inputs import to_numpy
 from refllm.opcheck import inputs
 from refllm.opcheck.poison import filled
 from refllm.opcheck.without import refused
+from refllm.parallel import one_blas_thread
 from refllm.strategies.call import Call
 
 _INTERPRETER = {
@@ -204,9 +205,9 @@ def _different(a: tuple[Result, ...], b: tuple[Result, ...]) -> tuple[int, np.nd
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x.value.shape != y.value.shape or x.value.dtype != y.value.dtype:
             return i, np.ones(x.value.shape, bool)
-        where = ~inputs.same_bits(x.value, y.value)
+        where = np.asarray(~inputs.same_bits(x.value, y.value))  # of a single number NumPy makes no array
         if where.any():
-            return i, where.reshape(x.value.shape)
+            return i, where
     return None
 
 
@@ -238,10 +239,10 @@ class _Run:
         return self._hold(out, self._results(out, tensors))
 
     def alone(self) -> tuple[int, tuple[Result, ...]] | None:
-        """The last row of the batch by itself."""
+        """A row of the batch by itself."""
         call = self.task.call
-        row = inputs.rows_of(call) - 1
-        if row < 1:
+        row = inputs.row_for_itself(call)
+        if row < 0 or inputs.rows_of(call) < 2:
             return None
         arguments, keywords = inputs.row_alone(call, *inputs.make(call, self.task.device, self.task.arrays), row)
         try:
@@ -326,16 +327,21 @@ def _no_grad(task: Task) -> Any:
     return torch.no_grad()
 
 
-def _interpreter(task: Task, filling: int) -> Any:
+@contextlib.contextmanager
+def _interpreter(task: Task, filling: int) -> Iterator[None]:
     if not task.interpreted:
-        return contextlib.nullcontext()
+        yield
+        return
     from refllm import kernels
     from refllm.kernels.interpreter.memory import MASKED_OFF
 
     if filling == 0:
         MASKED_OFF.clear()
-    # Its own filling tells what a kernel reads before anybody wrote it; the second run wants another.
-    return kernels.interpreted(poison=filling == 0, configs=task.configs if filling == 0 else "first")
+    # Its own filling tells what a kernel reads before anybody wrote it; the second run wants another. Its products are
+    # those of a tile.
+    how = {"poison": filling == 0, "configs": task.configs if filling == 0 else "first"}
+    with kernels.interpreted(**how), one_blas_thread():
+        yield
 
 
 def _same_memory(a: Any, b: Any) -> bool:

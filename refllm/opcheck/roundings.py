@@ -29,7 +29,6 @@ from refllm.strategies.levels import families_of
 Step = frozenset[str]
 Made = Callable[["Evaluated"], list[np.ndarray]]
 Others = Callable[[], list[np.ndarray]]
-_TILT = limits.INNER * 2.0**-24
 _STORED = (frozenset({OUT}), frozenset[str]())
 """A result between two steps of an operator: put into the format, or handed on as it is."""
 _MANY = 100
@@ -233,7 +232,8 @@ class Roundings:
                 self._last = points
                 self.calls[said(call.operator, points)] += 1
                 if "extreme_values" not in families_of(call):  # where an ulp is lost to the size of what cancels
-                    self.worst = max(self.worst, *(_ulp(r, e) for r, e in zip(results, expected, strict=True)))
+                    narrow = [(r, e) for r, e in zip(results, expected, strict=True) if e.dtype == call.dtype]
+                    self.worst = max(self.worst, *(_ulp(r, e) for r, e in narrow))
                 return found
         return judged
 
@@ -321,17 +321,20 @@ def _kept(call: Call, points: tuple[tuple[str, Step], ...], tilt: float) -> list
 
 
 def _others(evaluated: Callable[[float], list[np.ndarray]], output: int) -> list[np.ndarray]:
-    return [evaluated(tilt)[output] * (1 + tilt) for tilt in (-_TILT, _TILT)]
+    """Arithmetic moves what is rounded inside, and the result, or the inner values alone: the product of two numbers of
+    the format is exact."""
+    return [evaluated(tilt)[output] * (1 + last) for tilt in (-limits.TILT, limits.TILT) for last in (0.0, tilt)]
 
 
-def _has_the_bits(result: Result, e: Expected, product: bool, points: int, others: Others) -> bool:
-    """Whether the elements that a profile does not explain to the bit are as few as float32 arithmetic makes them.
+def _with_its_bits(result: Result, e: Expected, product: bool, points: int, others: Others) -> np.ndarray | None:
+    """The values of a profile before they are rounded, those of `others` where these have the bits of the result; None
+    if the elements that have not are more than float32 arithmetic makes them.
 
     It may move a value across a boundary at each of the points. others: what the profile gives where it does.
     """
-    y = np.asarray(result.value, np.float64)
+    y, value = np.asarray(result.value, np.float64), e.exact
     if not y.size:
-        return True
+        return value
     wrong = (y != e.contract) & ~(np.isnan(y) & np.isnan(e.contract))
     spacing = np.asarray(ulp(np.where(np.isfinite(e.exact), e.exact, 1.0), e.dtype, np.float64))
     near = np.minimum(1.0, 2 * e.inner / np.maximum(spacing, np.finfo(np.float32).smallest_subnormal))
@@ -339,8 +342,9 @@ def _has_the_bits(result: Result, e: Expected, product: bool, points: int, other
     most = limits.misrounded_limit(y.size, more + float(near.mean()))
     if wrong.mean() > most:
         for other in others():
-            wrong &= y != on_grid(other, e.dtype)
-    return bool(wrong.mean() <= most)
+            right = wrong & (y == on_grid(other, e.dtype))
+            value, wrong = np.where(right, other, value), wrong & ~right
+    return value if wrong.mean() <= most else None
 
 
 def _judged(result: Result, e: Expected, value: np.ndarray, product: bool, points: int, others: Others) -> Judgement:
@@ -350,16 +354,13 @@ def _judged(result: Result, e: Expected, value: np.ndarray, product: bool, point
     Where there is a product that arithmetic may round an inner value the other way, which is no small thing for the
     elements that hang on it: they are judged by their distance from the exact ones.
     """
-    rounded = replace(
-        e,
-        exact=value,
-        contract=on_grid(value, e.dtype),
-        variance=np.square(rounding_error(np.where(np.isfinite(value), value, 0.0), e.dtype)),
-        once=False,
-    )
-    if not _has_the_bits(result, rounded, product, points, others):
+    rounded = _around(value, e)
+    explained = _with_its_bits(result, rounded, product, points, others)
+    if explained is None:
         other = Fault("value", "one rounding", "these roundings give other bits")
         return replace(judge(result.value, rounded, ("not finite",)), faults=(other,))
+    if explained is not value:
+        value, rounded = explained, _around(explained, e)
     if not product:
         return judge(result.value, rounded)
     one = judge(result.value, rounded, ("not finite", "rms"))
@@ -371,6 +372,12 @@ def _judged(result: Result, e: Expected, value: np.ndarray, product: bool, point
     if inside.size:  # an element of its own may be rounded by little, by luck
         inside = np.maximum(inside, inside.mean(axis=-1, keepdims=True))
     return judge(result.value, replace(e, variance=e.variance + inside, once=False), ("not finite", "row", "element"))
+
+
+def _around(value: np.ndarray, e: Expected) -> Expected:
+    """What is expected of one rounding of these values."""
+    variance = np.square(rounding_error(np.where(np.isfinite(value), value, 0.0), e.dtype))
+    return replace(e, exact=value, contract=on_grid(value, e.dtype), variance=variance, once=False)
 
 
 def _of_rounded_scores(result: Result, e: Expected, dtype: str, keys: int) -> Judgement:

@@ -28,6 +28,15 @@ def decode_attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
         filled = Array((B,), "int64", "zeros", planted=tuple(((b,), float(n)) for b, n in enumerate(lengths)))
         caches = (Array((B, H, N, D), dtype, seed=1), Array((B, H, N, D), dtype, seed=2, mean=0.5))
         yield Call(operator, dtype, (Array((B, H, 1, D), dtype), *caches, filled), kind=kind)
+    # Two keys of one score. Of one all products lie between two numbers of bfloat16: rounded before they are summed,
+    # they make another one.
+    every, half = (0, (None, None)), (None, 32)
+    k = Array(
+        (1, 1, 2, 64), dtype, "ones", scale=1.5, planted=(((*every, 1, half), 1.0), ((*every, 1, (32, None)), 2.0))
+    )
+    v = Array((1, 1, 2, 64), dtype, "ones", planted=(((*every, 1), 0.0),))
+    q, two = Array((1, 1, 1, 64), dtype, "ones", scale=8.0625), Array((1,), "int64", "zeros", planted=(((0,), 2.0),))
+    yield Call(operator, dtype, (q, k, v, two), kind="products between two numbers")
 
 
 def cross_entropy(operator: str, dtype: str, policy: str) -> Iterator[Call]:

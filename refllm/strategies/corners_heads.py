@@ -72,6 +72,7 @@ def attention(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     )
     views = {"layout": "heads"}, {"seed": 1, "layout": "shifted"}, {"seed": 2, "mean": 0.5, "layout": "gaps"}
     yield call("strides, each its own", (3, 4, 2, 5, 9, 40), *views)
+    yield call("one query in each row", (3, 2, 1, 1, 9, 8))  # the stride of an axis of length 1 says nothing
     yield call("a tile and one, head dim 80", (1, 2, 1, 129, 129, 80), return_lse=True)  # tail tiles
     yield call("257 keys, head dim 160", (2, 1, 1, 2, 257, 160))  # dims past 128, third tile
     yield call("nothing to see", (2, 2, 1, 0, 4, 8))
@@ -168,6 +169,7 @@ def rotations(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     yield call("tiny heads: eps decides", (1, 2, 2, 2, 16, 16), True, q=small, k={"seed": 1} | small)
     views = {"layout": "heads"}, {"seed": 1, "layout": "shifted"}
     yield call("strides, each its own", (3, 4, 2, 5, 40, 40), False, q=views[0], k=views[1])
+    yield call("one token in each row", (3, 2, 1, 1, 8, 8), False)  # the stride of an axis of length 1 says nothing
     yield call("65 tokens", (1, 1, 1, 65, 8, 8), True, "layer", own=True)  # tail of a tile
     yield call("nothing", (0, 2, 2, 3, 8, 8), False)
 
@@ -211,6 +213,7 @@ def projection(operator: str, dtype: str, policy: str) -> Iterator[Call]:
     bad = {"planted": (((0, 1, 4), NAN),)}
     yield call("NaN in one row", (2, 3, 16, 2, 1, 8, 8), False, x=bad)
     yield call("strides, each its own", (3, 5, 40, 2, 1, 8, 8), True, x={"layout": "gaps"}, w="shifted")
+    yield call("one token in each row", (3, 1, 16, 2, 1, 8, 8), True)
     yield call("weights not dense", (1, 2, 65, 2, 2, 24, 24), False, w="transposed")
     yield call("head dim 80, R 20", (1, 17, 33, 2, 1, 80, 20), False)
     yield call("65 tokens, 129 features", (1, 65, 129, 1, 1, 16, 16), True)  # tails of all tiles

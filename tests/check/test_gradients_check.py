@@ -275,7 +275,7 @@ def test_the_command_judges_gradients_and_refuses_what_has_none(
     assert names.index("lm_head") < names.index("grad:lm_head") < names.index("grad:model.layers.0.mlp.act")
     capsys.readouterr()
     assert command(monkeypatch, folder, "--candidate", "torch", "--backward", *ids) == 2
-    assert "do not train yet" in capsys.readouterr().err
+    assert "are not checked so yet" in capsys.readouterr().err
     assert command(monkeypatch, folder, "--frozen", "lm_head.weight", *ids) == 2
     assert "use it with --backward" in capsys.readouterr().err
 

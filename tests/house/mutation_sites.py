@@ -31,7 +31,7 @@ LEFT_OUT = {
     "refllm/mutants/rotary.py": "planted bugs: a change of one is another bug",
     "refllm/mutants/runs.py": "makes a page of docs/",
     "refllm/mutants/validation": "makes a page of docs/",
-    "refllm/opcheck/mutants_page.py": "makes a page of docs/",
+    "refllm/opcheck/mutants_": "make a page of docs/",
     "refllm/opcheck/typical_tests.py": "tests of others, written to be weak",
     "kernels/mutants/": "planted bugs: a change of one is another bug",
     "kernels/aot/": "its tests compile for minutes",

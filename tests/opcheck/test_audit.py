@@ -1,6 +1,7 @@
 """Both sides of the check of operators: every known bug is found, and no right implementation is rejected."""
 
 import contextlib
+import dataclasses
 import inspect
 import io
 import itertools
@@ -33,9 +34,9 @@ from refllm.errors import InputError, RefllmError  # noqa: E402
 from refllm.kernels import plain  # noqa: E402
 from refllm.kernels.interpreter.poison import ALLOCATORS  # noqa: E402
 from refllm.kernels.mutants import Mutant, catalogue, planting  # noqa: E402
+from refllm.opcheck import mutants_measured, mutants_page  # noqa: E402
 from refllm.opcheck.api import check_op  # noqa: E402
 from refllm.opcheck.audit import AuditReport, Outcome, TestIsVoidError, audit  # noqa: E402
-from refllm.opcheck.mutants_page import CATALOGUE, catalogue_part  # noqa: E402
 from refllm.opcheck.typical_tests import typical_tests  # noqa: E402
 from refllm.strategies import corners  # noqa: E402
 from refllm.user_code import find_function  # noqa: E402
@@ -249,12 +250,46 @@ def test_a_change_of_source_follows_the_source_or_says_so() -> None:
     assert torch.equal(same(x, w, 1e-6), plain.rms_norm(x, w, 1e-6))
 
 
-def test_the_page_lists_exactly_the_catalogue() -> None:
-    """`python -m refllm.opcheck.mutants_page docs/mutants.md --catalogue-only` brings it up to date."""
-    page = (ROOT / "docs/mutants.md").read_text(encoding="utf-8")
-    head, heading, rest = page.partition(CATALOGUE)
-    assert heading + rest == catalogue_part()
-    assert "**all**" in head
+def test_the_page_is_that_of_the_catalogue_and_of_what_was_measured() -> None:
+    """`python -m refllm.opcheck.mutants_page docs/mutants.md --json docs/mutants.json --resume` makes them so again."""
+    results = mutants_measured.read(ROOT / "docs/mutants.json")
+    assert (ROOT / "docs/mutants.md").read_text(encoding="utf-8") == mutants_page.page(results)
+    assert mutants_measured.holds(results)
+    for mutant in catalogue():
+        one = results.of(mutant)
+        assert one is not None
+        assert one.dtypes == mutant.dtypes, mutant.slug
+        if mutant.equivalent:
+            continue
+        assert one.seconds < mutants_page.TARGETS[mutant.form], mutant.slug
+        options = one.asked.split(" --")
+        assert ("--policy fused" in one.asked) == bool(mutant.place), (mutant.slug, options)
+        assert ("--level hostile" in one.asked) == (one.level == "hostile"), (mutant.slug, options)
+
+
+def test_a_bug_that_is_missed_or_not_told_is_on_the_page() -> None:
+    results = mutants_measured.read(ROOT / "docs/mutants.json")
+
+    def changed(mutant: Mutant, **change: Any) -> mutants_measured.Results:
+        other = dataclasses.replace(results.mutants[mutant.slug], **change)
+        return dataclasses.replace(results, mutants=results.mutants | {mutant.slug: other})
+
+    place, none = (next(m for m in TORCH if getattr(m, name)) for name in ("place", "equivalent"))
+    for mutant, found in ((place, False), (none, True)):
+        wrong = changed(mutant, found=found)
+        assert not mutants_measured.holds(wrong)
+        assert f"- {mutant.operator}, {mutant.form}: {mutant.what}" in mutants_page.page(wrong)
+    assert not mutants_measured.holds(changed(place, rounds=""))
+
+
+def test_a_measurement_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some, asked = TORCH[:3], list[str]()
+    monkeypatch.setattr("refllm.kernels.mutants.catalogue", lambda *_: some)
+    monkeypatch.setattr(mutants_measured, "_each", lambda slugs, *_: asked.extend(slugs) or [])
+    known = [mutants_measured.Measured(m.slug, True, "value", "basic", 1, "", 0.1, 0.1, ("float32",)) for m in some[:2]]
+    mutants_measured.write(tmp_path / "m", mutants_measured.Results(mutants={one.mutant: one for one in known}))
+    assert [*mutants_measured.measure(tmp_path / "m", True, 1, print).mutants.values()] == known
+    assert asked == [some[2].slug]
 
 
 # -- tests of other people ---------------------------------------------------------------------------------------------

@@ -122,6 +122,18 @@ def test_a_loss_that_fails_has_a_report(tmp_path: Path) -> None:
     assert report.to_dict()["counterexample"]["begins"] == []
 
 
+def test_a_single_number_that_changes_is_seen_from_another_process() -> None:
+    """Where the candidate runs apart, what is sent back of it is an array of no axes, and no crash."""
+    times = iter(range(1000))
+
+    def loss(*arguments: Any, **how: Any) -> Any:
+        return plain.cross_entropy(*arguments, **how) + next(times)
+
+    only = [call for call in corners("cross_entropy", "float32") if call.kind == "plain"]
+    report = check_op("cross_entropy", loss, dtype="float32", calls=only, shrink=False, max_examples=0)
+    assert report.property == "determinism", str(report)
+
+
 # -- compilers ---------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +327,53 @@ def test_what_is_left_out_is_never_asked() -> None:
         assert "key_mask" not in dict(call.keywords)
 
 
+def test_what_is_left_out_is_not_asked_of_a_row_alone_either() -> None:
+    def nothing_is_0(*given: Any, **how: Any) -> Any:
+        loss = plain.cross_entropy(*given, **how)
+        return torch.zeros_like(loss) if (given[1] == how.get("ignore_index", -100)).all() else loss
+
+    asked = {"without": ("nothing_counted", "empty"), "level": "hostile", "dtype": "float32", **NOW}
+    report = check_op("cross_entropy", nothing_is_0, **asked)
+    assert report.verdict == "holds", str(report)
+    assert check_op("cross_entropy", nothing_is_0, **(asked | {"without": ()})).property == "NaN pattern"
+
+
+def by_the_stride_of_a_token(x: Any) -> Any:
+    """Rows one after the other, as far apart as two tokens: but an axis of length 1 may have any stride."""
+    dense = x.transpose(1, 2).contiguous()
+    B, S, H, D = dense.shape
+    return dense.as_strided((B * S, H, D), (dense.stride(1), D, 1)).reshape(B, S, H, D).transpose(1, 2)
+
+
+@pytest.mark.parametrize("operator", ["rope", "attention"])
+def test_the_stride_of_one_token_says_nothing(operator: str) -> None:
+    """As in Liger-Kernel 0.8.5, whose rotation of contiguous [B, H, 1, D] takes a head for the next row."""
+
+    def wrong(*given: Any, **how: Any) -> Any:
+        return getattr(plain, operator)(*map(by_the_stride_of_a_token, given[:2]), *given[2:], **how)
+
+    report = check_op(operator, wrong, shrink=False, **NOW)
+    assert (report.property, report.first.call.arguments[0].shape[2]) == ("value", 1), str(report)
+
+
+def test_products_that_are_rounded_before_they_are_summed() -> None:
+    """As in SGLang 0.5.23, one token against a cache: the sum is in float32, and its terms are not."""
+
+    def narrow(q: Any, k: Any, v: Any, lengths: Any, *, scale: float | None = None) -> Any:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        rows = []
+        for b, n in enumerate(lengths.tolist()):
+            scores = (q[b] * k[b, :, :n]).float().sum(-1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            rows.append((scores.softmax(-1)[:, None] @ v[b, :, :n].float()).to(q.dtype))
+        return torch.stack(rows)
+
+    basic: dict[str, Any] = {"calls": corners("decode_attention", "bfloat16")[-4:], "shrink": False, **NOW}
+    report = check_op("decode_attention", narrow, **basic)
+    assert (report.property, report.first.call.kind) == ("value", "products between two numbers"), str(report)
+    wide = check_op("decode_attention", lambda q, k, *of: narrow(q.float(), k.float(), *of).to(q.dtype), **basic)
+    assert wide.verdict == "holds", str(wide)
+
+
 def test_torch_conventions() -> None:
     def from_the_top(q: Any, k: Any, v: Any, **how: Any) -> Any:
         """Causal as torch has it."""
@@ -403,6 +462,33 @@ def test_a_candidate_may_round_wherever_honest_code_does_and_is_told_where() -> 
     named = check_op("rms_norm", norm_of_transformers, policy="fused", **NOW)
     assert named.property == "value"
     assert check_op("rms_norm", plain.rms_norm, **NOW).rounds == "once, at the end"
+
+
+def test_what_lies_between_two_numbers_may_fall_to_either_side_inside_alone() -> None:
+    """Subnormal x over the root of eps, of few bits: float32 moves them across a boundary, and their product with the
+    weight is exact."""
+    x = Array((1, 552), "bfloat16", scale=1e-39, seed=30000)
+    weight = Array((552,), "bfloat16", scale=0.3, mean=1.0, seed=30002)
+    only = [Call("rms_norm", "bfloat16", (x, weight, 1e-6), kind="subnormal")]
+    report = check_op("rms_norm", norm_of_transformers, calls=only, **NOW)
+    assert (report.verdict, "before the weight" in report.rounds) == ("holds", True), str(report)
+    wrong = check_op("rms_norm", lambda *of: norm_of_transformers(*of) * 1.01, calls=only, **NOW)
+    assert wrong.property == "value"
+
+
+def test_the_ulp_that_are_told_are_those_of_the_format() -> None:
+    """Of the output in it, and not of a log-sum-exp in float32 beside it."""
+
+    def rounded(q: Any, k: Any, v: Any, **how: Any) -> Any:
+        s = (q.float() @ k.float().mT / q.shape[-1] ** 0.5).to(q.dtype).float()
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+        return (s.softmax(-1) @ v.float()).to(q.dtype), s.logsumexp(-1)
+
+    q, k, v = (Array((1, 2, 5, 8), "bfloat16", seed=seed) for seed in range(3))
+    only = [Call("attention", "bfloat16", (q, k, v), (("return_lse", True),))]
+    report = check_op("attention", rounded, calls=only, **NOW)
+    assert report.verdict == "holds", str(report)
+    assert float(report.rounds.split("up to ")[1].split(" ulp")[0]) < 20, report.rounds
 
 
 def test_every_mutant_is_a_defect_or_a_place_and_a_place_is_told() -> None:
