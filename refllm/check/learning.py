@@ -23,8 +23,8 @@ def must_show_gradients(candidate: Candidate) -> None:
     if GRADIENTS not in getattr(candidate, "takes", EVERYTHING):
         raise InputError(
             f"{candidate.name}: it shows no gradients; --backward takes Transformers' models, torch modules, and "
-            "functions with an argument labels (docs/gradients.md). The fast models, torch and triton, are not checked so "
-            "yet"
+            "functions with an argument labels (docs/gradients.md). The fast models, torch and triton, "
+            "are not checked so yet"
         )
 
 

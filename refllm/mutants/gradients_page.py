@@ -38,8 +38,8 @@ missing tile would hold as well, makes the verdict `incomplete`.
   (`refllm.check.functions`). Where it shows those of tensors alone, no operator is judged alone: `incomplete`.
 
 The fast models of refllm show no gradients of their values yet, and say so. `--dtype float64` judges gradients alone;
-Transformers computes norms, softmax and tables in float32 in every format, and is judged by the errors of float32 then (with padding
-its eager attention gives NaN in float64, since its mask overflows in float32).
+Transformers computes norms, softmax and tables in float32 in every format, and is judged by the errors of float32 then
+(with padding its eager attention gives NaN in float64, since its mask overflows in float32).
 
 Rounding: Transformers has to round where `hf-eager` or `hf-sdpa` says, to the bit where float32 sums cannot matter;
 others wherever one of the policies does, by operator, which the report then says. The losses of sequences and of
