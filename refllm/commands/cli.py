@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refllm.accuracy.verdicts import SCHEMA, verdict, worst
-from refllm.commands import audit, bench, golden, operators, train, tune
+from refllm.commands import audit, bench, golden, learn, operators, train, tune
 from refllm.commands.cut_short import CutShort
 from refllm.commands.shared_options import (
     FINDING,
@@ -50,6 +50,7 @@ bench.app.command("tune")(tune.bench_tune)
 kernels_app = typer.Typer(add_completion=False, rich_markup_mode=None, help="The Triton kernels, and yours.")
 app.add_typer(kernels_app, name="kernels")
 app.add_typer(golden.app, name="golden")
+app.add_typer(learn.app, name="learn")
 app.command("check-op")(operators.check_op)
 app.command("audit")(audit.audit)
 app.command("train")(train.train)

@@ -176,7 +176,7 @@ parts (as was said with `--splits 4`), float32 sums added one after another. Fiv
 one input of 61 random tokens; of every {every} mistakes one is planted in each. The known run is Transformers' eager
 model in the same format, so that it is no candidate itself. {wrong} wrong runs, {right} right ones.
 
-Left out are stressed inputs, which the check runs with `--stress` ([validation.md](validation.md)), and that it names
+Left out are stressed inputs, which the check runs with `--stress` (docs/validation.md), and that it names
 the place of a mistake.
 """
 

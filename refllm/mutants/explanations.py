@@ -12,6 +12,7 @@ that stands beside the mistake, or one that gives the same numbers.
 import json
 import re
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -267,7 +268,7 @@ def page(outcomes: list[Outcome]) -> str:
         "",
         "A mistake that moves the logits by less than half a sigma has no direction in them. One that moves them by",
         "less than six cannot fall threefold, and is named by its shape or not at all. No hypothesis describes:",
-        f"{', '.join(sorted({bug.name for bug in BUGS if not bug.right}))}.",
+        textwrap.fill(f"{', '.join(sorted({bug.name for bug in BUGS if not bug.right}))}.", 100),
         *_named_unlisted(outcomes),
     ]
     return "\n".join(lines) + "\n"

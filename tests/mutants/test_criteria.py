@@ -184,6 +184,15 @@ def test_page_counts_what_is_caught_and_what_is_rejected() -> None:
     assert f"{GROUPS[0]}, sdpa, {NAME}, float32: incomplete" in criteria.page(wrong, [], 2, 60.0)
 
 
+def test_document_has_the_criteria_as_they_are() -> None:
+    text = (Path(__file__).parents[2] / "docs/criteria.md").read_text()
+    for criterion in CRITERIA:
+        assert f"- **{criterion.name}**. {criterion.text}" in text
+    for name in (*(criterion.name for criterion in CRITERIA), ALONE, SHOWN):
+        assert f"\n| {name} | " in text
+    assert "This check rejects no right run." in text
+
+
 SMALL = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 
 

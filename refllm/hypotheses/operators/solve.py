@@ -6,7 +6,6 @@ import numpy as np
 
 from refllm.hypotheses.operators.hypothesis import Outputs, Variant
 from refllm.hypotheses.operators.outcomes import Outcomes
-from refllm.hypotheses.solve import roundest
 from refllm.ops.contracts import axis_names, contract_of
 from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
@@ -50,6 +49,15 @@ def readings(values: dict[int, float], calls: Sequence[Call], dtype: str) -> Ite
             exact = {n: float(lengths[n][axis]) ** power for n in values if lengths[n][axis]}
             if exact.keys() == values.keys() and all(abs(values[n] - x) <= near * x for n, x in exact.items()):
                 yield words, exact
+
+
+def roundest(value: float, error: float) -> float:
+    """The number of the fewest digits within `error` of a value."""
+    for digits in range(1, 12):
+        rounded = float(f"{value:.{digits - 1}e}")
+        if abs(rounded - value) <= error:
+            return rounded
+    return value
 
 
 def _lengths(call: Call) -> dict[str, int]:
