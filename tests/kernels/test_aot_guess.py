@@ -52,6 +52,8 @@ def loss(x, labels, bias=None, *, shift: float, softcap=0.5, reduction="mean", m
     BLOCK, num_warps = settings(n_cols)
     out = torch.empty_like(x, dtype=torch.float16)
     counted = labels.sum().item()
+    if n_cols < 7:
+        softcap = None
     if bias is not None and bias.stride(-1) != 1:
         bias = bias.contiguous()
     for i in range(3):
