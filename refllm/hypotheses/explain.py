@@ -195,7 +195,8 @@ class _Explaining:
         """Of a large model: those first that the first token does not rule out; after one that fits only others for the
         same operator, which the value may not tell from it."""
         ordered = sorted(self.plain, key=_last_if_seen_late if self._first_is_wrong() else _last_if_seen_early)
-        trials, operator = [], ""
+        trials: list[Trial] = []
+        operator = ""
         for n, hypothesis in enumerate(ordered):
             if self.search.out_of_time:
                 break
