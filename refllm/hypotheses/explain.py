@@ -119,7 +119,7 @@ class _Found:
         return _Found(self.judged, dict(zip(self.ranges, wide, strict=True)))
 
     def cause(self) -> Cause:
-        """In words and numbers."""
+        """The same in words and numbers."""
         changes, last = self.judged.changes, self.judged.changes[-1]
         low, high = self.ranges.get(last.name, (None, None))
         return Cause(
@@ -192,8 +192,8 @@ class _Explaining:
         self.trials = self._until_one_fits() if search.large else self._all_of(self.plain, "trying")
 
     def _until_one_fits(self) -> list[Trial]:
-        """Of a large model: those first that the first token does not rule out; after one that fits only others for the
-        same operator, which the value may not tell from it."""
+        """The trials of a large model: those first that the first token does not rule out; after one that fits only
+        others for the same operator, which the value may not tell from it."""
         ordered = sorted(self.plain, key=_last_if_seen_late if self._first_is_wrong() else _last_if_seen_early)
         trials: list[Trial] = []
         operator = ""
@@ -270,8 +270,8 @@ class _Explaining:
         return numbers if better else found
 
     def _causes(self, found: list[Judged], accepts: Callable[[Judged], bool]) -> list[Cause]:
-        """In words, the best first. Those that differ by a number alone are one, with a number that is known for
-        something, if there is one."""
+        """What fits, in words, the best first. Those that differ by a number alone are one, with a number that is known
+        for something, if there is one."""
         known = {h.name for h in self.plain}
         by_family: dict[tuple[object, ...], _Found] = {}
         for judged in sorted(found, key=lambda j: (any(h.name not in known for h in j.changes), j.found.ratio)):
