@@ -281,7 +281,7 @@ class _Explaining:
         return [one.cause() for one in sorted(by_family.values(), key=lambda f: f.judged.found.ratio)]
 
     def _settled(self, judged: Judged, accepts: Callable[[Judged], bool]) -> _Found:
-        """With the numbers that fit best, unless those that it has fit as well, and their intervals."""
+        """The same with the numbers that fit best, unless those that it has fit as well, and their intervals."""
         ranges: dict[str, tuple[float, float]] = {}
         for hypothesis in judged.changes:
             if hypothesis.parameter is None or hypothesis.value is None:
