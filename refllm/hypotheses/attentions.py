@@ -401,7 +401,7 @@ def _caches() -> Iterator[Hypothesis]:
 
 
 def _read_in_float16(call: Call, q: Any, k: Any, v: Any, **masking: Any) -> Any:
-    """As llama.cpp reads a cache in float16: what is multiplied by it is rounded to float16 first."""
+    """Attention as llama.cpp has it with a cache in float16: what is multiplied by it is rounded to float16 first."""
     q, k, v = (rounded(x, "float16") for x in (q, k, v))
     return _by_scores(lambda s: rounded(_softmax(s), "float16"))(call, q, k, v, **masking)
 

@@ -202,8 +202,9 @@ def _sums(config: Any) -> Iterator[Hypothesis]:
     def edit_both(setup: Setup, value: float) -> None:
         setup.operate("add", _at("both", lambda call, x, y: call.base(x, times(y, value))))
 
-    grid, says = [0.2, 0.5, 0.8, 0.95, 1.05, 1.3, 2.0], lambda v: f"what layers add times {v:.6g}"
-    family = free("factor of what layers add", "add", _STREAM, edit_both, grid, says)
+    grid = [0.2, 0.5, 0.8, 0.95, 1.05, 1.3, 2.0]
+    says_both = lambda v: f"what layers add times {v:.6g}"  # noqa: E731
+    family = free("factor of what layers add", "add", _STREAM, edit_both, grid, says_both)
     factors = {0.5**0.5: "sqrt(1/2)", (2 * layers) ** -0.5: f"1 / sqrt({2 * layers})", 0.5: "1/2"}
     for value, words in factors.items():
         yield family.at(value, f"what layers add times {words}", f"what layers add times {words}")

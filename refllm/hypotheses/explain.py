@@ -119,7 +119,7 @@ class _Found:
         return _Found(self.judged, dict(zip(self.ranges, wide, strict=True)))
 
     def cause(self) -> Cause:
-        """In words and numbers."""
+        """The same in words and numbers."""
         changes, last = self.judged.changes, self.judged.changes[-1]
         low, high = self.ranges.get(last.name, (None, None))
         return Cause(
@@ -192,10 +192,11 @@ class _Explaining:
         self.trials = self._until_one_fits() if search.large else self._all_of(self.plain, "trying")
 
     def _until_one_fits(self) -> list[Trial]:
-        """Of a large model: those first that the first token does not rule out; after one that fits only others for the
-        same operator, which the value may not tell from it."""
+        """The trials of a large model: those first that the first token does not rule out; after one that fits only
+        others for the same operator, which the value may not tell from it."""
         ordered = sorted(self.plain, key=_last_if_seen_late if self._first_is_wrong() else _last_if_seen_early)
-        trials, operator = [], ""
+        trials: list[Trial] = []
+        operator = ""
         for n, hypothesis in enumerate(ordered):
             if self.search.out_of_time:
                 break
@@ -269,8 +270,8 @@ class _Explaining:
         return numbers if better else found
 
     def _causes(self, found: list[Judged], accepts: Callable[[Judged], bool]) -> list[Cause]:
-        """In words, the best first. Those that differ by a number alone are one, with a number that is known for
-        something, if there is one."""
+        """What fits, in words, the best first. Those that differ by a number alone are one, with a number that is known
+        for something, if there is one."""
         known = {h.name for h in self.plain}
         by_family: dict[tuple[object, ...], _Found] = {}
         for judged in sorted(found, key=lambda j: (any(h.name not in known for h in j.changes), j.found.ratio)):
@@ -280,7 +281,7 @@ class _Explaining:
         return [one.cause() for one in sorted(by_family.values(), key=lambda f: f.judged.found.ratio)]
 
     def _settled(self, judged: Judged, accepts: Callable[[Judged], bool]) -> _Found:
-        """With the numbers that fit best, unless those that it has fit as well, and their intervals."""
+        """The same with the numbers that fit best, unless those that it has fit as well, and their intervals."""
         ranges: dict[str, tuple[float, float]] = {}
         for hypothesis in judged.changes:
             if hypothesis.parameter is None or hypothesis.value is None:

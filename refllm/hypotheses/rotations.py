@@ -61,8 +61,8 @@ def _scaling(config: Any) -> Iterator[Hypothesis]:
         def linear(setup: Setup, v: float) -> None:
             setup.rotate().p.update(rope_type="linear", factor=v)
 
-        says = lambda v: f"rope_type linear with factor {v:.6g}"  # noqa: E731
-        family = free("linear scaling", "rope", _TURNED, linear, decades(1.5, 48), says)
+        says_linear = lambda v: f"rope_type linear with factor {v:.6g}"  # noqa: E731
+        family = free("linear scaling", "rope", _TURNED, linear, decades(1.5, 48), says_linear)
         yield from (family.at(factor, f"linear scaling by {factor:g}") for factor in (2.0, 4.0, 8.0))
         yield family
         return

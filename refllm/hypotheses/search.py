@@ -207,7 +207,7 @@ class Search:
         return min(found, key=lambda m: m.ratio)
 
     def _in_the_first_wrong_rows(self) -> Measure:
-        """Of the reference, in as few rows as one of them is wrong in: what comes later does not reach them."""
+        """The reference in as few rows as one of them is wrong in: what comes later does not reach them."""
         rows, S = _WHOLE_OF_LARGE, self.tokens.ids.shape[1]
         while True:
             self._whole, self._references = self.tokens.first(rows), {}

@@ -68,8 +68,9 @@ def _whole(search: Search, best: Trial) -> Solved | None:
         if lowest is best:
             break
         best = lowest
-    value, ends = best.changes[-1].value, []
+    value = best.changes[-1].value
     assert value is not None
+    ends: list[float] = []
     for by in (-1, 1):
         n = 0
         while n < _NEIGHBOURS and _fits_as_well(_moved(search, best, value + by * (n + 1)), best):
