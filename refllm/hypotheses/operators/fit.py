@@ -200,9 +200,9 @@ def _solved(
 ) -> Iterator[Fit]:
     """Hypotheses with a number that is solved for: one number for all calls, or one of their lengths."""
     wrong = [n for n in numbers if not _agree(known, known.right, n, answers[n])]
-    numeric = [n for n in wrong if sum(x.size for x in answers[n]) >= _ENOUGH] or wrong
+    numeric = [n for n in wrong if sum(x.size for x in answers[n]) >= _ENOUGH]
     for hypothesis in hypotheses:
-        for code in hypothesis.codes if hypothesis.solved else ():
+        for code in hypothesis.codes if hypothesis.solved and numeric else ():
             variant = Variant(hypothesis, code)
             found: dict[int, float] = {}
             for n in numeric:
@@ -217,18 +217,11 @@ def _solved(
 def _read(
     known: Outcomes, variant: Variant, found: dict[int, float], numbers: Sequence[int], answers: Answers
 ) -> Iterator[Fit]:
-    for words, exact in readings(found, known.calls, known.dtype):
-        if all(_agree(known, variant.at(value), n, answers[n]) for n, value in exact.items()) and _evidence_at(
-            known, variant, exact, answers
-        ):
+    for words, exact in readings(found, known.calls, numbers, known.dtype):
+        if all(_agree(known, variant.at(value), n, answers[n]) for n, value in exact.items()):
             says = variant.hypothesis.says.replace(NUMBER, words)
             shown = replace(variant, number=words)
             yield Fit(variant.hypothesis, says, *shown.lines)
-
-
-def _evidence_at(known: Outcomes, variant: Variant, exact: dict[int, float], answers: Answers) -> bool:
-    """Whether there are more elements than numbers that were solved for."""
-    return sum(y.size for n in exact for y in answers[n]) >= _ENOUGH * len(exact)
 
 
 def _minus(x: np.ndarray, y: np.ndarray) -> np.ndarray:

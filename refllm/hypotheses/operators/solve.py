@@ -33,21 +33,23 @@ def solved(known: Outcomes, variant: Variant, n: int, answer: Outputs) -> float 
     return best if nearer and share < _CLOSE[known.dtype] ** 2 else None
 
 
-def readings(values: dict[int, float], calls: Sequence[Call], dtype: str) -> Iterator[tuple[str, dict[int, float]]]:
-    """What numbers, by call, may be: (in words, the exact number of each call). One number for all calls, else one of
-    the lengths of each: "1/sqrt(D)"."""
+def readings(
+    values: dict[int, float], calls: Sequence[Call], numbers: Sequence[int], dtype: str
+) -> Iterator[tuple[str, dict[int, float]]]:
+    """What the numbers of some calls may be: (in words, the exact number of each of `numbers`). One number for all
+    calls, else one of the lengths of each: "1/sqrt(D)"."""
     near = _CLOSE[dtype]
     middle = float(np.median(list(values.values())))
     if all(abs(value - middle) <= near * abs(middle) for value in values.values()):
         number = roundest(middle, near * abs(middle) / 10)
-        yield f"{number:.6g}", dict.fromkeys(values, number)
+        yield f"{number:.6g}", dict.fromkeys(numbers, number)
         return
-    lengths = {n: _lengths(calls[n]) for n in values}
+    lengths = {n: _lengths(calls[n]) for n in numbers}
     for axis in sorted(set.intersection(*(set(of) for of in lengths.values()))):
         forms = {axis: 1.0, f"1/{axis}": -1.0, f"sqrt({axis})": 0.5, f"1/sqrt({axis})": -0.5}
         for words, power in forms.items():
-            exact = {n: float(lengths[n][axis]) ** power for n in values if lengths[n][axis]}
-            if exact.keys() == values.keys() and all(abs(values[n] - x) <= near * x for n, x in exact.items()):
+            exact = {n: float(max(1, of[axis])) ** power for n, of in lengths.items()}
+            if all(abs(value - exact[n]) <= near * exact[n] for n, value in values.items()):
                 yield words, exact
 
 
