@@ -11,17 +11,27 @@ from refllm.errors import InputError
 
 FOLDER = Path(__file__).resolve().parent
 CORPUS = FOLDER / "corpus.txt"
-"""The text that the tokenizers were trained on: how these models work, in plain English."""
+"""The text that the tokenizers were trained on, and some checkpoints: how these models work, in plain English."""
+TRAINED = "-trained"
 
 
 def checkpoints() -> dict[str, Path]:
-    """The folder of every embedded checkpoint by its name."""
+    """The folder of every embedded checkpoint with designed weights by its name: what is checked by default."""
+    return {name: folder for name, folder in _all().items() if not name.endswith(TRAINED)}
+
+
+def trained() -> dict[str, Path]:
+    """The folder of every embedded checkpoint that has learnt the corpus by its name, one of each family."""
+    return {name: folder for name, folder in _all().items() if name.endswith(TRAINED)}
+
+
+def _all() -> dict[str, Path]:
     return {config.parent.name: config.parent for config in sorted((FOLDER / "checkpoints").glob("*/config.json"))}
 
 
 def path(name: str) -> Path:
     """The folder of one embedded checkpoint. Raises InputError for a name that is none."""
-    known = checkpoints()
+    known = _all()
     if name not in known:
         raise InputError(f"{name!r} is no embedded checkpoint; there are {', '.join(known)}")
     return known[name]

@@ -13,9 +13,11 @@ import numpy as np
 from refllm import golden
 from refllm.config import AutoConfig, ModelConfig
 from refllm.config.traits import TRAITS
+from refllm.golden import train_checkpoints
 from refllm.golden.cases import Case, Draw
 from refllm.golden.make_checkpoints import recipes, weight
 from refllm.models import families
+from refllm.text.tokenizer import Tokenizer
 
 Inputs = dict[str, np.ndarray]
 
@@ -42,7 +44,7 @@ class ModelCase(Case):
 
 def embedded(model: str) -> bool:
     """Whether the model is an embedded checkpoint, else one of `CONFIGS`."""
-    return model in golden.checkpoints()
+    return model in golden.checkpoints() | golden.trained()
 
 
 def config_of(model: str) -> ModelConfig:
@@ -167,6 +169,7 @@ def _labelled(kind: str) -> Callable[[Draw, ModelConfig], Inputs]:
 def cases() -> list[Case]:
     """Every family: its checkpoints, its heads; Llama: every RoPE type."""
     checkpoints = [case for name in recipes() for case in _of_checkpoint(name)]
+    checkpoints += [_of_trained(name) for name in train_checkpoints.recipes()]
     small = [case for name in CONFIGS for case in _of_config(name)]
     return sorted(checkpoints + small, key=lambda case: list(families_in_order()).index(case.group))
 
@@ -192,6 +195,25 @@ def _of_checkpoint(name: str) -> list[ModelCase]:
         case("packed", "two sequences in one row, by a 4-D mask", _packed),
         case("cache", "fed in pieces of 5, 1 and 2 tokens with a cache", _plain(8), chunks=(5, 1, 2)),
     ]
+
+
+def _of_trained(name: str) -> ModelCase:
+    """A checkpoint that has learnt the corpus, on words of it."""
+    config = train_checkpoints.recipes()[name].config
+    last, group = config.num_hidden_layers - 1, config.model_type
+    taps = ("model.layers.0.self_attn.k_rope", f"model.layers.{last}.mlp.act", f"model.layers.{last}", "model.norm")
+    what = f"{name}: twelve tokens of the text that it has learnt, with taps"
+    dtypes, make = ("bfloat16", "float32"), _text(name, 12)
+    return ModelCase(f"{group}/trained-text", what, dtypes, model=name, make=make, taps=taps)
+
+
+def _text(name: str, tokens: int) -> Callable[[Draw, ModelConfig], Inputs]:
+    def make(draw: Draw, config: ModelConfig) -> Inputs:
+        ids = train_checkpoints.documents(Tokenizer.from_pretrained(golden.path(name)))
+        start = int(draw.below(len(ids) - tokens))
+        return {"input_ids": ids[None, start : start + tokens], "position_ids": np.arange(tokens)[None]}
+
+    return make
 
 
 def _of_config(name: str) -> list[ModelCase]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from refllm import extras
 
-_BESIDE = ("OPERATORS", "fast_class", "interpreted", "patch", "plain", "register", "unpatch")
+_BESIDE = ("OPERATORS", "cuda_stand_in", "fast_class", "interpreted", "patch", "plain", "register", "unpatch")
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +27,9 @@ def __getattr__(name: str) -> Any:
     if name == "interpreted":
         extras.require("refllm.kernels.interpreted", "torch", "triton")
         return _import("refllm.kernels.interpreter").interpreted
+    if name == "cuda_stand_in":
+        extras.require("refllm.kernels.cuda_stand_in", "torch", "triton")
+        return _import("refllm.kernels.interpreter").cuda_stand_in
     if name == "fast_class":
         return _import("refllm.kernels.models.fast_model").fast_class
     if name in ("patch", "unpatch", "register"):

@@ -31,6 +31,7 @@ class Launch:
     tensor_cores: whether the gate should find tensor-core instructions (there is a product of narrow numbers).
     async_copies: whether the gate should find asynchronous copies (there is a loop that they can run ahead of).
     wide_loads: whether the gate should find 16-byte loads (its speed is that of the memory).
+    wide_stores: whether the gate should find 16-byte stores.
     narrow: why it has none, where its speed is that of the memory and no load can be that wide.
     """
 
@@ -43,6 +44,7 @@ class Launch:
     tensor_cores: bool = False
     async_copies: bool = False
     wide_loads: bool = False
+    wide_stores: bool = False
     narrow: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -61,6 +61,14 @@ def warm_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", WarmPopen)
 
 
+@pytest.fixture(autouse=True)
+def _no_explanations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that fails in a test is only explained where the test asks for it: each takes a second."""
+    explained: Any = sys.modules.get("refllm.check.explained")
+    if explained is not None:
+        monkeypatch.setattr(explained, "BY_DEFAULT", False)
+
+
 @pytest.fixture
 def device() -> Iterator[str]:
     """Where the tensors of a kernel test go; kernels run there for as long as the test lasts."""

@@ -14,8 +14,8 @@ from refllm.storage.gguf_file import PAIRED, in_pairs
 
 def write_gguf(folder: Path, path: Path, kind: str = "F32", **planted: Any) -> Path:
     """kind: of the matrices, "F32", "F16", "BF16", "Q8_0", "Q4_0"; those whose rows are no whole blocks, and all
-    vectors, stay F32. planted: what to write wrongly: keys of `metadata`, `edit` of the tensors by their names, the
-    tensor to write `without`, or `rows_as_they_are`."""
+    vectors and norms, stay F32. planted: what to write wrongly: keys of `metadata`, `edit` of the tensors by their
+    names, the tensor to write `without`, or `rows_as_they_are`."""
     config: Any = AutoConfig.from_pretrained(folder)
     arch = config.model_type
     writer = gguf.GGUFWriter(path, arch)
@@ -31,7 +31,11 @@ def write_gguf(folder: Path, path: Path, kind: str = "F32", **planted: Any) -> P
             values = in_pairs(values, heads)
         wanted = gguf.GGMLQuantizationType[kind]
         block, _ = gguf.GGML_QUANT_SIZES[wanted]
-        stored = wanted if values.ndim == 2 and values.shape[-1] % block == 0 else gguf.GGMLQuantizationType.F32
+        stored = (
+            wanted
+            if values.ndim == 2 and "norm" not in name and values.shape[-1] % block == 0
+            else gguf.GGMLQuantizationType.F32
+        )
         name = str(names.get_name(name, try_suffixes=(".weight", ".bias")))
         writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(values), stored), raw_dtype=stored)
     if config.rope_parameters["rope_type"] == "llama3" and planted.get("without") != "rope_freqs":

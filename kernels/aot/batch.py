@@ -112,12 +112,25 @@ def _key(source: Source, gpu: Target, name: str, launch: Launch) -> str:
 def _judge(configuration: Configuration, result: Result) -> Checked:
     if isinstance(result, Report):
         launch = configuration.launch
-        if not configuration.source.ours:  # nobody said what to expect: a product in a loop should run ahead
-            launch = replace(launch, async_copies=launch.async_copies or any(dot.pipelined for dot in result.dots))
+        if not configuration.source.ours:
+            launch = _expecting(launch, result)
         return Checked(configuration, result, tuple(gates(launch, result, configuration.target)))
     if not configuration.source.ours:
         raise result
     return Checked(configuration, None, (Finding("compiles", str(result), 0, 1),))
+
+
+def _expecting(launch: Launch, report: Report) -> Launch:
+    """A launch of which nobody said what to expect: a product in a loop should run ahead, and aligned tensors should be
+    read and written 16 bytes at a time by a kernel without products, where that is most of what it moves."""
+    tensors = [value for value in launch.arguments.values() if hasattr(value, "data_ptr")]
+    of_memory = not report.dots and not launch.narrow and not any(tensor.storage_offset() for tensor in tensors)
+    return replace(
+        launch,
+        async_copies=launch.async_copies or any(dot.pipelined for dot in report.dots),
+        wide_loads=launch.wide_loads or (of_memory and report.loads_can_be_wide > 0.5),
+        wide_stores=launch.wide_stores or (of_memory and report.stores_can_be_wide > 0.5),
+    )
 
 
 def _compile_all(configurations: list[Configuration], jobs: int) -> Iterator[tuple[Configuration, Result]]:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from refllm.kernels.aot.machine_code import (
     read_dots,
     read_ptxas_log,
     read_sass,
+    read_traffic,
 )
 from refllm.kernels.aot.occupancy import Occupancy, occupancy
 from refllm.kernels.launch import Launch
@@ -51,7 +52,8 @@ class Report:
     """What one configuration of a kernel became on one target.
 
     shared: bytes of shared memory of a program. tensor_memory: columns of it (sm_100 only, else 0).
-    dots: products of narrow numbers in the program. seconds: that the compilation took.
+    dots: products of narrow numbers in the program. seconds: that the compilation took. loads_can_be_wide,
+    stores_can_be_wide: the shares of `machine_code.read_traffic`, for kernels of which nobody said what to expect.
     """
 
     kernel: str
@@ -64,6 +66,8 @@ class Report:
     occupancy: Occupancy
     dots: tuple[Dot, ...]
     seconds: float
+    loads_can_be_wide: float = field(default=0.0, compare=False)
+    stores_can_be_wide: float = field(default=0.0, compare=False)
 
 
 Result = Report | DoesNotCompile | InputError
@@ -92,6 +96,9 @@ def specialise(launch: Launch, target: Target) -> Specialisation:
     if missing := [p.name for p in kernel.params if p.name not in given and not p.has_default]:
         raise InputError(f"{kernel.__name__} cannot be compiled without {', '.join(missing)}")
     settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch.options}
+    settings = {
+        name: value for name, value in settings.items() if name not in given
+    }  # a kernel may have one of its own
     try:
         bound, properties, extra = bind(**given, **settings, debug=kernel.debug or False, instrumentation_mode="")
         options, signature, constants, attributes = kernel._pack_args(backend, extra, bound, properties, extra)
@@ -132,6 +139,7 @@ class _Built:
     code: Any
     metadata: Any
     dots: tuple[Dot, ...]
+    traffic: tuple[float, float]
     log: str
     seconds: float
 
@@ -149,7 +157,8 @@ def _build(launch: Launch, target: Target) -> _Built | DoesNotCompile | InputErr
         return DoesNotCompile(_why(special.source.fn, target, error, "\n".join(printed)))
     seconds, code = time.perf_counter() - started, compiled.asm["amdgcn" if target.is_amd else "cubin"]
     dots, name = tuple(read_dots(compiled.asm["ttir"])), special.source.fn.__name__
-    return _Built(launch, name, code, compiled.metadata, dots, "\n".join(printed), seconds)
+    traffic = read_traffic(compiled.asm["ttir"], launch.num_warps * target.warp_size)
+    return _Built(launch, name, code, compiled.metadata, dots, traffic, "\n".join(printed), seconds)
 
 
 def _read(built: list[_Built], target: Target) -> Iterator[tuple[Resources, Instructions]]:
@@ -177,6 +186,8 @@ def _report(built: _Built, resources: Resources, instructions: Instructions, tar
         occupancy=occupancy(target, resources.registers, metadata.shared, warps, columns),
         dots=built.dots,
         seconds=built.seconds,
+        loads_can_be_wide=built.traffic[0],
+        stores_can_be_wide=built.traffic[1],
     )
 
 

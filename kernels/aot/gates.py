@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from refllm.kernels.aot.compile_code import Report
+from refllm.kernels.aot.machine_code import share_of_wide
 from refllm.kernels.launch import Launch
 from refllm.kernels.targets import Target
 
@@ -167,14 +168,24 @@ load of a tile and small tables beside the tensor may be narrower."""
 
 
 def _wide_loads(launch: Launch, report: Report, target: Target) -> Iterator[Finding]:
-    share = report.instructions.wide_share
-    if launch.wide_loads and share < WIDE_SHARE:
-        widths = ", ".join(f"{count} of {width} bytes" for width, count in report.instructions.loads.items())
+    if launch.wide_loads:
+        yield from _narrow("loads", report.instructions.loads)
+
+
+def _wide_stores(launch: Launch, report: Report, target: Target) -> Iterator[Finding]:
+    if launch.wide_stores:
+        yield from _narrow("stores", report.instructions.stores)
+
+
+def _narrow(which: str, counts: dict[int, int]) -> Iterator[Finding]:
+    share = share_of_wide(counts)
+    if share < WIDE_SHARE:
+        widths = ", ".join(f"{count} of {width} bytes" for width, count in counts.items())
         yield Finding(
-            "wide loads",
-            f"{100 * share:.0f} % of the bytes come in loads of 16 bytes, where {100 * WIDE_SHARE:.0f} % must (there "
-            f"are {widths}): let 16 divide the sizes and strides that reach the kernel, and give every "
-            "thread at least 16 bytes of a row",
+            f"wide {which}",
+            f"{100 * share:.0f} % of the bytes come in {which} of 16 bytes, where {100 * WIDE_SHARE:.0f} % must (there "
+            f"are {widths}): let 16 divide the sizes and strides that reach the kernel, say of a stride that is 1 "
+            "that it is, and give every thread at least 16 bytes of a row",
             share,
             WIDE_SHARE,
         )
@@ -193,4 +204,5 @@ _GATES: tuple[_Gate, ...] = (
     _async_copies,
     _fp64,
     _wide_loads,
+    _wide_stores,
 )

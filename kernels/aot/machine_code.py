@@ -5,7 +5,8 @@ Every function takes text and returns numbers; nothing here runs a tool.
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from refllm.kernels.aot.disassemble import INSTRUCTION
 
@@ -56,7 +57,8 @@ class Instructions:
     count, code_bytes: instructions without padding; size of the code with it.
     classes: how many of each kind that is worth a look. tensor, fp64: by opcode.
     async_copies: copies from global into shared memory that nobody waits for. local: loads from and stores to
-    local memory, be it for spills or a stack. loads: number of loads from global memory by their bytes per thread.
+    local memory, be it for spills or a stack. loads, stores: number of loads from global memory and of stores to it, by
+    their bytes per thread.
     """
 
     count: int
@@ -67,12 +69,18 @@ class Instructions:
     async_copies: int
     local: int
     loads: dict[int, int]
+    stores: dict[int, int] = field(default_factory=dict, compare=False)
 
     @property
     def wide_share(self) -> float:
         """Share of the loaded bytes that come in loads of 16 bytes or more; 1 if nothing is loaded."""
-        total = sum(width * count for width, count in self.loads.items())
-        return sum(width * count for width, count in self.loads.items() if width >= 16) / total if total else 1.0
+        return share_of_wide(self.loads)
+
+
+def share_of_wide(widths: dict[int, int]) -> float:
+    """Share of the bytes that move 16 or more at a time, of numbers of accesses by their width; 1 of none."""
+    total = sum(width * count for width, count in widths.items())
+    return sum(width * count for width, count in widths.items() if width >= 16) / total if total else 1.0
 
 
 def read_ptxas_log(log: str) -> Resources | None:
@@ -90,10 +98,6 @@ def read_sass(listed: list[str]) -> Instructions:
     """The opcodes of one kernel in order, as `disassemble.opcodes_of` returns them."""
     every = Counter(listed)
     opcodes = Counter({opcode: count for opcode, count in every.items() if opcode != "NOP"})
-    loads: Counter[int] = Counter()
-    for opcode, count in opcodes.items():
-        if (width := _width_nvidia(opcode)) is not None:
-            loads[width] += count
     heads = Counter[str]()
     for opcode, count in opcodes.items():
         heads[opcode.split(".")[0]] += count
@@ -105,7 +109,8 @@ def read_sass(listed: list[str]) -> Instructions:
         fp64=_matching(opcodes, _FP64_NVIDIA),
         async_copies=sum(_matching(opcodes, _ASYNC).values()),
         local=sum(_matching(opcodes, _LOCAL_NVIDIA).values()),
-        loads=dict(sorted(loads.items())),
+        loads=_widths(opcodes, lambda opcode: _width_nvidia(opcode, *_LOADS_NVIDIA)),
+        stores=_widths(opcodes, lambda opcode: _width_nvidia(opcode, *_STORES_NVIDIA)),
     )
 
 
@@ -119,10 +124,6 @@ def read_amdgcn(assembly: str) -> tuple[Resources, Instructions]:
     resources = Resources(note("vgpr_count"), note("private_segment_fixed_size"), 4 * note("vgpr_spill_count"))
     body = assembly.split(".Lfunc_end0:")[0]
     opcodes = Counter(re.findall(r"^\s+([a-z][a-z0-9_]+)(?:\s|$)", body, re.MULTILINE))
-    loads: Counter[int] = Counter()
-    for opcode, count in opcodes.items():
-        if (width := _width_amd(opcode)) is not None:
-            loads[width] += count
     classes = {name: sum(n for opcode, n in opcodes.items() if opcode.startswith(name)) for name in _CLASSES_AMD}
     return resources, Instructions(
         count=opcodes.total() - opcodes["s_nop"],
@@ -132,7 +133,8 @@ def read_amdgcn(assembly: str) -> tuple[Resources, Instructions]:
         fp64=_matching(opcodes, _FP64_AMD),
         async_copies=0,
         local=sum(_matching(opcodes, _LOCAL_AMD).values()),
-        loads=dict(sorted(loads.items())),
+        loads=_widths(opcodes, lambda opcode: _width_amd(opcode, "load")),
+        stores=_widths(opcodes, lambda opcode: _width_amd(opcode, "store")),
     )
 
 
@@ -140,17 +142,30 @@ def _matching(opcodes: Counter[str], pattern: re.Pattern[str]) -> dict[str, int]
     return {opcode: count for opcode, count in sorted(opcodes.items()) if pattern.match(opcode)}
 
 
-def _width_nvidia(opcode: str) -> int | None:
+def _widths(opcodes: Counter[str], width_of: Callable[[str], int | None]) -> dict[int, int]:
+    found: Counter[int] = Counter()
+    for opcode, count in opcodes.items():
+        if (width := width_of(opcode)) is not None:
+            found[width] += count
+    return dict(sorted(found.items()))
+
+
+_LOADS_NVIDIA = ("LDG", "LDGSTS"), ("UTMALDG", "UBLKCP")
+_STORES_NVIDIA = ("STG",), ("UTMASTG",)
+"""Instructions of a thread, and of the copy engine, which moves whole tiles."""
+
+
+def _width_nvidia(opcode: str, of_threads: tuple[str, ...], of_tiles: tuple[str, ...]) -> int | None:
     head, *tokens = opcode.split(".")
-    if head in ("UTMALDG", "UBLKCP"):  # the copy engine moves whole tiles
+    if head in of_tiles:
         return 16
-    if head not in ("LDG", "LDGSTS"):
+    if head not in of_threads:
         return None
     return next((_WIDTHS_NVIDIA[token] for token in tokens if token in _WIDTHS_NVIDIA), 4)
 
 
-def _width_amd(opcode: str) -> int | None:
-    match = re.match(r"(?:global|buffer|flat)_load_(?:lds_)?([a-z]+?(?:x\d)?)(?:_|$)", opcode)
+def _width_amd(opcode: str, which: str) -> int | None:
+    match = re.match(rf"(?:global|buffer|flat)_{which}_(?:lds_)?([a-z]+?(?:x\d)?)(?:_|$)", opcode)
     return _WIDTHS_AMD.get(match.group(1)) if match else None
 
 
@@ -203,3 +218,43 @@ def _lines_with_loop(ttir: str) -> list[tuple[str, str]]:
         if line.rstrip().endswith("{"):
             opened.append((index, "scf.for" in line or "scf.while" in line or line.strip() == "} do {"))
     return list(zip(lines, loop_of, strict=True))
+
+
+def read_traffic(ttir: str, threads: int) -> tuple[float, float]:
+    """(loads, stores): what share of the bytes that the program names could move 16 at a time in each of its threads.
+
+    Not those of scalars, of blocks with fewer bytes for a thread, and of blocks whose addresses were loaded themselves.
+    """
+    moved = {"load": [0, 0], "store": [0, 0]}
+    loaded: set[str] = set()
+    for line in ttir.splitlines():
+        made, _, right = line.partition(" = ") if re.match(r"\s*%", line) else ("", "", line)
+        for inner, outer in re.findall(r"(%[\w.]+) = (%[\w.]+)", right):  # the iter_args of a loop
+            loaded |= {inner} if outer in loaded else set()
+        operands = re.findall(r"%[\w.]+", right)
+        access = re.search(r"tt\.(descriptor_)?(load|store) ", right)
+        if access is None:
+            if loaded.intersection(operands):
+                loaded.add(made.strip().split(":")[0])
+            continue
+        of_tiles, which = access.groups()
+        size = _bytes_of(right)
+        moved[which][0] += size
+        gathered = operands[:1] and operands[0] in loaded
+        moved[which][1] += size if of_tiles or (size >= 16 * threads and not gathered) else 0
+        if which == "load" and "tensor<" in right:
+            loaded.add(made.strip())
+    shares = [wide / total if total else 0.0 for total, wide in moved.values()]
+    return shares[0], shares[1]
+
+
+_SIZES = {"i1": 1, "i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8, "f64": 8}
+
+
+def _bytes_of(line: str) -> int:
+    """Bytes of the value that a load or store moves, by the last type on its line."""
+    shape, kind = re.findall(r"(?:tensor<((?:\d+x)*))?(?:!tt\.ptr<)?((?:bf|f|i)\d+\w*)", line)[-1]
+    count = 1
+    for length in re.findall(r"\d+", shape):
+        count *= int(length)
+    return count * _SIZES.get(kind, 1)

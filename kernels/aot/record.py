@@ -74,10 +74,17 @@ def write(file: Path, checked: Iterable[Checked]) -> None:
     entries = {}
     for row in checked:
         if row.report is not None:
-            entries[digest(row.configuration)] = asdict(row.report)
+            entries[digest(row.configuration)] = _entry(row.report)
     lines = ",\n".join(f'"{key}": {json.dumps(entry)}' for key, entry in sorted(entries.items()))
     head = f'"format": {FORMAT}, "triton": "{triton.__version__}"'
     output_file.write("--record", file, f'{{{head}, "reports": {{\n{lines}\n}}}}\n')
+
+
+def _entry(report: Report) -> dict[str, Any]:
+    """What stands of a report in the record: all but what only kernels of others are judged by."""
+    entry = asdict(report)
+    del entry["loads_can_be_wide"], entry["stores_can_be_wide"], entry["instructions"]["stores"]
+    return entry
 
 
 def read(file: Path) -> dict[str, Report]:

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from refllm.kernels.aot.batch import Checked
+from refllm.kernels.aot.machine_code import share_of_wide
 from refllm.terminal.fitted_table import Table
 
 
@@ -72,7 +73,7 @@ def _cells(row: Checked, of: int) -> Iterator[str | Text]:
     yield f"{report.occupancy.programs}"
     yield str(sum(code.tensor.values())) if code.tensor or report.dots else "-"
     yield str(code.async_copies) if code.async_copies else "-"
-    yield f"{100 * code.wide_share:.0f} %" if configuration.launch.wide_loads else "-"
+    yield " / ".join(f"{100 * share_of_wide(w):.0f} %" if w else "-" for w in (code.loads, code.stores))
     yield f"{code.count:,}"
 
 

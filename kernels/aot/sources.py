@@ -4,24 +4,20 @@ A source can be pickled, so that a process that compiles can make the same launc
 """
 
 import ast
-import importlib
-import importlib.util
 import inspect
 import shlex
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton.language as tl
-from triton import knobs
 from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
-from refllm.errors import InputError
+from refllm.errors import InputError, RefllmError
+from refllm.kernels.aot import guess
+from refllm.kernels.aot.modules import load, said
 from refllm.kernels.launch import Launch
 from refllm.kernels.targets import DEFAULT, Target
 
@@ -47,7 +43,7 @@ class FileSource:
         try:
             named = list(carried(target) if callable(carried) else carried)
         except Exception as error:  # the module's own code: whatever it raises is the answer to its author
-            raise InputError(f"launches of {self.module} fail on {target.name}: {_said(error)}") from None
+            raise InputError(f"launches of {self.module} fail on {target.name}: {said(error)}") from None
         if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Launch) for pair in named):
             raise InputError(f"launches of {self.module} must be pairs (name, refllm.kernels.launch.Launch)")
         return [(name, launch) for name, launch in named if self.kernel in (None, kernel_name(launch.kernel))]
@@ -76,11 +72,11 @@ class CommandSource:
         kernel = find_kernel(load(self.module), self.module, self.kernel)
         given = {name: read_argument(name, text) for name, text in self.arguments}
         constants = {name: read_constant(text) for name, text in self.constants}
-        self._complete(_innermost(kernel), {*given, *constants, *_decided_by(kernel)})
+        self._complete(kernel, given, constants, target)
         try:
             configurations = list(_configurations(kernel, {**given, **constants}))
         except Exception as error:  # a heuristic of the user's
-            raise InputError(f"the heuristics of {self.kernel} fail: {_said(error)}") from None
+            raise InputError(f"the heuristics of {self.kernel} fail: {said(error)}") from None
         return [self._launch(kernel, given, constants, *each) for each in configurations]
 
     def _launch(
@@ -91,21 +87,43 @@ class CommandSource:
         launch = Launch(_innermost(kernel), (1,), given, {**constants, **values}, warps, stages)
         return f"{name} warps={warps} stages={stages}".strip(), launch
 
-    def _complete(self, function: JITFunction, given: set[str]) -> None:
+    def _complete(self, kernel: Any, given: dict[str, Any], constants: dict[str, Any], target: Target) -> None:
+        """Raises InputError, with a command that compiles if one can be guessed, where something is missing."""
+        function, said_of = _innermost(kernel), {*given, *constants, *_decided_by(kernel)}
         names = [parameter.name for parameter in function.params]
-        if unknown := sorted(given - set(names)):
+        if unknown := sorted(said_of - set(names)):
             raise InputError(f"{self.kernel} has no parameter {unknown[0]!r}; it has {', '.join(names)}")
-        missing = [p for p in function.params if p.name not in given and not p.has_default]
+        missing = [p for p in function.params if p.name not in said_of and not p.has_default]
         if not missing:
             return
+        found, options = guess.guesses(load(self.module), self.kernel, function, missing)
+        usual = {"num_warps": self.num_warps, "num_stages": self.num_stages} | options
+        source = replace(self, num_warps=usual["num_warps"], num_stages=usual["num_stages"])
+        found, refused = guess.compiling(function, found, lambda each: source._with(each)._refused(target))
         words = ["refllm kernels check-aot", shlex.quote(f"{self.module}:{self.kernel}")]
         words += [f"--arg {shlex.quote(f'{name}={text}')}" for name, text in self.arguments]
         words += [f"--constant {shlex.quote(f'{name}={text}')}" for name, text in self.constants]
-        words += [_guess(parameter, _pointers(function)) for parameter in missing]
+        words += [each.words() for each in found]
+        words += [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+        how = f"which do not compile yet ({refused})" if refused else "which compile"
         raise InputError(
             f"{self.kernel} cannot be compiled without {', '.join(p.name for p in missing)}; correct the guesses in "
-            f"this, or give the file a list LAUNCHES: {' '.join(words)}"
+            f"this, {how}, or give the file a list LAUNCHES: {' '.join(words)}"
         )
+
+    def _with(self, guesses: list[guess.Guess]) -> "CommandSource":
+        more = {kind: tuple((g.name, g.text) for g in guesses if g.constant == kind) for kind in (False, True)}
+        return replace(self, arguments=self.arguments + more[False], constants=self.constants + more[True])
+
+    def _refused(self, target: Target) -> str:
+        """What the compiler says against the first configuration; "" if nothing."""
+        from refllm.kernels.aot.compile_code import compile_launches
+
+        try:
+            (result,) = compile_launches([self.launches(target)[0][1]], target)
+        except InputError as error:
+            return str(error)
+        return str(result) if isinstance(result, RefllmError) else ""
 
 
 Source = FileSource | CommandSource
@@ -139,34 +157,6 @@ def user_source(
         listed = f"the kernels {', '.join(names)}" if names else "no @triton.jit function"
         raise InputError(f"{where} has {listed}; name one as {where}:{names[0] if names else 'kernel'}")
     return CommandSource(where, kernel or names[0], *typed, num_warps, num_stages)
-
-
-@cache
-def load(module: str) -> Any:
-    """The module of a dotted name or a path that ends in .py, imported. Raises InputError if that fails."""
-    if knobs.runtime.interpret:
-        raise InputError("TRITON_INTERPRET is set, and with it nothing can be compiled; unset it")
-    if module.endswith(".py") and not Path(module).is_file():
-        raise InputError(f"no such file: {module}")
-    try:
-        return _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-    except Exception as error:  # whatever the user's module raises is the answer to the user
-        raise InputError(f"{module} cannot be imported: {_said(error)}") from None
-
-
-def _load_file(path: Path) -> Any:
-    name = f"_user_kernels_{path.stem}"  # not the stem alone: a file may be called torch.py
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(name)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # as for a script: its neighbours can be imported
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)  # only meanwhile: other processes inherit the path, and are to find the real torch
-    return module
 
 
 def kernels_in(module: Any) -> list[str]:
@@ -278,40 +268,6 @@ def read_constant(text: str) -> Any:
         return text
 
 
-def _guess(parameter: Any, pointers: set[str]) -> str:
-    """An option for a parameter that nothing was said about; a guess to be corrected."""
-    name = parameter.name
-    if parameter.is_constexpr:
-        return f"--constant {name}=128"
-    if name in pointers:
-        return f"--arg '{name}=*bf16'"
-    floating = any(word in name for word in ("eps", "scale", "alpha", "beta"))
-    return f"--arg {name}={'fp32' if floating else 'i32:16' if 'stride' in name else 'i32'}"
-
-
-_MEMORY = ("load", "store", "atomic_add", "atomic_max", "atomic_cas", "make_block_ptr", "make_tensor_descriptor")
-
-
-def _pointers(function: JITFunction) -> set[str]:
-    """The names that loads and stores start from, through assignments: `p = x_ptr + row`, `tl.load(p + columns)`."""
-    starts: dict[str, set[str]] = {}
-    found: set[str] = set()
-    for node in ast.walk(function.parse()):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            starts.setdefault(node.targets[0].id, set()).add(_leftmost(node.value))
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in _MEMORY and node.args:
-            found.add(_leftmost(node.args[0]))
-    for _ in range(len(starts)):
-        found |= {start for name in found for start in starts.get(name, ())}
-    return found | {parameter.name for parameter in function.params if "ptr" in parameter.name.lower()}
-
-
-def _leftmost(expression: ast.expr) -> str:
-    while isinstance(expression, ast.BinOp):
-        expression = expression.left
-    return expression.id if isinstance(expression, ast.Name) else ""
-
-
 def _split(reference: str) -> tuple[str, str | None]:
     where, colon, kernel = reference.rpartition(":")
     return (where, kernel) if colon else (reference, None)
@@ -322,10 +278,6 @@ def _assignment(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise InputError(f"{text!r}: expected NAME=VALUE")
     return name.strip(), value.strip()
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def first_line(value: Any) -> str:

@@ -8,7 +8,7 @@ accesses out of bounds, overflow, races and results that nobody wrote, and break
 process. Here a kernel is rewritten (rewrite.py) so that each construct means what the compiler makes of it
 (operations.py), on top of Triton's semantic layer and a repaired NumPy builder (builder.py, formats.py, reduction.py,
 libdevice.py); memory.py checks every access. launch.py runs a grid, autotune.py stands in for the autotuner,
-poison.py fills new memory, and context.py switches it on.
+poison.py fills new memory, and context.py switches it on. cuda_stand_in.py lets "cuda" mean all this.
 
 What it does not show: speed, registers and shared memory; the order of a GPU's sums; approximate division and
 exponentials; products and sums that the compiler fuses into one rounding; what the compiler refuses (types that change
@@ -18,10 +18,13 @@ in a loop, variables defined on one path only). Compile your kernels ahead of ti
 from typing import TYPE_CHECKING, Any
 
 from refllm.kernels.interpreter.context import active, interpreted
+from refllm.kernels.interpreter.cuda_stand_in import cuda_stand_in
 from refllm.kernels.interpreter.errors import (
     DeviceAssertionError,
     IntegerOverflowError,
     KernelError,
+    MaskedOffWarning,
+    NeedsGpuError,
     OutOfBoundsError,
     RaceError,
     UninitializedError,
@@ -34,10 +37,13 @@ __all__ = [
     "DeviceAssertionError",
     "IntegerOverflowError",
     "KernelError",
+    "MaskedOffWarning",
+    "NeedsGpuError",
     "OutOfBoundsError",
     "RaceError",
     "UninitializedError",
     "active",
+    "cuda_stand_in",
     "interpreted",
     "unwritten",
 ]

@@ -4,6 +4,7 @@ Most operations of a kernel have two numbers of the same type, or an offset to a
 table, and NumPy broadcasts by itself. Everything else (other types, blocks of other ranks, mistakes) is left to Triton.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,8 @@ def constant(value: Any, dtype: Any) -> Tensor | None:
         value = value.value
     kind, name = value.__class__, dtype.name
     if kind is not int and (kind is not float or name not in ("fp32", "fp16")):
+        return None
+    if value == 0 and math.copysign(1, value) < 0:  # -0.0 == 0, and from Triton 3.9 on they are two constants
         return None
     known = _constants.get((value, name))
     if known is not None:

@@ -33,7 +33,9 @@ _ATOMICS: dict[Any, Any] = {
     ir.ATOMIC_OP.OR: np.bitwise_or,
     ir.ATOMIC_OP.XOR: np.bitwise_xor,
     ir.ATOMIC_OP.XCHG: lambda old, new: new,
+    None: lambda old, new: old,
 }
+"""What each atomic operation makes of the old number and the operand; None is a load."""
 
 
 class Handle(TensorHandle):
@@ -356,7 +358,7 @@ class Builder(InterpreterBuilder):
 
     def _undefined(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Lanes masked off without `other` are undefined: NaN shows if a result depends on them."""
-        if self.settings.poison and dtype.is_floating():
+        if self.settings.poison and self.settings.masked == "nan" and dtype.is_floating():
             return formats.narrow(np.full(shape, np.nan, np.float32), dtype)
         return np.zeros(shape, formats.numpy_type(dtype))
 
@@ -428,6 +430,28 @@ class Builder(InterpreterBuilder):
             self.memory.polled(access)
         return Handle(old.reshape(shape), cmp.dtype.scalar)
 
+    # Triton 3.9 has loads and stores that are atomic, and a wait for a value.
+    def create_atomic_load(self, ptr: TensorHandle, mask: Any, sem: Any, scope: Any) -> TensorHandle:
+        nothing = Handle(np.zeros(1, formats.numpy_type(ptr.get_element_ty())), ptr.get_element_ty())
+        return self.create_atomic_rmw(None, ptr, nothing, mask, sem, scope)
+
+    def create_atomic_store(self, ptr: TensorHandle, val: TensorHandle, mask: Any, sem: Any, scope: Any) -> None:
+        self.create_atomic_rmw(ir.ATOMIC_OP.XCHG, ptr, val, mask, sem, scope)
+
+    def create_atomic_poll(self, ptr: TensorHandle, expected: TensorHandle, timeout: Any, *hints: Any) -> TensorHandle:
+        found = self.create_atomic_load(ptr, None, None, None).data == expected.data
+        if not found.all() and not isinstance(timeout, TensorHandle):  # nobody else runs meanwhile
+            assert self.memory is not None
+            access, _ = self._access("an atomic", ptr, None)
+            self.memory.waits(access, int(access.index[np.argmin(found)]))
+        return Handle(found, tl.int1)
+
+    def create_grid_dependency_wait(self) -> None:
+        """Returns at once: the grid before has ended."""
+
+    def create_grid_dependency_launch_dependents(self) -> None:
+        """Does nothing: the next grid begins when this one has ended."""
+
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def create_histogram(self, data: TensorHandle, bins: int, mask: Any) -> TensorHandle:
@@ -458,7 +482,8 @@ class Builder(InterpreterBuilder):
         signed = "U" if kind.name in ("MIN", "MAX") and not dtype.is_floating() and dtype.is_int_unsigned() else ""
         operation = getattr(ir.ATOMIC_OP, "FADD" if floats else f"{signed}{kind.name}")
         pointers = Handle(ptrs.data, ptrs.dtype, desc.base.attr)
-        self.create_atomic_rmw(operation, pointers, value, Handle(mask, tl.int1), None, None)
+        used = mask if isinstance(mask, TensorHandle) else Handle(mask, tl.int1)  # an array before 3.8
+        self.create_atomic_rmw(operation, pointers, value, used, None, None)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("create_"):

@@ -5,17 +5,18 @@ library run, however they were imported, and compiling ahead of time works befor
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from refllm.kernels.interpreter.errors import KernelError
+from refllm.kernels.interpreter.exchange import Exchange
 from refllm.kernels.interpreter.settings import Settings
 
 _stack: list[Settings] = []
 _owner: int | None = None
-_undo: list[tuple[Any, str, Any]] = []
-_MISSING = object()
+_exchanged = Exchange()
 
 
 def active() -> bool:
@@ -30,6 +31,7 @@ def interpreted(
     overflow: bool = True,
     races: bool = True,
     poison: bool = True,
+    masked: str = "nan",
     tf32: bool = True,
     configs: str = "first",
 ) -> Iterator[None]:
@@ -40,18 +42,16 @@ def interpreted(
     overflow: int32 arithmetic that overflows raises IntegerOverflowError.
     races: two programs that store to one element, or one that loads what another stores, raise RaceError.
     poison: torch.empty and its relatives return NaN, and loading such memory before it was written raises
-        UninitializedError; lanes that a load masks off without `other` are NaN.
+        UninitializedError; without it, lanes that a load masks off without `other` are 0.
+    masked: what those lanes are: "nan", since they may be anything and NaN shows where a result depends on them, or
+        "zero", which is what NVIDIA's code makes of them, with a MaskedOffWarning that names the line.
     tf32: tl.dot of float32 reads its operands as TF32 unless input_precision is "ieee", as on the tensor cores.
     configs: which configurations of an autotuned kernel run: "first", or "all", each on copies, to compare them.
 
     Contexts may be nested; the innermost decides. Raises KernelError if another thread is inside already, or if
     TRITON_INTERPRET is set, which would break ahead-of-time compilation in this process.
     """
-    settings = Settings(bounds, overflow, races, poison, tf32, configs)
-    if configs not in ("first", "all"):
-        raise KernelError(f'interpreted: configs={configs!r}; expected "first" or "all"')
-    if bounds not in (True, False, "view"):
-        raise KernelError(f'interpreted: bounds={bounds!r}; expected True, False or "view"')
+    settings = Settings(bounds, overflow, races, poison, masked, tf32, configs)
     _enter(settings)
     try:
         yield
@@ -87,44 +87,50 @@ def _exchange() -> None:
     if triton.knobs.runtime.interpret:
         raise KernelError("interpreted: unset TRITON_INTERPRET; it keeps kernels from being compiled in this process")
     import triton.language as tl
+    from torch.utils._device import _device_constructors
 
     from refllm.kernels.interpreter import poison
 
-    _set(JITFunction, "run", _run_jit(JITFunction.run))
-    _set(Autotuner, "run", _run_autotuner(Autotuner.run))
-    _set(tl.dtype, "to_ir", _to_ir(tl.dtype.to_ir))
+    _device_constructors()  # `with torch.device(...)` remembers the functions that it finds at its first use
+    _exchanged.set(JITFunction, "run", _run_jit(JITFunction.run))
+    _exchanged.set(Autotuner, "run", _run_autotuner(Autotuner.run))
+    _exchanged.set(tl.dtype, "to_ir", _to_ir(tl.dtype.to_ir))
     for owner, name in poison.ALLOCATORS:
         if hasattr(owner, name):
             original = getattr(owner, name)
-            _set(owner, name, _if_poison(original, poison.poisoning(original)))
-
-
-def _set(owner: Any, name: str, value: Any) -> None:
-    _undo.append((owner, name, vars(owner).get(name, _MISSING)))
-    setattr(owner, name, value)
+            _exchanged.set(owner, name, _if_poison(original, poison.poisoning(original)))
+    _compiler_looks_again()
 
 
 def _restore() -> None:
-    while _undo:
-        owner, name, value = _undo.pop()
-        if value is _MISSING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, value)
+    _exchanged.undo()
+    _compiler_looks_again()
+
+
+def _compiler_looks_again() -> None:
+    """torch.compile keeps the functions of Torch that it found under their names, which are others now: those that
+    allocate would no longer be known to it (seen in Torch 2.11). It looks them up again when it needs them."""
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    if rules is not None:
+        rules.clear_lru_cache()
 
 
 def _run_jit(original: Callable[..., Any]) -> Callable[..., Any]:
+    from refllm.kernels.interpreter.cuda_tensors import as_they_are
     from refllm.kernels.interpreter.launch import launch
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if warmup or _elsewhere((*args, *kwargs.values())):
+        with as_they_are():
+            elsewhere = warmup or _elsewhere((*args, *kwargs.values()))
+        if elsewhere:
             return original(self, *args, grid=grid, warmup=warmup, **kwargs)
         if threading.get_ident() != _owner:
             raise KernelError(f"{self.__name__} is launched in a second thread; the interpreter runs one per process")
         if getattr(self, "is_gluon", bool)():
             raise KernelError(f"{self.__name__} is written in Gluon, which the interpreter cannot run")
-        return launch(self, grid, args, kwargs, _stack[-1])
+        with as_they_are():
+            return launch(self, grid, args, kwargs, _stack[-1])
 
     return _not_traced(run)
 
@@ -137,12 +143,16 @@ def _elsewhere(values: tuple[Any, ...]) -> bool:
 
 def _run_autotuner(original: Callable[..., Any]) -> Callable[..., Any]:
     from refllm.kernels.interpreter import autotune
+    from refllm.kernels.interpreter.cuda_tensors import as_they_are
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if kwargs.get("warmup") or _elsewhere((*args, *kwargs.values())):
+        with as_they_are():
+            elsewhere = kwargs.get("warmup") or _elsewhere((*args, *kwargs.values()))
+        if elsewhere:
             return original(self, *args, **kwargs)
-        return autotune.run(self, args, kwargs, _stack[-1].configs == "all")
+        with as_they_are():
+            return autotune.run(self, args, kwargs, _stack[-1].configs == "all")
 
     return _not_traced(run)
 

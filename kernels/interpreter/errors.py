@@ -41,3 +41,11 @@ class DeviceAssertionError(KernelError, AssertionError):
 
 class StaticAssertionError(DeviceAssertionError):
     """tl.static_assert failed: the kernel does not compile with these constants."""
+
+
+class MaskedOffWarning(UserWarning):
+    """Lanes that a load masked off without `other` count as 0, which is not promised on every GPU."""
+
+
+class NeedsGpuError(KernelError, RuntimeError):
+    """Something was asked of the stand-in for CUDA that only a GPU can do."""

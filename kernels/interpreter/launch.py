@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from refllm.kernels.interpreter import compatibility, formats, operations
+from refllm.kernels.interpreter import compatibility, cuda_tensors, formats, operations
 from refllm.kernels.interpreter.builder import BUILDER, pointer
 from refllm.kernels.interpreter.errors import KernelError
 from refllm.kernels.interpreter.memory import Memory
@@ -164,6 +164,8 @@ class _Converter:
                 f"is on {value.device}" if hasattr(value, "device") else "has a data_ptr and no tensor of Torch in it"
             )
             raise KernelError(f"{self.kernel}: `{name}` {where}; the interpreter runs on tensors of the CPU")
+        if cuda_tensors.is_on_host(base):
+            raise KernelError(f"{self.kernel}: `{name}` was never moved to cuda, and a GPU cannot reach it on the CPU")
         dtype = tl.str_to_ty(triton.runtime.jit.mangle_type(value), None)
         return Tensor(pointer(value.data_ptr(), dtype, self.memory.add(name, base)), dtype)
 

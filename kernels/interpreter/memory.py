@@ -10,14 +10,23 @@ that meet there, whatever it is used for, so that locks and counters of arrivals
 import bisect
 import gc
 import sys
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import triton.language as tl
 
 from refllm.kernels.interpreter import poison
-from refllm.kernels.interpreter.errors import KernelError, OutOfBoundsError, RaceError, UninitializedError, WaitsError
+from refllm.kernels.interpreter.errors import (
+    KernelError,
+    MaskedOffWarning,
+    OutOfBoundsError,
+    RaceError,
+    UninitializedError,
+    WaitsError,
+)
 from refllm.kernels.interpreter.settings import Settings
 
 Index = np.ndarray | slice
@@ -28,6 +37,8 @@ REMEMBERED = 1 << 22
 
 POLLS = 10_000
 """Atomics in a row on one element that change nothing: so often nobody asks who does not wait."""
+
+_LANGUAGE = tl.__path__[0]
 
 MANY = -1
 """The mark in a shadow array of what more than one program read. 0 is nobody, and program p is p + 1."""
@@ -43,7 +54,7 @@ def _kernel_line() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if "_refllm_operations_" in code.co_freevars and "/triton/" not in code.co_filename:
+        if "_refllm_operations_" in code.co_freevars and not code.co_filename.startswith(_LANGUAGE):
             return f"{code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown line"
@@ -114,6 +125,7 @@ class Memory:
         self.ordered: dict[int, set[int]] = {}
         self._locks: dict[int, set[int]] = {}
         self._polls, self._polled_at = 0, (-1, 0, 0)
+        self._masked: set[str] = set()
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -222,9 +234,17 @@ class Memory:
             self._check_written(access, access.array[access.where], what)
 
     def masked_off(self, access: Access) -> None:
-        """Notes a load that masks lanes off without `other`, once per argument."""
+        """Notes a load that masks lanes off without `other`, once per argument; says it where they are to be 0."""
         if access.argument.name not in MASKED_OFF:
             MASKED_OFF[access.argument.name] = _kernel_line()
+        if self.settings.masked == "zero" and access.argument.name not in self._masked:
+            self._masked.add(access.argument.name)
+            warnings.warn(
+                f"{_kernel_line()}: tl.load of `{access.argument.name}` masks lanes off without `other`; they are 0 "
+                "here, as NVIDIA's code has them, and may be anything elsewhere",
+                MaskedOffWarning,
+                stacklevel=2,
+            )
 
     def polled(self, access: Access) -> None:
         """An atomic on one element changed nothing. Raises WaitsError once it is plain that this program waits there:
@@ -233,10 +253,14 @@ class Memory:
         self._polls = self._polls + 1 if place == self._polled_at else 1
         self._polled_at = place
         if self._polls >= POLLS:
-            raise WaitsError(
-                f"program {self._names(self.program)} waits at element {place[2]} of `{access.argument.name}` for a "
-                "program that has not run: the interpreter runs them one after another"
-            )
+            self.waits(access, int(access.index[0]))
+
+    def waits(self, access: Access, element: int) -> None:
+        """Raises WaitsError: what this program waits for at an element comes from a program that runs later."""
+        raise WaitsError(
+            f"program {self._names(self.program)} waits at element {element} of `{access.argument.name}` for a "
+            "program that has not run: the interpreter runs them one after another"
+        )
 
     # -- checks ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from refllm.kernels.interpreter import cuda_tensors
 from refllm.kernels.interpreter.errors import KernelError
 
 PATTERN = {
@@ -55,7 +56,8 @@ def poisoning(allocate: Callable[..., Any]) -> Callable[..., Any]:
         tensor = allocate(*args, **kwargs)
         # Inside torch.compile there is nothing to fill.
         if not torch.compiler.is_compiling() and _is_plain(tensor):
-            fill(tensor)
+            with cuda_tensors.as_they_are():
+                fill(tensor)
         return tensor
 
     return allocate_poisoned

@@ -9,7 +9,8 @@ with other weights, operators, pages and cache behind it.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from inspect import signature
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from refllm import kernels
 from refllm.config import ModelConfig
 from refllm.errors import InputError
 from refllm.forward.cache import DynamicCache
+from refllm.forward.gradients import Gradients, gradients_of
 from refllm.forward.model import Model, norm_biases
 from refllm.forward.operators import Recorder
 from refllm.forward.outputs import ModelOutput
@@ -28,6 +30,7 @@ from refllm.inputs import as_array, to_numpy
 from refllm.kernels.models import pages
 from refllm.kernels.models.cache import NoCache, TorchCache
 from refllm.kernels.models.decode import DecodeStep
+from refllm.kernels.models.gradients import loss_and_gradients
 from refllm.kernels.models.operators import BACKENDS, TorchOperators
 from refllm.kernels.models.weights import TorchWeights, to_device
 from refllm.precision import FUSED, Arithmetic, check_dtype
@@ -154,7 +157,10 @@ class FastModel(Model):
         return TorchCache(self.config, max_cache_len)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """`Model.__call__` with arrays or tensors in, tensors on the model's device out. Nothing is differentiated."""
+        """`Model.__call__` with arrays or tensors in, tensors on the model's device out. Nothing is differentiated:
+        `gradients` is for that."""
+        if self.follow is not None:
+            return super().__call__(*arguments, **keywords)
         arguments = tuple(map(_from_tensor, arguments))
         keywords = {name: _from_tensor(value) for name, value in keywords.items()}
         interpreted = self.backend == "triton" and self.device.type == "cpu"
@@ -195,16 +201,45 @@ class FastModel(Model):
         """
         return to_numpy(logits_BV.argmax(dim=-1))
 
-    def gradients(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises InputError."""
-        raise InputError(f"gradients: backend {self.backend} computes none; load the model with backend='numpy'")
+    def gradients(
+        self,
+        *arguments: Any,
+        frozen: Collection[str] = (),
+        accumulated: Mapping[str, Any] | None = None,
+        recorder: Recorder | None = None,
+        **keywords: Any,
+    ) -> Gradients:
+        """`Model.gradients` of backend="torch", by Torch's autograd: tensors on the model's device.
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        Raises InputError for backend="triton", whose kernels have no backward form, and for a recorder.
+        """
+        if self.backend != "torch":
+            raise InputError(
+                f"gradients: backend {self.backend} computes none; load the model with backend='torch' or 'numpy'"
+            )
+        if recorder is not None:
+            raise InputError("gradients: backend torch shows no named values; load the model with backend='numpy'")
+        names = [*signature(Model.__call__).parameters][1:]
+        return gradients_of(
+            self,
+            (),
+            {**dict(zip(names, arguments, strict=False)), **keywords},
+            frozen=frozen,
+            accumulated=accumulated,
+            recorder=None,
+            differentiate=loss_and_gradients,
+        )
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> NoReturn:
         """Raises InputError."""
-        self.gradients()
+        raise InputError(
+            f"gradient_checkpointing_enable: backend {self.backend} keeps every value; load the model with "
+            "backend='numpy'"
+        )
 
     def _operators(self, recorder: Recorder | None) -> Any:
-        return TorchOperators(self.backend, recorder)
+        operators: Any = TorchOperators(self.backend, recorder)
+        return operators if self.follow is None else self.follow(operators)
 
     def _cache(self, past: Any, use_cache: bool | None) -> tuple[DynamicCache | None, int]:
         if past is not None and not isinstance(past, TorchCache):
@@ -217,7 +252,8 @@ class FastModel(Model):
     def _embed(self, op: Any, ids_BS: np.ndarray | None, inputs_embeds: Any) -> Any:
         if ids_BS is not None:
             return op.tap("model.embed_tokens", self.weights.rows("embed_tokens.weight", ids_BS))
-        return op.tap("model.embed_tokens", self._tensor(inputs_embeds).to(self.torch_dtype))
+        given = inputs_embeds if isinstance(inputs_embeds, torch.Tensor) else self._tensor(inputs_embeds)
+        return op.tap("model.embed_tokens", given.to(self.torch_dtype))
 
     def _run_page(self, op: Any, x_BSE: Any, positions_BS: np.ndarray, masking: dict[str, Any], cache: Any) -> Any:
         cos, sin = self.tables(positions_BS)

@@ -75,11 +75,13 @@ class TorchWeights(Mapping[str, torch.Tensor]):
 
     def as_source(self) -> Weights:
         """The same for `to_device`: float32 arrays, made one at a time."""
-        tied = {name: of for name in self._tensors for of in self.shapes if self._is_tied(name, of)}
-        return Weights(self.shapes, {}, source=_Fetched(self._tensors), tied=tied, report=self.report)
+        return Weights(self.shapes, {}, source=_Fetched(self._tensors), tied=self.tied, report=self.report)
 
-    def _is_tied(self, name: str, of: str) -> bool:
-        return name not in self.shapes and self._tensors[name] is self._tensors[of]
+    @property
+    def tied(self) -> dict[str, str]:
+        """A tied tensor's name -> the name of the tensor that it is."""
+        others = [name for name in self._tensors if name not in self.shapes]
+        return {name: of for name in others for of in self.shapes if self._tensors[name] is self._tensors[of]}
 
     def renamed(self, prefix: str) -> Mapping[str, np.ndarray]:
         """The tensors under the names of a file, as float32 arrays made at each access: for `save_checkpoint`."""
@@ -144,6 +146,18 @@ def to_device(
     tensors |= fused
     tied = {target: tensors[name] for target, name in source.tied.items()}
     return TorchWeights(tensors | tied, source.shapes, source.report)
+
+
+def merged(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The matrices that hold several of these tensors each, as values that are computed of them."""
+    parts: dict[str, list[str]] = {}
+    for name, (home, _, _) in _homes({name: tuple(tensor.shape) for name, tensor in tensors.items()}).items():
+        parts.setdefault(home, []).append(name)
+    return {
+        home: (torch.stack if _PER_HEAD.fullmatch(names[0]) else torch.cat)([tensors[name] for name in names])
+        for home, names in parts.items()
+        if names != [home]
+    }
 
 
 def _fill(target: torch.Tensor, source: Weights, name: str) -> None:

@@ -44,7 +44,8 @@ class Expected:
     evaluated in the same precision. variance: predicted, of a right implementation's rounding error. inner: the error
     that float32 arithmetic inside may cause, same shape. once: whether nothing but the result is rounded; never in
     float32, where the arithmetic inside rounds as coarsely. independent: how many independent errors of one size there
-    are, where variance does not say it (`refllm.kernels.verify` predicts none).
+    are, where variance does not say it (`refllm.kernels.verify` predicts none). gate: of an activation with a sigmoid
+    in it, what that is of (`refllm.accuracy.cancellation`).
     """
 
     operator: str
@@ -57,6 +58,7 @@ class Expected:
     inner: np.ndarray
     once: bool
     independent: int | None = None
+    gate: np.ndarray | None = None
 
 
 def expect(call: Call, policy: str = "fused", convention: str = "") -> tuple[Expected, ...]:
@@ -125,6 +127,7 @@ def expect_values(
             p.variance,
             own,
             name in known.once and policy == "fused" and dtype != "float32",
+            gate=np.asarray(arguments[0], np.float64) if operator == "swiglu" else None,
         )
         for (name, axes), p, c, own in zip(known.outputs.items(), predicted, contract, inner, strict=False)
     )

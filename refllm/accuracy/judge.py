@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refllm.accuracy import limits
+from refllm.accuracy import cancellation, limits
 from refllm.accuracy.expected import Expected
 from refllm.accuracy.measure import Measure, measure
 from refllm.accuracy.propagation import ulp
@@ -92,6 +92,8 @@ def judge(value: np.ndarray, expected: Expected, rules: Sequence[str] = RULES, l
     if not expected.once:
         limit *= 1 + float(limits.chance(_independent(expected, finite), measured=2))
     checks = []
+    if "element" in rules and expected.gate is not None:
+        checks += _cancelled(y, expected)
     if "rms" in rules:
         text = f"the RMS error is {ratio:.3g} times that of the contract in the same precision"
         checks.append(_check("rms", ratio, limit, text))
@@ -187,6 +189,15 @@ def _element(value: float, exact: float, z: float) -> str:
     if np.isinf(z):  # nothing is rounded there
         return f"an element is {value:.6g}, and has to be {exact:.6g} exactly"
     return f"an element is {z:.3g} sigma off"
+
+
+def _cancelled(y: np.ndarray, expected: Expected) -> list[tuple[str, float, str]]:
+    """Elements of which a cancellation has left nothing: where that is so, it comes first."""
+    assert expected.gate is not None
+    lost = cancellation.nothing_left(expected.gate, y, expected.exact, expected.dtype)
+    if not lost.any():
+        return []
+    return [("element", np.inf, cancellation.in_words(expected.gate, y, expected.exact, lost))]
 
 
 def _row(y: np.ndarray, expected: Expected, finite: np.ndarray) -> tuple[str, float, str]:

@@ -4,6 +4,7 @@
 (`refllm.kernels.verify`, the goldens, a loss, a next token) reads its numbers here as well.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +50,10 @@ NAMED_VOTES, NAMED_SHARE, NAMED_LEFT = 10, 0.8, 0.5
 """A defect is named to the bit if, where it and the best habit differ, it is right in so many elements more, in at
 least this share of them, and leaves at most this part of the habit's mismatches."""
 
+ANY_PROFILE = 4.0
+"""An error of attention larger by this than the limits allow for eager code is that of no admissible profile. Over 42
+fixed calls the farthest of 25 profiles scored 0.89 of those limits."""
+
 CONTEXT_EXACTLY, CONTEXT_NEARLY, CONTEXT_FAR_WORSE = 0.01, 0.03, 0.1
 """Shares of a context that a profile does not explain. What attention computes is known to the bit only where there are
 neither tiles nor approximate exponentials; a profile that fits so well in most layers is the candidate's in all."""
@@ -81,9 +86,25 @@ TABLES_OF_ONE = 4.0
 asked for the tables. Layers that turn alike differ by their numbers of heads and by the sizes of their values, less
 than twofold; one that is wrong is wrong by far more than a rounding."""
 
+ANOTHER_TENSOR, STEPS_OF_A_ROW = 0.7, 3.5
+"""What a row of a quantised tensor may be off by, as a part of its size, and still be the checkpoint's: in a format of
+b bits a number, those of scales among them, 2^(`STEPS_OF_A_ROW` - b), but never more than the first. Half a step in
+each of 31 numbers beside one that is 2^(b - 1) steps large is sqrt(31) / 2^b = 2^(2.5 - b) of it; scales take half a
+bit, and as much is left for those that are rounded themselves. A row that is lost is off by 1, another one by sqrt(2),
+and of what was measured the coarsest format, Q2_K, by 0.35."""
+
+OF_ONE_ROUNDING, OF_THE_SMALLEST = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}, 2.0**-25
+"""The same of a row that is rounded number by number: half a step of each; and half the smallest number of float16, as
+what a number may be off by in any case."""
+
 CANCELS = 3
 """Mean over standard deviation of a row, from where a variance in one pass, the difference of two squares, is mostly
 their error."""
+
+NOTHING_LEFT, GATE_KNOWN = -25 * math.log(2), -64.0
+"""The gate below which a sigmoid is less than 2^-25, the smallest step that a difference of float32 numbers up to 1 can
+have; and the one down to which rounding it to bfloat16, by half an ulp of 0.5 at most, changes the sigmoid by less than
+e^0.25 = 1.28 times: a result that is off by half of itself there was not made with it."""
 
 EFFECT, EFFECT_OF_A_ROW = 0.5, 1.5
 """Rms sigma by which a hypothesis must change a value, or its most changed row, to say anything about it."""
@@ -153,6 +174,11 @@ INNER = 4.0
 """Float32 roundings inside count as if the inputs were moved by this many of their own (backward stability): a handful
 of sums, products, a root or an exponential, of which the approximate ones of a GPU err by 2 ulp."""
 
+TILT = INNER * 2.0**-24
+"""How far float32 may have put a value that is rounded at a point inside an operator, as a part of it: what lies nearer
+to a boundary between two numbers of the format may fall to either side, and with numbers of few bits much lies there.
+An operator of several steps is evaluated with everything so much smaller and so much larger besides."""
+
 SHARED = 8
 """Elements of a row that share the rounding of one weight or one term of a product, and so count as one."""
 
@@ -175,6 +201,21 @@ both sides round."""
 
 FLOAT64_LIMIT = 32.0
 """How many such sigma two float64 evaluations may differ: sums in another order have a few elements far out."""
+
+# ------------------------------------------------------------------------------- which calls count at which level
+
+LARGE_MEAN, EXTREME_MEAN = 100.0, 1e4
+"""Means, over a scatter of about 1, from which a call is no beginner's (`refllm.strategies.levels`): a variance in one
+pass, E x^2 - (E x)^2, loses 2 log2(mean) of float32's 24 bits. From 100 on it has 10.7 left, fewer than float16 has;
+from 10,000 on none."""
+
+FAR_POSITIONS = 4096.0
+"""Positions past which a float32 angle, of which one rounding is position x 2^-24, is off by half an ulp of float16
+below 1, 2^-12: a right table is one that was made with care."""
+
+EXTREME_VALUE, VANISHING_SCALE = 250.0, 1e-10
+"""A value from which its square is next to the largest float16, 65504 = 256^2; and a scale far below its smallest,
+6e-8, at which every value is 0 there and every square is nothing beside any eps."""
 
 # ----------------------------------------------------------------------------------------- limits that depend on a size
 

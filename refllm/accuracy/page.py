@@ -32,6 +32,7 @@ def predict_page(
     exact_tables: bool = False,
     op: Propagation | None = None,
     tables: Callable[[Propagation], tuple[Uncertain, Uncertain]] | None = None,
+    head_of: np.ndarray | None = None,
 ) -> Uncertain:
     """The page of `model`, run for an implementation in `dtype` under `policy`; at_tap sees every named value that is
     wanted, and what it returns is passed on. Returns the head's output, or the last norm's of a model without a head.
@@ -39,7 +40,7 @@ def predict_page(
     model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. embeds: makes what is fed of a
     function from ids to their rows, which is then rounded; None: those rows. exact_tables: see `rotary_tables`. op:
     other operators than those of the policy. tables: cos and sin for these operators, other ones than `rotary_tables`
-    makes.
+    makes. head_of: [B], the one position of every row of which the head is computed; None: all.
     """
     op = op or Propagation(dtype, policy.without(model.page.NOT_ROUNDED), at_tap, wants)
     c, w = model.config, model.weights
@@ -54,6 +55,8 @@ def predict_page(
     head = HEAD_TAPS.get(model.head)
     if head is None:
         return x
+    if head_of is not None:
+        x = x[np.arange(B)[:, None], head_of[:, None]]
     return op.tap(head, op.linear(x, w[f"{head}.weight"], w.get(f"{head}.bias")))
 
 

@@ -17,6 +17,7 @@ from refllm.accuracy.measure import row_blocks
 from refllm.accuracy.parts import WHOLE, summed
 from refllm.accuracy.profiles import Profile
 from refllm.accuracy.propagation import BLOCKS, CHAIN, LANES, Propagation, Substitute, Uncertain, ulp
+from refllm.accuracy.readings import SOMEHOW, as_read, variance_of
 from refllm.accuracy.recognise import Made, known, noise, stores_of
 from refllm.precision import Dtype, Policy
 
@@ -131,6 +132,8 @@ class Profiled(Propagation):
         return first, second
 
     def _in_float32(self, made: Made, profile: Profile) -> Uncertain:
+        if profile.inputs:
+            made = replace(made, inputs=(self._as_read(made.inputs[0], profile.inputs),))
         if not profile.tf32:
             return self._plain(made, profile, made.inputs, self.policy)
         inputs = tuple(replace(i, variance=i.variance + self._tf32_noise(i.value)) for i in made.inputs)
@@ -139,6 +142,12 @@ class Profiled(Propagation):
             return x
         of_weight = np.square(inputs[0].value, dtype=self.width) @ self._tf32_noise(made.how["weight"]).T
         return self._with_shares(x, x.variance + of_weight)
+
+    def _as_read(self, x: Uncertain, reading: str) -> Uncertain:
+        """What a product reads in place of x: its very numbers where x is known, else x with a larger error."""
+        if self.bits and reading != SOMEHOW and not x.variance.any():
+            return replace(x, value=as_read(x.value, reading))
+        return self._with_shares(x, x.variance + variance_of(x.value, reading).astype(self.width))
 
     def with_float32_noise(self, made: Made, profile: Profile, x: Uncertain) -> Uncertain:
         """x, a result that is never put on the grid of the format, with the error of the float32 arithmetic that made

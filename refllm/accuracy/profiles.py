@@ -16,6 +16,7 @@ from functools import cache
 from itertools import chain, combinations
 
 from refllm.accuracy.parts import WHOLE, Parts
+from refllm.accuracy.readings import AS_IT_IS
 from refllm.precision import Policy
 
 SHOWN, UNROUNDED = "", "unrounded"
@@ -26,7 +27,8 @@ class Profile:
     """points: where an operator stores, of `refllm.accuracy.forms`, without its result. reads: of each input, SHOWN or
     UNROUNDED; () is all shown. stored: whether the result is put on the grid of the format. parts: of what products of
     parts a product is the sum. together: a residual sum of three terms adds the last two
-    first. order: of the float32 sums; asked for in float32 only."""
+    first. order: of the float32 sums; asked for in float32 only, as are tf32 and `inputs`: what a product reads in
+    place of its input (`refllm.accuracy.readings`)."""
 
     points: frozenset[str] = frozenset()
     reads: tuple[str, ...] = ()
@@ -35,6 +37,7 @@ class Profile:
     together: bool = False
     order: str = ""
     tf32: bool = False
+    inputs: str = AS_IT_IS
 
     @property
     def unrounded(self) -> bool:

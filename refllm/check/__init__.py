@@ -13,14 +13,15 @@ whatever else it can show (`refllm.forward.taps` lists the names). With argument
 (`refllm.check.functions.Forward`). A Transformers model object is taken as it is. A test fails where something is
 wrong, and where something was not seen.
 `my_rms_norm(x, weight, eps)` takes and returns Torch tensors (NumPy arrays with arrays="numpy"), as `refllm.kernels`
-does; `check_op` returns the report that `assert_operator` raises.
+does; `check_op` returns the report that `assert_operator` raises. `check_logprobs` judges log-probabilities of tokens,
+of a trainer and of a rollout engine.
 """
 
 from typing import Any
 
 from refllm.check.api import assert_matches, compare
 
-__all__ = ["assert_matches", "assert_operator", "check_dumped", "check_op", "compare"]
+__all__ = ["assert_matches", "assert_operator", "check_dumped", "check_logprobs", "check_op", "compare"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from refllm.opcheck import dumped
 
         return dumped.check_dumped
+    if name == "check_logprobs":
+        from refllm.check import logprobs
+
+        return logprobs.check_logprobs
     if name in ("assert_operator", "check_op"):
         from refllm.opcheck import api
 

@@ -83,6 +83,8 @@ def judge_against(
         raise InputError(
             f"{good.source} is a run in {good.dtype}, {trace.source} one in {trace.dtype}: record it again"
         )
+    if trace.last_alone or good.last_alone:
+        trace, good = trace.with_last_logits(), good.with_last_logits()
     common = {name: value for name, value in trace.taps.items() if name in good.taps}
     if not common:
         raise InputError(f"{good.source} and {trace.source} show no value of the same name")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from refllm.check.inputs import Inputs
     from refllm.check.oracle import Report
     from refllm.check.process import Processes
+    from refllm.check.stacks import Opening
     from refllm.check.trace import Trace
     from refllm.check.weights import Given
     from refllm.forward.model import Model
@@ -42,7 +43,7 @@ def compare(
     against: Any = None,
     weights: Any = None,
     page: str | os.PathLike[str] | None = None,
-    explain: bool = False,
+    explain: bool | None = None,
 ) -> "list[Report]":
     """Check one implementation on one checkpoint: a report per input (several only with `stress`, or where rows of the
     embedding are wrong that the input does not read).
@@ -65,7 +66,8 @@ def compare(
     checkpoint folder, a safetensors or GGUF file, or arrays by the names of the checkpoint's tensors. It is judged with
     them, and what they cost is reported apart (`Report.format_error`). page: the file of a page of one's own, or a
     known family (`refllm.models.own_page`). explain: look for the change of the reference that gives what a wrong run
-    has (`Report.explanation`); it takes a second or more for every report.
+    has (`Report.explanation`), for 30 seconds at most; None does so in the first run that fails, and where a small
+    model shows its last value alone.
 
     A report fails, holds, or is incomplete, if something was not seen (`Report.unseen`), may be done on purpose only
     and was not said (`Report.unsaid`), or a wrong answer would hold as well (`TapReport.untested`).
@@ -106,7 +108,7 @@ class _Call:
     library: Path | None
     weights: Any
     against: "Trace | None"
-    explain: bool
+    explain: bool | None
 
     def recorded(self, trace: "Trace | None") -> "Report":
         """The report on a recorded run."""
@@ -131,6 +133,7 @@ class _Call:
     def reports(self, given: dict[str, Any], prompt: str | None, processes: "Processes | None") -> "list[Report]":
         """A report per input. given: arrays by name, or None for those that were not. processes: where a name's
         candidate runs; None: in this one."""
+        from refllm.check.candidates import weights_of
         from refllm.check.layout import words_of
         from refllm.check.run import close
         from refllm.check.runs import Runs
@@ -153,7 +156,7 @@ class _Call:
             against=self.against,
             notes=notes,
             recorded=lambda: close(found),
-            weights=self._weights(),
+            weights=weights_of(self._opening()) if self.weights is None else self._weights(),
             explain=self.explain,
         )
         return list(runs.reports())
@@ -177,16 +180,20 @@ class _Call:
 
     def _open(self, processes: "Processes | None") -> Any:
         from refllm.check.candidates import of_object, open_candidate
+
+        opening = self._opening()
+        if not opening.name:
+            return of_object(self.candidate, opening)
+        return open_candidate(opening) if processes is None else processes.open(opening)
+
+    def _opening(self) -> "Opening":
         from refllm.check.run import head_of
         from refllm.check.stacks import Opening
         from refllm.precision.dtype_names import dtype_name
 
         name = self.candidate if isinstance(self.candidate, str) else ""
         dtype, head = dtype_name(self.dtype or "float32"), head_of(self.folder)
-        opening = Opening(name, self.folder, head, dtype, self.attention, self.names, self.library)
-        if not name:
-            return of_object(self.candidate, opening)
-        return open_candidate(opening) if processes is None else processes.open(opening)
+        return Opening(name, self.folder, head, dtype, self.attention, self.names, self.library)
 
 
 def _trace(given: Any, input_ids: Any = None) -> "Trace | None":

@@ -16,7 +16,7 @@ from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_
 from refllm.check.stacks import STACKS, Opening, adapter, find_stack, must_have, wrap
 from refllm.check.taps import Candidate, Sink
 from refllm.check.trace import Trace
-from refllm.check.weights import HANDED, handed_over
+from refllm.check.weights import HANDED, Given, handed_over
 from refllm.config.digest import config_hash
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
@@ -69,6 +69,14 @@ def open_candidate(opening: Opening) -> Candidate:
     if opening.name in FAST:
         return ReferenceCandidate.fast(opening.folder, **how, backend=opening.name)
     return of_object(find_function(opening.name), opening)
+
+
+def weights_of(opening: Opening) -> Given | None:
+    """The weights in the file that `--candidate` names; None where it has none, or nothing is known of them."""
+    stack = find_stack(opening.name)
+    find = None if stack is None else getattr(adapter(stack), "weights", None)
+    given: Given | None = None if find is None else find(opening)
+    return given
 
 
 def of_object(found: Any, opening: Opening) -> Candidate:
@@ -124,6 +132,7 @@ def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str
         weights=weights,
         notes=[*kept.notes, *laid.notes],
         doubts=laid.doubts,
+        last_alone=laid.last_alone,
     )
 
 

@@ -14,13 +14,21 @@ from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
 from refllm.hypotheses.explain import Explanation, explain
 from refllm.hypotheses.search import Search
-from refllm.hypotheses.setup import Tokens
+from refllm.hypotheses.setup import DoesNotApplyError, Tokens
 from refllm.precision import Policy
 
 SECONDS = 30.0
 """How long hypotheses are tried."""
 
+BY_DEFAULT = True
+"""Whether a run that fails is explained where nobody said whether it should be."""
+
 _INSIDE = (".scores", ".probs")
+
+
+def by_default(explain: bool | None) -> bool | None:
+    """What was asked for, or the default: None, where a run fails."""
+    return explain if explain is not None or BY_DEFAULT else False
 
 
 def tokens_of(inputs: Inputs, dtype: str) -> Tokens:
@@ -43,6 +51,8 @@ def explained(
     wrong: its name. alone: it is wrong on the candidate's own inputs, so that the values shown before it are taken
     over; else everything counts from the token ids on. policy: where the candidate rounds, about.
     """
+    if trace.last_alone:
+        return None  # the page that is changed computes the logits of all tokens
     names = [name for name in names_of(model.page, model.config) if name != HEAD_TAPS.get(model.head)]
     names += [HEAD_TAPS[model.head]] if model.head in HEAD_TAPS else []
     target = _whole_operator(wrong, trace)
@@ -53,10 +63,12 @@ def explained(
     shown = shown if alone else {}
     last = max((before.index(name) for name in shown if formulas.split(name)[1] == formulas.LAYER_OUTPUT), default=0)
     hidden = tuple(name for name in before[last:] if name not in shown)
-    search = Search(
-        model, tokens_of(trace.inputs, trace.dtype), target, trace.taps[target], shown, policy, trace.dtype, seconds
-    )
-    found = explain(search, model.config, hidden, step, is_all=not shown)
+    tokens = tokens_of(trace.inputs, trace.dtype)
+    try:
+        search = Search(model, tokens, target, trace.taps[target], shown, policy, trace.dtype, seconds)
+        found = explain(search, model.config, hidden, step, is_all=not shown)
+    except DoesNotApplyError:
+        return None
     return replace(found, value=wrong)
 
 
@@ -73,14 +85,12 @@ def in_words(found: Explanation | None) -> list[str]:
     if found is None:
         return []
     if not found.causes:
-        return [f"not explained by {found.tried} hypotheses: {fact}" for fact in found.facts[:1]] + list(
-            found.facts[1:]
-        )
+        return _unexplained(found)
     best, whose = found.causes[0], _whose(found.value)
     if found.kind == "nearly":
         left = f"{100 * (1 - found.share):.1f}% of the error, and {best.sigma:.3g} sigma remain"
         return [f"nearly explained: with {best.says} the reference gives {left}"]
-    several = ", or with ".join(_said(cause) for cause in found.causes)
+    several = ", or with ".join(cause.says for cause in found.causes)
     if found.kind == "slope":
         shape = f"the error of {whose} is small, but it has the shape of what {best.says} makes"
         return [f"{shape} (slope {best.slope:.2f}, effect {best.effect:.2f} sigma)"]
@@ -90,9 +100,13 @@ def in_words(found: Explanation | None) -> list[str]:
     return words
 
 
-def _said(cause: object) -> str:
-    says, error = cause.says, cause.error  # type: ignore[attr-defined]
-    return f"{says} (+- {error:.1g})" if error else str(says)
+def _unexplained(found: Explanation) -> list[str]:
+    """What is certain all the same, and that not all was tried."""
+    first, *more = found.facts or ("",)
+    if found.out_of_time:
+        tried = f"not explained by {found.tried} of {found.of} hypotheses, tried for {SECONDS:.0f} s"
+        return [f"{tried}: {first}" if first else tried, *more]
+    return [f"not explained by {found.tried} hypotheses: {first}", *more] if first else []
 
 
 def _whose(value: str) -> str:

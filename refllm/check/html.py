@@ -8,7 +8,7 @@ from typing import Any
 
 from refllm.accuracy import limits
 from refllm.accuracy.measure import ULP_BINS, Measure
-from refllm.accuracy.verdicts import worst
+from refllm.accuracy.verdicts import verdict, worst
 from refllm.check import charts, explained, findings, formulas
 from refllm.check.oracle import Report, TapReport
 from refllm.check.report import context, why
@@ -27,17 +27,37 @@ def write_html(
     reports: list[Report],
     details: Mapping[str, Any] | None = None,
     token_text: TokenText | None = None,
+    cut_short: str = "",
 ) -> None:
     """Write the page of one or more reports.
 
     details: name -> value, shown at the top (command line, versions, prompt). token_text: for the table of flips.
+    cut_short: why this is not all that was to be checked.
     """
-    page = render(reports, details, token_text)
+    page = render(reports, details, token_text, cut_short)
     output_file.write("--html", path, page)
 
 
-def render(reports: list[Report], details: Mapping[str, Any] | None = None, token_text: TokenText | None = None) -> str:
+def render(
+    reports: list[Report],
+    details: Mapping[str, Any] | None = None,
+    token_text: TokenText | None = None,
+    cut_short: str = "",
+) -> str:
     """The page as text."""
+    found = [report.verdict for report in reports]
+    return template(_TEMPLATE).render(
+        sections=[_section(i, report, len(reports), token_text) for i, report in enumerate(reports)],
+        verdict=worst([*found, verdict(False, cut_short)]),
+        counts={word: found.count(word) for word in ("fails", "incomplete", "holds") if word in found},
+        details={**(details or {}), **({"incomplete": cut_short} if cut_short else {})},
+        limits=limits,
+        count=findings.count,
+    )
+
+
+def template(name: str) -> Any:
+    """A template of this folder, ready to be rendered."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -53,15 +73,7 @@ def render(reports: list[Report], details: Mapping[str, Any] | None = None, toke
         "spoken": formulas.spoken,
         "signs": signs,
     }
-    found = [report.verdict for report in reports]
-    return environment.get_template(_TEMPLATE).render(
-        sections=[_section(i, report, len(reports), token_text) for i, report in enumerate(reports)],
-        verdict=worst(found),
-        counts={verdict: found.count(verdict) for verdict in ("fails", "incomplete", "holds") if verdict in found},
-        details=details or {},
-        limits=limits,
-        count=findings.count,
-    )
+    return environment.get_template(name)
 
 
 def signs(text: str) -> str:

@@ -62,6 +62,11 @@ class Inputs:
         return np.ones(self.input_ids.shape, np.int64) if self.attention_mask is None else self.attention_mask
 
     @property
+    def last(self) -> np.ndarray:
+        """[B] int: the column of the last token of every row that is no padding."""
+        return np.asarray(self.valid.shape[1] - 1 - self.valid[:, ::-1].argmax(axis=1))
+
+    @property
     def positions(self) -> np.ndarray:
         """[B, S] int: the position of every token."""
         if self.position_ids is not None:

@@ -44,6 +44,7 @@ _FUSED = {
 }
 _ORDERED_BY_GGUF = ("q_proj", "k_proj", "q_rope", "k_rope")
 _NAMED_AT_MOST = 4
+_HEAD = "lm_head"
 
 Taps = dict[str, np.ndarray]
 
@@ -51,11 +52,13 @@ Taps = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class Laid:
     """Values in the shapes of the vocabulary. notes: sentences on what was not shown so. doubts: sentences on what the
-    shapes do not tell, for a reader whose values do not hold."""
+    shapes do not tell, for a reader whose values do not hold. last_alone: the logits are those of the last token of
+    every sequence, [B, 1, V]."""
 
     taps: Taps
     notes: list[str]
     doubts: list[str]
+    last_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,10 @@ def laid_out(
     notes: list[str] = []
     work = _Work(config, head, inputs, frozenset(layout), source)
     taps = work.split(taps, notes)
+    last = work.of_last_tokens(taps.get(_HEAD))
+    if last is not None:
+        taps = {name: value for name, value in taps.items() if name != _HEAD}
+        notes.append(f"{_HEAD}: of the last token of each sequence alone, judged for it; of the others it is not known")
     all_readings = {name: work.readings(name, value) for name, value in taps.items() if name in work.axes}
     readings = {name: found for name, found in all_readings.items() if found}
     work.decide(readings.values())
@@ -118,9 +125,10 @@ def laid_out(
         if said:
             shown.setdefault(said, []).append(name)
     laid |= {name: value for name, value in taps.items() if name not in readings}
+    laid |= {} if last is None else {_HEAD: last}
     notes += [f"{_listed(names)}: {said}" for said, names in shown.items()]
     notes += work.in_order(laid)
-    return Laid(laid, notes, work.doubts(readings.values()))
+    return Laid(laid, notes, work.doubts(readings.values()), last is not None)
 
 
 def put_together(parts: list[np.ndarray], lengths: list[int], batch: int) -> np.ndarray | None:
@@ -195,6 +203,15 @@ class _Work:
         return dict(zip(parts, np.split(value, edges, axis=-1), strict=True))
 
     # ------------------------------------------------------------------------------------------------------- shapes
+
+    def of_last_tokens(self, logits: np.ndarray | None) -> np.ndarray | None:
+        """Logits [B, V], [B, 1, V] or, of one sequence, [V], as [B, 1, V]; None for what is not these."""
+        B, S, V = (self.sizes.get(axis, 0) for axis in "BSV")
+        if logits is None or S == 1 or _HEAD not in self.axes or not logits.ndim or logits.shape[-1] < V:
+            return None
+        fits = logits.shape[:-1] in ((B, 1), (B,), *([()] if B == 1 else []))
+        tokens = int(self.valid.sum())
+        return logits.reshape(B, 1, -1)[..., :V] if fits and tokens > B else None
 
     def readings(self, name: str, value: np.ndarray) -> list[_Reading]:
         """The ways to read a value's shape, the vocabulary's own first. Where there is none: InputError, or [] for a

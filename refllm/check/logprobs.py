@@ -1,5 +1,10 @@
 """Log-probabilities of tokens, from a trainer or a server, against the page: is their error rounding, and whose is it?
 
+    from refllm.check import check_logprobs
+
+    found = check_logprobs(CHECKPOINT, {"ids": ids, "logprobs": trainer, "dtype": "bfloat16"}, "rollout.jsonl")
+    assert found.verdict == "holds", found.difference.in_words
+
 A policy gradient divides the probability that a trainer gives a token by the one that the rollout engine gave it. Where
 the two differ, either may be wrong; each is measured by itself against the exact value, in sigma of the rounding error
 that is predicted for its precision.
@@ -10,9 +15,9 @@ and what the head's own product adds, taken as independent from token to token. 
 var = sum_k (sum_j g_j W_jk)^2 var x_k + sum_j g_j^2 var r_j.
 """
 
-import json
 import math
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -23,153 +28,19 @@ from refllm.accuracy import limits
 from refllm.accuracy.measure import row_blocks
 from refllm.accuracy.propagation import Uncertain, ulp
 from refllm.accuracy.verdicts import SCHEMA, Verdict, verdict, worst
-from refllm.check.asked import Asked
 from refllm.check.functions import DTYPES
 from refllm.check.inputs import Inputs
+from refllm.check.logprobs_file import LogProbs
 from refllm.check.oracle import predict
 from refllm.check.trace import format_of
-from refllm.errors import CheckpointError, InputError
+from refllm.errors import InputError
 from refllm.forward.model import Model
 from refllm.precision import FUSED, HF_EAGER, Arithmetic, Policy
 from refllm.precision.dtype_names import dtype_name
-from refllm.storage import input_file
-from refllm.storage.json_text import show
-from refllm.storage.safetensors_format import read_header
 
 _BEFORE_HEAD, _HEAD = "model.norm", "lm_head"
 _FLOAT32_ROUNDINGS = 4  # of a log-softmax: over the temperature, less the largest, the logarithm, the difference
-_KEYS = {"ids", "input_ids", "logprobs", "mask", "attention_mask", "temperature", "source", "dtype"}
-
-
-@dataclass(frozen=True)
-class LogProbs:
-    """What one program says of the tokens of some sequences.
-
-    ids [B, S], padded on the right. logprobs [B, S]: float64, of each token given those before it; NaN where none is
-    said, as of the first token of a sequence and of padding. lengths: of the sequences. temperature: by which the
-    logits were divided. dtype: in which it computed, "" where nobody says.
-    """
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    lengths: tuple[int, ...]
-    temperature: float
-    source: str
-    dtype: str = ""
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a safetensors file, or JSON lines with one sequence in each (docs/recording.md).
-
-        Raises InputError, naming the file, for anything else.
-        """
-        path = Path(path)
-        try:
-            if not os.path.exists(path):
-                raise InputError("no such file")
-            rows, about = _of_safetensors(path) if path.suffix == ".safetensors" else _of_lines(path)
-            return cls._of_rows(rows, about, path.name)
-        except (CheckpointError, InputError) as error:
-            raise InputError(f"--logprobs {path}: {str(error).removeprefix(f'{path}: ')}") from None
-        except OSError as error:
-            raise InputError(f"--logprobs {path}: {error.strerror or error}") from None
-        except (ValueError, TypeError, OverflowError) as error:
-            raise InputError(f"--logprobs {path}: not readable ({error})") from None
-
-    @classmethod
-    def _of_rows(cls, rows: list[tuple[np.ndarray, np.ndarray]], about: dict[str, Any], name: str) -> Self:
-        if not rows or not all(len(ids) for ids, _ in rows):
-            raise InputError("it holds no tokens, or a sequence without any")
-        longest = max(len(ids) for ids, _ in rows)
-        ids, logprobs = np.zeros((len(rows), longest), np.int64), np.full((len(rows), longest), np.nan)
-        for i, (row, said) in enumerate(rows):
-            ids[i, : len(row)] = row
-            logprobs[i, 1 : len(row)] = said[1:]
-        temperature = float(about.get("temperature", 1.0))
-        if not 0 < temperature < math.inf:
-            raise InputError(f"temperature is {temperature:g}; expected a number above 0")
-        if not np.isfinite(logprobs).any() and not np.isinf(logprobs).any():
-            raise InputError("it says no log-probability of any token that comes after another")
-        dtype = str(about.get("dtype", ""))
-        lengths = tuple(len(row) for row, _ in rows)
-        return cls(ids, logprobs, lengths, temperature, str(about.get("source", name)), dtype_name(dtype))
-
-    @property
-    def said(self) -> np.ndarray:
-        """[B, S]: where there is a log-probability to judge."""
-        return ~np.isnan(self.logprobs)
-
-    @property
-    def inputs(self) -> Inputs:
-        """The run that they are of."""
-        mask = (np.arange(self.ids.shape[1]) < np.array(self.lengths)[:, None]).astype(np.int64)
-        return Inputs(self.ids, None if mask.all() else mask, label="log-probabilities")
-
-
-def _of_safetensors(path: Path) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[str, Any]]:
-    from safetensors import safe_open
-
-    input_file.must_be_regular(path)
-    with open(path, "rb") as raw:
-        infos, about = read_header(raw, str(path))
-    with safe_open(str(path), framework="numpy") as file:
-        values = {name: file.get_tensor(name) for name in infos if name in _KEYS}
-    return _rows(values), {"source": path.name, **about}
-
-
-def _of_lines(path: Path) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[str, Any]]:
-    text = input_file.read_text(path)
-    input_file.count_values(text)
-    rows: list[tuple[np.ndarray, np.ndarray]] = []
-    about: dict[str, Any] = {}
-    for i, line in enumerate(text.splitlines()):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"line {i + 1} is not JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise InputError(f"line {i + 1} holds {show(values)}, not an object of ids and logprobs")
-        said = {key: values[key] for key in ("temperature", "source", "dtype") if key in values}
-        if rows and said != about:
-            raise InputError(f"line {i + 1} says {show(said)}, and the lines before it {show(about)}; use two files")
-        about = said
-        rows += _rows({key: _numbers(key, value) for key, value in values.items() if key in _KEYS - set(said)})
-    return rows, about
-
-
-def _numbers(key: str, value: Any) -> np.ndarray:
-    """A list of JSON, or of such lists; null is NaN."""
-    found = np.array(value, object)
-    return np.where(found == None, np.nan, found).astype(np.float64)  # noqa: E711 (element by element)
-
-
-def _rows(values: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The ids and log-probabilities of every sequence, without padding."""
-    ids, said = values.get("ids", values.get("input_ids")), values.get("logprobs")
-    if ids is None or said is None:
-        raise InputError("expected ids [B, S] and logprobs [B, S], of each token given those before it")
-    ids, said = np.atleast_2d(ids), np.atleast_2d(said).astype(np.float64)
-    mask = np.atleast_2d(values.get("mask", values.get("attention_mask", np.ones(ids.shape)))) != 0
-    if ids.ndim != 2 or said.shape != ids.shape or mask.shape != ids.shape:
-        raise InputError(
-            f"ids {list(ids.shape)}, logprobs {list(said.shape)}, mask {list(mask.shape)}: expected [B, S]"
-        )
-    whole = ids[mask].astype(np.int64)
-    if not np.array_equal(whole, ids[mask]) or (whole < 0).any():
-        raise InputError("ids: expected integers from 0 on")
-    if (said[mask] > 0).any():
-        raise InputError(f"logprobs: {said[mask].max():g} is above 0, so it is no log-probability")
-    if _has_holes(mask):
-        raise InputError("mask: there is padding inside a sequence; it may stand at either end")
-    return [(row[at].astype(np.int64), values[at]) for row, values, at in zip(ids, said, mask, strict=True)]
-
-
-def _has_holes(mask: np.ndarray) -> bool:
-    first, last = mask.argmax(axis=1), mask.shape[1] - mask[:, ::-1].argmax(axis=1)
-    return bool((mask.sum(axis=1) != np.where(mask.any(axis=1), last - first, 0)).any())
-
+Given = str | os.PathLike[str] | Mapping[str, Any] | LogProbs
 
 # -------------------------------------------------------------------------------------------------------- what is right
 
@@ -239,12 +110,14 @@ def _of_rows(
 
 @dataclass(frozen=True)
 class LogProbReport:
-    """One file against the page.
+    """What one program says of sequences that it computed alike, against the page.
 
-    tokens: how many were judged. ratio: rms(error) / rms(sigma), with its limit. worst: the index of the token that is
-    furthest off in sigma, with its log-probability, the exact one, and how many sigma. token_limit: of one token.
-    unexplained: how many tokens are beyond it. untested: whether the log-probabilities of the neighbouring tokens would
-    hold as well. error, variance: [B, S], NaN where nothing was said. carried: see `Expected`.
+    sequences: which of the file's they are. tokens: how many were judged. ratio: rms(error) / rms(sigma), with its
+    limit. worst: sequence and position of the token that is furthest off in sigma, with its log-probability, the exact
+    one, and how many sigma. token_limit: of one token. unexplained: how many tokens are beyond it. untested: whether
+    the log-probabilities of the neighbouring tokens would hold as well. ids, error, variance, of_token: [B, S] of the
+    whole file: its tokens, and where there is something to judge the error, its predicted variance and the error in
+    sigma, else NaN. carried: see `Expected`.
     """
 
     checkpoint: str
@@ -252,6 +125,7 @@ class LogProbReport:
     dtype: str
     policy: str
     temperature: float
+    sequences: tuple[int, ...]
     tokens: int
     ratio: float
     limit: float
@@ -263,8 +137,10 @@ class LogProbReport:
     unexplained: int
     untested: bool
     carried: bool
+    ids: np.ndarray
     error: np.ndarray
     variance: np.ndarray
+    of_token: np.ndarray
 
     @property
     def verdict(self) -> Verdict:
@@ -273,7 +149,7 @@ class LogProbReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = {key: value for key, value in vars(self).items() if key not in ("error", "variance")}
+        values = {key: value for key, value in vars(self).items() if not isinstance(value, np.ndarray)}
         return _plain({**values, "verdict": self.verdict})
 
 
@@ -283,20 +159,24 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
 
 
-def judge(model: Model, said: LogProbs, dtype: str, asked: Asked, checkpoint: str = "") -> LogProbReport:
-    """The report on one program's log-probabilities. model: with weights on the grid of `dtype`, in which it computed.
+def judge(
+    model: Model, whole: LogProbs, sequences: list[int], dtype: str, policy: Policy | None = None, checkpoint: str = ""
+) -> LogProbReport:
+    """The report on some of one program's sequences, of one temperature. model: with weights on the grid of `dtype`, in
+    which it computed.
 
     Without a policy it may round as often as Transformers does: the largest error that is honest. Raises InputError for
     a model without next tokens, and tokens outside its vocabulary.
     """
     if model.head != "causal_lm":
         raise InputError(f"log-probabilities are of a model with next tokens; the head of this one is {model.head!r}")
-    if int(said.ids.max()) >= model.config.vocab_size:
+    if int(whole.ids.max()) >= model.config.vocab_size:
         raise InputError(
-            f"{said.source}: token id {said.ids.max()} is outside the vocabulary of {model.config.vocab_size}"
+            f"{whole.source}: token id {whole.ids.max()} is outside the vocabulary of {model.config.vocab_size}"
         )
-    policy = asked.policy or (FUSED if dtype == "float32" else HF_EAGER)
-    expected = expect(model, said.inputs, dtype, policy, said.temperature)
+    policy = policy or (FUSED if dtype == "float32" else HF_EAGER)
+    said, temperature = whole.part(sequences), whole.temperatures[sequences[0]]
+    expected = expect(model, said.inputs, dtype, policy, temperature)
     variance = expected.variance
     shown = format_of({"logprobs": said.logprobs})
     if shown != "float32":
@@ -312,16 +192,18 @@ def judge(model: Model, said: LogProbs, dtype: str, asked: Asked, checkpoint: st
     comparable = said.said & ~np.isnan(other)
     _, (moved, moved_sigmas) = _compared(other, expected.exact, variance, comparable)
     at = np.unravel_index(int(np.argmax(sigmas)), sigmas.shape)
+    of_token = np.where(said.said, sigmas, np.nan)
     return LogProbReport(
         checkpoint,
         said.source,
         dtype,
         policy.name,
-        said.temperature,
+        temperature,
+        tuple(sequences),
         int(said.said.sum()),
         ratio,
         float(limit),
-        (int(at[0]), int(at[1])),
+        (sequences[int(at[0])], int(at[1])),
         float(said.logprobs[at]),
         float(expected.exact[at]),
         float(sigmas[at]),
@@ -329,9 +211,16 @@ def judge(model: Model, said: LogProbs, dtype: str, asked: Asked, checkpoint: st
         int((sigmas > token_limit).sum()),
         bool(moved <= limit and moved_sigmas.max() <= token_limit),
         expected.carried,
-        error,
-        variance,
+        whole.ids,
+        *(_in_place(values, sequences, whole.ids.shape) for values in (error, variance, of_token)),
     )
+
+
+def _in_place(values: np.ndarray, sequences: list[int], shape: tuple[int, ...]) -> np.ndarray:
+    """Values of some sequences among those of all, NaN elsewhere."""
+    whole = np.full(shape, np.nan)
+    whole[sequences, : values.shape[1]] = values
+    return whole
 
 
 def _compared(
@@ -356,7 +245,7 @@ def _honest(
     emulated = type(model)(model.config, model.weights, Arithmetic(dtype, replace(policy, torch_order=False)))
     inputs = said.inputs
     logits = emulated(inputs.input_ids, attention_mask=inputs.mask, position_ids=inputs.positions).logits
-    z = np.asarray(logits, np.float64) / said.temperature
+    z = np.asarray(logits, np.float64) / said.temperatures[0]
     z = z - z.max(axis=-1, keepdims=True)
     log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
     own = np.full(said.ids.shape, np.nan)
@@ -389,29 +278,49 @@ class Disagreement:
         return f"{self.fault[0]} is wrong: rounding explains what {right} says, and not what it says"
 
 
-def disagreement(a: LogProbReport, b: LogProbReport) -> Disagreement:
-    """The difference of two reports, each against the truth. Raises InputError where they have no token in common."""
-    both = ~np.isnan(a.error) & ~np.isnan(b.error)
+def disagreement(first: Sequence[LogProbReport], second: Sequence[LogProbReport]) -> Disagreement:
+    """The difference of two programs, each against the truth: all reports on each. Raises InputError where they have no
+    token in common."""
+    (error_a, variance_a), (error_b, variance_b) = _together(first), _together(second)
+    both = ~np.isnan(error_a) & ~np.isnan(error_b)
+    a, b = first[0].source, second[0].source
     if not both.any():
-        raise InputError(f"{a.source} and {b.source} have no token in common of which both say a log-probability")
-    difference = np.where(both, a.error - np.where(both, b.error, 0), 0)
-    variance = (a.variance + b.variance)[both]
+        raise InputError(f"{a} and {b} have no token in common of which both say a log-probability")
+    difference = np.where(both, error_a - np.where(both, error_b, 0), 0)
+    variance = (variance_a + variance_b)[both]
     at = np.unravel_index(int(np.argmax(np.abs(difference))), difference.shape)
     ratio = float(np.sqrt(np.square(difference[both]).mean() / variance.mean()))
-    fault = tuple(report.source for report in (a, b) if report.verdict == "fails")
+    fault = tuple(reports[0].source for reports in (first, second) if any(one.verdict == "fails" for one in reports))
     mean, largest = float(difference[both].mean()), float(difference[at])
-    return Disagreement(a.source, b.source, int(both.sum()), ratio, mean, largest, (int(at[0]), int(at[1])), fault)
+    return Disagreement(a, b, int(both.sum()), ratio, mean, largest, (int(at[0]), int(at[1])), fault)
+
+
+def _together(reports: Sequence[LogProbReport]) -> tuple[np.ndarray, np.ndarray]:
+    """Error and variance [B, S] of all sequences."""
+    error, variance = reports[0].error, reports[0].variance
+    for one in reports[1:]:
+        error = np.where(np.isnan(error), one.error, error)
+        variance = np.where(np.isnan(variance), one.variance, variance)
+    return error, variance
 
 
 @dataclass(frozen=True)
 class Found:
-    """The reports on one file or two, and of two their difference."""
+    """The reports on one program or two, one for each dtype and temperature; and of two programs their difference."""
 
     reports: tuple[LogProbReport, ...]
     difference: Disagreement | None = None
 
+    @classmethod
+    def of(cls, reports: Sequence[LogProbReport]) -> Self:
+        """All reports on one program or on two, which differ in their sources."""
+        sources = list(dict.fromkeys(report.source for report in reports))
+        each = [[report for report in reports if report.source == source] for source in sources]
+        return cls(tuple(reports), disagreement(*each) if len(each) == 2 else None)
+
     @property
     def verdict(self) -> Verdict:
+        """That of the worst report."""
         return worst(report.verdict for report in self.reports)
 
     def to_dict(self) -> dict[str, Any]:
@@ -423,27 +332,77 @@ class Found:
         return {"schema": SCHEMA, "verdict": self.verdict, "reports": reports, "difference": difference}
 
 
-def check_logprobs(folder: Path | None, files: list[Path], dtypes: tuple[str, ...], asked: Asked) -> Found:
-    """Judge one file or two of the same tokens, which `refllm check CHECKPOINT --logprobs F` names.
+def check_logprobs(
+    checkpoint: str | os.PathLike[str],
+    *said: Given,
+    dtype: str | Sequence[str] | None = None,
+    policy: str | None = None,
+) -> Found:
+    """Judge the log-probabilities that a program gave the tokens of some sequences, or two programs gave the same ones.
 
-    dtypes: of the files that do not say theirs, one for both or one for each. Raises InputError for files that are not
-    as docs/recording.md says, and for other tokens in the second.
+    said: of each program a file (safetensors or JSON lines, docs/recording.md); or arrays by the same names: ids [B, S]
+    and logprobs [B, S] (NaN where none is known), perhaps mask [B, S], temperature (a number, or [B]), source and
+    dtype. logprobs are natural logarithms over the whole vocabulary, of each token given those before it. dtype: in
+    which those computed that do not say it, one for both or one for each. policy: where they round, "hf-eager",
+    "hf-sdpa" or "fused"; None: as often as honest code may. Every dtype and temperature has a report of its own.
+
+    `Found.difference.fault` names the sources that are wrong. Raises InputError for what is not as docs/recording.md
+    says, and for other tokens in the second.
     """
-    from refllm.check.run import folders_to_check, load
+    dtypes = [dtype] if isinstance(dtype, str) else list(dtype or [])
+    return Found.of(list(judged(checkpoint, list(said), dtypes, policy)))
 
-    if folder is None or len(files) > 2:
-        raise InputError("--logprobs needs the CHECKPOINT, and one file or two: refllm check CHECKPOINT --logprobs F")
-    (folder,) = folders_to_check(folder)
-    said = [LogProbs.load(file) for file in files]
-    if len(said) == 2 and said[0].source == said[1].source:
-        said = [replace(one, source=f"{one.source} ({file.name})") for one, file in zip(said, files, strict=True)]
-    if len(said) == 2 and (said[0].lengths != said[1].lengths or not np.array_equal(said[0].ids, said[1].ids)):
-        raise InputError(f"--logprobs {files[1]}: its tokens are others than those of {files[0]}")
-    reports = []
-    for i, one in enumerate(said):
-        dtype = one.dtype or (dtype_name(dtypes[min(i, len(dtypes) - 1)]) if dtypes else "")
-        if dtype not in DTYPES:
-            which = f"{dtype!r} cannot be checked" if dtype else "nothing says in which dtype it computed"
-            raise InputError(f"--logprobs {files[i]}: {which}; say --dtype with one of {', '.join(DTYPES)}")
-        reports.append(judge(load(folder, dtype), one, dtype, asked, folder.name))
-    return Found(tuple(reports), disagreement(*reports) if len(reports) == 2 else None)
+
+def judged(
+    checkpoint: str | os.PathLike[str],
+    given: Sequence[Given],
+    dtypes: Sequence[str] = (),
+    policy: str | None = None,
+    step: Callable[..., None] = lambda *_: None,
+) -> Iterator[LogProbReport]:
+    """The reports of `check_logprobs` as they are done. step: told what is being done."""
+    from refllm.check.run import find_policy, folders_to_check, load
+
+    if not 1 <= len(given) <= 2:
+        raise InputError(f"log-probabilities of {len(given)} programs: expected those of one, or of two")
+    (folder,) = folders_to_check(Path(checkpoint))
+    asked = None if policy is None else find_policy(policy)
+    every = [_taken(one, dtypes[min(i, len(dtypes) - 1)] if dtypes else "") for i, one in enumerate(given)]
+    if len(every) == 2:
+        _must_be_of_the_same_tokens(every, given)
+        if every[0].source == every[1].source:
+            every = [
+                replace(one, source=f"{one.source} ({_name(g, i)})")
+                for i, (one, g) in enumerate(zip(every, given, strict=True))
+            ]
+    for one in every:
+        for (of, _), sequences in one.alike().items():
+            step(f"{folder.name} {of}: log-probabilities of {one.source}")
+            yield judge(load(folder, of), one, sequences, of, asked, folder.name)
+
+
+def _taken(given: Given, dtype: str) -> LogProbs:
+    """What was given, with a dtype wherever it says none."""
+    if isinstance(given, LogProbs):
+        said = given
+    else:
+        said = LogProbs.of(given) if isinstance(given, Mapping) else LogProbs.load(given)
+    dtypes = tuple(of or dtype_name(dtype) for of in said.dtypes)
+    wrong = next((of for of in dtypes if of not in DTYPES), None)
+    if wrong is not None:
+        which = f"{wrong!r} cannot be checked" if wrong else "nothing says in which dtype it computed"
+        raise InputError(f"{_name(given, 0)}: {which}; say --dtype (dtype=) with one of {', '.join(DTYPES)}")
+    return replace(said, dtypes=dtypes)
+
+
+def _must_be_of_the_same_tokens(every: Sequence[LogProbs], given: Sequence[Given]) -> None:
+    a, b = every
+    if a.lengths != b.lengths or not np.array_equal(a.ids, b.ids):
+        raise InputError(f"{_name(given[1], 1)}: its tokens are others than those of {_name(given[0], 0)}")
+
+
+def _name(given: Given, i: int) -> str:
+    """What a message calls it."""
+    if isinstance(given, (LogProbs, Mapping)):
+        return ("the first", "the second")[i]
+    return f"--logprobs {given}"

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from refllm.accuracy import tables
+from refllm.accuracy.cancellation import SIGMOIDS, nothing_left
+from refllm.accuracy.cancellation import in_words as in_words_of_lost
 from refllm.accuracy.judge import broken, broken_isolated
 from refllm.accuracy.limits import CANCELS, TF32_AT_LEAST
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
@@ -47,6 +49,7 @@ from refllm.forward.dry_run import names_of
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
 from refllm.hypotheses.explain import Explanation
+from refllm.hypotheses.setup import is_small
 from refllm.models.own_page import current
 from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
@@ -61,12 +64,15 @@ def _to_no_bit(x: Uncertain) -> Uncertain:
     return replace(x, rounded=None, before=None if x.before is None else replace(x.before, rounded=None))
 
 
-def _orders(operator: str) -> list[Profile]:
-    """The orders of float32 sums, from the smallest error to the largest."""
+def _orders(operator: str, reads: tuple[str, ...]) -> list[Profile]:
+    """The orders of float32 sums, from the smallest error to the largest. reads: what a product may read in place of
+    its input, each in every order."""
     orders = [BLOCKS, ONE_CHAIN, *([ONE_PASS] if operator == "layer_norm" else [])]
     if operator in ("rope", "glu", "activation", "add"):
         orders = [BLOCKS]
     found = [ONCE if order == BLOCKS else Profile(order=order) for order in orders]
+    if operator == "linear" and len(reads) > 1:
+        return [replace(profile, inputs=reading) for reading in reads for profile in found]
     return [*found, Profile(tf32=True)] if operator in ("linear", "attention") else found
 
 
@@ -148,7 +154,7 @@ def predict(
 ) -> Uncertain:
     """Run the page of `model` on `inputs`; at_tap sees every named value. Returns the head's output or the last norm's.
 
-    model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. how: op and tables, as
+    model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. how: op, tables and head_of, as
     `predict_page` takes them.
     """
     return predict_page(
@@ -185,9 +191,13 @@ class Judge:
         self.isolated: dict[str, TapReport] = {}
         self.next_tokens: TokenReport | None = None
         self.shares: dict[str, float] = {}
-        self.record = Record(self.narrow)
+        self.record = Record(self.narrow, asked.kinds)
         self.tables = guess
         self._recognise = Recogniser(trace.dtype, self.places, asked.splits)
+        rows, self.last = np.arange(len(self.valid)), trace.inputs.last if trace.last_alone else None
+        if self.last is not None:
+            self.last_places = np.stack([rows, self.last], axis=1)
+            self._recognise_last = Recogniser(trace.dtype, np.stack([rows, 0 * rows], axis=1), asked.splits)
         self._last: tuple[Made, Profiled, Profile] | None = None
         self._made: tuple[Made, Profiled] | None = None
         self._measured: tuple[str, Measure] = "", _NOTHING
@@ -218,7 +228,8 @@ class Judge:
         if name == "lm_head" and name in self.trace.taps:
             exact, variance, candidate = map(self._rows, (output.value, output.variance, self.trace.taps[name]))
             exact, variance = self._expected(name, exact, variance, alone=False)
-            self.next_tokens = compare_tokens(exact, variance, candidate, self.places)
+            places = self.places if self.last is None else self.last_places
+            self.next_tokens = compare_tokens(exact, variance, candidate, places)
         return list(self.reports.values())
 
     def guesses(self) -> list[tables.Tables | None]:
@@ -236,9 +247,8 @@ class Judge:
         assumed = (self.policy or FUSED).without(self.model.page.NOT_ROUNDED)
         op = Profiled(self.trace.dtype, assumed, at_tap, lambda name: True, work_out, bits)
         assert self.tables is not None
-        return predict(
-            self.model, self.trace.inputs, self.trace.dtype, assumed, at_tap, op=op, tables=self.tables.uncertain
-        )
+        how: dict[str, Any] = {"op": op, "tables": self.tables.uncertain, "head_of": self.last}
+        return predict(self.model, self.trace.inputs, self.trace.dtype, assumed, at_tap, **how)
 
     def _turned(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Heads before and after the rotation, as far as the candidate shows both: (positions, before, after)."""
@@ -273,7 +283,8 @@ class Judge:
             return self._in_an_order(name, made, op, self._fitted(name, candidate, made))
         found = NOT_ASKED
         if np.isfinite(candidate).all():
-            found = self._recognise(made, self._fitted(name, candidate, made), self.record.tried_first(name))
+            recognise = self._recognise_last if self._is_of_last_tokens(candidate) else self._recognise
+            found = recognise(made, self._fitted(name, candidate, made), self.record.tried_first(name))
         self.record.keep(name, made.operator, found)
         if self.policy is not None:
             profile = of_policy(made.operator, op.policy)
@@ -325,11 +336,11 @@ class Judge:
         return _to_no_bit(op.under(made, chosen(profile, made.operator, self.narrow)))
 
     def _in_an_order(self, name: str, made: Made, op: Profiled, candidate: np.ndarray) -> Uncertain:
-        """The value in that order of float32 sums which has the smallest error that holds."""
-        first: Uncertain | None = None
-        for profile in _orders(made.operator):
+        """The value in that order of float32 sums which has the smallest error that holds; if none does, of the ways
+        to read the input that which leaves the least."""
+        least, nearest = np.inf, None
+        for profile in _orders(made.operator, self.record.readings(name)):
             x = op.under(made, profile)
-            first = first or x
             rows = self._rows(candidate)
             found = self._measure(rows, self._rows(x.value, candidate), self._rows(x.variance, candidate))
             if not broken_isolated(found, self.trace.dtype) and (not profile.tf32 or found.ratio > TF32_AT_LEAST):
@@ -338,8 +349,10 @@ class Judge:
                 if profile.order == ONE_PASS:
                     self._cancels[name] = self._cancellation(made.inputs[0].value)
                 return x
-        assert first is not None
-        return first
+            if nearest is None or (profile.order == ONCE.order and not profile.tf32 and found.ratio < least):
+                least, nearest = found.ratio, x
+        assert nearest is not None
+        return nearest
 
     def _cancellation(self, read: np.ndarray) -> str:
         """What to say of a variance in one pass over such rows; "" where their means are small enough for it."""
@@ -351,6 +364,17 @@ class Judge:
             "the variance is computed in one pass, as E x^2 - (E x)^2, which cancels: the mean of a row is "
             f"{largest_mean:.3g} of its standard deviations; take the mean off first"
         )
+
+    def _cancelled(self, name: str, candidate: np.ndarray, x: Uncertain) -> str:
+        """What to say of an activation whose sigmoid has cancelled; "" where its gate is not shown."""
+        if self._made is None or not name.endswith(".act") or self._made[0].how.get("name") not in SIGMOIDS:
+            return ""
+        gate = self._made[0].inputs[0]
+        if gate.variance.any():
+            return ""
+        of_gate, found, exact = (self._rows(values) for values in (gate.value, candidate, x.value))
+        lost = nothing_left(of_gate, found, exact, self.trace.dtype)
+        return in_words_of_lost(of_gate, found, exact, lost) if lost.any() else ""
 
     def _isolated(self, name: str, x: Uncertain) -> Uncertain:
         candidate = self._candidate(name, x)
@@ -378,6 +402,7 @@ class Judge:
             report.named = f"{found.defect}: that predicts it to the bit" if found.defect else found.shared
             if self.policy is not None and broken_isolated(report.isolated, self.trace.dtype) and not report.named:
                 report.place = self._elsewhere(name, candidate)
+        report.named = report.named or self._cancelled(name, candidate, x)
         report.zmap = error_map(rows, exact, variance, self.overflow)
         if name.endswith(".context"):
             first = np.unique(self.places[:, 0], return_index=True)[1]
@@ -506,8 +531,9 @@ class Judge:
     def _measure(self, rows: np.ndarray, exact: np.ndarray, variance: np.ndarray) -> Measure:
         """The measure, with indices that name the batch row and the position, padding counted."""
         found = measure(rows, exact, variance, self.overflow)
-        places = {name: self._place(getattr(found, name)) for name in ("row", "at", "nonfinite_at")}
-        return replace(found, **places)  # type: ignore[arg-type]
+        places = self.places if self.last is None or len(rows) != len(self.last) else self.last_places
+        named = {name: self._place(getattr(found, name), places) for name in ("row", "at", "nonfinite_at")}
+        return replace(found, **named)  # type: ignore[arg-type]
 
     def _misrounded(self, candidate: np.ndarray, rounded: np.ndarray | None) -> float:
         if rounded is None:
@@ -515,8 +541,13 @@ class Judge:
         found, policy = self._rows(candidate), self._rows(rounded, candidate)
         return float(np.mean((found != policy) & ~(np.isnan(found) & np.isnan(policy))))
 
-    def _place(self, index: tuple[int, ...]) -> tuple[int, ...]:
-        return (*(int(i) for i in self.places[index[0]]), *index[1:]) if index else ()
+    @staticmethod
+    def _place(index: tuple[int, ...], places: np.ndarray) -> tuple[int, ...]:
+        return (*(int(i) for i in places[index[0]]), *index[1:]) if index else ()
+
+    def _is_of_last_tokens(self, values: np.ndarray) -> bool:
+        """Whether these are logits of one token per row: [B, 1, V]."""
+        return self.last is not None and values.ndim == 3 and values.shape[1] == 1 < self.valid.shape[1]
 
     def _fitted(self, name: str, candidate: np.ndarray, made: Made) -> np.ndarray:
         """What was shown, if it has the shape of what the operator makes."""
@@ -544,6 +575,8 @@ class Judge:
         if like is not None:
             values = values[..., : like.shape[-1]]
         by_position = values if values.ndim == 3 else values.transpose(0, 2, 1, 3)
+        if self._is_of_last_tokens(values):
+            return by_position[:, 0]
         if self.valid.all():  # no copy of what lies so already
             return np.ascontiguousarray(by_position).reshape(-1, *by_position.shape[2:])
         return by_position[self.valid]
@@ -735,10 +768,11 @@ def judge(
     *,
     checkpoint: str = "",
     step: Callable[[str], None] = lambda text: None,
-    explain: bool = False,
+    explain: bool | None = False,
 ) -> Report:
     """The report on a trace. model: the checkpoint's, with weights on the grid of the trace's dtype. explain: whether
-    to look for what a wrong run did (`refllm.check.explained`).
+    to look for what a wrong run did (`refllm.check.explained`); None: where it fails, and where nothing but the last
+    value was shown, of a model that is small.
 
     Raises InputError where trace and model do not fit: another config, unknown names, other shapes.
     """
@@ -766,7 +800,7 @@ def judge(
         unsaid=collected.unsaid(),
         unseen=[*never_shown(model.head, trace), *never_read(model)],
     )
-    if explain:
+    if explain is not False and (explain or report.verdict == "fails" or is_small(model)):
         report.explanation = _explanation(model, collected, report, step)
         report.notes += explained_in_words(report.explanation) if report.verdict != "fails" else []
     report.notes += trace.doubts if report.verdict == "fails" else []

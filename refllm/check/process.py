@@ -84,6 +84,10 @@ class Processes:
         if process is not None:
             process.close()
 
+    def forget(self, candidate: "ApartCandidate") -> None:
+        """It is neither open nor being opened."""
+        self._opened.pop(_kind(candidate.opening.name), None)
+
     def give_up(self, name: str, found: Misbehaviour) -> None:
         """Whatever the checkpoint is: a candidate that misbehaves when it is imported does so again."""
         self._unusable[name] = found
@@ -144,6 +148,7 @@ class ApartCandidate:
         except MisbehavesError as error:
             if not imported:
                 self._processes.give_up(self.opening.name, error.found)
+            self._processes.forget(self)  # whoever asks again is answered again
             raise
 
     def _receive(self, process: Process, end: float, late: str) -> Answer:
@@ -158,7 +163,7 @@ class ApartCandidate:
             file, line = process.where()
             self._processes.end(self)
             at = f" ({place(file, line)})" if file else ""
-            found = Misbehaviour("hangs", f"{late}{at}; --time gives it more", file, line)
+            found = Misbehaviour("hangs", f"{late}{at}; --time-limit gives it more", file, line)
             raise MisbehavesError(found, self.name) from None
         if answer.word == "misbehaves":
             raise MisbehavesError(Misbehaviour(**answer.values), self.name)

@@ -5,6 +5,7 @@ layer is different: a finding, though the profile may be an honest one.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from refllm.accuracy.limits import CONTEXT_EXACTLY, CONTEXT_FAR_WORSE, CONTEXT_NEARLY
 from refllm.accuracy.profiles import ONCE, Profile, in_words, most, of_policy
 from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, ONE_PASS
+from refllm.accuracy.readings import AS_IT_IS, READ_BESIDE, in_no_certain_way
+from refllm.accuracy.readings import in_words as readings_in_words
 from refllm.accuracy.recognise import Recognition
 from refllm.check import formulas
 from refllm.precision import HF_EAGER
@@ -36,23 +39,40 @@ class Habit:
 
 @dataclass(frozen=True)
 class Record:
-    """What was recognised, value by value. narrow: whether the format is one in which it can be."""
+    """What was recognised, value by value. narrow: whether the format is one in which it can be. kinds: of
+    `refllm.check.asked`. reads: product -> what it reads in place of its input."""
 
     narrow: bool
+    kinds: Mapping[str, str] = field(default_factory=dict)
     found: dict[str, Recognition] = field(default_factory=dict)
     operators: dict[str, str] = field(default_factory=dict)
     orders: dict[str, Profile] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
 
     def keep(self, name: str, operator: str, found: Recognition) -> None:
         """What a value has shown."""
         self.found[name], self.operators[name] = found, operator
 
     def keep_order(self, name: str, operator: str, profile: Profile) -> None:
-        """What float32 has to say: the order of sums that fits, the one of the largest error over the layers."""
+        """What float32 has to say: the order of sums that fits, the one of the largest error over the layers; and what
+        a product reads."""
         key, self.operators[name] = formulas.short(name), operator
+        self.reads[name], profile = profile.inputs, replace(profile, inputs=AS_IT_IS)
         before = self.orders.get(key)
         if before is None or _rank(profile) > _rank(before):
             self.orders[key] = profile
+
+    def readings(self, name: str) -> tuple[str, ...]:
+        """What the product of that name may read in place of its input; first what one with such a weight did."""
+        kind = self.kinds.get(name, "")
+        before = [reading for other, reading in self.reads.items() if self.kinds.get(other) == kind]
+        return tuple(dict.fromkeys((*before[-1:], *READ_BESIDE.get(kind, (AS_IT_IS,)))))
+
+    def _in_float32(self, name: str) -> Profile | None:
+        """A profile; of a product that was not shown, or holds in no way, with the reading that rounds most."""
+        rounded = in_no_certain_way(READ_BESIDE.get(self.kinds.get(name, ""), (AS_IT_IS,))[-1])
+        order, reads = self.orders.get(formulas.short(name)), self.reads.get(name, rounded)
+        return replace(order or ONCE, inputs=reads) if reads else order
 
     def tried_first(self, name: str) -> tuple[Profile, ...]:
         """The profiles that earlier layers had, the most frequent first."""
@@ -63,7 +83,7 @@ class Record:
         """That of a value over all layers, else of another one of the same operator; None if nothing was recognised."""
         short = formulas.short(name)
         if not self.narrow:
-            return self.orders.get(short)
+            return self._in_float32(name)
         found = self._common(short)
         if found is None and operator != "linear":
             others = {formulas.short(n) for n, o in self.operators.items() if o == operator}
@@ -150,6 +170,10 @@ class Record:
                 continue
             if self.narrow or profile != ONCE:
                 by_operator.setdefault(operator, {}).setdefault(words, []).append(short)
+        for name, reading in self.reads.items():
+            if reading:
+                values = by_operator.setdefault("linear", {}).setdefault(readings_in_words(reading), [])
+                values += [] if formulas.short(name) in values else [formulas.short(name)]
         said = []
         for operator, found in by_operator.items():
             eager = said_of(operator, of_policy(operator, policy)) if self.narrow else ""

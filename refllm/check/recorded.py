@@ -9,6 +9,7 @@ import numpy as np
 
 from refllm.check.against import judge_against
 from refllm.check.asked import Asked
+from refllm.check.explained import by_default
 from refllm.check.functions import DTYPES
 from refllm.check.layout import laid_out, words_of
 from refllm.check.oracle import Report, judge
@@ -61,30 +62,36 @@ def check_recorded(
     against: Trace | None = None,
     step: Step = lambda *_: None,
     weights: Given | None = None,
-    explain: bool = False,
+    explain: bool | None = None,
 ) -> Report:
     """The report on a recorded run. load: dtype -> the checkpoint, with weights on the grid of that dtype.
 
     dtype: in which it computed; None takes what the trace says, or shows. layout: how its values lie, in place of what
     the trace says (`refllm.check.layout.LAYOUTS`). against: a known-good run, the measure in place of the page.
     weights: those that it computed with, where they are not the checkpoint's; the file may hold them, as
-    `weights.<tensor>`. explain: see `judge`. Raises InputError for a trace that is not of this checkpoint.
+    `weights.<tensor>`. explain: see `judge`; None: `explained.by_default`. Raises InputError for a trace that is not of
+    this checkpoint.
     """
     format_ = dtype or trace.dtype
     if format_ not in DTYPES:
         raise InputError(f"{trace.source}: {format_} cannot be checked: say --dtype with one of {', '.join(DTYPES)}")
     step(f"{checkpoint}: loading")
     taps, tensors = handed_over(trace.taps)
-    weights = weights or Given.handed(trace.source, tensors)
+    weights, said_of_weights = weights or Given.handed(trace.source, tensors), list[str]()
+    if weights is not None:
+        weights, said_of_weights = weights.checked(load("float64"))
     model = load(format_) if weights is None else weights.in_place_of(load(format_))
     trace = canonical(replace(trace, dtype=format_, taps=taps), model, layout)
     where = f"{checkpoint} {format_}, {trace.inputs.label}"
     how: dict[str, Any] = {"checkpoint": checkpoint, "step": lambda text: step(f"{where}: {text}")}
+    if weights is not None:
+        asked = replace(asked, kinds=weights.kinds(model))
     if against is not None:
         return judge_against(model, trace, canonical(against, model, layout if against.is_plain else ""), asked, **how)
-    report = judge(model, trace, asked, explain=explain, **how)
+    report = judge(model, trace, asked, explain=by_default(explain), **how)
     if weights is not None:
         report.format_error = format_error(load("float64"), weights, trace.inputs, report)
+    report.notes += said_of_weights
     said = "dtype" in trace.details or dtype is not None
     report.notes += (
         [] if said or not trace.is_plain else [f"judged as {format_}, as its values are; --dtype says another"]
@@ -109,6 +116,7 @@ def canonical(trace: Trace, model: Model, layout: str = "") -> Trace:
         layout=(),
         notes=[*trace.notes, *laid.notes],
         doubts=[*trace.doubts, *laid.doubts],
+        last_alone=laid.last_alone,
     )
 
 
@@ -124,7 +132,7 @@ def refuse(given: dict[str, Any]) -> None:
     why = {
         "--candidate": "it was run already",
         "--stress": "other inputs cannot be run; record those that refllm trace --inputs-only --stress writes",
-        "--time": "nothing is run",
+        "--time-limit": "nothing is run",
         "--names": "nothing is run",
         "--library": "nothing is run",
     }

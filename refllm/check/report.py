@@ -66,6 +66,7 @@ def closing_line(reports: list[Report]) -> RenderableType:
     columns = Table.grid(padding=(0, 2, 0, 0))
     for label, said in legend():
         columns.add_row(Text(label, style="dim"), Text(said, style="dim"))
+    columns.add_row("", Text("refllm learn term WORD says more of any of them", style="dim"))
     return Group("", columns, "", Text(f"{len(reports)} checked: {words}", style=STYLE[worst(verdicts)]))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from refllm import extras
 from refllm.check.asked import Asked
-from refllm.check.candidates import FAST, KNOWN, open_candidate, record
+from refllm.check.candidates import FAST, KNOWN, open_candidate, record, weights_of
 from refllm.check.functions import DTYPES
 from refllm.check.inputs import Inputs
 from refllm.check.layout import words_of
@@ -59,7 +59,8 @@ class Settings:
     isolate: run it in a process of its own. splits, tf32: see `refllm.check.asked`. names, library: see
     `refllm.check.stacks.Opening`. layout: words of `refllm.check.layout.LAYOUTS`.
     against: a known-good run to be the measure, and its tokens those that are run where `tokens` has none.
-    weights: what `refllm.check.weights.Given.open` takes. explain: look for what a wrong run did.
+    weights: what `refllm.check.weights.Given.open` takes. explain: see
+    `refllm.check.runs.Runs`.
     """
 
     candidate: str = "transformers"
@@ -77,7 +78,7 @@ class Settings:
     layout: str = ""
     against: Trace | None = None
     weights: Path | None = None
-    explain: bool = False
+    explain: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
@@ -90,7 +91,7 @@ class Settings:
         if self.against is not None and self.stress:
             raise InputError("--against has the values of one run, so leave out --stress")
         if self.seconds is not None and not self.seconds > 0:
-            raise InputError(f"--time {self.seconds:g}: expected more than 0 seconds")
+            raise InputError(f"--time-limit {self.seconds:g}: expected more than 0 seconds")
 
     def opening(self, folder: Path, dtype: str) -> Opening:
         """What the candidate is opened from, for one checkpoint in one precision."""
@@ -203,7 +204,7 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
     """A report per input. The candidate of the following job is opened while the last run of this one is judged."""
     step(f"{job.folder.name}: loading")
     candidate = job.open(processes)  # it loads its weights while this process loads its own
-    good = job.settings.against
+    good, opening = job.settings.against, job.settings.opening(job.folder, candidate.dtype)
     inputs, notes = inputs_for(job.folder, job.settings.tokens, good)
 
     def go_on() -> None:
@@ -227,7 +228,7 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
         notes=notes,
         step=step,
         recorded=go_on,
-        weights=None if job.settings.weights is None else Given.open(job.settings.weights),
+        weights=weights_of(opening) if job.settings.weights is None else Given.open(job.settings.weights),
         explain=job.settings.explain,
     )
     yield from runs.reports()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from refllm.check.against import judge_against
 from refllm.check.asked import Asked
 from refllm.check.candidates import record
 from refllm.check.chosen_embeddings import chosen
+from refllm.check.explained import by_default
 from refllm.check.inputs import Inputs, every_token, stressed
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
@@ -34,7 +35,7 @@ class Runs:
     against: a known-good run, the measure in place of the page; of the plain inputs.
     recorded: called when the last run is done and not yet judged. weights: those that the candidate really
     has, where they are not the checkpoint's; it may hand them over in its first run. explain: look for what a wrong
-    run did (`refllm.check.explained`).
+    run did (`refllm.check.explained`); None: in the first runs that fail, until one is explained.
     """
 
     load: Callable[[str], Model]
@@ -49,11 +50,19 @@ class Runs:
     notes: list[str] = field(default_factory=list)
     step: Callable[..., None] = lambda *_: None
     recorded: Callable[[], None] = lambda: None
-    explain: bool = False
+    explain: bool | None = None
     weights: Given | None = None
 
     def __post_init__(self) -> None:
+        self._check_weights()
         self._model = self._load(self.candidate.dtype)
+        self._is_explained = False
+
+    def _check_weights(self) -> None:
+        """Leaves out what are no weights of the checkpoint's, and says so."""
+        if self.weights is not None and self.weights.own:
+            self.weights, said = self.weights.checked(self.load("float64"))
+            self.notes = [*self.notes, *said]
 
     def _load(self, dtype: str) -> Model:
         """The checkpoint in `dtype`, with the weights that the candidate has."""
@@ -80,9 +89,10 @@ class Runs:
         begin = time.monotonic()
         found, rows = self._run(self.plain), Rows(0, 0)
         seconds = time.monotonic() - begin
-        possible, skipped = self._possible()  # as is known now that it ran
         if isinstance(found, Trace):
             self._take_weights(found)
+        possible, skipped = self._possible()  # as is known now that it ran
+        if isinstance(found, Trace):
             self._settle(found)
             rows = self._rows(found, possible, seconds) if self.against is None else rows
         more += [] if _hangs(found) else possible
@@ -130,6 +140,7 @@ class Runs:
             self.notes = [*self.notes, f"it hands over weights of its own, which are not read: judged with {given}"]
         elif trace.weights:
             self.weights = Given.handed(self.candidate.name, trace.weights)
+            self._check_weights()
             self._model = self._load(self.candidate.dtype)
 
     def _tell_format_error(self, report: Report) -> None:
@@ -181,10 +192,17 @@ class Runs:
         return report
 
     def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
+        asked = Asked.of(self.policy)
+        if self.weights is not None:
+            asked = replace(asked, kinds=self.weights.kinds(self._model))
         if self.against is None:
-            return judge(self._model, trace, self.policy, checkpoint=self.checkpoint, step=step, explain=self.explain)
+            explain = by_default(self.explain)
+            explain = False if explain is None and self._is_explained else explain
+            report = judge(self._model, trace, asked, checkpoint=self.checkpoint, step=step, explain=explain)
+            self._is_explained |= report.explanation is not None and bool(report.explanation.causes)
+            return report
         layout = ",".join(self.layout) if self.against.is_plain else ""
-        good, asked = canonical(self.against, self._model, layout), Asked.of(self.policy)
+        good = canonical(self.against, self._model, layout)
         return judge_against(self._model, trace, good, asked, checkpoint=self.checkpoint, step=step)
 
     def _misbehaving(self, inputs: Inputs, found: Misbehaviour) -> Report:

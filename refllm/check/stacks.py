@@ -5,6 +5,10 @@ An adapter is a module with two functions:
 
     open_candidate(opening)   -> Candidate   what `--candidate NAME[:FILE]` names
     wrap(model, opening)      -> Candidate   the same for a live object of that stack
+
+and a third where a file has weights of its own, which may be in another format than the checkpoint's:
+
+    weights(opening)          -> Given       (refllm.check.weights)
 """
 
 import importlib
@@ -44,13 +48,15 @@ class Opening:
 @dataclass(frozen=True)
 class Stack:
     """needs: the packages, by the names of their imports. dtypes: what it computes in on a CPU. given: what has to
-    stand after the colon, "" nothing. adapter: its module. roots: the packages that its live objects come from."""
+    stand after the colon, "" nothing. adapter: its module. roots: the packages that its live objects come from.
+    optional: whether what is given may be left out."""
 
     needs: tuple[str, ...]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     given: str = ""
     adapter: str = ""
     roots: tuple[str, ...] = ()
+    optional: bool = False
 
 
 STACKS: dict[str, Stack] = {
@@ -58,7 +64,7 @@ STACKS: dict[str, Stack] = {
     "onnx": Stack(("onnx", "onnxruntime"), ("float32", "float16"), "FILE", "onnx", ("onnx", "onnxruntime")),
     "openvino": Stack(("openvino",), ("float32",), "FILE", "openvino", ("openvino",)),
     "ctranslate2": Stack(("ctranslate2",), ("float32",), "FOLDER", "ctranslate2", ("ctranslate2",)),
-    "mlx": Stack(("mlx", "mlx_lm"), adapter="mlx", roots=("mlx",)),
+    "mlx": Stack(("mlx", "mlx_lm"), given="FOLDER", adapter="mlx", roots=("mlx",), optional=True),
     "jax": Stack(("jax",), given="FILE.PY:FUNCTION", adapter="jax", roots=("jaxlib", "jax")),
     "gguf": Stack(("gguf",), ("float32",), given="FILE.gguf", adapter="gguf"),
 }
@@ -79,7 +85,7 @@ def must_have(stack: Stack, opening: Opening) -> None:
     Raises MissingExtraError for a stack whose packages are not installed.
     """
     word = opening.name.partition(":")[0]
-    if stack.given and not opening.given:
+    if stack.given and not opening.given and (not stack.optional or ":" in opening.name):
         raise InputError(f"--candidate {word} needs what it reads: --candidate {word}:{stack.given}")
     if opening.given and not stack.given:
         raise InputError(f"--candidate {opening.name}: {word} reads the checkpoint itself; leave out :{opening.given}")

@@ -38,8 +38,8 @@ class Trace:
     head, config_hash: of the model, the latter of what its config says about the mathematics (`refllm.config.digest`);
     "" where a file does not say. details: anything else worth keeping. layout: words of `refllm.check.layout.LAYOUTS`
     that say how the values lie; notes, doubts: what was said when they were brought to the shapes of the vocabulary
-    (`refllm.check.layout.Laid`). weights: tensors that the candidate handed over
-    (`refllm.check.weights`), which no file keeps.
+    (`refllm.check.layout.Laid`), last_alone: what the logits are, as there. weights: tensors that the candidate handed
+    over (`refllm.check.weights`), which no file keeps.
     """
 
     taps: dict[str, np.ndarray]
@@ -53,11 +53,20 @@ class Trace:
     layout: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
+    last_alone: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether a program wrote it that does not know refllm, and its file has no word on its model."""
         return not self.config_hash
+
+    def with_last_logits(self) -> "Trace":
+        """The same with the logits of the last token of every sequence alone."""
+        logits = self.taps.get("lm_head")
+        if self.last_alone or logits is None:
+            return replace(self, last_alone=True)
+        rows, last = np.arange(len(logits))[:, None], self.inputs.last[:, None]
+        return replace(self, taps=self.taps | {"lm_head": logits[rows, last]}, last_alone=True)
 
     def save(self, path: str | Path) -> None:
         """Write to a file. Narrow values are stored in their own dtype, two bytes each."""

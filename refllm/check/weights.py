@@ -6,12 +6,13 @@ it computes with its own weights as it should. What its format costs is another 
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from refllm.accuracy.limits import ANOTHER_TENSOR, OF_ONE_ROUNDING, OF_THE_SMALLEST, STEPS_OF_A_ROW
 from refllm.check.inputs import Inputs
 from refllm.check.next_tokens import compare_tokens
 from refllm.check.taps import as_array
@@ -20,7 +21,7 @@ from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
 from refllm.precision import rounding
 from refllm.storage.gguf_file import GgufFile, is_gguf
-from refllm.storage.load_report import find_prefix
+from refllm.storage.load_report import file_name, find_prefix
 from refllm.storage.not_a_checkpoint import explain
 from refllm.storage.quantized import open_checkpoint
 
@@ -66,12 +67,16 @@ class Given:
     """Weights in the place of a checkpoint's, as far as there are any. source: where they come from, in words.
 
     rounded: whether the precision of the check rounds them, as it does those of a checkpoint; what was handed over is
-    taken as it is.
+    taken as it is. own: whether they are what the candidate has, which is asked whether they are the checkpoint's in
+    another format, and not what somebody said that they should be.
+    without: tensors, as the pages name them, that are not taken though they are there.
     """
 
     source: str
     tensors: Tensors
     rounded: bool
+    own: bool = False
+    without: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, given: str | Path | Mapping[str, Any]) -> "Given":
@@ -93,22 +98,59 @@ class Given:
     @classmethod
     def handed(cls, source: str, arrays: Mapping[str, Any]) -> "Given | None":
         """What somebody handed over; None for nothing."""
-        return cls(source, Handed(arrays), rounded=False) if arrays else None
+        return cls(source, Handed(arrays), rounded=False, own=True) if arrays else None
 
     def in_place_of(self, model: Model) -> Model:
         """`model` with these weights. Raises InputError for a tensor that it does not have, or of another shape."""
         own = model.weights
         return type(model)(model.config, own.replaced(self.arrays(model)), model.arithmetic, model.generation_config)
 
+    def kinds(self, model: Model) -> dict[str, str]:
+        """The products of `model` with a weight of these, by the names of their values -> how it is stored, as far as
+        the file says that."""
+        stored: Mapping[str, str] = getattr(self.tensors, "kinds", {})
+        by_page = {page: stored[name] for page, name in self._every_page().items() if name in stored}
+        by_page |= {target: by_page[source] for target, source in model.weights.tied.items() if source in by_page}
+        return {file_name(page, "model.").removesuffix(".weight"): kind for page, kind in by_page.items()}
+
     def arrays(self, model: Model) -> "_Arrays":
         """The arrays by the names that the pages of `model` have, each read when it is asked for."""
-        names, prefix = self.tensors.names, find_prefix(self.tensors.names, self.source)
-        pages = {name.removeprefix(prefix): name for name in names if not name.endswith("rotary_emb.inv_freq")}
+        pages = {page: name for page, name in self._every_page().items() if page not in self.without}
         for page, name in pages.items():
             self._must_fit(model, page, name)
         exact = model.dtype == "float64"
         round = rounding(model.dtype) if self.rounded and not exact else None
         return _Arrays(self.tensors, pages, np.float64 if exact else np.float32, round)
+
+    def checked(self, exact: Model) -> "tuple[Given | None, list[str]]":
+        """Those of the candidate's own that are the checkpoint's in another format; None where there are no other
+        formats. And a sentence on each tensor that is another one: the candidate is judged without it, and found.
+
+        exact: the checkpoint in float64.
+        """
+        if not self.own:
+            return self, []
+        arrays, said, same = self.arrays(exact), list[str](), set[str]()
+        kinds: Mapping[str, str] = getattr(self.tensors, "kinds", {})
+        for page, name in arrays.names.items():
+            kind = kinds.get(name, "")
+            bits = self.tensors.bits(name) if kind else 0.0  # type: ignore[attr-defined]
+            off, most = _worst_row(arrays[page], exact.weights[page]), _most(kind, bits)
+            if off > most:
+                said.append(
+                    f"{name} of {self.source}{f' ({kind})' if kind else ''} is not the checkpoint's: a row is off by "
+                    f"{_percent(off)} of its size, and {'that' if kind else 'a'} format costs no more than "
+                    f"{_percent(most)}; judged with the checkpoint's (if it is meant, --weights says so)"
+                )
+            if off > most or (off == 0 and kind == "F32"):
+                same.add(page)
+        left = len(same) < len(arrays)
+        return (replace(self, own=False, without=frozenset(same)) if left else None), said
+
+    def _every_page(self) -> dict[str, str]:
+        """Name on a page -> name of the tensor."""
+        names, prefix = self.tensors.names, find_prefix(self.tensors.names, self.source)
+        return {name.removeprefix(prefix): name for name in names if not name.endswith("rotary_emb.inv_freq")}
 
     def _must_fit(self, model: Model, page: str, name: str) -> None:
         own = model.weights
@@ -222,6 +264,21 @@ class FormatError:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
+
+
+def _most(kind: str, bits: float) -> float:
+    """What a row of a tensor may be off by in a format of so many bits, as a part of its size. bits: 0 if unknown."""
+    return OF_ONE_ROUNDING.get(kind, min(ANOTHER_TENSOR, 2 ** (STEPS_OF_A_ROW - bits)))
+
+
+def _worst_row(found: np.ndarray, own: np.ndarray) -> float:
+    """The largest rms of a row's difference over that of the row; of a tensor of numbers, its own."""
+    if found.shape != own.shape:
+        return float("inf")
+    off, size = (np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=-1)) for x in (found - own, own))
+    off = np.where(off > OF_THE_SMALLEST, off, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.max(np.where(off > 0, off / size, 0), initial=0))
 
 
 def format_error(exact: Model, given: Given, inputs: Inputs, report: "Report") -> FormatError:

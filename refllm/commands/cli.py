@@ -8,12 +8,13 @@ Everything heavy is imported inside the commands, so that `refllm --help` is qui
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from refllm.accuracy.verdicts import SCHEMA, verdict, worst
-from refllm.commands import audit, bench, golden, operators, train, tune
+from refllm.commands import audit, bench, golden, learn, operators, train, tune
+from refllm.commands.cut_short import CutShort
 from refllm.commands.shared_options import (
     FINDING,
     HOLDS,
@@ -25,6 +26,7 @@ from refllm.commands.shared_options import (
     Page,
     can_be_written,
     conclude,
+    more_than_none,
 )
 from refllm.commands.shared_options import console as _console
 from refllm.commands.shared_options import to_stdout as _to_stdout
@@ -35,6 +37,10 @@ from refllm.storage import output_file
 from refllm.terminal import streams
 from refllm.terminal.status_line import StatusLine
 
+if TYPE_CHECKING:
+    from refllm.check.logprobs import LogProbReport
+    from refllm.commands.gate import Known
+
 # The base class of all errors in arguments; where it is imported from differs between versions of typer.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
@@ -44,6 +50,7 @@ bench.app.command("tune")(tune.bench_tune)
 kernels_app = typer.Typer(add_completion=False, rich_markup_mode=None, help="The Triton kernels, and yours.")
 app.add_typer(kernels_app, name="kernels")
 app.add_typer(golden.app, name="golden")
+app.add_typer(learn.app, name="learn")
 app.command("check-op")(operators.check_op)
 app.command("audit")(audit.audit)
 app.command("train")(train.train)
@@ -104,13 +111,10 @@ Layout = Annotated[
         help="How the values lie, where their shapes do not tell: tokens, SBE, BSHD, BHSD, gguf, grouped-qkv.",
     ),
 ]
-Time = Annotated[
+_TIME_LIMIT = "Seconds for each run of a candidate, which then hangs. Default: 600, and 3600 more per GiB of weights."
+TimeLimit = Annotated[
     float | None,
-    typer.Option(
-        "--time",
-        metavar="N",
-        help="Seconds for each run of a candidate, which then hangs. Default: 600, and 3600 more per GiB of weights.",
-    ),
+    typer.Option("--time-limit", metavar="S", help=f"{_TIME_LIMIT} That is a finding; the end of --time is none."),
 ]
 
 
@@ -149,7 +153,16 @@ def check(
     prompt: Prompt = None,
     ids: Ids = None,
     ids_file: IdsFile = None,
-    time: Time = None,
+    time: Annotated[
+        float | None,
+        typer.Option(
+            "--time",
+            metavar="N",
+            callback=more_than_none("--time"),
+            help="Seconds for the whole check; what is not done by then is left out, and the verdict is incomplete.",
+        ),
+    ] = None,
+    time_limit: TimeLimit = None,
     splits: Annotated[
         int, typer.Option("--splits", metavar="N", help="Products of N parts, each rounded, are meant.")
     ] = 1,
@@ -183,8 +196,14 @@ def check(
     ] = None,
     page: Page = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Look for the change of the reference that gives what a wrong run has.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--explain/--no-explain",
+            help="Look for the change of the reference that gives what a wrong run has, for 30 s at most; by default "
+            "in the first run that fails.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Json = None,
     html_file: Annotated[
         Path | None,
@@ -201,6 +220,7 @@ def check(
     """
     from refllm.check import report as show
     from refllm.check import run
+    from refllm.check.logprobs import LogProbReport, judged
     from refllm.commands.gate import Known
 
     known = Known.load(known_file)
@@ -210,13 +230,25 @@ def check(
             "--trace": recorded,
             "--against": against,
             "--stress": stress,
-            "--html": html_file,
             "--splits": splits > 1,
             "--tf32": tf32,
+            "--taps": taps,
+            "--explain": explain,
         }
-        others |= {"--junit": junit, "--known": known_file, "--weights": weights, "--time": time, "--names": names}
+        others |= {"--weights": weights, "--time-limit": time_limit, "--names": names}
         others |= {"--prompt": prompt, "--ids": ids, "--ids-file": ids_file, "--layout": layout, "--library": library}
-        return _check_logprobs(checkpoint, logprobs, tuple(dtype or ()), policy, json_file, others)
+        given = next((option for option, value in others.items() if value), None)
+        if given is not None:
+            raise InputError(f"--logprobs judges what a file says, so leave out {given}")
+        if checkpoint is None or len(logprobs) > 2:
+            raise InputError(
+                "--logprobs needs the CHECKPOINT, and one file or two: refllm check CHECKPOINT --logprobs F"
+            )
+        with CutShort(time) as cut:
+            told = list[LogProbReport]()
+            for one in judged(checkpoint, list(logprobs), dtype or (), policy, cut.step):
+                told.append(one)
+        return _tell_logprobs(told, cut, known, json_file, html_file, junit)
     tokens = {"prompt": prompt, "ids": ids, "ids_file": ids_file}
     more: dict[str, Any] = {"splits": splits, "tf32": tf32, "names": names, "library": library, "layout": layout}
     if against is not None:
@@ -227,66 +259,64 @@ def check(
     if recorded:
         from refllm.check.recorded import check_files, refuse
 
-        refuse({"--candidate": candidate, "--stress": stress, "--time": time, "--names": names, "--library": library})
+        runs_it = {"--candidate": candidate, "--stress": stress, "--time-limit": time_limit, "--names": names}
+        refuse({**runs_it, "--library": library})
     candidates, left_out = ([""], []) if recorded else run.candidates_to_check(candidate, checkpoint)
     settings = [
-        run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time, **more) for name in candidates
+        run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time_limit, **more)
+        for name in candidates
     ]
     console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
-    reports, interrupted = [], False
-    with StatusLine(sys.stderr) as step:
-        runs = (
-            check_files(checkpoint, recorded, settings[0], step) if recorded else run.check_all(folders, settings, step)
-        )
-        try:
-            for report in runs:
-                reports.append(report)
-                step.clear()
-                console.print(show.show_report(report, verbose=taps))
-        except KeyboardInterrupt:
-            interrupted = True
+    reports = []
+    with CutShort(time) as cut:
+        runs = check_files(checkpoint, recorded, settings[0], cut.step) if recorded else None
+        for report in runs or run.check_all(folders, settings, cut.step):
+            reports.append(report)
+            cut.clear()
+            console.print(show.show_report(report, verbose=taps))
     if len(reports) > 1:
         console.print(show.show_summary(reports))
     for sentence in left_out:
         console.print(sentence)
     console.print(show.closing_line(reports))
-    if interrupted:
-        console.print("incomplete: it was interrupted, and this is the report so far")
+    if cut.why:
+        console.print(f"incomplete: {cut.why}, and this is the report so far")
     wrong = worst(report.verdict for report in reports)
-    found: dict[str, Any] = {"schema": SCHEMA, "verdict": verdict(wrong == "fails", wrong != "holds" or interrupted)}
-    found |= {"interrupted": interrupted, "reports": [report.to_dict() for report in reports]}
+    found: dict[str, Any] = {"schema": SCHEMA, "verdict": verdict(wrong == "fails", wrong != "holds" or cut.why)}
+    found |= {**cut.to_dict(), "reports": [report.to_dict() for report in reports]}
     if html_file is not None:
         from refllm.check.html import write_html
 
-        command = " ".join(["refllm", *sys.argv[1:]])
-        write_html(html_file, reports, {"command": command}, run.token_texts(folders))
+        write_html(html_file, reports, {"command": _command()}, run.token_texts(folders), cut.why)
     conclude(found, known, console, json_file, junit)
 
 
-def _check_logprobs(
-    checkpoint: Path | None,
-    files: list[Path],
-    dtypes: tuple[str, ...],
-    policy: str | None,
-    json_file: Path | None,
-    others: dict[str, Any],
-) -> None:
-    from refllm.check.asked import Asked
-    from refllm.check.logprobs import check_logprobs
-    from refllm.check.logprobs_report import show_logprobs
-    from refllm.check.run import find_policy
+def _command() -> str:
+    """What was typed."""
+    return " ".join(["refllm", *sys.argv[1:]])
 
-    given = next((option for option, value in others.items() if value), None)
-    if given is not None:
-        raise InputError(f"--logprobs judges what a file says, so leave out {given}")
-    asked = Asked(None if policy is None else find_policy(policy))
-    with StatusLine(sys.stderr) as step:
-        step("predicting log-probabilities")
-        found = check_logprobs(checkpoint, files, dtypes, asked)
-    _console(quiet=_to_stdout(json_file)).print(show_logprobs(found))
-    _write_json(found.to_dict(), json_file)
-    if found.verdict != "holds":
-        raise typer.Exit(FINDING)
+
+def _tell_logprobs(
+    told: "list[LogProbReport]",
+    cut: CutShort,
+    known: "Known",
+    json_file: Path | None,
+    html_file: Path | None,
+    junit: Path | None,
+) -> None:
+    """Shows what was found of log-probabilities, writes the files, and ends the command."""
+    from refllm.check.logprobs import Found
+    from refllm.check.logprobs_report import show_logprobs, write_html
+
+    found, console = Found.of(told) if told and not cut.why else Found(tuple(told)), _console(_to_stdout(json_file))
+    console.print(show_logprobs(found))
+    if cut.why:
+        console.print(f"incomplete: {cut.why}, and this is the report so far")
+    if html_file is not None:
+        write_html(html_file, found, {"command": _command()}, cut.why)
+    values = found.to_dict()
+    values |= {"verdict": worst([values["verdict"], verdict(False, cut.why)]), **cut.to_dict()}
+    conclude(values, known, console, json_file, junit)
 
 
 @app.command()
@@ -305,7 +335,7 @@ def trace(
     prompt: Prompt = None,
     ids: Ids = None,
     ids_file: IdsFile = None,
-    time: Time = None,
+    time_limit: Annotated[float | None, typer.Option("--time-limit", "--time", metavar="S", help=_TIME_LIMIT)] = None,
     names: Names = None,
     library: Library = None,
     layout: Layout = "",
@@ -330,7 +360,7 @@ def trace(
     if stress:
         raise InputError("trace records one run; --stress goes with --inputs-only")
     more: dict[str, Any] = {"names": names, "library": library, "layout": layout}
-    settings = run.Settings(candidate, (dtype,), attention, policy, False, tokens_given, time, **more)
+    settings = run.Settings(candidate, (dtype,), attention, policy, False, tokens_given, time_limit, **more)
     try:
         with StatusLine(sys.stderr) as step:
             recorded = run.trace_candidate(run.folders_to_check(checkpoint)[0], settings, step)

@@ -1,6 +1,7 @@
 """A gate for continuous integration: what is wrong in the JSON of a check, what of it is known, and whether it passes.
 
-It reads the plain values that `--json` writes (docs/schema), of `refllm check` and `refllm check-op` alike.
+It reads the plain values that `--json` writes (docs/schema): of `refllm check`, with `--logprobs` too, and of `refllm
+check-op`.
 """
 
 import datetime
@@ -15,6 +16,8 @@ from refllm.errors import InputError
 from refllm.storage.input_file import read_object
 from refllm.storage.json_text import show
 
+LOG_PROBABILITIES = "log-probabilities"
+"""What the value is called that a report on log-probabilities is about."""
 _WHERE = ("checkpoint", "candidate", "dtype", "property")
 _KEYS = {"value", "operator", "reason", "until", *_WHERE}
 
@@ -35,6 +38,13 @@ def reports_of(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [found] if several is None else list(several)
 
 
+def cut_short(found: dict[str, Any]) -> str:
+    """Why not all was looked at that was to be: by Ctrl-C, or in `refllm check` since the time was up; "" if it was."""
+    if found.get("interrupted"):
+        return "it was interrupted"
+    return "" if "op" in found else str(found.get("ended", ""))
+
+
 def wrong_in(report: dict[str, Any]) -> list[Wrong]:
     """What is wrong in one report: every defect and none of their consequences. Empty unless it fails."""
     if report["verdict"] != "fails":
@@ -42,11 +52,21 @@ def wrong_in(report: dict[str, Any]) -> list[Wrong]:
     if "op" in report:
         counted = [one for one in report.get("findings", ()) if one["counts"]] or [report]
         return [Wrong(report["op"], f"{one['property']}: {one['text']}", str(one["property"])) for one in counted]
+    if "sigmas" in report:
+        return [Wrong(LOG_PROBABILITIES, _token_in_words(report))]
     if report["misbehaviour"] is not None:
         return [Wrong(report["misbehaviour"]["kind"], report["misbehaviour"]["text"])]
     taps = [tap for tap in report["taps"] if tap.get("cause") in ("defect", "place")]
     taps = taps or [tap for tap in report["taps"] if tap["name"] == report["first_failure"]]
     return [Wrong(tap["name"], _in_words(tap)) for tap in taps] or [Wrong("next tokens", _tokens_in_words(report))]
+
+
+def _token_in_words(report: dict[str, Any]) -> str:
+    """What is wrong in a report on log-probabilities: the whole, or single tokens."""
+    row, position = report["worst"]
+    whole = f"{float(report['ratio']):.3g} sigma (limit {report['limit']:.3g})"
+    token = f"{float(report['sigmas']):.3g} sigma (limit {report['token_limit']:.3g})"
+    return f"log-probabilities of {report['source']} are wrong: {whole}; sequence {row}, position {position} {token}"
 
 
 def _in_words(tap: dict[str, Any]) -> str:
@@ -64,6 +84,8 @@ def missing_in(report: dict[str, Any]) -> list[str]:
     if "op" in report:
         untested = [f"not told from right: {name}" for name in report.get("untested", ())]
         return ([report["ended"] or "no call was examined"] if report["verdict"] == "incomplete" else []) + untested
+    if "sigmas" in report:
+        return ["the log-probabilities of the tokens before would hold as well"] if report["untested"] else []
     untested = [f"{tap['name']} is untested" for tap in report["taps"] if tap["verdict"] == "untested"]
     return [*report.get("unseen", ()), *report.get("unsaid", ()), *untested]
 
@@ -83,7 +105,8 @@ class Entry:
         """Whether the report is on what the entry is about."""
         if self.of_operator != ("op" in report) or (self.of_operator and report["op"] != self.name):
             return False
-        return all(key == "property" or fnmatchcase(str(report.get(key)), said) for key, said in self.where.items())
+        about = {"candidate": report.get("source"), **report}  # who said log-probabilities
+        return all(key == "property" or fnmatchcase(str(about.get(key)), said) for key, said in self.where.items())
 
     def is_of(self, wrong: Wrong, report: dict[str, Any]) -> bool:
         """Whether this is what is wrong."""
@@ -92,7 +115,7 @@ class Entry:
 
     def would_show_in(self, report: dict[str, Any]) -> bool:
         """Whether nothing that was left out, or came first, can hide it there."""
-        if "op" in report or report["misbehaviour"] is not None:
+        if "op" in report or "sigmas" in report or report["misbehaviour"] is not None:
             return bool(report["verdict"] == "holds")
         failing = (tap["name"] for tap in report["taps"] if tap["verdict"] == "fails")
         hidden = any(fnmatchcase(name, self.name) for name in failing)  # as a consequence of something else
@@ -135,7 +158,7 @@ class Known:
     def passes(self, found: dict[str, Any]) -> bool:
         """Whether the exit code is 0: every report holds, or has nothing wrong but what is known."""
         reports = reports_of(found)
-        complete = bool(reports) and not found.get("interrupted")
+        complete = bool(reports) and not cut_short(found)
         return complete and all(report["verdict"] == "holds" or self.all_known(report) for report in reports)
 
     def states(self, found: dict[str, Any]) -> list[tuple[Entry, str]]:

@@ -1,14 +1,14 @@
 """The JSON of a check as JUnit XML, which the servers of continuous integration show as a table of tests.
 
-A run of `check` on one checkpoint, dtype and input is a test case; of `check-op` every property of one operator and
-dtype is.
+A run of `check` on one checkpoint, dtype and input is a test case, and so are the log-probabilities of one program in
+one dtype and temperature; of `check-op` every property of one operator and dtype is.
 """
 
 import re
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from refllm.commands.gate import Known, missing_in, reports_of, wrong_in
+from refllm.commands.gate import LOG_PROBABILITIES, Known, cut_short, missing_in, reports_of, wrong_in
 
 _OF_THE_INTERPRETER = ("bounds", "race", "overflow")
 """Properties that are looked at in interpreted kernels alone, so that of other candidates nothing is said."""
@@ -20,8 +20,8 @@ def junit_text(found: dict[str, Any], known: Known) -> str:
     suite = ET.Element("testsuite", name="refllm")
     for report in reports_of(found):
         _of_operator(suite, report, known) if "op" in report else _of_run(suite, report, known)
-    if found.get("interrupted"):
-        _outcome(_case(suite, "refllm", "interrupted"), "failure", "incomplete", "it was interrupted")
+    if why := cut_short(found):
+        _outcome(_case(suite, "refllm", "interrupted"), "failure", "incomplete", why)
     counts = {"tests": "testcase", "failures": "testcase/failure", "skipped": "testcase/skipped"}
     root = ET.Element("testsuites")
     for element in (root, suite):
@@ -34,7 +34,10 @@ def junit_text(found: dict[str, Any], known: Known) -> str:
 
 
 def _of_run(suite: ET.Element, report: dict[str, Any], known: Known) -> None:
-    name = f"{report['candidate']}, {report['dtype']}, {report['inputs']}"
+    name = f"{report.get('candidate')}, {report['dtype']}, {report.get('inputs')}"
+    if "sigmas" in report:
+        of = f", temperature {report['temperature']}" if report["temperature"] != 1 else ""
+        name = f"{report['source']}, {report['dtype']}{of}, {LOG_PROBABILITIES}"
     _judge(_case(suite, f"refllm.check.{report['checkpoint']}", name), report, known)
 
 

@@ -1,12 +1,14 @@
 """What commands share: exit codes, options, where tables go, and the files that say what was found."""
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from refllm.errors import InputError
 from refllm.storage import output_file
 
 if TYPE_CHECKING:
@@ -22,6 +24,17 @@ def can_be_written(option: str) -> Callable[[Path | None], Path | None]:
         if file is not None and not (option == "--json" and to_stdout(file)):
             output_file.must_be_writable(option, file)
         return file
+
+    return tried
+
+
+def more_than_none(option: str) -> Callable[[float | None], float | None]:
+    """The callback of an option that is a number of seconds."""
+
+    def tried(seconds: float | None) -> float | None:
+        if seconds is not None and not 0 < seconds < threading.TIMEOUT_MAX:
+            raise InputError(f"{option} {seconds:g}: expected more than 0 seconds")
+        return seconds
 
     return tried
 
@@ -105,7 +118,7 @@ def write_json(values: Any, json_file: Path | None) -> None:
 
 def conclude(found: dict[str, Any], known: "Known", screen: Any, json_file: Path | None, junit: Path | None) -> None:
     """Says what is known, writes the files and ends the command with its exit code. found: for the JSON; where it was
-    cut short it says "interrupted"."""
+    cut short it says "interrupted", or why it "ended"."""
     for sentence in known.in_words(found):
         screen.print(sentence)
     if known.entries:

@@ -1,4 +1,4 @@
-"""`refllm train`: a checkpoint learns a text, in NumPy."""
+"""`refllm train`: a checkpoint learns a text, in NumPy or Torch."""
 
 import sys
 import warnings
@@ -11,6 +11,9 @@ from refllm.commands.shared_options import Json, Page, console, to_stdout, write
 from refllm.errors import InputError
 from refllm.storage import output_file
 from refllm.terminal.status_line import StatusLine
+
+BACKENDS = ("numpy", "torch")
+"""Those that have gradients."""
 
 
 def train(
@@ -29,6 +32,7 @@ def train(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute layers again on the way back: less memory, more time.")
     ] = False,
+    backend: Annotated[str, typer.Option("--backend", help="numpy (the reference) or torch (its autograd).")] = "numpy",
     page: Page = None,
     json_file: Json = None,
 ) -> None:
@@ -42,6 +46,8 @@ def train(
 
     if output.resolve() == checkpoint.resolve():
         raise InputError("--output is CHECKPOINT itself, which would be written over; give another folder")
+    if backend not in BACKENDS:
+        raise InputError(f"--backend {backend} cannot train: use {' or '.join(BACKENDS)}")
     output_file.must_be_folder("--output", output)
     tokenizer = refllm.AutoTokenizer.from_pretrained(checkpoint)
     with warnings.catch_warnings():
@@ -50,7 +56,7 @@ def train(
     settings = Settings(batch=batch, context=context, lr=lr, weight_decay=weight_decay, seed=seed)
     with StatusLine(sys.stderr) as show:
         show("loading")
-        model = refllm.load(checkpoint, head="causal_lm", dtype="float32")
+        model = refllm.load(checkpoint, head="causal_lm", dtype="float32", backend=backend)
         if checkpointing:
             model.gradient_checkpointing_enable()
         run = TrainingRun(model, ids, output, settings)

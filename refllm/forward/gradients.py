@@ -1,6 +1,6 @@
 """The gradients of a loss by the tensors of a model: a forward pass on a tape, and the walk back over it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from fnmatch import fnmatchcase
 from inspect import signature
@@ -26,6 +26,11 @@ class Gradients(NamedTuple):
     gradients: dict[str, Any]
 
 
+Differentiate = Callable[..., tuple[Any, dict[str, Any]]]
+"""(model, arguments of a call by name, wanted tensors, gradients so far, padding id, recorder) -> the loss and the
+gradients; tensors by the names of `Model.tensors`."""
+
+
 def gradients_of(
     model: Any,
     arguments: tuple[Any, ...],
@@ -34,8 +39,10 @@ def gradients_of(
     frozen: Collection[str],
     accumulated: Mapping[str, Any] | None,
     recorder: Recorder | None,
+    differentiate: Differentiate | None = None,
 ) -> Gradients:
-    """`Model.gradients`. arguments, keywords: those of the forward pass."""
+    """`Model.gradients`. arguments, keywords: those of the forward pass. differentiate: another backend's way; None
+    runs the page on a tape."""
     given = {**dict(zip(signature(model.__call__).parameters, arguments, strict=False)), **keywords}
     _check_call(model, given)
     tensors = any(map(is_tensor, given.values()))
@@ -44,28 +51,41 @@ def gradients_of(
     names |= {} if given.get(EMBEDDINGS) is None else {EMBEDDINGS: EMBEDDINGS}
     wanted = _not_frozen(names, frozen)
     before = _accumulated(names, accumulated or {})
+    so_far = {name: before[key] for name, key in names.items() if key in before}
+    differentiate = differentiate or _on_tape
+    loss, found = differentiate(model, given, wanted, so_far, _padding_id(model.config), recorder)
+    gradients = before | {names[name]: gradient for name, gradient in found.items()}
+    if tensors:
+        return Gradients(as_tensor(loss), {name: as_tensor(x, model.dtype) for name, x in gradients.items()})
+    return Gradients(loss, gradients)
+
+
+def _on_tape(
+    model: Any,
+    given: dict[str, Any],
+    wanted: set[str],
+    so_far: Mapping[str, np.ndarray],
+    padding: int | None,
+    recorder: Recorder | None,
+) -> tuple[Any, dict[str, np.ndarray]]:
     listener = None if recorder is None else _WhileForward(recorder)
     tape = Tape(
         model.arithmetic,
         model.weights,
         wanted,
         inputs={"model.embed_tokens": EMBEDDINGS} if EMBEDDINGS in wanted else {},
-        padding=_padding_id(model.config),
+        padding=padding,
         checkpointing=model.is_gradient_checkpointing,
         recorder=recorder,
     )
     loss = _loss(model, tape, {**given, "recorder": listener})
     if listener is not None:
         listener.over = True
+    if not isinstance(loss, Traced):
+        return loss, {}
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        found = tape.gradients(loss) if isinstance(loss, Traced) else {}
-        for name, gradient in found.items():
-            key = names[name]
-            before[key] = tape.sum(before.get(key), gradient)
-    value = loss.value[()] if isinstance(loss, Traced) else loss
-    if tensors:
-        return Gradients(as_tensor(value), {name: as_tensor(x, model.dtype) for name, x in before.items()})
-    return Gradients(value, before)
+        found = tape.gradients(loss)
+        return loss.value[()], {name: tape.sum(so_far.get(name), gradient) for name, gradient in found.items()}
 
 
 def _check_call(model: Any, given: Mapping[str, Any]) -> None:
@@ -85,13 +105,19 @@ def _loss(model: Any, tape: Tape, given: Mapping[str, Any]) -> Any:
     taped.weights = TapedWeights(model.weights, tape)
     taped.rotary = copy(model.rotary)
     taped.follow = lambda operators: TapedOperators(operators, tape)
-    loss = taped(**{**given, "use_cache": False, "return_dict": True}).loss
+    loss = loss_of(taped, given)
+    model.rotary = taped.rotary
+    return loss
+
+
+def loss_of(model: Any, given: Mapping[str, Any]) -> Any:
+    """The loss of a call with these arguments, without a cache. Raises InputError where there are no labels."""
+    loss = model(**{**given, "use_cache": False, "return_dict": True}).loss
     if loss is None:
         both = model.head == "question_answering"
         raise InputError(
             f"gradients: give {'start_positions and end_positions' if both else 'labels'}, which the loss is made of"
         )
-    model.rotary = taped.rotary
     return loss
 
 

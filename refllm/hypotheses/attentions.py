@@ -54,17 +54,19 @@ def _scales(config: Any) -> Iterator[Hypothesis]:
         "log2(e) twice": (right / math.log(2), "scores times log2(e) and a softmax to the base e"),
         "scores dropped": (0.0, "equal weights for all keys"),
     }
-    seen: list[float] = [right]
-    for name, (value, says) in found.items():
-        if not any(math.isclose(value, other, rel_tol=1e-9) for other in seen):
-            seen.append(value)
-            yield _attend(name, says, _scaled(value))
     grid = [m * right for m in (*decades(0.05, 20, 6), 0.9, 0.97, 1.03, 1.1)]
 
     def edit(setup: Setup, value: float) -> None:
         setup.operate("attention", _scaled(value))
 
-    yield free("scale", "attention", _SCORES, edit, grid, lambda v: f"scores times {v:.6g} instead of {right:.6g}")
+    says_scale = lambda v: f"scores times {v:.6g} instead of {right:.6g}"  # noqa: E731
+    family = free("scale", "attention", _SCORES, edit, grid, says_scale)
+    seen: list[float] = [right]
+    for name, (value, says) in found.items():
+        if not any(math.isclose(value, other, rel_tol=1e-9) for other in seen):
+            seen.append(value)
+            yield family.at(value, name, says)
+    yield family
 
 
 # ---------------------------------------------------------------------------------------------------------------- mask
@@ -107,11 +109,17 @@ def _masks(config: Any) -> Iterator[Hypothesis]:
         "the mask turned round: a query sees itself and what comes later",
         _seen(lambda t, u: u >= t),
     )
-    yield _attend("itself alone", "a query that sees itself alone", _seen(lambda t, u: u == t))
     yield _attend("first key hidden", "the first key hidden", _seen(lambda t, u: (u > 0) | (t == 0), True))
-    for n in (2, 4, 8, 16, 32, 64, 128):
-        near = _seen(partial(lambda n, t, u: u > t - n, n), True)
-        yield _attend(f"window {n}", f"a window of {n} keys", near)
+
+    def edit(setup: Setup, value: float) -> None:
+        setup.operate("attention", _seen(lambda t, u: u > t - round(value), True))
+
+    grid = [*range(1, 17), *(16 * i for i in range(2, 17))]
+    says = lambda v: f"a window of {v:.0f} keys"  # noqa: E731
+    windows = free("window", "attention", _SCORES, edit, grid, says, whole=True)
+    yield windows.at(1, "itself alone", "a query that sees itself alone")
+    yield from (windows.at(n) for n in (2, 4, 8, 16, 32, 64, 128))
+    yield windows
     for n in (8, 16, 32, 64):
         chunk = _seen(partial(lambda n, t, u: u // n == t // n, n), True)
         yield _attend(f"chunks of {n}", f"attention within chunks of {n} tokens", chunk)
@@ -119,12 +127,6 @@ def _masks(config: Any) -> Iterator[Hypothesis]:
         yield _attend(f"tail of {n} keys", f"keys past the last whole tile of {n} dropped", whole, ahead=True)
         ahead = _seen(partial(lambda n, t, u: u // n <= t // n, n))
         yield _attend(f"causal by tiles of {n}", f"a causal mask by whole tiles of {n}", ahead, ahead=True)
-
-    def edit(setup: Setup, value: float) -> None:
-        setup.operate("attention", _seen(lambda t, u: u > t - round(value), True))
-
-    grid = [*range(1, 17), *(16 * i for i in range(2, 17))]
-    yield free("window", "attention", _SCORES, edit, grid, lambda v: f"a window of {v:.0f} keys", whole=True)
     yield _attend("padding seen", "a mask that lets padding be seen", _without("key_mask"))
     yield _attend("padding of row 0", "the padding of the first row for every row", _padding_of_row_0)
     if any(config.window(layer) is not None for layer in range(config.num_hidden_layers)):
@@ -318,15 +320,14 @@ def _capped(cap: float) -> Callable[..., Any]:
 
 
 def _softmaxes() -> Iterator[Hypothesis]:
-    for cap in (20.0, 30.0, 50.0):
-        yield _attend(f"scores capped at {cap:g}", f"scores capped at {cap:g} by tanh", _capped(cap))
 
     def edit(setup: Setup, value: float) -> None:
         setup.operate("attention", _capped(value))
 
-    yield free(
-        "score cap", "attention", _SCORES, edit, decades(1, 200, 5), lambda v: f"scores capped at {v:.6g} by tanh"
-    )
+    says = lambda v: f"scores capped at {v:.6g} by tanh"  # noqa: E731
+    caps = free("score cap", "attention", _SCORES, edit, decades(1, 200, 5), says)
+    yield from (caps.at(cap, f"scores capped at {cap:g}") for cap in (20.0, 30.0, 50.0))
+    yield caps
     sink = _by_scores(lambda s: _softmax(s, more=1.0))
     yield _attend("sink", "a denominator of softmax with one more key of score 0", sink)
     yield _attend("softmax over queries", "a softmax over the queries", _by_scores(_over_queries), ahead=True)
@@ -388,6 +389,8 @@ def _caches() -> Iterator[Hypothesis]:
             return rounded(call.base(q, k, v, **masking), dtype)
 
         yield _attend(f"context in {dtype}", f"attention's result in {dtype}", after, "context", places=True)
+    says = "keys and values kept in float16, and queries and weights rounded to it for their products"
+    yield _attend("attention by a cache in float16", says, _read_in_float16, places=True)
     yield _attend("cache in int8", "keys and values kept in int8, a scale for each head and position", _int8)
 
     def edit(setup: Setup, value: float) -> None:
@@ -395,6 +398,12 @@ def _caches() -> Iterator[Hypothesis]:
 
     grid = [-1.0, 0.25, 0.5, 0.8, 0.95, 1.05, 1.25, 2.0, 4.0]
     yield free("factor of the context", "attention", "context", edit, grid, lambda v: f"the context times {v:.6g}")
+
+
+def _read_in_float16(call: Call, q: Any, k: Any, v: Any, **masking: Any) -> Any:
+    """As llama.cpp reads a cache in float16: what is multiplied by it is rounded to float16 first."""
+    q, k, v = (rounded(x, "float16") for x in (q, k, v))
+    return _by_scores(lambda s: rounded(_softmax(s), "float16"))(call, q, k, v, **masking)
 
 
 def _int8(call: Call, q: Any, k: Any, v: Any, **masking: Any) -> Any:

@@ -32,6 +32,9 @@ _ACTIVATIONS = (
 _SAME = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_pytorch_tanh"
 )
+_BETA = {"silu": 1.0, "quick_gelu": 1.702}
+"""Activations of the form x sigmoid(beta x)."""
+
 _STREAM = "residual_mid layer"
 _LAYERS_AT_MOST = 8
 
@@ -60,8 +63,20 @@ def _act(name: str, says: str, glu: Callable[..., Any], activation: Callable[...
 
 def _activations(config: Any) -> Iterator[Hypothesis]:
     right = _SAME.get(config.hidden_act, config.hidden_act)
+
+    def edit(setup: Setup, beta: float) -> None:
+        setup.operate("glu", lambda call, g, u, name: product(mapped(g, lambda a: a / (1 + np.exp(-beta * a))), u))
+        setup.operate("activation", lambda call, x, name: mapped(x, lambda a: a / (1 + np.exp(-beta * a))))
+
+    grid = [0.25, 0.5, 0.9, 1.1, 1.5, 2.0, 4.0]
+    says_beta = lambda v: f"x sigmoid({v:.6g} x) instead of {config.hidden_act}"  # noqa: E731
+    family = free("silu's factor", "glu", "act", edit, grid, says_beta)
+    yield family
     for other in _ACTIVATIONS:
         if other == right:
+            continue
+        if other in _BETA:
+            yield family.at(_BETA[other], f"activation {other}", f"{other} instead of {config.hidden_act}")
             continue
         glu = lambda call, g, u, name, other=other: call.base(g, u, other)  # noqa: E731
         alone = lambda call, x, name, other=other: call.base(x, other)  # noqa: E731
@@ -70,15 +85,6 @@ def _activations(config: Any) -> Iterator[Hypothesis]:
 
     squared = lambda call, g, u, name: product(mapped(g, np.square), u)  # noqa: E731
     yield _act("square without relu", "the square without relu", squared, lambda call, x, name: mapped(x, np.square))
-
-    def edit(setup: Setup, beta: float) -> None:
-        setup.operate("glu", lambda call, g, u, name: product(mapped(g, lambda a: a / (1 + np.exp(-beta * a))), u))
-        setup.operate("activation", lambda call, x, name: mapped(x, lambda a: a / (1 + np.exp(-beta * a))))
-
-    grid = [0.25, 0.5, 0.9, 1.1, 1.5, 2.0, 4.0]
-    yield free(
-        "silu's factor", "glu", "act", edit, grid, lambda v: f"x sigmoid({v:.6g} x) instead of {config.hidden_act}"
-    )
     for n in (8, 16, 32, 64):
         if n < config.intermediate_size:
             dropped = _tail(n)
@@ -173,13 +179,6 @@ def _at(which: str, wrong: Callable[[Call, Any, Any], Any]) -> Callable[..., Any
 def _sums(config: Any) -> Iterator[Hypothesis]:
     for which in ("attention", "MLP"):
         yield _sum(f"no residual at {which}", f"no residual stream past {which}", which, lambda call, x, y: y)
-        yield _sum(f"{which} dropped", f"what {which} adds dropped", which, lambda call, x, y: x)
-        yield _sum(
-            f"{which} subtracted", f"what {which} adds subtracted", which, lambda c, x, y: c.base(x, times(y, -1.0))
-        )
-        yield _sum(
-            f"{which} added twice", f"what {which} adds added twice", which, lambda c, x, y: c.base(x, times(y, 2.0))
-        )
         normed = _from_normed(which)
         yield one_of(
             f"normed residual at {which}",
@@ -194,25 +193,23 @@ def _sums(config: Any) -> Iterator[Hypothesis]:
 
         says = lambda v, which=which: f"what {which} adds times {v:.6g}"  # noqa: E731
         grid = [0.1, 0.25, 0.5, 0.7, 0.9, 0.97, 1.03, 1.1, 1.4, 4.0]
-        yield free(f"factor of what {which} adds", "add", _STREAM, edit, grid, says)
+        family = free(f"factor of what {which} adds", "add", _STREAM, edit, grid, says)
+        for words, value in (("dropped", 0.0), ("subtracted", -1.0), ("added twice", 2.0)):
+            yield family.at(value, f"{which} {words}", f"what {which} adds {words}")
+        yield family
     layers = int(config.num_hidden_layers)
-    for words, value in (("sqrt(1/2)", 0.5**0.5), ("1/2", 0.5), (f"1 / sqrt({2 * layers})", (2 * layers) ** -0.5)):
-        scaled = lambda call, x, y, v=value: call.base(x, times(y, v))  # noqa: E731
-        yield _sum(f"what layers add times {words}", f"what layers add times {words}", "both", scaled)
-    halves = lambda call, x, y: times(call.base(x, y), 0.5**0.5)  # noqa: E731
-    yield _sum("sums times sqrt(1/2)", "residual sums times sqrt(1/2)", "both", halves)
 
     def edit_both(setup: Setup, value: float) -> None:
         setup.operate("add", _at("both", lambda call, x, y: call.base(x, times(y, value))))
 
-    yield free(
-        "factor of what layers add",
-        "add",
-        _STREAM,
-        edit_both,
-        [0.2, 0.5, 0.8, 0.95, 1.05, 1.3, 2.0],
-        lambda v: f"what layers add times {v:.6g}",
-    )
+    grid, says = [0.2, 0.5, 0.8, 0.95, 1.05, 1.3, 2.0], lambda v: f"what layers add times {v:.6g}"
+    family = free("factor of what layers add", "add", _STREAM, edit_both, grid, says)
+    factors = {0.5**0.5: "sqrt(1/2)", (2 * layers) ** -0.5: f"1 / sqrt({2 * layers})", 0.5: "1/2"}
+    for value, words in factors.items():
+        yield family.at(value, f"what layers add times {words}", f"what layers add times {words}")
+    yield family
+    halves = lambda call, x, y: times(call.base(x, y), 0.5**0.5)  # noqa: E731
+    yield _sum("sums times sqrt(1/2)", "residual sums times sqrt(1/2)", "both", halves)
     for dtype in ("bfloat16", "float16"):
         narrow = lambda call, x, y, d=dtype: rounded(call.base(x, y), d)  # noqa: E731
         yield _sum(f"stream in {dtype}", f"the residual stream in {dtype}", "both", narrow, places=True)
@@ -301,4 +298,4 @@ def _orders(count: int) -> Iterator[Hypothesis]:
             yield ordered(f"layer {i} for {i + 1}", f"the tensors of layer {i} in layer {i + 1}", same)
     if count > 2:
         yield ordered("layers reversed", "the layers in reverse order", every[::-1])
-    yield ordered("the first layer everywhere", "the tensors of layer 0 in every layer", [0] * count)
+        yield ordered("the first layer everywhere", "the tensors of layer 0 in every layer", [0] * count)

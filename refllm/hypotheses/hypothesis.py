@@ -63,11 +63,16 @@ class Hypothesis:
         said = f"{self.says} in layer{'s' * (len(layers) > 1)} {words} alone"
         return replace(self, name=f"{self.name}, layer {words}", says=said, layers=frozenset(layers))
 
-    def at(self, value: float) -> "Hypothesis":
-        """The same with a number that was solved for."""
+    def at(self, value: float, name: str = "", says: str = "") -> "Hypothesis":
+        """The same with a number. name, says: of a number that has a meaning of its own."""
         assert self.parameter is not None
-        said = self.parameter.says(value)
-        return replace(self, name=f"{self.parameter.name} {value:g}", says=said, value=value)
+        name, says = name or f"{self.parameter.name} {value:g}", says or self.parameter.says(value)
+        return replace(self, name=name, says=says, value=value)
+
+    @property
+    def open(self) -> bool:
+        """Whether its number is still to be solved for."""
+        return self.parameter is not None and self.value is None
 
 
 def one_of(name: str, says: str, operator: str, values: str, edit: Change, **how: Any) -> Hypothesis:

@@ -27,15 +27,14 @@ def hypotheses(config: Any) -> Iterator[Hypothesis]:
     layer = traits_of(config).layer_norm
     right = float(config.layer_norm_eps if hasattr(config, "layer_norm_eps") else config.rms_norm_eps)
     kind, other = ("LayerNorm", "RMSNorm") if layer else ("RMSNorm", "LayerNorm")
-    for eps in _EPS:
-        if eps != right:
-            yield _all(f"norm eps {eps:g}", f"a norm eps of {eps:g} instead of {right:g}", _with_eps(eps))
 
     def edit(setup: Setup, value: float) -> None:
         operate(setup, _with_eps(value))
 
     says = lambda v: f"a norm eps of {v:.6g} instead of {right:g}"  # noqa: E731
-    yield free("norm eps", "norm", _EVERY, edit, decades(1e-7, 1.0, 2), says)
+    family = free("norm eps", "norm", _EVERY, edit, decades(1e-7, 1.0, 2), says)
+    yield from (family.at(eps) for eps in _EPS if eps != right)
+    yield family
     yield _all("eps outside the root", "eps added outside the root", _eps_outside)
     yield _all("norm without a root", "norms divided by the mean square, without a root", _without_root)
     for words, (makes, change) in _CHANGES.items():

@@ -57,9 +57,14 @@ def _scaling(config: Any) -> Iterator[Hypothesis]:
     p = config.rope_parameters
     kind = p["rope_type"]
     if kind == "default":
-        for factor in (2.0, 4.0, 8.0):
-            says = f"rope_type linear with factor {factor:g}"
-            yield _turn(f"linear scaling by {factor:g}", says, _set(rope_type="linear", factor=factor))
+
+        def linear(setup: Setup, v: float) -> None:
+            setup.rotate().p.update(rope_type="linear", factor=v)
+
+        says = lambda v: f"rope_type linear with factor {v:.6g}"  # noqa: E731
+        family = free("linear scaling", "rope", _TURNED, linear, decades(1.5, 48), says)
+        yield from (family.at(factor, f"linear scaling by {factor:g}") for factor in (2.0, 4.0, 8.0))
+        yield family
         return
     yield _turn("rope scaling ignored", f"rope_type default instead of {kind}", _without_scaling)
     if kind != "linear" and p.get("factor"):
@@ -68,21 +73,14 @@ def _scaling(config: Any) -> Iterator[Hypothesis]:
         if key in _SPECIAL or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         called = _NAMES.get(key, key)
-        for other in (value * 2, value / 2):
-            exact = type(value)(other) if isinstance(value, int) else other
-            yield _turn(f"{called} {other:g}", f"{key} {other:g} instead of {value:g}", _set(**{key: exact}))
 
         def edit(setup: Setup, v: float, key: str = key) -> None:
             setup.rotate().p[key] = v
 
-        yield free(
-            f"rope {key}",
-            "rope",
-            _TURNED,
-            edit,
-            decades(value / 16, value * 16, 4),
-            partial(lambda key, value, v: f"rope {key} {v:.6g} instead of {value:g}", key, value),
-        )
+        says_key = partial(lambda key, value, v: f"{key} {v:.6g} instead of {value:g}", key, value)
+        family = free(f"rope {key}", "rope", _TURNED, edit, decades(value / 16, value * 16, 4), says_key)
+        yield from (family.at(other, f"{called} {other:g}") for other in (value * 2, value / 2))
+        yield family
     if kind == "llama3":
         low, high = p["low_freq_factor"], p["high_freq_factor"]
         says = "low_freq_factor and high_freq_factor swapped"
@@ -117,6 +115,12 @@ def _attention_factor() -> Iterator[Hypothesis]:
 
 def _bases(config: Any) -> Iterator[Hypothesis]:
     theta = float(config.rope_parameters["rope_theta"])
+
+    def edit(setup: Setup, v: float) -> None:
+        setup.rotate().p["rope_theta"] = v
+
+    says = lambda v: f"rope_theta {v:.8g} instead of {theta:g}"  # noqa: E731
+    family = free("theta", "rope", _TURNED, edit, decades(1e2, 1e9, 4), says)
     wanted = {f"theta {v:g}": v for v in _THETAS}
     wanted |= {f"theta times {m:g}": theta * m for m in (10, 0.1, 100, 2, 0.5)}
     seen = {theta}
@@ -124,13 +128,8 @@ def _bases(config: Any) -> Iterator[Hypothesis]:
         if value in seen:
             continue
         seen.add(value)
-        yield _turn(name, f"rope_theta {value:g} instead of {theta:g}", _set(rope_theta=value))
-
-    def edit(setup: Setup, v: float) -> None:
-        setup.rotate().p["rope_theta"] = v
-
-    says = lambda v: f"rope_theta {v:.8g} instead of {theta:g}"  # noqa: E731
-    yield free("theta", "rope", _TURNED, edit, decades(1e2, 1e9, 4), says)
+        yield family.at(value, name, f"rope_theta {value:g} instead of {theta:g}")
+    yield family
     yield _turn("frequencies by i", "rotary exponents i / R instead of 2 i / R", lambda r: _power(r, lambda f: f**0.5))
     yield _turn("frequencies by 2(i+1)", "rotary exponents that begin at 2 / R", _from_one)
     yield _turn("frequencies reversed", "the rotary frequencies in reverse order", lambda r: _power(r, _reversed))

@@ -22,9 +22,13 @@ from refllm.hypotheses.hypothesis import Hypothesis
 from refllm.hypotheses.rotation import KINDS, Kind
 from refllm.hypotheses.setup import Arrays, DoesNotApplyError, Setup, Tokens, Until
 from refllm.parallel import one_blas_thread
-from refllm.precision import EXACT, Policy
+from refllm.precision import EXACT, Arithmetic, Policy
 
 _TOKENS, _COLUMNS = 48, 256  # what is looked at first: rows of a sequence, and columns of the head's output
+_TOKENS_OF_LARGE, _WHOLE_OF_LARGE, _MORE = 12, 32, 4  # of a model that takes a second for each run: rows that are
+# looked at first, rows that are judged if one of them is wrong, and how many times as many if none is
+_KEPT_AT_MOST = 2000  # runs
+_QUICK = Arithmetic("float32")
 
 _NO_MEANING = (DoesNotApplyError, LookupError, ValueError, TypeError, AttributeError, InputError)
 """What a page or an operator raises on a change that has no meaning for it, or for the change below it."""
@@ -70,12 +74,19 @@ def holds(found: Measure, dtype: str) -> bool:
     return found.ratio <= limits.end_to_end_limit(found) and found.row_ratio <= limits.row_limit(found, dtype)
 
 
+Kept = dict[str, "Uncertain | np.ndarray | None"]
+"""What runs under a single hypothesis gave, by what was run."""
+
+
 class Search:
     """The runs of one model and input, up to one value.
 
     target: its name, "" for the end of the page. candidate: what was shown for it, [B, S, n] or [B, H, S, n]. shown:
     values before it, which are taken over. policy: where the candidate rounds, about. seconds: after which nothing new
-    is tried.
+    is tried. kept: what runs under single hypotheses gave, for other candidates for the same value of the same run.
+
+    A large model is looked at in float32, and judged in the first rows that are wrong. Raises DoesNotApplyError where
+    the reference itself has no finite value.
     """
 
     def __init__(
@@ -88,6 +99,7 @@ class Search:
         policy: Policy | None = None,
         dtype: str = "float32",
         seconds: float = 30.0,
+        kept: Kept | None = None,
     ) -> None:
         from refllm.precision import HF_EAGER
 
@@ -95,13 +107,15 @@ class Search:
         self.shown, self.policy = dict(shown or {}), (policy or HF_EAGER).without(model.page.NOT_ROUNDED)
         self.arrays, self.ends = Arrays(model), time.monotonic() + seconds
         self.kinds: tuple[Kind, ...] = KINDS if dtype == "float32" else ("exact",)
-        self.ran, self.few = 0, True
-        self._references: dict[tuple[str, bool], np.ndarray] = {}
+        self.large = not self.arrays.small
+        self._whole, self._first = tokens, _TOKENS_OF_LARGE if self.large else _TOKENS
+        self.ran, self.few, self._kept = 0, True, {} if kept is None and self.large else kept
+        self._references: dict[tuple[bool, bool], np.ndarray] = {}
         at_head = target == HEAD_TAPS.get(model.head)
         width = candidate.shape[-1]
         self._columns = np.linspace(0, width - 1, _COLUMNS).astype(int) if at_head and width > _COLUMNS else None
         with one_blas_thread() if self.arrays.small else nullcontext():
-            self.reference = self._of_the_reference()
+            self.reference = self._in_the_first_wrong_rows() if self.large else self._of_the_reference()
 
     @property
     def out_of_time(self) -> bool:
@@ -113,7 +127,21 @@ class Search:
     def run(self, changes: Hypotheses, whole: bool, kind: Kind | None = None) -> Uncertain | np.ndarray | None:
         """The rows of the value under some changes; None where they do not apply. whole: all rows and columns, and not
         the first. kind: of the tables, and then with its error."""
-        first = self.tokens if whole or not self.few else self.tokens.first(_TOKENS)
+        if self._kept is None or len(changes) > 1:
+            return self._run(changes, whole, kind)
+        key = [(h.name, h.layers, h.value) for h in changes], whole, whole or self.few, kind
+        if (name := repr(key)) in self._kept:
+            return self._kept[name]
+        found = self._run(changes, whole, kind)
+        if len(self._kept) < _KEPT_AT_MOST:
+            self._kept[name] = found
+        return found
+
+    def _part(self, whole: bool) -> Tokens:
+        return self._whole if whole or not self.few else self._whole.first(self._first)
+
+    def _run(self, changes: Hypotheses, whole: bool, kind: Kind | None) -> Uncertain | np.ndarray | None:
+        first = self._part(whole)
         tokens = self.tokens if any(change.ahead for change in changes) else first
         S = tokens.ids.shape[1]
         shown = {name: value[..., :S, :] for name, value in self.shown.items()}
@@ -124,7 +152,8 @@ class Search:
             for change in changes:
                 change(setup)
             with np.errstate(all="ignore"):
-                inner = Operators(EXACT) if kind is None else self._propagation()
+                quick = self.large and not whole
+                inner = Operators(_QUICK if quick else EXACT) if kind is None else self._propagation()
                 found = setup.run(inner, until, kind or "exact")
         except _NO_MEANING:
             return None
@@ -141,21 +170,22 @@ class Search:
         """[B, S, n] or [B, H, S, n] -> [N, n] or [N, H, n], of what is no padding."""
         values = values[..., : tokens.ids.shape[1], : self.candidate.shape[-1]]
         by_position = values if values.ndim == 3 else values.transpose(0, 2, 1, 3)
-        return np.asarray(by_position[tokens.valid])
+        return np.asarray(by_position[tokens.valid], np.float64)
 
     def seen(self, whole: bool) -> np.ndarray:
         """The rows of what was shown."""
-        tokens = self.tokens if whole or not self.few else self.tokens.first(_TOKENS)
+        tokens = self._part(whole)
         candidate = self.candidate[..., : tokens.ids.shape[1], :]
         if not whole and self._columns is not None:
             candidate = candidate[..., self._columns]
-        return self._rows(candidate, tokens).astype(np.float64)
+        return self._rows(candidate, tokens)
 
     def _base(self, whole: bool) -> np.ndarray:
-        key = "exact", whole
+        key = whole, whole or self.few
         if key not in self._references:
             found = self.run((), whole)
-            assert isinstance(found, np.ndarray)
+            if not isinstance(found, np.ndarray):
+                raise DoesNotApplyError
             self._references[key] = found
         return self._references[key]
 
@@ -167,13 +197,26 @@ class Search:
 
     def _of_the_reference(self) -> Measure:
         found = []
-        for kind in self.kinds:
+        for kind in self.kinds[:1] if self.large else self.kinds:
             x = self.run((), True, kind)
-            assert isinstance(x, Uncertain)
+            if not isinstance(x, Uncertain):
+                raise DoesNotApplyError
             found.append(measure(self.seen(True), x.value, x.variance))
             if holds(found[-1], self.dtype):
                 break
         return min(found, key=lambda m: m.ratio)
+
+    def _in_the_first_wrong_rows(self) -> Measure:
+        """Of the reference, in as few rows as one of them is wrong in: what comes later does not reach them."""
+        rows, S = _WHOLE_OF_LARGE, self.tokens.ids.shape[1]
+        while True:
+            self._whole, self._references = self.tokens.first(rows), {}
+            assert self._kept is not None
+            self._kept.clear()
+            found = self._of_the_reference()
+            if rows >= S or not holds(found, self.dtype):
+                return found
+            rows *= _MORE
 
     def tried(self, changes: Hypotheses) -> Trial | None:
         """What some changes do to the rows and columns that are looked at first; None where they do nothing."""

@@ -56,12 +56,17 @@ class Tokens:
         return replace(self, ids=ids, mask=mask, positions=positions, pieces=pieces)
 
 
+def is_small(model: Model) -> bool:
+    """Whether a run of the model takes milliseconds, so that hundreds of them are nothing."""
+    return model.num_parameters() <= _KEPT_AT_MOST
+
+
 class Arrays(Mapping[str, np.ndarray]):
     """The tensors of a model as float64, which are kept where they are small."""
 
     def __init__(self, model: Model) -> None:
         self._weights, self._kept = model.weights, dict[str, np.ndarray]()
-        self.small = model.num_parameters() <= _KEPT_AT_MOST
+        self.small = is_small(model)
         self.names = [*self._weights.shapes, *self._weights.tied]
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -280,8 +285,7 @@ class Setup:
         x: Any = self.weights.rows("embed_tokens.weight", self.ids)
         if self.tokens.embeds_scale is not None:
             x = rounding(self.tokens.dtype)(np.asarray(x * self.tokens.embeds_scale, np.float32))
-        x = np.asarray(x, np.float64)
-        x = certain(x) if op.uncertain else x
+        x = certain(x) if op.uncertain else np.asarray(x, op.work)
         for change in self.embedded:
             x = change(x)
         x = op.tap("model.embed_tokens", x)
@@ -337,6 +341,7 @@ class Edited:
         self._inner, self._setup, self._until, self._how = inner, setup, until, how
         self._scope, self._layer = scope, layer
         self.uncertain = isinstance(inner, Propagation)
+        self.work: Any = np.float64 if self.uncertain else inner.ar.work
         self._seen: dict[str, Any] = {}
         self._tables: dict[int, tuple[Any, Any]] = {}
 
@@ -358,7 +363,7 @@ class Edited:
         if value.shape[:-1] != taken.shape[:-1]:  # another number of tokens
             raise DoesNotApplyError
         np.copyto(value[..., : taken.shape[-1]], taken, where=np.isfinite(taken))
-        return certain(value) if self.uncertain else value
+        return certain(value) if self.uncertain else value.astype(self.work, copy=False)
 
     def wanted(self, *names: str) -> bool:
         """No value inside an operator is wanted."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from refllm.hypotheses.hypothesis import Hypothesis, decades, free, one_of
-from refllm.hypotheses.setup import Call, DoesNotApplyError, Edit, Setup
+from refllm.hypotheses.setup import DoesNotApplyError, Edit, Setup
 from refllm.hypotheses.values import mapped, moved, number, rounded, times, with_noise_of
 
 _QKV = "q_proj k_proj v_proj"
@@ -218,11 +218,13 @@ _alternate = _from_stack([_PROJECTIONS[n] for n in ("gate", "up")], _by_turns)
 
 
 def quantized(a: np.ndarray, bits: int, group: int) -> np.ndarray:
-    """Every group of a row on a symmetric grid of its own, 2^(bits-1) - 1 steps to either side. group 0: a row."""
+    """Every group of a row on a symmetric grid of its own, 2^(bits-1) - 1 steps to either side. group 0: a row. In
+    float32, as everybody does it: a weight that lies between two steps goes where it goes there."""
     n = a.shape[-1]
-    blocks = a.reshape(len(a), -1, group if group and n % group == 0 else n)
+    blocks = np.asarray(a, np.float32).reshape(len(a), -1, group if group and n % group == 0 else n)
     step = np.abs(blocks).max(axis=-1, keepdims=True) / (2 ** (bits - 1) - 1)
-    return np.asarray((np.round(blocks / np.where(step == 0, 1, step)) * step).reshape(a.shape))
+    steps = np.round(blocks / np.where(step == 0, 1, step)) * step
+    return np.asarray(steps.reshape(a.shape), np.float64)
 
 
 def _formats() -> Iterator[Hypothesis]:
@@ -262,8 +264,6 @@ def _embeddings(config: Any) -> Iterator[Hypothesis]:
     def embed(name: str, says: str, change: Callable[[Any], Any], **how: bool) -> Hypothesis:
         return _outside(name, says, "embedding", "embed_tokens", lambda s: s.embedded.append(change), **how)
 
-    yield embed("embedding times sqrt(E)", f"embeddings times sqrt({E})", lambda x: times(x, E**0.5))
-    yield embed("embedding over sqrt(E)", f"embeddings divided by sqrt({E})", lambda x: times(x, E**-0.5))
     yield _outside(
         "embeddings normed", "embeddings normed", "embedding", "embed_tokens", lambda s: s.embedded.append(_normed)
     )
@@ -275,15 +275,11 @@ def _embeddings(config: Any) -> Iterator[Hypothesis]:
         setup.embedded.append(lambda x: times(x, value))
 
     grid = [*decades(0.01, 100, 3), 0.9, 0.97, 1.03, 1.1]
-    yield free(
-        "factor of embeddings",
-        "embedding",
-        "embed_tokens",
-        edit,
-        grid,
-        lambda v: f"embeddings times {v:.6g}",
-        alone=True,
-    )
+    says = lambda v: f"embeddings times {v:.6g}"  # noqa: E731
+    family = free("factor of embeddings", "embedding", "embed_tokens", edit, grid, says, alone=True)
+    yield family.at(E**0.5, "embedding times sqrt(E)", f"embeddings times sqrt({E})")
+    yield family.at(E**-0.5, "embedding over sqrt(E)", f"embeddings divided by sqrt({E})")
+    yield family
     for by in (1, -1):
         said = f"the embedding rows of the token ids {'+' if by > 0 else '-'} 1"
         roll = partial(np.roll, shift=-by, axis=0)
@@ -334,9 +330,6 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
 
         return _outside(name, says, "head", "lm_head score qa_outputs", edit, **how)
 
-    for cap in (15.0, 30.0, 50.0):
-        yield head(f"logits capped at {cap:g}", f"logits capped at {cap:g} by tanh", _cap(cap))
-    yield head("logits over sqrt(E)", f"logits divided by sqrt({E})", lambda y: times(y, E**-0.5))
     yield head("log-probabilities", "log-probabilities for logits", lambda y: with_noise_of(y, _log_softmax(number(y))))
     yield head("probabilities", "probabilities for logits", _probabilities)
     yield head(
@@ -357,7 +350,6 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
     yield head(
         "logits of ids - 1", "the logits of the token ids before", lambda y: moved(y, lambda a: np.roll(a, 1, -1))
     )
-    yield head("logits negated", "the other sign of all logits", lambda y: times(y, -1.0))
     yield head("logits centred", "logits less their mean", lambda y: with_noise_of(y, _centred(number(y))))
     for dtype in ("bfloat16", "float16"):
         yield head(f"logits in {dtype}", f"logits in {dtype}", partial(rounded, dtype=dtype), places=True)
@@ -367,22 +359,28 @@ def _heads(config: Any) -> Iterator[Hypothesis]:
     ) -> Hypothesis:
         def edit(setup: Setup, value: float) -> None:
             setup.everywhere()
+            if not setup.head:
+                raise DoesNotApplyError
             setup.headed.append(change(value))
 
         return free(name, "head", "lm_head", edit, grid, says, alone=True)
 
-    yield free_head(
+    factors = free_head(
         "factor of logits",
         lambda v: lambda y: times(y, v),
         [*decades(0.01, 100, 3), 0.9, 0.97, 1.03, 1.1],
         lambda v: f"logits times {v:.6g}",
     )
-    yield free_head("cap of logits", _cap, decades(1, 200, 5), lambda v: f"logits capped at {v:.6g} by tanh")
+    yield factors.at(E**-0.5, "logits over sqrt(E)", f"logits divided by sqrt({E})")
+    yield factors.at(-1.0, "logits negated", "the other sign of all logits")
+    yield factors
+    caps = free_head("cap of logits", _cap, decades(1, 200, 5), lambda v: f"logits capped at {v:.6g} by tanh")
+    yield from (caps.at(cap, f"logits capped at {cap:g}") for cap in (15.0, 30.0, 50.0))
+    yield caps
     said = "the embedding for a head of its own"
     yield _outside("tied head", said, "head", "lm_head", _tied)
     quant: Edit = lambda a: quantized(a, 8, 0)  # noqa: E731
     yield _outside("int8 head", "an int8 head", "head", "lm_head", lambda s: s.edit("lm_head.weight", quant))
-    yield _outside("hidden state before the last norm", "the head read before the last norm", "norm", "norm", _unnormed)
     yield _outside(
         "norms of layer 0 at the end", "the weight of the first norm for the last one", "norm", "norm", _first_norm
     )
@@ -411,14 +409,6 @@ def _tied(setup: Setup) -> None:
     if not weights.has("lm_head.weight") or setup.c.tie_word_embeddings:
         raise DoesNotApplyError
     setup.read({"lm_head.weight": "embed_tokens.weight"})
-
-
-def _unnormed(setup: Setup) -> None:
-    def same(call: Call, x: Any, w: Any, *rest: Any) -> Any:
-        return x if call.layer is None else call.base(x, w, *rest)
-
-    setup.operate("rms_norm", same)
-    setup.operate("layer_norm", same)
 
 
 def _first_norm(setup: Setup) -> None:

@@ -1,6 +1,6 @@
 """Mistakes in a port that shows its logits alone (`refllm.mutants.port`), and the hypotheses that are right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ def _bug(name: str, right: str, number: float | None = None, **fields: Any) -> B
 
 
 def _with(name: str, right: str, fields: Callable[[Any], Fields]) -> Bug:
-    return Bug(name, fields, tuple(right.split(" | ")))
+    return Bug(name, fields, tuple(right.split(" | ")) if right else ())
 
 
 def _interleave(config: Any) -> Fields:
@@ -91,6 +91,39 @@ def _log_softmax(y: Array) -> Array:
     return y - np.log(np.exp(y).sum(-1, keepdims=True))
 
 
+def _unlisted() -> Iterator[Bug]:
+    """Mistakes that no hypothesis describes: to name a cause of one is wrong."""
+    yield _bug("angles cut to 8 bits", "", cut_angles=True)
+    yield _bug("a gap in the positions", "", place=lambda p: p + 3 * (p > 20))
+    yield _bug("every eighth position twice", "", place=lambda p: p - p // 8)
+    yield _with("two dims not turned", "", lambda c: {"dims": c.rotary_dim - 2} if c.rotary_dim > 4 else {})
+    yield _bug("sees every other key", "", sees=lambda t, u: (u <= t) & ((t - u) % 2 == 0))
+    yield _bug("window 8 and four sinks", "", sees=lambda t, u: (u <= t) & ((t - u < 8) | (u < 4)))
+    yield _bug("key 5 hidden", "", sees=lambda t, u: (u <= t) & ((u != 5) | (t == 5)))
+    yield _bug("heads by turns", "", groups=lambda h, H, K: (h + h // K) % K)
+    yield _bug("stream x 0.9", "", keep=0.9)
+    yield _bug("act softsign", "", act="softsign")
+    yield _bug("act softplus", "", act="softplus")
+    yield _bug("norm weight + 0.37, no scale", "", scale=lambda c: 1.0, plus=0.37)
+    yield _bug("head capped and shifted", "", head=lambda y: _capped(11)(y + 1.0))
+    yield _bug("logits + their column", "", head=lambda y: y + np.linspace(0, 0.2, y.shape[-1]))
+    yield _bug("ids + 5", "", roll=-5)
+    tensors: dict[str, tuple[str, Callable[[Array], Array]]] = {
+        "half of a matrix 0": ("down_proj.weight", lambda a: a * (np.arange(a.shape[0]) % 2)[:, None]),
+        "a zero column block": ("v_proj.weight", lambda a: a * (np.arange(a.shape[1]) > 7)),
+        "rows of down one late": ("down_proj.weight", lambda a: np.roll(a, 1, 0)),
+        "rows of q one late": ("q_proj.weight", lambda a: np.roll(a, 1, 0)),
+        "columns of o one late": ("o_proj.weight", lambda a: np.roll(a, 1, 1)),
+        "rows of up reversed": ("up_proj.weight", lambda a: a[::-1]),
+        "weights in int3": ("proj.weight", lambda a: _steps(a, 3, 0)),
+        "weights cut at 2 sigma": ("proj.weight", lambda a: np.clip(a, -2 * a.std(), 2 * a.std())),
+        "norm weights cut at 1": ("norm.weight", lambda a: np.minimum(a, 1)),
+        "one weight 0": ("down_proj.weight", lambda a: a * (np.arange(a.size).reshape(a.shape) != 77)),
+    }
+    for name, (ending, change) in tensors.items():
+        yield _bug(name, "", change={ending: change})
+
+
 BUGS: list[Bug] = [
     _bug("RoPE scaling lost", "rope scaling ignored", scaling="none"),
     _bug("RoPE scaling linear", "rope scaling as linear", scaling="linear"),
@@ -115,7 +148,6 @@ BUGS: list[Bug] = [
     _bug("positions halved", "positions halved", place=lambda p: p // 2),
     _bug("position 0 twice", "first position twice", place=lambda p: np.maximum(p - 1, 0)),
     _bug("q one behind", "q one position behind", shift_q=1),
-    _bug("angles cut to 8 bits", "", cut_angles=True),
     _bug("attention factor lost", "attention factor dropped", factor=1.0),
     *(_bug(f"eps {v:g}", f"norm eps {v:g}", eps=v) for v in (1e-12, 1e-6, 1e-5, 1e-3, 1e-2)),
     _bug("eps 3e-5", "norm eps 3e-05", 3e-5, eps=3e-5),
@@ -191,8 +223,6 @@ BUGS: list[Bug] = [
     _bug("tied", "tied head", untie="embed"),
     _bug("gelu in layer 1", "activation gelu, layer 1", act="gelu", only_layer=1),
     _bug("window 8 in layer 0", "window 8, layer 0", sees=lambda t, u: (u <= t) & (t - u < 8), only_layer=0),
-    _bug("half of a matrix 0", "", change={"down_proj.weight": lambda a: a * (np.arange(a.shape[0]) % 2)[:, None]}),
-    _bug("a zero column block", "", change={"v_proj.weight": lambda a: a * (np.arange(a.shape[1]) > 7)}),
-    _bug("attention of squares", "", scale=lambda c: 1.0, plus=0.37),
+    *_unlisted(),
 ]  # fmt: skip
 """Every one leaves most models wrong; where it changes nothing (a bias that is not there), it is not visible."""

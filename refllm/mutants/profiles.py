@@ -14,7 +14,7 @@ from refllm.check.inputs import Inputs, stressed
 from refllm.check.oracle import Report, judge
 from refllm.check.trace import Trace
 from refllm.forward.model import Model
-from refllm.mutants.honest import FUSED, HF, Honest, Plant
+from refllm.mutants.honest import FUSED, HF, Honest
 from refllm.mutants.runs import Outcome, Run, run_of
 
 PROFILES: dict[str, Honest] = {
@@ -210,9 +210,14 @@ class Planted:
 def planted_runs(name: str, folder: Path, dtype: str, every: int = 1, turn: int = 0) -> list[Planted]:
     """Every mistake on top of every profile, of those that this checkpoint can have; of `every` pairs the `turn`-th."""
     model = _model(folder, dtype)
-    mistakes = [mistake for mistake in MISTAKES if _applies(mistake, model)]
+    mistakes = mistakes_for(model)
     pairs = [(i + j, m, p) for i, m in enumerate(mistakes) for j, p in enumerate(PROFILES)]
     return [_planted(name, folder, model, m, p) for n, m, p in pairs if n % every == turn % every]
+
+
+def mistakes_for(model: Model) -> list[str]:
+    """Those that a model can have."""
+    return [mistake for mistake in MISTAKES if _applies(mistake, model)]
 
 
 def _applies(mistake: str, model: Model) -> bool:
@@ -221,16 +226,24 @@ def _applies(mistake: str, model: Model) -> bool:
     return mistake != "gate and up swapped" or bool(model.config.hidden_act == "silu")
 
 
-def _planted(name: str, folder: Path, model: Model, mistake: str, profile: str) -> Planted:
-    operator, change, value = MISTAKES[mistake]
-    expected = f"model.layers.{_LAYER}.{value}".rstrip(".")
+def with_mistake(how: Honest, mistake: str) -> Honest:
+    """The port with a mistake in one layer."""
+    operator, change, _ = MISTAKES[mistake]
 
     def plant(where: str, layer: int, arguments: dict[str, Any]) -> None:
         if (where, layer) == (operator, _LAYER):
             change(arguments)
 
-    def traced(inputs: Inputs, plant: Plant | None = plant) -> Trace:
-        return record(Port(PROFILES[profile].but(plant=plant), folder, model.dtype), model, inputs)
+    return how.but(plant=plant)
+
+
+def _planted(name: str, folder: Path, model: Model, mistake: str, profile: str) -> Planted:
+    expected = f"model.layers.{_LAYER}.{MISTAKES[mistake][2]}".rstrip(".")
+    right = PROFILES[profile]
+    wrong = with_mistake(right, mistake)
+
+    def traced(inputs: Inputs, how: Honest = wrong) -> Trace:
+        return record(Port(how, folder, model.dtype), model, inputs)
 
     def outcome(inputs: Inputs) -> Outcome:
         return _outcome(judge(model, traced(inputs)), expected)
@@ -244,7 +257,7 @@ def _planted(name: str, folder: Path, model: Model, mistake: str, profile: str) 
         case.stressed = outcome(inputs)
         if case.stressed.right:
             return case
-    both = ((traced(inputs), traced(inputs, None)) for inputs in (Inputs(ids), *more))
+    both = ((traced(inputs), traced(inputs, right)) for inputs in (Inputs(ids), *more))
     case.changed = max(int(np.sum(_seen(one, expected) != _seen(other, expected))) for one, other in both)
     return case
 

@@ -7,7 +7,11 @@ without a defect, over prompts, precisions, attention implementations, threads a
 round elsewhere (`refllm.mutants.profiles`); every one must hold. *Mistakes on top*: planted into those ports.
 *Calibration*: over the same runs, the measured error over the predicted one, value by value.
 
-Needs Torch and Transformers. The results are committed as docs/validation.md and docs/validation.json.
+With `--weights trained` all this is measured on the checkpoints that have learnt a text, and on words of that text:
+weights as training leaves them, where designed ones have nothing idle and no outliers.
+
+Needs Torch and Transformers. The results are committed as docs/validation.md, docs/validation.json and, of trained
+weights, docs/validation-trained.json.
 """
 
 import argparse
@@ -85,7 +89,7 @@ class Pair:
     def __init__(self, folder: Path, dtype: str, attention: str) -> None:
         import refllm
 
-        self.attention = attention
+        self.attention, self.text = attention, _text(folder)
         self.model: Model = refllm.load(folder, head="causal_lm", dtype=dtype)
         self.candidate = TransformersCandidate.load(folder, head="causal_lm", dtype=dtype, attention=attention)
 
@@ -98,15 +102,30 @@ class Pair:
         return record(self.candidate, self.model, inputs)
 
     def tokens(self, seed: int, batch: int = 1, length: int = TOKENS) -> np.ndarray:
-        """Random ids [batch, length]."""
-        return np.random.default_rng(seed).integers(0, self.model.config.vocab_size, (batch, length))
+        """Ids [batch, length]: random ones, for a checkpoint that has learnt a text words of it."""
+        rng = np.random.default_rng(seed)
+        if self.text is None:
+            return rng.integers(0, self.model.config.vocab_size, (batch, length))
+        return self.text[rng.integers(0, len(self.text) - length, (batch, 1)) + np.arange(length)]
+
+
+def _text(folder: Path) -> np.ndarray | None:
+    """The tokens that an embedded checkpoint was trained on, if it was."""
+    from refllm import golden
+    from refllm.golden.train_checkpoints import documents
+    from refllm.text.tokenizer import Tokenizer
+
+    return documents(Tokenizer.from_pretrained(folder)) if folder in golden.trained().values() else None
 
 
 # ----------------------------------------------------------------------------------------------------------- sharpness
 
 
-def sharpness(folders: dict[str, Path], mutants: list[Mutant], log: Log = lambda text: None) -> list[Case]:
-    """Every mutant in every checkpoint where it changes anything."""
+def sharpness(
+    folders: dict[str, Path], mutants: list[Mutant], log: Log = lambda text: None, by_policy: bool = True
+) -> list[Case]:
+    """Every mutant in every checkpoint where it changes anything. by_policy: whether each is judged by the named policy
+    as well, and not only those that this is about, which are places; else what it says is what is said without."""
     from refllm.config import AutoConfig
 
     cases = []
@@ -118,12 +137,12 @@ def sharpness(folders: dict[str, Path], mutants: list[Mutant], log: Log = lambda
                 key = (mutant.dtype, mutant.attention)
                 if key not in pairs:
                     pairs[key] = Pair(folder, *key)
-                cases.append(_case(name, mutant, pairs[key]))
+                cases.append(_case(name, mutant, pairs[key], by_policy))
         log(f"{name}: {sum(case.checkpoint == name for case in cases)} mutants")
     return cases
 
 
-def _case(checkpoint: str, mutant: Mutant, pair: Pair) -> Case:
+def _case(checkpoint: str, mutant: Mutant, pair: Pair, by_policy: bool) -> Case:
     layer = pair.model.config.num_hidden_layers // 2
     ids = pair.tokens(seed=0)
 
@@ -138,6 +157,9 @@ def _case(checkpoint: str, mutant: Mutant, pair: Pair) -> Case:
 
     trace = traced(Inputs(ids))
     plain, report = judged(trace)
+    named = plain
+    if by_policy or mutant.place:
+        named = _outcome(mutant, layer, judge(pair.model, trace, POLICY[pair.attention]))
     case = Case(
         mutant=mutant.name,
         area=mutant.area,
@@ -150,7 +172,7 @@ def _case(checkpoint: str, mutant: Mutant, pair: Pair) -> Case:
         equivalent=mutant.equivalent,
         kind=mutant.kind,
         plain=plain,
-        named=_outcome(mutant, layer, judge(pair.model, trace, POLICY[pair.attention])),
+        named=named,
     )
     if mutant.equivalent:
         case.result_holds = _result_holds(report)
@@ -307,6 +329,7 @@ class Validation:
     ports: list[Run] = field(default_factory=list)
     planted: list[Planted] = field(default_factory=list)
     asked: dict[str, int] = field(default_factory=dict)
+    weights: str = "designed"
 
     @property
     def false_alarms(self) -> list[Run]:
@@ -327,6 +350,7 @@ class Validation:
         from refllm.mutants.validation_page import calibration_rows, closest_rows
 
         return {
+            "weights": self.weights,
             "versions": self.versions,
             "seconds": round(self.seconds),
             "asked": self.asked,
@@ -360,21 +384,30 @@ class Validation:
 
 
 def validate(
-    seeds: int = 2, port_seeds: int = 2, every: int = 1, jobs: int = 1, log: Log = lambda text: None
+    seeds: int = 2,
+    port_seeds: int = 2,
+    every: int = 1,
+    jobs: int = 1,
+    log: Log = lambda text: None,
+    weights: str = "designed",
 ) -> Validation:
     """All measurements on the embedded checkpoints, in so many processes. seeds: prompts of Transformers runs.
-    port_seeds: of every right port. every: of so many pairs of a mistake and a port, one is planted."""
+    port_seeds: of every right port. every: of so many pairs of a mistake and a port, one is planted. weights: of the
+    checkpoints, designed or trained; random models of 24 layers go with the designed ones."""
     import torch
     import transformers
 
     from refllm import golden
 
     start = time.perf_counter()
-    folders = {name: Path(path) for name, path in golden.checkpoints().items()}
+    folders = golden.checkpoints() if weights == "designed" else golden.trained()
     found = Validation([], [], [], 0.0, {"torch": torch.__version__, "transformers": transformers.__version__})
+    found.weights = weights
     found.versions["numpy"] = np.__version__
     found.asked = {"seeds": seeds, "port_seeds": port_seeds, "every": every}
-    parts = ("sharpness", "losses", "legitimate", "deep", "ports", "planted")
+    parts = ["sharpness", "losses", "legitimate", "deep", "ports", "planted"]
+    if weights != "designed":
+        parts.remove("deep")
     tasks = [(part, turn) for part in parts for turn in range(1 if part in ("losses", "deep") else len(folders))]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         done = [pool.submit(_part, part, turn, folders, found.asked) for part, turn in tasks]
@@ -412,12 +445,13 @@ def _part(part: str, turn: int, folders: dict[str, Path], asked: dict[str, int])
 
 
 def _files(arguments: argparse.Namespace, found: Validation) -> Iterator[tuple[Path, str]]:
-    from refllm.mutants.validation_page import page
+    from refllm.mutants.validation_page import joined, page
 
     if arguments.json:
         yield arguments.json, json.dumps(found.to_dict(), indent=1) + "\n"
     if arguments.markdown:
-        yield arguments.markdown, page(found)
+        before = arguments.markdown.read_text(encoding="utf-8") if arguments.markdown.exists() else ""
+        yield arguments.markdown, joined(before, page(found))
 
 
 def main() -> int:
@@ -426,13 +460,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2, help="prompts per checkpoint, precision and attention")
     parser.add_argument("--port-seeds", type=int, default=2, help="inputs per checkpoint, precision and right port")
     parser.add_argument("--every", type=int, default=1, help="plant one of so many pairs of a mistake and a port")
+    parser.add_argument("--weights", choices=("designed", "trained"), default="designed", help="of the checkpoints")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on tiny products its threads wait longer than they work
     numbers = (arguments.seeds, arguments.port_seeds, arguments.every, arguments.jobs)
-    found = validate(*numbers, log=lambda text: print(text, flush=True))
+    found = validate(*numbers, log=lambda text: print(text, flush=True), weights=arguments.weights)
     for path, text in _files(arguments, found):
         path.parent.mkdir(parents=True, exist_ok=True)
         output_file.replace(path, text)

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,26 +69,128 @@ def closest_rows(runs: Sequence["Run"]) -> list[dict[str, Any]]:
     return [{"rule": rule, **row} for rule, row in rows.items()]
 
 
+TRAINED = "# The same on trained weights"
+"""The title of the page's second half."""
+
+
 def page(found: "Validation") -> str:
-    """The page in Markdown."""
+    """The page in Markdown, or its half on trained weights."""
     from refllm.mutants.profiles_page import aims, places, ports
 
+    parts: tuple[Callable[[Validation], list[str]], ...]
     parts = (_head, aims, _sharpness, places, _losses, ports, _alarms, _calibration)
+    if found.weights == "trained":
+        parts = (_trained_head, aims, _not_at_once, _alarms, _overall)
     return "\n".join(line for part in parts for line in part(found)) + "\n"
 
 
-def _head(found: "Validation") -> list[str]:
-    options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in found.asked.items())
-    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+def joined(before: str, made: str) -> str:
+    """The page with a half that was measured anew, and the other as it was: each has a run of its own."""
+    designed, title, trained = before.partition(f"\n{TRAINED}\n")
+    return f"{designed}\n{made}" if made.startswith(TRAINED) else made + title + trained
+
+
+def _trained_head(found: "Validation") -> list[str]:
     return [
-        "# How far the check can be trusted",
+        TRAINED,
         "",
+        "Designed weights leave nothing idle. Those of `golden/checkpoints/*-trained` are as training leaves them.",
+        "What is drawn for them is the text that they have learnt; ports get random tokens.",
+        "",
+        *_command(found, " --weights trained"),
+        *_idle(),
+    ]
+
+
+def _idle() -> list[str]:
+    """How the two kinds differ."""
+    from refllm import golden
+    from refllm.mutants.idle import idle
+
+    rows = map(idle, [*golden.checkpoints().values(), *golden.trained().values()])
+    return [
+        "## What training leaves idle, and what sticks out",
+        "",
+        "On 256 tokens of the corpus (`refllm/mutants/idle.py`): the median of the largest next-token probability;",
+        "the largest activation and the largest weight over the RMS of its tensor; the share of directions that count",
+        "in the projection that uses the fewest; the keys, of 192 to 256, that the least choosy head looks at.",
+        "",
+        *table(
+            ("checkpoint", "certain of the next token", "activation", "weight", "directions", "keys"),
+            (
+                (
+                    row.checkpoint,
+                    f"{row.certain:.2f}",
+                    f"{row.activation:.0f} x",
+                    f"{row.weight:.1f} x",
+                    f"{row.directions:.2f}",
+                    f"{row.keys:.0f}",
+                )
+                for row in rows
+            ),
+        ),
+        "",
+    ]
+
+
+def _not_at_once(found: "Validation") -> list[str]:
+    """The defects that plain inputs do not show at their place."""
+    lost = [case for case in found.defects if not case.plain.right]
+    missed = {case.mutant for case in lost}
+    rows = (_mutant_row(cases) for cases in by_mutant([case for case in found.defects if case.mutant in missed]))
+    return [
+        "## Defects that plain inputs do not show at once",
+        "",
+        "The same catalogue as above, planted in the same way. What is not here is named at its operator, by plain",
+        "inputs, in every checkpoint in which it changes anything.",
+        "",
+        *table(_MUTANT_COLUMNS, rows),
+        "",
+        *(f"- {c.mutant}, {c.checkpoint}: reported at {c.plain.reported or 'no value'}" for c in lost),
+        "",
+    ]
+
+
+def _overall(found: "Validation") -> list[str]:
+    """Calibration without the table by operator."""
+    of_runs, of_ports = calibration_rows(found.runs), calibration_rows(found.ports)
+    return [
+        "## Calibration: measured error over predicted error",
+        "",
+        "Of Transformers' runs, then of ports that round elsewhere; each as above.",
+        "",
+        *(line for rows in (of_runs, of_ports) for line in (*ratio_table(_all(rows), with_operator=False), "")),
+        "On its own inputs nearly every operator is predicted as well as on designed weights. End to end the",
+        "prediction is rougher than there, mostly too small; why is not known yet (errors that depend on each other",
+        "would do this). The limit there follows an honest run, so it still holds what is right. Isolated:",
+        "",
+        *outliers([row for row in (*of_runs, *of_ports) if row["operator"] != "all" and row["way"] == "isolated"]),
+    ]
+
+
+def _all(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["operator"] == "all"]
+
+
+def _command(found: "Validation", options: str = "") -> list[str]:
+    options += "".join(f" --{name.replace('_', '-')} {value}" for name, value in found.asked.items())
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    file = "docs/validation.json" if found.weights == "designed" else f"docs/validation-{found.weights}.json"
+    return [
         "Written by a command, which takes some minutes on one core and exits with 1 where an aim below is missed:",
         "",
-        "    python -m refllm.mutants.validation --markdown docs/validation.md --json docs/validation.json" + options,
+        f"    python -m refllm.mutants.validation --markdown docs/validation.md --json {file}{options}",
         "",
         f"Measured with {versions}, in {found.seconds:.0f} s.",
         "",
+    ]
+
+
+def _head(found: "Validation") -> list[str]:
+    return [
+        "# How far the check can be trusted",
+        "",
+        *_command(found),
         "The check predicts the rounding error of every named value (`refllm/accuracy/propagation.py`) and compares a",
         "run with it twice: end to end from the token ids, and isolated, each operator on the run's own inputs. The",
         "rules are in `refllm/accuracy/judge.py`, the reason for each number in `refllm/accuracy/limits.py`. Limits of",
@@ -119,21 +221,7 @@ def _sharpness(found: "Validation") -> list[str]:
         f"- with stressed inputs: {stressed} of {len(defects)} ({100 * stressed / len(defects):.1f} %)",
         f"- plain inputs under the named policy: {named} of {len(defects)} ({100 * named / len(defects):.1f} %)",
         "",
-        *table(
-            (
-                "area",
-                "defect",
-                "checkpoints",
-                "format",
-                "plain",
-                "stressed",
-                "named",
-                "reported at",
-                "rules that broke",
-                "seen in",
-            ),
-            (_mutant_row(cases) for cases in by_mutant(defects)),
-        ),
+        *table(_MUTANT_COLUMNS, (_mutant_row(cases) for cases in by_mutant(defects))),
         "",
         "*format*: bfloat16, unless its rounding hides the defect in principle: a wrong eps of 1e-6 for 1e-5 changes a",
         "norm by 5e-6 of its size, and logits in bfloat16 are what a bfloat16 model has. *stressed*: how many need",
@@ -163,6 +251,20 @@ def by_mutant(cases: Sequence["Case"]) -> list[list["Case"]]:
     for case in cases:
         grouped.setdefault(case.mutant, []).append(case)
     return list(grouped.values())
+
+
+_MUTANT_COLUMNS = (
+    "area",
+    "defect",
+    "checkpoints",
+    "format",
+    "plain",
+    "stressed",
+    "named",
+    "reported at",
+    "rules that broke",
+    "seen in",
+)
 
 
 def _mutant_row(cases: list["Case"]) -> tuple[str, ...]:
@@ -253,7 +355,7 @@ def _alarms(found: "Validation") -> list[str]:
 
 def _calibration(found: "Validation") -> list[str]:
     rows = calibration_rows(found.runs)
-    overall = [row for row in rows if row["operator"] == "all"]
+    overall = _all(rows)
     by_operator = [row for row in rows if row["operator"] != "all"]
     return [
         "## Calibration: measured error over predicted error",

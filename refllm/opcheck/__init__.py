@@ -7,5 +7,6 @@
 
 The way of one example: `search` takes calls from `refllm.strategies`, `worker` runs the candidate on them in a process
 of its own, where `observe` writes down what it does; `examine` and `judge` compare that with what `expected` says;
-`shrink` makes a failing call small; `tile` says where it fails, `guess` what it looks like, `repro` how to see it.
+`looks_like` says which mistake gives a candidate's numbers; `shrink` makes a failing call small; `tile` says where it
+fails, `repro` how to see it.
 """

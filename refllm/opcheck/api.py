@@ -11,12 +11,12 @@ from typing import Any
 from refllm.accuracy.expected import find_dtype, find_policy
 from refllm.accuracy.judge import Judgement
 from refllm.accuracy.verdicts import Verdict, verdict
-from refllm.errors import InputError, RefllmError
+from refllm.errors import InputError
 from refllm.extras import require
 from refllm.opcheck import candidate as candidates
 from refllm.opcheck import search
 from refllm.opcheck.examine import Examiner, Finding
-from refllm.opcheck.guess import Guess, guess, ragged
+from refllm.opcheck.looks_like import Guess, Likeness, looks_like
 from refllm.opcheck.observe import Task
 from refllm.opcheck.offers import Offers, find_offers, suggestion
 from refllm.opcheck.repro import reproduction
@@ -47,8 +47,8 @@ _EVERY_TIME = ("hangs", "crashes", "result", "purity", "reuse")
 @dataclass(frozen=True)
 class OpFinding:
     """One thing that is wrong. level: at which it is asked for. finding: on the smallest call found; first: as it was
-    found. guesses: the known bugs that it looks like. repro: a program that shows it. suggestion: the option for a
-    candidate that does not offer that, "" if there is none."""
+    found. guesses: the mistakes that give its numbers; wrong_in: where, if none does. repro: a program that shows it.
+    suggestion: the option for a candidate that does not offer that, "" if there is none."""
 
     level: str
     finding: Finding
@@ -56,6 +56,7 @@ class OpFinding:
     guesses: tuple[Guess, ...] = ()
     repro: str = ""
     suggestion: str = ""
+    wrong_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class OpReport:
     property: the broken one (`examine.PROPERTIES`), "" if none. finding: on the smallest call found; first: as it was
     found. worst: of all examples. examples: calls examined; shrinking: those after the finding. ended: why the search
     stopped early, "" if it did not. untested: trivial wrong answers that would have held on every example.
-    guesses: the known bugs that it looks like. repro: a program that shows the failure, "" if nothing failed.
+    guesses: the mistakes that give its numbers. repro: a program that shows the failure, "" if nothing failed.
     without: the optional arguments and families that no call had. findings: all that were found, by level.
     rounds: in words, where the candidate rounds, "" where that was not asked. not_asked: what its options left out.
     policy: the named one, "" if it may round wherever honest code does.
@@ -406,7 +407,7 @@ def _told(
     progress: search.Progress,
 ) -> OpFinding:
     """A finding made small, with all that is to be said of it. left: how many share the time that is left."""
-    smallest, guesses = first, list[Guess]()
+    smallest, likeness = first, Likeness()
     now = time.monotonic()
     until = now + (examine.until - now) / left
     if shrink:
@@ -414,11 +415,12 @@ def _told(
         if odd is not None:
             first = smallest = odd
         else:
+            progress("asking what it looks like", 0, 0)
+            likeness = looks_like(examine, offers, first)
             smallest = _smallest(examine, offers, first, until, progress)
-            guesses = _guesses(examine, smallest, first, policy)
     fits = suggestion(smallest.call, smallest.text)
     repro = reproduction(smallest, candidate, policy, time_limit)
-    return OpFinding(smallest.level, smallest, first, tuple(guesses), repro, fits)
+    return OpFinding(smallest.level, smallest, first, likeness.guesses, repro, fits, likeness.wrong_in)
 
 
 def _distinct(told: Sequence[OpFinding]) -> tuple[OpFinding, ...]:
@@ -490,16 +492,3 @@ def _made_small(
         return examine(call, deep=deep, limit=limit)
 
     return make_small(first, retry, deadline)[0]
-
-
-def _guesses(examine: Examiner, smallest: Finding, first: Finding, policy: str) -> list[Guess]:
-    if smallest.property not in ("value", "NaN pattern"):
-        return []
-    found = guess([smallest, first], policy)
-    if found:
-        return found
-    try:
-        call = ragged(first.call)
-        return guess([smallest, first], policy, None if call is None else examine(call, deep=False))
-    except RefllmError:  # the kind does not exist in that size
-        return []

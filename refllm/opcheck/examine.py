@@ -143,12 +143,13 @@ class Examiner:
         keywords: dict[str, Any],
         results: tuple[Result, ...],
         expected: tuple[Expected, ...],
+        whole: bool = True,
     ) -> list[Judgement]:
-        """A judgement per output, of the profile in which it holds if there is one."""
+        """A judgement per output, of the profile in which it holds if there is one. whole: not a row of the call."""
         judged = [judge(r.value, e) for r, e in zip(results, expected, strict=True)]
         if self.roundings is None or call.dtype == "float32":
             return judged
-        return self.roundings.judged(call, arguments, keywords, results, expected, judged)
+        return self.roundings.judged(call, arguments, keywords, results, expected, judged, whole)
 
     def again(self, first: Finding, repeats: int) -> Finding | None:
         """What is to be said of a call that failed, if it does not fail every time: None if it does.
@@ -186,7 +187,7 @@ class Examiner:
             text = f"row {row} computed alone: {broken.text}"
             return replace(broken, property="invariance", text=text, row_alone=row)
         arrays = inputs.row_alone(call, *call.arrays(), row)
-        judged = self._judged(call, *arrays, results, tuple(wanted))
+        judged = self._judged(call, *arrays, results, tuple(wanted), whole=False)
         for whole, result, e, verdict in zip(seen.results, results, wanted, judged, strict=True):
             if not verdict.holds:
                 text = f"row {row} computed alone is wrong: {verdict.faults[0].text}"
@@ -227,7 +228,8 @@ class Power:
 def _cut(e: Expected, part: slice) -> Expected:
     if not e.exact.ndim:
         return e
-    return replace(e, **{name: getattr(e, name)[part] for name in ("exact", "contract", "variance", "inner")})
+    arrays = {name: x for name, x in vars(e).items() if isinstance(x, np.ndarray)}
+    return replace(e, **{name: x[part] for name, x in arrays.items()})  # type: ignore[arg-type]
 
 
 def _structure(call: Call, results: tuple[Result, ...], expected: tuple[Expected, ...], task: Task) -> Finding | None:

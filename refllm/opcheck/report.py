@@ -101,8 +101,19 @@ def _finding(one: OpFinding) -> list[tuple[str, str]]:
         lines.append(("worst element", _worst(finding.judgement)))
     lines.append(("smallest call", _plainly(finding.call)))
     lines += _places(one)
-    lines += [("looks like" if i == 0 else "or", found.text) for i, found in enumerate(one.guesses)]
+    lines += _looks_like(one)
     return lines + ([("offers less?", one.suggestion)] if one.suggestion else [])
+
+
+def _looks_like(one: OpFinding) -> list[tuple[str, str]]:
+    """All that gives these numbers in one line, and what the first of it is in the definition."""
+    if not one.guesses:
+        return [("wrong in", one.wrong_in)] if one.wrong_in else []
+    first = one.guesses[0]
+    lines = [("looks like", "; or: ".join(found.text for found in one.guesses))]
+    if first.changed and len(one.guesses) == 1:
+        lines += [("definition", first.definition), ("with that", first.changed)]
+    return lines
 
 
 def _level(one: LevelReport, report: OpReport) -> str:
@@ -202,6 +213,7 @@ def _finding_dict(one: OpFinding, counts: bool) -> dict[str, Any]:
         "text": one.finding.text,
         "counterexample": _call_dict([one], one.finding),
         "looks_like": [vars(found) for found in one.guesses],
+        "wrong_in": one.wrong_in or None,
         "suggestion": one.suggestion or None,
         "repro": one.repro,
     }

@@ -49,6 +49,12 @@ def _laplace(x: np.ndarray) -> np.ndarray:
     return np.exp(-z * z) / (math.sqrt(2 * math.pi) * 0.282095)
 
 
+def _sqrtsoftplus(x: np.ndarray) -> np.ndarray:
+    """s(x) / (2 sqrt(softplus(x))); far below 0, where both vanish, e^(x/2) / 2."""
+    near = np.maximum(x, -40)
+    return np.where(x < -40, np.exp(np.minimum(x, 0) / 2) / 2, _sigmoid(near) / (2 * np.sqrt(softplus(near))))
+
+
 def _ones(where: np.ndarray, x: np.ndarray) -> np.ndarray:
     return where.astype(x.dtype)
 
@@ -68,10 +74,10 @@ _SLOPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "tanh": lambda x: 1 - np.tanh(x) ** 2,
     "linear": np.ones_like,
     "mish": _mish,
-    "hardswish": lambda x: np.where(x < -3, 0, np.where(x <= 3, x / 3 + 0.5, 1)).astype(x.dtype),
+    "hardswish": lambda x: np.where(x <= -3, 0, np.where(x < 3, x / 3 + 0.5, 1)).astype(x.dtype),
     "leaky_relu": lambda x: np.where(x > 0, 1, 0.01).astype(x.dtype),
     "laplace": _laplace,
-    "sqrtsoftplus": lambda x: _sigmoid(x) / (2 * np.sqrt(softplus(x))),
+    "sqrtsoftplus": _sqrtsoftplus,
 }
 """The derivative of each activation. At a corner (relu at 0, relu6 at 6) the value that torch.autograd takes."""
 

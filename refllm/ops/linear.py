@@ -1,5 +1,7 @@
 """Matrix products, sums and the reshapes between the residual stream and heads."""
 
+import math
+
 import numpy as np
 
 from refllm.precision import EXACT, Arithmetic
@@ -13,8 +15,13 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, *,
     Rounding: `linear`, once, after the bias. Source: torch.nn.functional.linear.
     """
     x = ar.array(x)
-    y = ar.matmul_t(x.reshape(-1, x.shape[-1]), ar.array(weight), None if bias is None else ar.array(bias))
+    y = ar.matmul_t(as_rows(x), ar.array(weight), None if bias is None else ar.array(bias))
     return ar.round(y.reshape(*x.shape[:-1], weight.shape[0]), "linear")
+
+
+def as_rows(x: np.ndarray) -> np.ndarray:
+    """[..., I] -> [N, I]; not by -1, which NumPy cannot work out where I is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def add(x: np.ndarray, y: np.ndarray, *, ar: Arithmetic = EXACT) -> np.ndarray:

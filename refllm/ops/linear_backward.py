@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from refllm.ops.linear import merge_heads, split_heads
+from refllm.ops.linear import as_rows, merge_heads, split_heads
 from refllm.precision import EXACT, Arithmetic
 
 __all__ = ["add_backward", "embedding_backward", "linear_backward", "merge_heads_backward", "split_heads_backward"]
@@ -28,7 +28,7 @@ def linear_backward(
     """
     dy, x, weight = ar.array(dy), ar.array(x), ar.array(weight)
     of_x, of_weight, of_bias = (*needed, *[bias is not None] * (3 - len(needed)))
-    rows_NO, rows_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    rows_NO, rows_NI = as_rows(dy), as_rows(x)
     dx = ar.round(np.matmul(rows_NO, weight).reshape(x.shape), "linear.grad") if of_x else None
     dweight = ar.round(np.matmul(rows_NO.T, rows_NI), "linear.grad") if of_weight else None
     return dx, dweight, ar.round(rows_NO.sum(axis=0), "linear.grad") if of_bias and bias is not None else None
@@ -46,7 +46,7 @@ def embedding_backward(dy: np.ndarray, ids: np.ndarray, weight: np.ndarray, *, a
     Rounding: `embedding.grad.sum` after every addition (torch's CPU kernel adds row by row in the format of the
     weights, so that a sum in bfloat16 stops growing at 256 equal terms), `embedding.grad` once at the end.
     """
-    dy, ids = ar.array(dy).reshape(-1, dy.shape[-1]), np.asarray(ids).ravel()
+    dy, ids = as_rows(ar.array(dy)), np.asarray(ids).ravel()
     dweight = np.zeros(weight.shape, ar.work)
     for turn in _turns(ids):  # each row of the table at most once per turn, in the order of the places
         dweight[ids[turn]] = ar.round(dweight[ids[turn]] + dy[turn], "embedding.grad.sum")

@@ -84,6 +84,8 @@ class GgufFile:
         extras.require("reading a GGUF file", "gguf")
         import gguf
 
+        if os.path.isfile(path) and not is_gguf(path):
+            raise CheckpointError(f"{path}: this is no GGUF file; such a file begins with {MAGIC.decode()}")
         try:
             reader = gguf.GGUFReader(path)
         except OSError as error:
@@ -101,6 +103,11 @@ class GgufFile:
     def kinds(self) -> dict[str, str]:
         """Name -> how the tensor is stored: "F32", "Q8_0", "Q4_K"."""
         return {name: tensor.tensor_type.name for name, tensor in self._stored.items()}
+
+    def bits(self, name: str) -> float:
+        """How many bits a number of the tensor takes, those of its block's scales included."""
+        tensor = self._stored[name]
+        return 8 * float(tensor.n_bytes) / float(tensor.n_elements)
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(int(n) for n in reversed(self._stored[name].shape))

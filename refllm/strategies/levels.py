@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from refllm.accuracy import limits
 from refllm.errors import InputError
 from refllm.ops.contracts import ROWS, contract_of
 from refllm.strategies.arrays import FLOATS, Array
@@ -23,8 +24,6 @@ from refllm.strategies.call import Call
 
 LEVELS = ("basic", "contract", "hostile")
 """The levels, in the order in which they are asked for."""
-
-_LARGE_MEAN, _FAR, _EXTREME, _TINY = 100.0, 4096.0, 250.0, 1e-10
 
 
 @dataclass(frozen=True)
@@ -124,15 +123,18 @@ def _nan_where_nobody_reads(call: Call) -> bool:
 
 
 def _large_mean(call: Call) -> bool:
-    return any(abs(x.mean) >= _LARGE_MEAN and x.values in ("normal", "uniform", "ramp") for x in _floats(call))
+    return any(abs(x.mean) >= limits.LARGE_MEAN and x.values in ("normal", "uniform", "ramp") for x in _floats(call))
 
 
 def _extreme(call: Call) -> bool:
     values = (value for x in _floats(call) for _, value in x.planted)
-    if any(np.isfinite(value) and abs(value) >= _EXTREME for value in values):
+    if any(np.isfinite(value) and abs(value) >= limits.EXTREME_VALUE for value in values):
         return True
     free = [x for x in _floats(call) if x.values not in ("cos", "sin")]
-    return any(x.scale >= _EXTREME or x.scale <= _TINY or abs(x.mean) >= 1e4 for x in free)
+    return any(
+        x.scale >= limits.EXTREME_VALUE or x.scale <= limits.VANISHING_SCALE or abs(x.mean) >= limits.EXTREME_MEAN
+        for x in free
+    )
 
 
 def _tables(call: Call) -> list[Array]:
@@ -198,7 +200,12 @@ _ALL = (
         "tables that are no cos and sin",
         lambda c: any(x.values not in ("cos", "sin") for x in _tables(c)),
     ),
-    Family("far_positions", "contract", "positions past 4096", lambda c: any(x.mean > _FAR for x in _tables(c))),
+    Family(
+        "far_positions",
+        "contract",
+        "positions past 4096",
+        lambda c: any(x.mean > limits.FAR_POSITIONS for x in _tables(c)),
+    ),
     Family("large_means", "contract", "means of 100 and more", _large_mean),
     Family("extreme_values", "contract", "values far from their neighbours, near overflow, or subnormal", _extreme),
     Family("not_finite", "contract", "NaN and infinities", lambda c: any(_not_finite(x) for x in _floats(c))),

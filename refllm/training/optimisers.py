@@ -69,6 +69,11 @@ class _Optimiser(ABC):
             else:
                 self.state.setdefault(name, {})[kind] = np.array(x, self.parameters[name].dtype)
 
+    def load_parameters(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Puts other numbers into the arrays."""
+        for name, array in arrays.items():
+            self.parameters[name][...] = array
+
 
 class SGD(_Optimiser):
     """p <- p - lr d, with d = g + weight_decay p; with momentum d is b, b <- momentum b + (1 - dampening) d, which is

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from refllm.errors import InputError
+from refllm.inputs import to_numpy
 from refllm.storage import output_file
 from refllm.training.curve import loss_curve
 from refllm.training.optimisers import AdamW
@@ -42,9 +43,10 @@ class Settings:
 class TrainingRun:
     """A model that learns a text. losses: of all steps so far, in nats per token.
 
-    model: a causal language model in float32 or float64, whose tensors are changed. ids: [N] tokens of the text.
-    folder: where it is kept; what an earlier run of the same settings left there is gone on from. Raises InputError for
-    a text shorter than a window, another dtype, and the folder of a run with other settings or of another model.
+    model: a causal language model in float32 or float64, whose tensors are changed; one of backend="torch" is trained
+    by Torch. ids: [N] tokens of the text. folder: where it is kept; what an earlier run of the same settings left there
+    is gone on from. Raises InputError for a text shorter than a window, another dtype, and the folder of a run with
+    other settings or of another model.
     """
 
     def __init__(self, model: Any, ids: np.ndarray, folder: Path, settings: Settings) -> None:
@@ -55,9 +57,9 @@ class TrainingRun:
         if len(ids) < settings.context:
             raise InputError(f"training: the text has {len(ids)} tokens, fewer than one window of {settings.context}")
         self.model, self.ids, self.folder, self.settings = model, np.asarray(ids), folder, settings
-        self.tensors = dict(model.named_parameters())
         self.text = hashlib.sha256(self.ids.astype(np.int64).tobytes()).hexdigest()
-        self.optimiser = AdamW(self.tensors, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimiser = _adamw(model, settings)
+        self.tensors = self.optimiser.parameters
         self.losses: list[float] = []
         self._go_on()
 
@@ -75,14 +77,15 @@ class TrainingRun:
         """
         while len(self.losses) < total:
             ids_BS = self.windows(len(self.losses))
-            loss, gradients = self.model.gradients(ids_BS, labels=ids_BS)
+            found, gradients = self.model.gradients(ids_BS, labels=ids_BS)
+            loss = float(found)
             if not np.isfinite(loss):
                 raise InputError(
                     f"training: the loss of step {len(self.losses) + 1} is {loss}; a smaller --lr than "
                     f"{self.settings.lr:g} may help"
                 )
             self.optimiser.step(gradients)
-            self.losses.append(float(loss))
+            self.losses.append(loss)
             done = len(self.losses)
             if done % save_every == 0 or done == total:
                 self.save()
@@ -93,12 +96,16 @@ class TrainingRun:
         output_file.must_be_folder("--output", self.folder)
         self.model.save_pretrained(self.folder)
         output_file.write("--output", self.folder / CURVE, loss_curve(self.losses))
-        arrays = {f"tensor/{name}": x for name, x in self.tensors.items()}
+        arrays = {f"tensor/{name}": to_numpy(x) for name, x in self.tensors.items()}
         arrays |= {f"optimiser/{name}": x for name, x in self.optimiser.state_dict().items()}
         content = io.BytesIO()
-        about = np.array(json.dumps({**asdict(self.settings), "text": self.text}))
+        about = np.array(json.dumps({**self._about(), "text": self.text}))
         np.savez(content, allow_pickle=False, losses=np.array(self.losses), about=about, **arrays)
         output_file.write("--output", self.folder / STATE, content.getvalue())
+
+    def _about(self) -> dict[str, Any]:
+        """What decides the bits of a run, by the names of the command's options."""
+        return {**asdict(self.settings), "backend": _backend(self.model)}
 
     def _go_on(self) -> None:
         file = self.folder / STATE
@@ -107,20 +114,33 @@ class TrainingRun:
         try:
             with np.load(file, allow_pickle=False) as state:
                 arrays = dict(state)
-            before = json.loads(str(arrays.pop("about")))
+            before = {"backend": "numpy", **json.loads(str(arrays.pop("about")))}
             losses = arrays.pop("losses").tolist()
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             raise InputError(f"{file} is no state of a training run; give another folder, or remove it") from None
-        for name, value in asdict(self.settings).items():
+        for name, value in self._about().items():
             if before.get(name) != value:
                 raise InputError(f"{file} is of a run with {name}={before.get(name)}, not {value}; give another folder")
         if before.get("text") != self.text:
             raise InputError(f"{file} is of a run on another text; give another folder")
         tensors = {name.removeprefix("tensor/"): x for name, x in arrays.items() if name.startswith("tensor/")}
-        if {name: x.shape for name, x in tensors.items()} != {name: x.shape for name, x in self.tensors.items()}:
+        if {name: x.shape for name, x in tensors.items()} != {n: tuple(x.shape) for n, x in self.tensors.items()}:
             raise InputError(f"{file} is of a run with another model; give another folder")
-        for name, x in tensors.items():
-            self.tensors[name][...] = x
+        self.optimiser.load_parameters(tensors)
         kept = {name.removeprefix("optimiser/"): x for name, x in arrays.items() if name.startswith("optimiser/")}
         self.optimiser.load_state_dict(kept)
         self.losses = losses
+
+
+def _backend(model: Any) -> str:
+    return getattr(model, "backend", "numpy")
+
+
+def _adamw(model: Any, settings: Settings) -> Any:
+    """AdamW on the tensors of the model, of its own backend."""
+    tensors = dict(model.named_parameters())
+    if _backend(model) == "numpy":
+        return AdamW(tensors, lr=settings.lr, weight_decay=settings.weight_decay)
+    from refllm.kernels.models.optimiser import TorchAdamW
+
+    return TorchAdamW(tensors, lr=settings.lr, weight_decay=settings.weight_decay)

@@ -216,7 +216,7 @@ def is_killed(*_: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@told("hangs", "it did not return within 1 s (misbehaving.py:LINE); --time gives it more")
+@told("hangs", "it did not return within 1 s (misbehaving.py:LINE); --time-limit gives it more")
 def never_returns(*_: Any) -> Any:
     while True:
         pass

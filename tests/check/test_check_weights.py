@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from gguf_writer import write_gguf
@@ -17,8 +18,10 @@ from refllm.check import compare
 from refllm.check.html import render
 from refllm.check.oracle import Report
 from refllm.check.report import show_report
+from refllm.check.weights import Given
 from refllm.commands import cli
 from refllm.errors import CheckpointError, InputError
+from refllm.forward.operators import Operators
 from refllm.storage.checkpoint import save_checkpoint
 from refllm.storage.gguf_file import GgufFile, in_halves, in_pairs
 
@@ -122,6 +125,123 @@ def test_weights_that_a_port_hands_over_are_those_that_it_is_judged_with(folder:
     assert any("not read" in note for note in files.notes)
 
 
+def reads_as(kind: str, monkeypatch: Any) -> Callable[[Any], Any]:
+    """Makes a port one whose products read their inputs as those of llama.cpp with matrices of that kind do."""
+    stored = gguf.GGMLQuantizationType[kind]
+
+    def linear(self: Operators, x: np.ndarray, *more: Any) -> np.ndarray:
+        read = gguf.quants.dequantize(gguf.quants.quantize(np.ascontiguousarray(x), stored), stored)
+        return refllm.ops.linear(read.astype(np.float32), *more, ar=self.ar)
+
+    def made(forward: Any) -> Any:
+        def inside(checkpoint: str, ids: Any, mask: Any, positions: Any, tap: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(Operators, "linear", linear)
+                return forward(checkpoint, ids, mask, positions, tap)
+
+        return inside
+
+    return made
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
+def test_products_with_weights_of_a_file_may_read_what_that_format_has(
+    folder: Path, kind: str, monkeypatch: Any
+) -> None:
+    file, arrays = of_file(folder, kind)
+    narrow = reads_as(kind, monkeypatch)
+    right = one(folder, narrow(port(arrays)), weights=file)
+    assert right.verdict == "holds", right.first_failure
+    assert any("reads its input" in str(habit) for habit in right.habits)
+    assert max(tap.isolated.ratio for tap in right.taps if tap.isolated) < 1.3  # as sharp as where nothing is rounded
+    unrounded = one(folder, port(arrays), weights=file)
+    assert unrounded.verdict == "holds"
+    assert right.taps[-1].end_to_end.rms_sigma > 100 * unrounded.taps[-1].end_to_end.rms_sigma
+    wrong = one(folder, narrow(port(rows_swapped(arrays))), weights=file).first_failure
+    assert wrong is not None
+    assert wrong.name == "model.layers.1.mlp.up_proj"
+    unsaid = one(folder, narrow(port(arrays)), weights=arrays)  # nothing says in which format they are
+    assert unsaid.verdict == {"Q8_0": "fails", "F16": "incomplete"}[kind]  # float16 may be TF32, which is to be said
+
+
+@pytest.mark.parametrize("hidden", ["o_proj", "lm_head", "context"])
+def test_a_reading_that_nothing_shows_is_a_part_of_the_error(folder: Path, hidden: str, monkeypatch: Any) -> None:
+    file, arrays = of_file(folder, "Q8_0")
+    forward = reads_as("Q8_0", monkeypatch)(port(arrays))
+
+    def fewer(checkpoint: str, ids: Any, mask: Any, positions: Any, tap: Any) -> Any:
+        logits = forward(checkpoint, ids, mask, positions, lambda n, x: None if n.endswith(hidden) else tap(n, x))
+        return None if hidden == "lm_head" else logits
+
+    report = one(folder, fewer, weights=file)
+    assert report.verdict == ("holds" if hidden == "o_proj" else "incomplete"), report.first_failure
+    assert not any(tap.broken for tap in report.taps)
+    untested = [tap.name for tap in report.taps if tap.untested]  # int8 in few tokens hides a factor of 1.01
+    assert untested == ["model.layers.1.self_attn.o_proj"] * (hidden == "context")
+
+
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "MXFP4")
+
+
+def own_file(folder: Path, kind: str, **planted: Any) -> tuple[Given | None, list[str]]:
+    file = GgufFile.open(write_gguf(folder, folder.parent / f"planted-{kind}.gguf", kind, **planted))
+    return Given("m.gguf", file, rounded=True, own=True).checked(refllm.load(folder, dtype="float64"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_format_costs_makes_no_other_tensor(folder: Path, kind: str) -> None:
+    """Whatever the numbers are: one of a block may be as large as it likes, or all be far below the smallest of it."""
+
+    def edit(tensors: Arrays) -> None:
+        rng = np.random.default_rng(1)
+        for weight in tensors.values():
+            weight *= 10 ** rng.uniform(-4, 0)
+            weight.flat[:: rng.integers(20, 60)] *= 10 ** rng.uniform(0, 4)
+
+    odd = folder.parent / "odd"
+    arrays = {name: weight.copy() for name, weight in model_of(str(folder)).weights.renamed("model.").items()}
+    edit(arrays)
+    model = refllm.load(folder, dtype="float32")
+    own = model.weights.replaced({name.removeprefix("model."): weight for name, weight in arrays.items()})
+    type(model)(model.config, own, model.arithmetic).save_pretrained(odd, dtype="float32")
+    for checkpoint in (folder, odd):
+        given, said = own_file(checkpoint, kind)
+        assert said == []
+        assert (given is None) == (kind == "F32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bug", ["row lost", "rows swapped", "another one's", "norm plus one"])
+def test_a_tensor_of_a_file_that_is_another_is_said_and_not_taken(folder: Path, kind: str, bug: str) -> None:
+    name = "model.layers.1.mlp.up_proj.weight" if bug != "norm plus one" else "model.layers.1.input_layernorm.weight"
+
+    def edit(tensors: Arrays) -> None:
+        weight = tensors[name]
+        if bug == "row lost":
+            weight[-1] = 0
+        elif bug == "rows swapped":
+            weight[[3, 4]] = weight[[4, 3]]
+        elif bug == "another one's":
+            weight[:] = tensors[name.replace("up", "gate")]
+        else:
+            weight += 1
+
+    given, said = own_file(folder, kind, edit=edit)
+    assert len(said) == 1
+    assert said[0].startswith(f"{name} of m.gguf (")
+    model = refllm.load(folder, dtype="float32")
+    if given is not None:
+        taken = given.in_place_of(model).weights[name.removeprefix("model.")]
+        assert np.array_equal(taken, model.weights[name.removeprefix("model.")])
+
+
+def test_weights_that_a_port_hands_over_are_asked_whose_they_are(folder: Path) -> None:
+    report = one(folder, port(rows_swapped(by_rows(folder)), hands_over=True))
+    assert report.first_failure is not None
+    assert report.first_failure.name == "model.layers.1.mlp.up_proj"
+    assert any("up_proj.weight of" in note and "is not the checkpoint's: a row is off" in note for note in report.notes)
+
+
 def test_the_error_of_the_format_is_that_of_exact_runs(folder: Path, tmp_path: Path) -> None:
     arrays = by_rows(folder)
     save_checkpoint(tmp_path, arrays, "float32")
@@ -158,8 +278,6 @@ def test_weights_equal_to_the_checkpoints_cost_nothing(folder: Path) -> None:
 
 
 def test_a_file_is_rounded_to_the_precision_of_the_check_and_arrays_are_not(folder: Path) -> None:
-    from refllm.check.weights import Given
-
     model, arrays = refllm.load(folder, dtype="bfloat16"), by_rows(folder)
     path, _ = of_file(folder, "Q8_0")
     name = "layers.0.mlp.up_proj.weight"
@@ -212,7 +330,7 @@ def test_info_says_what_a_gguf_file_is(folder: Path, monkeypatch: Any, capsys: A
     assert found["kinds"]["Q4_0"] == 16
 
 
-@pytest.mark.parametrize("damage", ["magic", "cut", "family", "tensor", "heads"])
+@pytest.mark.parametrize("damage", ["magic", "text", "cut", "family", "tensor", "heads"])
 def test_a_damaged_gguf_file_is_one_sentence(folder: Path, tmp_path: Path, damage: str) -> None:
     path, edits = tmp_path / "m.gguf", {}
     if damage == "heads":
@@ -221,12 +339,19 @@ def test_a_damaged_gguf_file_is_one_sentence(folder: Path, tmp_path: Path, damag
     data = path.read_bytes()
     if damage == "magic":
         path.write_bytes(b"GGUF" + b"\xff" * 100)
+    elif damage == "text":
+        path.write_text("no GGUF file, but a text")
     elif damage == "cut":
         path.write_bytes(data[: len(data) // 2])
     elif damage == "family":
         path.write_bytes(data.replace(b"llama", b"phi77"))
     elif damage == "tensor":
         path.write_bytes(data.replace(b"blk.0.ffn_up", b"blk.9.ffn_up"))
-    expected = {"family": "expected one of llama", "tensor": "is no tensor of", "heads": "expected a number of 1"}
+    expected = {
+        "text": "this is no GGUF file",
+        "family": "expected one of llama",
+        "tensor": "is no tensor of",
+        "heads": "expected a number of 1",
+    }
     with pytest.raises(CheckpointError, match=expected.get(damage, "a GGUF file that cannot be read")):
         GgufFile.open(path)

@@ -12,8 +12,8 @@ from gguf_writer import write_gguf
 
 from refllm import golden
 from refllm.accuracy.chained_angles import chains
-from refllm.check.adapters.gguf import _Values, must_be_float32
-from refllm.check.adapters.llama_library import Landmarks, Seen
+from refllm.check.adapters.gguf import _Values, must_be_known
+from refllm.check.adapters.llama_library import Landmarks, LlamaLibrary, Seen
 from refllm.check.candidates import open_candidate
 from refllm.check.reordered import readers
 from refllm.check.stacks import Opening
@@ -93,11 +93,20 @@ def test_without_a_library_it_is_said_how_to_get_one() -> None:
         open_candidate(opening)
 
 
-def test_a_file_whose_products_round_what_they_read_is_refused(tmp_path: Path) -> None:
-    file = GgufFile.open(write_gguf(golden.path("llama-tiny"), tmp_path / "m.gguf", "Q8_0"))
-    with pytest.raises(InputError, match=r"its tensors are Q8_0, .* which is not predicted; check a file in F32"):
-        must_be_float32(file)
-    must_be_float32(GgufFile.open(write_gguf(golden.path("llama-tiny"), tmp_path / "f.gguf")))
+def test_a_file_of_whose_products_is_not_known_what_they_read_is_refused(tmp_path: Path) -> None:
+    files = {kind: write_gguf(golden.path("llama-tiny"), tmp_path / kind, kind) for kind in ("F32", "Q8_0", "Q4_1")}
+    with pytest.raises(InputError, match=r"tensors are in Q4_1, and what .* with them read is not known here"):
+        must_be_known(GgufFile.open(files.pop("Q4_1")))
+    for file in files.values():
+        must_be_known(GgufFile.open(file))
+
+
+def test_a_library_is_looked_for_where_its_path_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name alone is one of this folder, and not of the system's."""
+    monkeypatch.chdir(tmp_path)
+    Path("libm.so.6").write_bytes(b"no library")
+    with pytest.raises(InputError, match=f"--library {tmp_path}/libm.so.6: it cannot be loaded"):
+        LlamaLibrary.open(Path("libm.so.6"))
 
 
 @pytest.mark.filterwarnings("ignore:.*factor=20")

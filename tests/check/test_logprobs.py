@@ -3,19 +3,25 @@ named."""
 
 import json
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from tiny import VOCAB, tiny_model
 
 import refllm
-from refllm.check.asked import Asked
+from refllm.check import check_logprobs, logprobs
 from refllm.check.inputs import Inputs
-from refllm.check.logprobs import Found, LogProbs, check_logprobs, expect
+from refllm.check.logprobs import Found, expect
+from refllm.check.logprobs_file import LogProbs
 from refllm.commands import cli
 from refllm.errors import InputError
 from refllm.forward.model import Model
@@ -76,8 +82,8 @@ def write(path: Path, logprobs: np.ndarray, ids: np.ndarray = IDS, mask: Any = M
     return path
 
 
-def check(folder: Path, *files: Path) -> Found:
-    found = check_logprobs(folder, list(files), (), Asked(None))
+def check(folder: Path, *files: Any, **options: Any) -> Found:
+    found = check_logprobs(folder, *files, **options)
     schema = json.loads((Path(__file__).parents[2] / "docs/schema/logprobs.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(found.to_dict())
     assert set(found.to_dict()["reports"][0]) == set(schema["$defs"]["report"]["properties"])
@@ -123,6 +129,53 @@ def test_temperature_divides_the_logits(folder: Path, runs: dict[str, np.ndarray
     said = runs["bfloat16 0.7"]
     assert check(folder, write(tmp_path / "a.jsonl", said, dtype="bfloat16", temperature=0.7)).verdict == "holds"
     assert check(folder, write(tmp_path / "b.jsonl", said, dtype="bfloat16")).verdict == "fails"
+
+
+def test_every_dtype_and_temperature_in_a_file_is_judged_by_itself(
+    folder: Path, runs: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """A wrong float32 sequence would drown in the rounding of those in bfloat16."""
+
+    def lines(name: str, *each: tuple[str, str, float]) -> Path:
+        texts = []
+        for b, (run, dtype, temperature) in enumerate(each):
+            file = write(tmp_path / "one.jsonl", runs[run][b : b + 1], IDS[b : b + 1], MASK[b : b + 1], dtype=dtype)
+            texts.append(json.dumps(json.loads(file.read_text()) | {"temperature": temperature, "source": name}))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(texts))
+        return tmp_path / f"{name}.jsonl"
+
+    right = lines("trainer", ("float32", "float32", 1), ("bfloat16", "bfloat16", 1), ("bfloat16 0.7", "bfloat16", 0.7))
+    wrong = lines("rollout", ("bfloat16", "float32", 1), ("bfloat16", "bfloat16", 1), ("bfloat16", "bfloat16", 1))
+    found = check(folder, right, wrong)
+    said = [(r.source, r.dtype, r.temperature, r.sequences, r.verdict) for r in found.reports]
+    assert said == [
+        ("trainer", "float32", 1, (0,), "holds"),
+        ("trainer", "bfloat16", 1, (1,), "holds"),
+        ("trainer", "bfloat16", 0.7, (2,), "holds"),
+        ("rollout", "float32", 1, (0,), "fails"),
+        ("rollout", "bfloat16", 1, (1, 2), "holds"),
+    ]
+    assert found.difference is not None
+    assert (found.difference.fault, found.difference.tokens) == (("rollout",), sum(LENGTHS) - len(LENGTHS))
+    assert found.reports[3].worst[0] == 0
+
+
+def test_arrays_are_judged_as_a_file_of_them_is(folder: Path, runs: dict[str, np.ndarray], tmp_path: Path) -> None:
+    said, lists = runs["bfloat16"], [[None if np.isnan(x) else x for x in row] for row in runs["bfloat16"]]
+    (filed,) = check(folder, write(tmp_path / "a.jsonl", said, dtype="bfloat16")).reports
+    arrays = {"ids": torch.from_numpy(IDS), "logprobs": torch.from_numpy(said), "mask": MASK}
+    for given in (arrays | {"temperature": np.ones(3)}, {"ids": IDS.tolist(), "logprobs": lists, "mask": MASK}):
+        (report,) = check(folder, given, dtype="bf16").reports
+        assert (report.source, report.verdict) == ("arrays", "holds")
+        assert (report.ratio, report.tokens) == (filed.ratio, filed.tokens)
+    two = check(folder, arrays, arrays, dtype=("bf16", "float32"))
+    assert [r.dtype for r in two.reports] == ["bfloat16", "float32"]
+    assert two.difference is not None
+    assert two.difference.fault == ("arrays (the second)",)
+    with pytest.raises(InputError, match="'logits' is unknown"):
+        check(folder, arrays | {"logits": 1})
+    with pytest.raises(InputError, match="of 0 programs"):
+        check(folder)
 
 
 def test_padding_on_the_left_is_taken_off(folder: Path, runs: dict[str, np.ndarray], tmp_path: Path) -> None:
@@ -179,13 +232,14 @@ def test_predicted_error_is_that_of_a_moved_head_input(folder: Path) -> None:
     ('{"ids": [1, 2], "logprobs": [0, -1]}', "say --dtype"),
     ('{"ids": [1, 2], "logprobs": [0, -1], "dtype": "int4"}', "'int4' cannot be checked"),
     ('{"ids": [1, 2], "logprobs": [0, -1], "source": "a"}\n{"ids": [1, 2], "logprobs": [0, -1]}', "use two files"),
+    ('{"ids": [[1, 2]], "logprobs": [[0, -1]], "temperature": [1, 2]}', "expected one number, or [1]"),
     ('{"ids": ["a", 2], "logprobs": [0, -1]}', "not readable"),
 ])  # fmt: skip
 def test_bad_file_is_one_sentence(lines: str, said: str, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(lines)
     with pytest.raises(InputError) as refused:
-        check_logprobs(folder, [path], (), Asked(None))
+        check_logprobs(folder, path)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -221,5 +275,51 @@ def test_command_says_whose_fault_it_is(
     code, out, err = run()
     assert (code, err) == (1, "")
     assert "rollout is wrong: rounding explains what trainer says, and not what it says" in out
+    xml, page = tmp_path / "f.xml", tmp_path / "f.html"
+    known = tmp_path / "known.json"
+    entry = {"value": "log-probabilities", "candidate": "rollout", "reason": "its cache", "until": "9999-12-31"}
+    known.write_text(json.dumps({"known": [entry]}))
+    code, out, err = run("--junit", xml, "--html", page, "--json", tmp_path / "f.json", "--known", known)
+    assert (code, err) == (0, ""), out
+    assert "known until 9999-12-31: log-probabilities, candidate rollout (its cache)" in out
+    cases = {case.get("name"): case for case in ET.parse(xml).iter("testcase")}
+    assert set(cases) == {f"{source}, bfloat16, log-probabilities" for source in ("trainer", "rollout")}
+    assert [[child.tag for child in case] for case in cases.values()] == [[], ["skipped"]]
+    text, values = page.read_text(), json.loads((tmp_path / "f.json").read_text())
+    assert "rollout is wrong: rounding explains what trainer says" in text
+    assert (text.count("</table>"), 'class="verdict">fails' in text) == (2, True)
+    assert (values["verdict"], values["known"][0]["state"], values["interrupted"]) == ("fails", "seen", False)
+    schema = json.loads((Path(__file__).parents[2] / "docs/schema/logprobs.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(values)
+    assert set(values) | {"ended"} == set(schema["properties"])
+    known.write_text(json.dumps({"known": [entry | {"candidate": "trainer"}]}))
+    assert run("--junit", xml, "--known", known)[0] == 1
+    assert "sequence" in str(next(ET.parse(xml).iter("failure")).get("message"))
     code, out, err = run("--tf32")
     assert (code, out, err) == (2, "", "refllm: --logprobs judges what a file says, so leave out --tf32\n")
+
+
+def test_end_of_the_time_leaves_the_reports_so_far(
+    folder: Path, runs: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged, files = logprobs.judged, [tmp_path / name for name in ("trainer.jsonl", "rollout.jsonl")]
+    for file in files:
+        write(file, runs["bfloat16"], dtype="bfloat16")
+
+    def the_first(*arguments: Any) -> Iterator[Any]:
+        yield next(judged(*arguments))
+        (timer,) = (thread for thread in threading.enumerate() if isinstance(thread, threading.Timer))
+        threading.Thread(target=timer.function).start()
+        time.sleep(60)
+
+    monkeypatch.setattr(logprobs, "judged", the_first)
+    command = ["refllm", "check", folder, "--logprobs", files[0], "--logprobs", files[1], "--time", "600"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--json", str(tmp_path / "f.json")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    values = json.loads((tmp_path / "f.json").read_text())
+    assert (ended.value.code, values["verdict"], values["difference"]) == (1, "incomplete", None)
+    assert values["ended"].startswith("the time of 600 s was up at")
+    assert [report["source"] for report in values["reports"]] == ["trainer.jsonl"]
+    schema = json.loads((Path(__file__).parents[2] / "docs/schema/logprobs.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(values)

@@ -149,8 +149,19 @@ def test_a_file_whose_import_does_not_end_hangs(
     assert [report.verdict for report in found] == ["fails"]  # and not once more for a precision that it is not told
     assert found[0].misbehaviour is not None
     assert re.fullmatch(
-        r"it was not ready to run within 1 s \(mine.py:[12]\); --time gives it more", found[0].misbehaviour.text
+        r"it was not ready to run within 1 s \(mine.py:[12]\); --time-limit gives it more", found[0].misbehaviour.text
     )
+
+
+def test_what_cannot_be_opened_is_said_at_once_where_nobody_said_a_dtype(
+    warm_python: None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked twice: whether it takes a dtype, and to run."""
+    monkeypatch.setattr(process, "SECONDS_TO_START", 20.0)
+    (tmp_path / "mine.py").write_text("def f(checkpoint): return 3")
+    (report,) = check_all([checkpoint], Settings(f"{tmp_path / 'mine.py'}:f", seconds=0.5))
+    assert report.misbehaviour is not None
+    assert "returns a int; expected a model of a stack" in report.misbehaviour.text
 
 
 @pytest.mark.parametrize("reference", ["nowhere:forward", "json:no_such_function", "/no/such/file.py:forward"])
@@ -217,8 +228,23 @@ def test_trace_of_a_candidate_that_misbehaves_is_a_finding_and_no_file(
 def test_a_limit_of_no_time_is_wrong_use(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert refllm(monkeypatch, "check", checkpoint, "--time", "0") == 2
-    assert capsys.readouterr().err == "refllm: --time 0: expected more than 0 seconds\n"
+    for option in ("--time", "--time-limit"):
+        for seconds in ("0", "-1", "nan"):
+            assert refllm(monkeypatch, "check", checkpoint, option, seconds) == 2
+            assert capsys.readouterr().err == f"refllm: {option} {seconds}: expected more than 0 seconds\n"
+
+
+def test_check_does_not_wait_for_a_run_that_outlasts_its_time(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The end of the time of the whole is no finding; that of one run (--time-limit) is one, with its line."""
+    words = ["check", checkpoint, "--candidate", f"{FILE}:never_returns", "--ids", "1,2", "--json", tmp_path / "f.json"]
+    begin = time.monotonic()
+    assert refllm(monkeypatch, *words, "--dtype", "float32", "--time", "3") == 1
+    assert time.monotonic() - begin < 30
+    assert "incomplete: the time of 3 s was up at" in " ".join(capsys.readouterr().out.split())
+    values = json.loads((tmp_path / "f.json").read_text())
+    assert (values["verdict"], values["reports"]) == ("incomplete", [])
 
 
 SLEEPER = """

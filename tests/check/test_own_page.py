@@ -119,6 +119,28 @@ def test_transformers_own_model_holds(kind: str, dtype: str, stress: bool, folde
         assert not [habit for habit in report.habits if habit.expected]  # it rounds as Transformers does
 
 
+@pytest.mark.parametrize(
+    ("kind", "mistake", "named"),
+    [("mistral", "window", "window ignored"), ("qwen2", "bias", "biases of q, k and v dropped")],
+)
+def test_a_wrong_run_of_logits_alone_is_explained(
+    kind: str, mistake: str, named: str, folder: Callable[[str], Path]
+) -> None:
+    model = theirs(folder(kind), torch.float32)
+    if mistake == "window":
+        model.config.sliding_window = None
+    for name, tensor in model.named_parameters():
+        tensor.data *= 0.0 if name.endswith(mistake) else 1.0
+
+    def forward(checkpoint: str, input_ids: Any, attention_mask: Any, position_ids: Any, tap: Any) -> None:
+        with torch.inference_mode():
+            tap("lm_head", model(torch.from_numpy(input_ids)).logits.numpy())
+
+    (report,) = compare(folder(kind), forward, input_ids=IDS, page=page_of(kind), explain=True)
+    assert report.explanation is not None
+    assert named in {cause.name for cause in report.explanation.causes}, report.explanation
+
+
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
 def test_bugs_in_transformers_model_are_named_first_at_the_right_operator(
     kind: str, folder: Callable[[str], Path]

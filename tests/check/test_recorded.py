@@ -134,6 +134,41 @@ def test_a_run_of_a_program_without_refllm_is_judged(
         assert (beside.verdict, first(beside)) == ("fails", name), language
 
 
+@pytest.fixture(scope="module")
+def padded(folder: Path) -> dict[str, Trace]:
+    """Right runs of two rows of which one has padding on the right, in each format."""
+    found, mask = {}, np.ones_like(IDS)
+    mask[1, -5:] = 0
+    for dtype in ("float32", "bfloat16"):
+        model = refllm.load(folder, dtype=dtype, policy=None if dtype == "float32" else "fused")
+        found[dtype] = record(ReferenceCandidate(model), model, Inputs(IDS, mask))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 97), (2, 1, 97), (2, 100)])
+def test_logits_of_the_last_token_alone_are_judged_for_it(
+    folder: Path, padded: dict[str, Trace], dtype: str, shape: tuple[int, ...]
+) -> None:
+    """As an engine that generates keeps them; the last token is the last that is no padding."""
+    trace = padded[dtype]
+    last = trace.taps["lm_head"][[0, 1], [23, 18]]
+    shown = np.pad(last, ((0, 0), (0, shape[-1] - 97))).reshape(shape)
+    right = compare(folder, trace=replace(trace, taps={**trace.taps, "lm_head": shown}))[0]
+    assert right.verdict == "holds", first(right)
+    assert any("of the last token of each sequence alone" in note for note in right.notes)
+    assert right.next_tokens is not None
+    assert right.next_tokens.positions == 2
+    wrong = shown.copy()
+    wrong[1] = np.roll(wrong[1], 1, axis=-1)
+    report = compare(folder, trace=replace(trace, taps={**trace.taps, "lm_head": wrong}))[0]
+    assert (report.verdict, first(report)) == ("fails", "lm_head")
+    assert report.taps[-1].isolated is not None
+    assert report.taps[-1].isolated.row == (1, 18)
+    beside = compare(folder, trace=replace(trace, taps={**trace.taps, "lm_head": wrong}), against=trace)
+    assert beside[0].verdict == "fails"
+
+
 RUST = r"""
 fn main() {
     let ids: Vec<u8> = [3i64, 1, 4].iter().flat_map(|n| n.to_le_bytes()).collect();
@@ -424,7 +459,7 @@ def test_exit_codes_of_a_recorded_run(folder: Path, traces: dict[str, Trace], tm
     [
         (["--stress"], "so leave out --stress: other inputs cannot be run; record those that refllm trace"),
         (["--candidate", "numpy"], "so leave out --candidate: it was run already"),
-        (["--time", "3"], "leave out --time: nothing is run"),
+        (["--time-limit", "3"], "leave out --time-limit: nothing is run"),
         (["--dtype", "float32", "--dtype", "bfloat16"], "a run that was recorded has one"),
         (["--layout", "NE"], "--layout: layout 'NE' is not known; use tokens, SBE"),
         (["--ids", "1,2,3"], "its input_ids are other tokens than those of the command"),

@@ -350,7 +350,9 @@ def test_summary_names_the_first_failure_and_what_was_not_seen() -> None:
 
 
 def test_closing_line_counts_the_verdicts() -> None:
-    assert "6 checked: 2 holds, 3 fails, 1 incomplete" in printed(closing_line(all_reports()))
+    said = printed(closing_line(all_reports()))
+    assert "6 checked: 2 holds, 3 fails, 1 incomplete" in said
+    assert "refllm learn term WORD" in said
 
 
 def test_attribution_is_complete() -> None:

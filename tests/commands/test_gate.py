@@ -6,6 +6,8 @@ import json
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -257,6 +259,7 @@ def test_what_became_of_an_entry_is_said(of_runs: dict[str, Any], of_operators: 
         ("[]", "not a JSON object"),
         ("{}", "expected {"),
         ('{"schema": 9, "known": []}', "schema is 9"),
+        ('{"schema": 1, "known": []}', "schema is 1; expected 2"),
         ('{"known": [3]}', "entry 1 is 3"),
         ('{"known": [{"value": "a", "operator": "b"}]}', "a value or an operator"),
         ('{"known": [{"value": "a", "until": "2027-01-31"}]}', 'no "reason"'),
@@ -332,6 +335,60 @@ def test_ctrl_c_in_check_writes_the_report_so_far(run: Run, tmp_path: Path, monk
         validate(values, "check")
         assert (values["verdict"], values["interrupted"], len(values["reports"])) == ("incomplete", True, after)
         assert "interrupted" in (tmp_path / "f.xml").read_text()
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_check_that_takes_too_long_is_incomplete_and_has_the_report_so_far(
+    after: int, of_runs: dict[str, Any], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = check_run.check_all
+
+    def check_all(folders: list[Path], settings: Any, step: Any) -> Iterator[Any]:
+        here = [replace(one, isolate=False) for one in settings]
+        yield from [*checked(folders, here, step)][:after]
+        step("llama: the next one")
+        (timer,) = (thread for thread in threading.enumerate() if isinstance(thread, threading.Timer))
+        asked.append(timer.interval)
+        threading.Thread(target=timer.function).start()  # now, and not when this machine has come so far
+        time.sleep(60)
+
+    monkeypatch.setattr(check_run, "check_all", check_all)
+    tiny_model("LlamaForCausalLM", **CONFIG).save_pretrained(tmp_path / "tiny", dtype="float32")
+    files = ["--json", tmp_path / "f.json", "--junit", tmp_path / "f.xml", "--html", tmp_path / "f.html"]
+    before, asked = signal.getsignal(signal.SIGINT), list[float]()
+    ids = ",".join(map(str, IDS[0]))
+    code, out, err = run("check", tmp_path / "tiny", "--candidate", "numpy", "--ids", ids, "--time", "600", *files)
+    assert (code, err, asked) == (1, "", [600])
+    said = "the time of 600 s was up at llama: the next one"
+    assert f"incomplete: {said}, and this is the report so far" in " ".join(out.split())
+    values = json.loads((tmp_path / "f.json").read_text())
+    validate(values, "check")
+    assert (values["verdict"], values["interrupted"], values["ended"]) == ("incomplete", False, said)
+    assert [report["verdict"] for report in values["reports"]] == ["holds"] * after
+    assert said in (tmp_path / "f.xml").read_text()
+    page = (tmp_path / "f.html").read_text()
+    assert 'class="verdict">incomplete' in page
+    assert said in page
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not known({"value": GATE}).passes(found_of(of_runs["wrong"]) | {"ended": said})
+
+
+def test_time_that_suffices_changes_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = check_run.check_all
+
+    def check_all(folders: list[Path], settings: Any, step: Any) -> Iterator[Any]:
+        return checked(folders, [replace(one, isolate=False) for one in settings], step)
+
+    monkeypatch.setattr(check_run, "check_all", check_all)
+    tiny_model("LlamaForCausalLM", **CONFIG).save_pretrained(tmp_path / "tiny", dtype="float32")
+    command = ["check", tmp_path / "tiny", "--candidate", "numpy", "--ids", ",".join(map(str, IDS[0]))]
+    found = []
+    for more in ([], ["--time", "600"]):
+        assert run(*command, *more, "--json", tmp_path / "f.json")[0] == 0
+        found.append(json.loads((tmp_path / "f.json").read_text()))
+    assert found[0] == found[1]
+    assert "ended" not in found[0]
+    assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
 
 
 def test_ctrl_c_in_check_op_has_the_report_so_far() -> None:

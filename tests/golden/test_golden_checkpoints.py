@@ -1,9 +1,11 @@
 """The embedded checkpoints are what golden/README.md says, load in Transformers, and are made again byte for byte."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,16 @@ import pytest
 import torch
 import transformers
 
-from refllm import golden
+from refllm import golden, load
+from refllm.check.run import folders_to_check
 from refllm.config import AutoConfig
 from refllm.errors import InputError
+from refllm.golden import train_checkpoints
 from refllm.storage.checkpoint import Checkpoint
 from refllm.text.tokenizer import AutoTokenizer
 
 NAMES = sorted(golden.checkpoints())
+TRAINED = sorted(golden.trained())
 MEGABYTE = 1_000_000
 
 
@@ -50,14 +55,14 @@ def test_there_is_one_of_every_family() -> None:
     assert {config_of(name).model_type for name in NAMES} == {"helium", "llama", "stablelm", "arcee"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + TRAINED)
 def test_transformers_loads_every_tensor(name: str) -> None:
     config = transformers.AutoConfig.from_pretrained(golden.path(name))
     assert config.architectures == [type(theirs(name)).__name__]
     assert str(config.dtype).removeprefix("torch.") == config_of(name).dtype
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + TRAINED)
 def test_tokenizer_fits_the_model(name: str) -> None:
     tokenizer, config = AutoTokenizer.from_pretrained(golden.path(name)), config_of(name)
     assert len(tokenizer) <= config.vocab_size
@@ -172,6 +177,8 @@ def test_the_order_of_the_prompt_matters(name: str) -> None:
 def test_sizes_stay_small() -> None:
     for name in NAMES:
         assert size_of(golden.path(name)) < 1.5 * MEGABYTE, name
+    for name in TRAINED:
+        assert size_of(golden.path(name)) < 1.2 * MEGABYTE, name
     assert size_of(golden.FOLDER) < 20 * MEGABYTE
 
 
@@ -202,6 +209,72 @@ def test_readme_lists_every_checkpoint_with_its_dtype() -> None:
     readme = (golden.FOLDER / "README.md").read_text()
     for name in NAMES:
         assert f"| {name} | {config_of(name).dtype}" in readme
+    assert {config_of(name).dtype for name in TRAINED} == {train_checkpoints.DTYPE}
+    assert all(f"| {name} |" in readme for name in TRAINED)
+
+
+# -- those that have learnt the corpus ---------------------------------------------------------------------------------
+
+
+def test_one_of_every_family_was_trained_and_none_is_checked_by_default() -> None:
+    assert {config_of(name).model_type for name in TRAINED} == {"helium", "llama", "stablelm", "arcee"}
+    assert set(train_checkpoints.recipes()) == set(TRAINED)
+    assert not set(TRAINED) & set(NAMES)
+    assert not {folder.name for folder in folders_to_check(None)} & set(TRAINED)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_checkpoint_has_the_loss_that_readme_says_and_speaks_as_the_corpus(name: str) -> None:
+    """From the first words of several paragraphs, most greedy continuations are the corpus'."""
+    readme = (golden.FOLDER / "README.md").read_text()
+    (stated,) = re.findall(rf"\| {name} \|.*\| (\d\.\d+) \|", readme)
+    assert train_checkpoints.corpus_loss(golden.path(name)) == pytest.approx(float(stated), abs=6e-4)
+    model, tokenizer = load(golden.path(name)), AutoTokenizer.from_pretrained(golden.path(name))
+    paragraphs = [text for text in golden.corpus().split("\n\n") if len(text) > 200][:20:4]
+    same = 0
+    for text in paragraphs:
+        begun = tokenizer(text[:60].rpartition(" ")[0], return_tensors="np")
+        ids = model.generate(**begun, max_new_tokens=12, do_sample=False)[0]
+        same += text.startswith(tokenizer.decode(ids, skip_special_tokens=True).strip())
+    assert same > len(paragraphs) / 2
+
+
+def test_readme_quotes_what_is_said() -> None:
+    readme = (golden.FOLDER.parent / "README.md").read_text()
+    command = (
+        r"refllm generate golden/checkpoints/([\w-]+) --prompt \"(.*)\" --max-new-tokens (\d+) --greedy\n\n    (.*)\n"
+    )
+    ((name, prompt, tokens, stated),) = re.findall(command, readme)
+    tokenizer = AutoTokenizer.from_pretrained(golden.path(name))
+    begun = tokenizer(prompt, return_tensors="np")
+    ids = load(golden.path(name)).generate(**begun, max_new_tokens=int(tokens), do_sample=False)[0]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == f"{prompt} {stated}"
+    assert f"{prompt} {stated}" in golden.corpus()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_recipe_makes_what_is_stored_but_for_the_numbers(name: str, tmp_path: Path) -> None:
+    """A few steps of it: the same texts, tensors of the same shapes and dtypes, and it learns."""
+    recipe = replace(train_checkpoints.recipes()[name], phases=((3, 2e-3), (1, 2e-4)))
+    train_checkpoints.train(name, recipe, tmp_path)
+    made, stored = ({str(f.relative_to(where)): f for f in where.rglob("*") if f.is_file()}
+                    for where in (tmp_path, golden.path(name)))  # fmt: skip
+    assert made.keys() == stored.keys()
+    for file in stored.keys() - {"model.safetensors"}:
+        assert made[file].read_bytes() == stored[file].read_bytes(), file
+    with Checkpoint.open(tmp_path) as one, Checkpoint.open(golden.path(name)) as other:
+        tensors = [{n: (c.shape(n), c.dtype(n)) for n in c.names} for c in (one, other)]
+    assert tensors[0] == tensors[1]
+    uniform = np.log(config_of(name).vocab_size)
+    assert train_checkpoints.corpus_loss(tmp_path) < uniform - 0.1
+
+
+def test_the_command_says_how_far_the_loss_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    short = replace(train_checkpoints.recipes()["llama-trained"], phases=((1, 1e-3),))
+    monkeypatch.setattr(train_checkpoints, "recipes", lambda: {"llama-trained": short})
+    monkeypatch.setattr("sys.argv", ["train_checkpoints", "--folder", str(tmp_path)])
+    assert train_checkpoints.main() == 1
+    assert "farther than 10% from what is stored: llama-trained" in capsys.readouterr().out
 
 
 def test_json_files_are_standard_json() -> None:
@@ -212,5 +285,7 @@ def test_json_files_are_standard_json() -> None:
 
 
 def test_an_unknown_name_is_said() -> None:
-    with pytest.raises(InputError, match="'gpt2' is no embedded checkpoint; there are arcee-tiny, helium-tiny"):
+    with pytest.raises(
+        InputError, match="'gpt2' is no embedded checkpoint; there are arcee-tiny, arcee-trained, helium-tiny"
+    ):
         golden.path("gpt2")

@@ -103,7 +103,7 @@ def installs(environment: Environment) -> list[list[str]]:
     """The arguments of each `pip install`. Torch comes first: without a GPU that takes the small build."""
     torch = [requirement for requirement in extras()["witness"] if requirement.startswith("torch==")]
     tests = [requirement for requirement in extras()["test"] if requirement.startswith(("pytest>", "triton=="))]
-    pins = [*(["--no-deps"] if environment.alone else []), *environment.pins]
+    pins = [*(["--no-deps"] if environment.alone else []), *environment.pins, *environment.besides]
     return [torch, ["--editable", f".[{','.join(BASE)}]", *tests], *([pins] if environment.pins else [])]
 
 

@@ -10,7 +10,8 @@ import pytest
 LOADING = {"dtype": "float32", "policy": None}
 WHERE = {"backend": "numpy", "device": None}
 SEARCH = {"max_examples": 100, "seed": 0, "time_limit": 10.0}
-CHECKS: dict[str, Any] = {"bounds": True, "overflow": True, "races": True, "poison": True, "tf32": True}
+CHECKS: dict[str, Any] = {"bounds": True, "overflow": True, "races": True, "poison": True,
+                          "masked": "nan", "tf32": True}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm:load": {"head": None, **LOADING, **WHERE, "low_memory": False, "page": None},
     "refllm:pipeline": {
@@ -20,8 +21,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "candidate": "transformers", "dtype": None, "policy": None, "attention": "eager", "input_ids": None,
         "attention_mask": None, "position_ids": None, "prompt": None, "stress": False, "isolate": True,
         "time_limit": None, "splits": 1, "tf32": False, "names": None, "library": None, "trace": None, "layout": "",
-        "against": None, "weights": None, "page": None, "explain": False,
+        "against": None, "weights": None, "page": None, "explain": None,
     },
+    "refllm.check:check_logprobs": {"dtype": None, "policy": None},
     "refllm.check:check_op": {
         "dtype": "bfloat16", "policy": None, "device": "cpu", "arrays": "torch", "calls": None, "level": "contract",
         **SEARCH, "seconds": None, "isolate": True, "shrink": True, "deep": True, "keep_going": False, "bitwise": False,
@@ -34,7 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.check.run:Settings": {
         "candidate": "transformers", "dtypes": (), "attention": "eager", "policy": None, "stress": False,
         "seconds": None, "isolate": True, "splits": 1, "tf32": False, "names": None, "library": None,
-        "layout": "", "against": None, "weights": None, "explain": False,
+        "layout": "", "against": None, "weights": None, "explain": None,
     },
     "refllm.forward.model:Model.from_pretrained": {
         **LOADING, **WHERE, "low_memory": False, "progress": None, "seed": 0,
@@ -46,6 +48,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.kernels.models.fast_model:FastModel.fresh": {
         "seed": 0, "dtype": "float32", "backend": "torch", "device": None,
     },
+    "refllm.kernels:cuda_stand_in": {"target": "sm_90"},
     "refllm.kernels:interpreted": {**CHECKS, "configs": "first"},
     "refllm.kernels:patch": {"backend": None, "fuse_qkv": False},
     "refllm.kernels.verify:assert_meets_contract": {"limit": None},
@@ -69,7 +72,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.kernels.calls:call": {"bias": True},
     "refllm.kernels.launch:Launch": {
         "num_warps": 4, "num_stages": 3, "tensor_cores": False, "async_copies": False, "wide_loads": False,
-        "narrow": "",
+        "wide_stores": False, "narrow": "",
     },
 }  # fmt: skip
 """module:name -> what stands for each argument that is not given; functions and lists made anew are left out."""

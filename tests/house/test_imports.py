@@ -105,7 +105,7 @@ PUBLIC = {
     "refllm": refllm.__all__,
     "refllm.check": ("assert_matches", "assert_operator", "check_op", "compare"),
     "refllm.config": [cls.__name__ for cls in CONFIG_CLASSES.values()],
-    "refllm.golden": ("checkpoints", "corpus", "path"),
+    "refllm.golden": ("checkpoints", "corpus", "path", "trained"),
     "refllm.kernels": (*OPERATORS, "interpreted", "patch", "plain", "register", "unpatch"),
     "refllm.kernels.mutants": ("catalogue",),
     "refllm.kernels.mutants.built": ("rms_norm_no_eps",),

@@ -1,14 +1,14 @@
 """Wrong runs that are explained, and right ones that are not: candidates share no code with the hypotheses."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from refllm import golden
-from refllm.check import compare
+from refllm.check import compare, explained
 from refllm.check.explained import in_words
 from refllm.hypotheses.catalogue import catalogue
 from refllm.hypotheses.explain import Explanation, explain
@@ -59,6 +59,19 @@ def test_a_number_is_solved_for(llama: dict[str, Case], name: str) -> None:
     assert outcome.result == "right", outcome
 
 
+def test_a_number_that_others_fit_as_well_as_is_not_said_alone() -> None:
+    """A theta of 1234567, in bfloat16, of 8 dims that turn: 1e6 is no better known for it than its neighbours."""
+    model = load(golden.checkpoints()["stablelm-tiny-parallel"], head="causal_lm", dtype="bfloat16")
+    ids = np.random.default_rng(17).integers(0, model.config.vocab_size, (1, 64))
+    case = Case("", model, ids, "bfloat16")
+    bug = BY_NAME["theta 1234567"]
+    (cause,) = _explained(case, bug, hypotheses=[h for h in catalogue(model.config) if h.operator == "rope"]).causes
+    assert cause.low is not None
+    assert cause.high is not None
+    assert cause.low < 1234567 < cause.high
+    assert cause.says.endswith("fit as well)")
+
+
 def test_a_single_layer_is_named(llama: dict[str, Case]) -> None:
     found = _explained(llama["float32"], BY_NAME["gelu in layer 1"])
     assert found.kind == "explained"
@@ -99,7 +112,7 @@ def test_a_right_run_is_not_explained(llama: dict[str, Case]) -> None:
     assert {dtype: right_run(case, 5).kind for dtype, case in llama.items()} == dict.fromkeys(llama, "none")
 
 
-@pytest.mark.parametrize("name", ["RoPE scaling lost", "act relu2"])
+@pytest.mark.parametrize("name", ["RoPE scaling lost", "act relu2", "heads tiled"])
 def test_without_its_entry_a_mistake_has_no_other_name(llama: dict[str, Case], name: str) -> None:
     bug = BY_NAME[name]
     same = {*bug.right, "rope factor"}  # a factor of 1 is no scaling
@@ -121,6 +134,12 @@ def test_what_is_said_where_nothing_explains_it(llama: dict[str, Case]) -> None:
     assert any("everything before position 40 is right" in f for f in _explained(case, window, hypotheses=[]).facts)
 
 
+def test_where_time_is_up_the_report_says_so() -> None:
+    found = Explanation("lm_head", "none", (), 5.0, tried=12, of=337, out_of_time=True)
+    assert in_words(found) == ["not explained by 12 of 337 hypotheses, tried for 30 s"]
+    assert in_words(replace(found, out_of_time=False)) == []
+
+
 # --------------------------------------------------------------------------------------------------------- whole checks
 
 
@@ -134,14 +153,16 @@ def _port(**fields: Any) -> Any:
     return forward
 
 
-def test_a_report_says_what_explains_a_run(tmp_path: Path) -> None:
+def test_a_report_says_what_explains_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asked for it: a run that fails is explained."""
     from rich.console import Console
 
     from refllm.check.html import render
     from refllm.check.report import show_report
 
     ids = np.random.default_rng(1).integers(0, 640, 64)
-    (report,) = compare(LLAMA, _port(scaling="none"), dtype="float32", explain=True, input_ids=ids)
+    monkeypatch.setattr(explained, "BY_DEFAULT", True)
+    (report,) = compare(LLAMA, _port(scaling="none"), dtype="float32", input_ids=ids)
     assert report.verdict == "fails"
     assert report.explanation is not None
     sentence = "explained: with rope_type default instead of llama3 the reference gives your logits to 0."

@@ -678,12 +678,14 @@ ptxas info    : Used 32 registers, used 0 barriers
 
 
 def test_loads_are_counted_by_width() -> None:
-    opcodes = ("LDG.E.128", "@P0 LDG.E.U16", "@!UP1 LDGSTS.E.BYPASS.LTC128B.64", "LDGSTS.E.LTC128B", "NOP", "BRA")
+    opcodes = ("LDG.E.128", "@P0 LDG.E.U16", "@!UP1 LDGSTS.E.BYPASS.LTC128B.64", "LDGSTS.E.LTC128B", "NOP", "BRA",
+               "STG.E.U16", "@P0 STG.E.64", "STS.128")  # fmt: skip
     listing = "".join(f"        /*{16 * i:04x}*/                   {op} R4 ;\n" for i, op in enumerate(opcodes))
     mix = read_sass(disassemble.read_listing(listing))
     assert mix.loads == {2: 1, 4: 1, 8: 1, 16: 1}
+    assert mix.stores == {2: 1, 8: 1}
     assert mix.wide_share == 16 / 30
-    assert (mix.count, mix.code_bytes, mix.async_copies) == (5, 96, 2)
+    assert (mix.count, mix.code_bytes, mix.async_copies) == (8, 144, 2)
 
 
 def test_products_are_read_with_the_loop_they_are_in() -> None:

@@ -15,7 +15,7 @@ from refllm.kernels.interpreter.builder import BUILDER  # noqa: E402
 from refllm.kernels.interpreter.errors import IntegerOverflowError  # noqa: E402
 from refllm.kernels.interpreter.memory import Memory  # noqa: E402
 from refllm.kernels.interpreter.semantic import SEMANTIC, Tensor, make, shape_of  # noqa: E402
-from refllm.kernels.interpreter.settings import Settings  # noqa: E402
+from refllm.kernels.interpreter.settings import CHOICES, Settings  # noqa: E402
 
 NUMBERS = np.array([3, 1, -7, 2, 11, -1, 5, 4], np.float64)
 DTYPES = {
@@ -29,7 +29,7 @@ NAMES = ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", 
 @pytest.fixture(autouse=True)
 def inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As inside a launch."""
-    settings = Settings(bounds=True, overflow=True, races=True, poison=True, tf32=True, configs="first")
+    settings = Settings(**{name: choices[0] for name, choices in CHOICES.items()})  # type: ignore[arg-type]
     monkeypatch.setattr(BUILDER, "memory", Memory(settings))
     with kernels.interpreted(), np.errstate(all="ignore"):
         yield

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from triton.runtime.autotuner import Autotuner  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from refllm.kernels import interpreter  # noqa: E402
-from refllm.kernels.interpreter import KernelError, autotune, interpreted  # noqa: E402
+from refllm.kernels.interpreter import KernelError, autotune, cuda_stand_in, interpreted  # noqa: E402
 
 HALF = tl.constexpr(0.5)
 
@@ -312,3 +313,34 @@ def test_changes_of_a_kernel_are_seen() -> None:
         changing._unsafe_update_src(changing.src.replace("+ 1", "+ 2"))
         changing[(1,)](x, y, N=4)
         assert torch.equal(y, x + 2)
+
+
+def test_a_stand_in_for_cuda_leaves_nothing_behind() -> None:
+    from torch.overrides import _get_current_function_mode_stack
+    from triton.runtime import driver
+
+    from refllm.kernels.interpreter import cuda_tensors
+
+    kind = torch.amp.autocast_mode.autocast
+    owners = (torch, torch.cuda, torch.cuda.nvtx, torch.accelerator, torch.version, kind, driver, torch.autograd)
+    before = [dict(vars(owner)) for owner in owners]
+    with cuda_stand_in():
+        torch.ones(3, device="cuda").cpu()
+    with pytest.raises(ZeroDivisionError), cuda_stand_in():
+        raise ZeroDivisionError
+    assert [
+        {n: v for n, v in vars(o).items() if old.get(n) is not v} for o, old in zip(owners, before, strict=True)
+    ] == ([{}] * len(owners))
+    assert _get_current_function_mode_stack() == []
+    assert not cuda_tensors._host
+    assert not torch.ones(3).is_cuda
+
+
+def test_a_context_for_a_device_is_the_same_after_and_inside() -> None:
+    """`with torch.device(...)` remembers the functions that allocate when it is first used, which is in here."""
+    script = (
+        "import torch; from refllm.kernels import interpreted\n"
+        "with interpreted(), torch.device('meta'): assert torch.empty(3).is_meta\n"
+        "with torch.device('meta'): assert torch.empty(3).is_meta"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

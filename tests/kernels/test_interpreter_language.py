@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc, utils
 
 from refllm.kernels import interpreted
 from refllm.kernels.interpreter import IntegerOverflowError, KernelError, UninitializedError
-from refllm.kernels.interpreter.errors import WaitsError
+from refllm.kernels.interpreter.errors import MaskedOffWarning, WaitsError
 
 
 @pytest.fixture(autouse=True)
@@ -315,3 +315,52 @@ def test_a_launch_inside_torch_compile() -> None:
         return y * 2
 
     assert (doubled(torch.ones(4)) == 4).all()
+
+
+@triton.jit
+def summed(x, y, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y, tl.sum(tl.load(x + i, mask=i < n)))
+
+
+def test_lanes_masked_off_are_nan_or_what_nvidia_makes_of_them_with_the_line() -> None:
+    x, y = torch.ones(3), torch.zeros(1)
+    summed[(1,)](x, y, 3, 4)
+    assert y.isnan().all()
+    line = summed.starting_line_number + 3  # below the decorator and `def`
+    with (
+        interpreted(masked="zero"),
+        pytest.warns(MaskedOffWarning, match=rf"test_interpreter_language\.py:{line}: tl\.load of `x` masks lanes off"),
+    ):
+        summed[(1,)](x, y, 3, 4)
+    assert y.item() == 3
+
+
+@triton.jit
+def signs(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, tl.load(x + i) * 0.0)
+    tl.store(y + N + i, tl.load(x + i) * -0.0)
+
+
+def test_minus_zero_is_the_constant_that_this_triton_makes_of_it() -> None:
+    """From 3.9 on it keeps its sign; before, the compiler took it for 0."""
+    y = torch.ones(2, 2)
+    signs[(1,)](torch.tensor([1.0, -1.0]), y, 2)
+    kept = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+    assert y.signbit().tolist() == [[False, True], [kept, not kept]]
+
+
+@triton.jit
+def handed_over(flag, y):
+    tl.atomic_store(flag, tl.program_id(0) + 1)
+    tl.store(y, tl.atomic_poll(flag, tl.program_id(0) + 1).to(tl.int32))
+    tl.atomic_poll(flag, tl.atomic_load(flag) + 1)
+
+
+@pytest.mark.skipif(not hasattr(tl, "atomic_poll"), reason="this Triton has no tl.atomic_poll")
+def test_a_program_polls_for_what_is_there_and_not_for_what_comes_later() -> None:
+    y = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(WaitsError, match="program 0 waits at element 0 of `flag` for a program that has not run"):
+        handed_over[(2,)](torch.zeros(1, dtype=torch.int32), y)
+    assert y.item() == 1

@@ -168,3 +168,81 @@ def test_marker_and_fixture_say_what_is_missing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(extras, "not_installed", list)
     with pytest.raises(pytest.fail.Exception, match="needs torch and triton, which are not installed; install with: "):
         pytest_plugin._interpreted()
+
+
+def test_settings_come_from_the_command_line_and_a_marker_overrides_them(tmp_path: Path) -> None:
+    test = """
+@triton.jit
+def summed(x, y, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y, tl.sum(tl.load(x + i, mask=i < n)))
+
+def total():
+    y = torch.zeros(1)
+    summed[(1,)](torch.ones(3), y, 3, 4)
+    return y
+
+@pytest.mark.filterwarnings("ignore:.*masks lanes off")
+def test_masked_off_is_zero(triton_interpreter):
+    assert total().item() == 3
+
+@pytest.mark.triton_interpreted(masked="nan")
+def test_masked_off_is_nan():
+    assert total().isnan().all()
+"""
+    code, output = session(tmp_path, test, "--triton-interpret", "--triton-setting", "masked=zero")
+    assert code == 0, output
+    assert "interpreter of refllm" in output
+    assert "masked=zero" in output
+
+
+ASKS_AT_IMPORT = """
+import torch, triton
+CAPABILITY = torch.cuda.get_device_capability()
+assert triton.runtime.driver.active.get_current_target().arch == 10 * CAPABILITY[0]
+"""
+
+
+def test_cuda_is_stood_in_for_before_a_conftest_asks(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(ASKS_AT_IMPORT)
+    test = """
+from conftest import CAPABILITY
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+def test_on_the_gpu():
+    x, y = torch.arange(5.0, device=DEVICE), torch.empty(5, device=DEVICE)
+    scale[(1,)](x, y, 5, BLOCK=8)
+    assert y.is_cuda
+    assert (CAPABILITY, y.tolist()) == ((8, 0), [0, 2, 4, 6, 8])
+
+def test_a_tensor_of_the_host_is_found():
+    with pytest.raises(interpreter.KernelError, match="never moved to cuda"):
+        run()
+"""
+    options = ("--triton-interpret", "--cuda-stand-in", "--cuda-stand-in-target", "sm_80")
+    code, output = session(tmp_path, test, *options)
+    assert code == 0, output
+    assert "in place of cuda" in output
+    code, output = session(tmp_path, test)
+    assert code != 0, output
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--cuda-stand-in",), "--cuda-stand-in needs --triton-interpret"),
+        (("--triton-setting", "races=false"), "--triton-setting needs --triton-interpret"),
+        (("--triton-interpret", "--cuda-stand-in-target", "sm_80"), "--cuda-stand-in-target needs --cuda-stand-in"),
+        (("--triton-interpret", "--triton-setting", "race=false"), "'race=false' is no setting; write NAME=VALUE with"),
+        (("--triton-interpret", "--triton-setting", "races=no"), "'races=no': races is true or false"),
+        (
+            ("--triton-interpret", "--cuda-stand-in", "--cuda-stand-in-target", "gfx942"),
+            "expected sm_80, sm_90 or sm_100",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_one_sentence(tmp_path: Path, options: tuple[str, ...], sentence: str) -> None:
+    code, output = session(tmp_path, "", *options)
+    assert code == int(pytest.ExitCode.USAGE_ERROR)
+    (line,) = [line for line in output.splitlines() if line.startswith("ERROR")]
+    assert sentence in line

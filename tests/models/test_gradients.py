@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from witness import numpy_of, to_torch
 
+from refllm import load
 from refllm.errors import InputError
 from refllm.forward.gradients import EMBEDDINGS
 from refllm.forward.model import Model
@@ -91,12 +92,17 @@ IDS = RNG.integers(4, 23, (2, 7))
 LABELS = np.where(RNG.random((2, 7)) < 0.3, -100, IDS)
 LEFT = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 PADDED = np.where(LEFT == 0, PAD, IDS)
+TWO = np.array([0, 0, 0, 1, 1, 1, 1])  # sequences of three and of four tokens in a row, seen both ways
+SEEN = np.stack([TWO[:, None] == TWO, np.tri(7, k=2, dtype=bool)])[:, None]
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {"input_ids": IDS, "labels": IDS},
     "padded": {"input_ids": PADDED, "attention_mask": LEFT, "labels": np.where(LEFT == 0, -100, LABELS)},
     "packed": {"input_ids": IDS, "position_ids": np.array([[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 5]]),
                "labels": LABELS},
     "embeds": {"inputs_embeds": RNG.standard_normal((2, 7, 16)), "labels": LABELS, "num_items_in_batch": 5},
+    "mask of pairs": {"input_ids": IDS, "attention_mask": SEEN, "labels": LABELS},
+    "added mask": {"input_ids": IDS, "attention_mask": np.where(SEEN, RNG.standard_normal((7, 7)), -np.inf),
+                   "labels": LABELS},
 }  # fmt: skip
 
 
@@ -140,10 +146,54 @@ def along(model: Any, call: dict[str, Any], direction: dict[str, np.ndarray], st
     return (losses[0] - 8 * losses[1] + 8 * losses[2] - losses[3]) / (12 * step)
 
 
+def drawn_labels(data: st.DataObject, config: Any, ids: np.ndarray, seed: int) -> tuple[str, dict[str, np.ndarray]]:
+    """A head that the family has, and labels of one of its losses; the config is told of its classes."""
+    heads = ["causal_lm", "sequence_classification", "token_classification"]
+    heads += ["question_answering"] * (config.model_type in ("arcee", "llama"))
+    head, rng, (B, S) = data.draw(st.sampled_from(heads)), np.random.default_rng(seed), ids.shape
+    if head == "question_answering":
+        end = rng.integers(0, S + 1, B)  # S and beyond are not counted, and one has to be
+        end[0] %= S
+        return head, {"start_positions": rng.integers(0, S, B), "end_positions": end}
+    if head == "causal_lm":
+        labels = np.where(rng.random((B, S)) < 0.2, -100, ids)
+        labels[0, -1] = ids[0, -1]
+        return head, {"labels": labels}
+    config.num_labels = data.draw(st.integers(2, 4))
+    if head == "token_classification":
+        labels = np.where(rng.random((B, S)) < 0.2, -100, rng.integers(0, config.num_labels, (B, S)))
+        labels[0, 0] = 0
+        return head, {"labels": labels}
+    config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+    loss = data.draw(st.sampled_from(["one of several", "several", "a number"]))
+    if loss == "a number":
+        config.num_labels = 1
+        return head, {"labels": rng.standard_normal(B)}
+    if loss == "several":
+        return head, {"labels": rng.integers(0, 2, (B, config.num_labels)).astype(float)}
+    return head, {"labels": rng.integers(0, config.num_labels, B)}
+
+
+def drawn_mask(data: st.DataObject, B: int, S: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """None, padding, holes, packed sequences, or pairs of positions, as bool or as numbers that are added."""
+    match data.draw(st.sampled_from(["none", "padded", "holes", "packed", "pairs", "added"])):
+        case "none":
+            return {}
+        case "packed":
+            return {"position_ids": data.draw(packed_positions(B, S))}
+        case "pairs":
+            return {"attention_mask": rng.random((B, 1, S, S)) < 0.6}
+        case "added":
+            seen = np.tri(S, dtype=bool) & (rng.random((B, 1, S, S)) < 0.8)
+            return {"attention_mask": np.where(seen, rng.standard_normal((1, 1, S, S)), -np.inf)}
+        case kind:
+            return {"attention_mask": data.draw((paddings if kind == "padded" else key_masks)(B, S))}
+
+
 @given(st.data(), st.integers(0, 2**31))
-@settings(max_examples=examples(25, 60))
+@settings(max_examples=examples(30, 70))
 def test_gradients_are_the_slopes_of_the_loss(data: st.DataObject, seed: int) -> None:
-    """Any config with a smooth activation, any mask; checkpointed or not, the same bits."""
+    """Any config with a smooth activation, any head and loss, any mask; checkpointed or not, the same bits."""
     smooth = st.sampled_from(["silu", "gelu", "gelu_new", "mish", "tanh", "sigmoid", "quick_gelu"])
     config = data.draw(
         configs(smallest_head=4, hidden_act=data.draw(smooth), num_hidden_layers=data.draw(st.integers(1, 2)))
@@ -152,20 +202,15 @@ def test_gradients_are_the_slopes_of_the_loss(data: st.DataObject, seed: int) ->
         setattr(config, eps, 0.01)
     rng, (B, S) = np.random.default_rng(seed), (data.draw(st.integers(1, 2)), data.draw(st.integers(2, 6)))
     ids = rng.integers(0, config.vocab_size, (B, S))
-    call: dict[str, Any] = {"input_ids": ids, "labels": np.where(rng.random((B, S)) < 0.2, -100, ids)}
-    call["labels"][0, -1] = ids[0, -1]
-    kind = data.draw(st.sampled_from(["plain", "padded", "holes", "packed"]))
-    if kind == "packed":
-        call["position_ids"] = data.draw(packed_positions(B, S))
-    elif kind != "plain":
-        call["attention_mask"] = data.draw((paddings if kind == "padded" else key_masks)(B, S))
-    ours = build(model_class(config.model_type), config, seed)
+    head, labels = drawn_labels(data, config, ids, seed)
     ids[ids == config.pad_token_id] = 1  # its row has no gradient, and moves the loss all the same
+    call = {"input_ids": ids, **labels, **drawn_mask(data, B, S, rng)}
+    ours = build(model_class(config.model_type, head), config, seed)
     loss, found = ours.gradients(**call)
     assert loss == ours(**call, use_cache=False).loss
     direction = {name: rng.standard_normal(x.shape) / np.sqrt(x.size) for name, x in found.items()}
     if config.pad_token_id is not None:
-        direction["model.embed_tokens.weight"][config.pad_token_id] = 0
+        direction[f"{ours.prefix}embed_tokens.weight"][config.pad_token_id] = 0
     slope = sum(float((found[name] * d).sum()) for name, d in direction.items())
     size = sum(float(np.linalg.norm(found[name]) * np.linalg.norm(d)) for name, d in direction.items())
     assert abs(slope - along(ours, call, direction)) <= 1e-6 * max(size, 1e-3)
@@ -182,6 +227,20 @@ def test_a_tied_tensor_has_the_sum_of_both_uses() -> None:
     both = apart.pop("lm_head.weight") + apart["model.embed_tokens.weight"]
     found = tied.gradients(IDS, labels=IDS).gradients
     same(found, {**apart, "model.embed_tokens.weight": both}, 1e-14)
+
+
+def test_weights_that_are_read_when_they_are_used(tmp_path: Path) -> None:
+    """low_memory=True: the same bits, checkpointed too."""
+    pair("stablelm", 1, "causal_lm")[0].save_pretrained(tmp_path, dtype="float32")
+    whole = load(tmp_path, dtype="float64").gradients(**CALLS["padded"])
+    lazy = load(tmp_path, dtype="float64", low_memory=True)
+    for checkpointed in (False, True):
+        lazy.is_gradient_checkpointing = checkpointed
+        found = lazy.gradients(**CALLS["padded"])
+        assert found.loss == whole.loss
+        assert found.gradients.keys() == whole.gradients.keys()
+        assert all(x.tobytes() == whole.gradients[name].tobytes() for name, x in found.gradients.items())
+    assert lazy.weights.low_memory
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:

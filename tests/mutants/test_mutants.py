@@ -18,11 +18,14 @@ from refllm import golden
 from refllm.check.inputs import Inputs
 from refllm.check.oracle import judge
 from refllm.config import AutoConfig
+from refllm.mutants import validation_page
+from refllm.mutants.idle import idle
 from refllm.mutants.models import Mutant, catalogue
 from refllm.mutants.profiles import MISTAKES, PROFILES, Planted, planted_runs
 from refllm.mutants.runs import Outcome, Run
-from refllm.mutants.validation import Pair, Validation, sharpness
-from refllm.mutants.validation_page import calibration_rows, page
+from refllm.mutants.validation import Case, Pair, Validation, sharpness
+from refllm.mutants.validation_page import TRAINED, calibration_rows, joined, page
+from refllm.text.tokenizer import AutoTokenizer
 
 CHECKPOINTS = {name: Path(path) for name, path in golden.checkpoints().items()}
 CASES = [
@@ -128,7 +131,7 @@ def share(name: str) -> list[Mutant]:
 def test_every_kind_is_named_somewhere_and_every_area_in_every_family(name: str) -> None:
     """By the command's own code, layer and operator: one of each area with plain inputs, the others with stressed ones
     at the latest."""
-    cases = sharpness({name: CHECKPOINTS[name]}, share(name))
+    cases = sharpness({name: CHECKPOINTS[name]}, share(name), by_policy=False)
     assert [(case.mutant, case.plain.reported) for case in cases if not case.found] == []
     plain = {mutant.name for mutant in one_of_each_area(name)}
     assert len(plain) == 6
@@ -201,3 +204,45 @@ def test_the_page_states_what_was_measured() -> None:
     assert "lm_head, bfloat16, end to end: 1 of 2 values, 1.00 to 3.00" in text
     json.dumps(found.to_dict())
     assert {row["operator"] for row in calibration_rows(runs)} == {"lm_head", "all"}
+
+
+def test_each_half_of_the_page_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation_page, "_idle", lambda: ["(idle)"])
+    mutant = next(m for m in catalogue() if m.name == "sign of sin")
+    right = Outcome("x", True, True, [], "tokens")
+    case = Case(
+        "sign of sin", mutant.area, "", "llama-trained", 1, "bfloat16", "eager", ("x",), "", right, "defect", right
+    )
+    lost = replace(case, mutant="wrong eps", plain=replace(right, right=False, reported=""), stressed=right)
+    designed = Validation([case], [], [], 1.0, {"torch": "2"}, asked={"seeds": 1})
+    trained = replace(designed, cases=[case, lost], weights="trained", seconds=2.0)
+    first, second = page(designed), page(trained)
+    assert second.startswith(TRAINED)
+    assert "--json docs/validation-trained.json --weights trained --seeds 1" in second
+    assert "| defects in Transformers models, plain inputs | 95 % | 1 of 2 (50.0 %) |" in second
+    assert "- wrong eps, llama-trained: reported at no value" in second
+    assert "sign of sin" not in second
+    both = joined(first, second)
+    assert both == f"{first}\n{second}"
+    assert joined(both, page(replace(trained, seconds=9.0))) == f"{first}\n{page(replace(trained, seconds=9.0))}"
+    assert joined(both, page(replace(designed, seconds=9.0))) == f"{page(replace(designed, seconds=9.0))}\n{second}"
+    assert joined("", second) == f"\n{second}"
+    assert joined("", first) == first
+
+
+def test_training_leaves_directions_idle_and_is_certain() -> None:
+    designed, trained = (idle(golden.path(name)) for name in ("llama-tiny", "llama-trained"))
+    assert designed.certain < 0.5 < 0.9 < trained.certain < 1
+    assert trained.directions < 0.5 * designed.directions
+    assert trained.weight > designed.weight
+    assert 1 < designed.keys < 256
+
+
+def test_a_trained_checkpoint_is_judged_on_words_that_it_knows() -> None:
+    pair = Pair(golden.path("llama-trained"), "bfloat16", "eager")
+    ids = pair.tokens(seed=3, batch=2, length=30)
+    said = AutoTokenizer.from_pretrained(golden.path("llama-trained")).decode(ids[0][:10], skip_special_tokens=True)
+    assert said.strip() in golden.corpus()
+    report = pair.check(Inputs(ids))
+    assert report.verdict == "holds"
+    assert 0.6 < np.median([tap.isolated.ratio for tap in report.taps if tap.isolated]) < 1.3

@@ -10,10 +10,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("hypothesis")
 
+from refllm.accuracy.expected import remembered  # noqa: E402
+from refllm.accuracy.forms import on_grid  # noqa: E402
+from refllm.accuracy.judge import judge  # noqa: E402
 from refllm.check import assert_operator, check_op  # noqa: E402
 from refllm.errors import InputError  # noqa: E402
 from refllm.kernels import plain  # noqa: E402
 from refllm.kernels.verify import ContractBrokenError, assert_meets_contract  # noqa: E402
+from refllm.opcheck import roundings  # noqa: E402
+from refllm.opcheck.observe import Result  # noqa: E402
+from refllm.opcheck.roundings import Evaluated, Roundings, profiles  # noqa: E402
+from refllm.ops.contracts import contract_of  # noqa: E402
 from refllm.strategies import Array, Call, calls, corners  # noqa: E402
 
 NOW: dict[str, Any] = {"isolate": False, "max_examples": 0}
@@ -531,3 +538,27 @@ def test_a_call_that_was_dumped(tmp_path: Path, monkeypatch: Any) -> None:
             check_dumped("rms_norm", file, **given)
     with pytest.raises(InputError, match="cannot be read as tensors"):
         check_dumped("rms_norm", tmp_path / "nothing", output="y")
+
+
+# -- where a candidate of many possible profiles rounds ----------------------------------------------------------------
+
+
+def test_every_profile_of_many_holds_and_what_is_far_off_is_compared_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is far off is told at once, by its size beside the error of eager code; nobody who rounds is told so."""
+    call = next(call for call in corners("attention", "bfloat16") if call.kind == "fewer queries than keys")
+    arguments, keywords = call.arrays()
+    given, expected = contract_of("attention").bound(arguments, keywords), remembered(call, "fused")
+
+    def judged(values: list[np.ndarray]) -> tuple[bool, bool]:
+        """Whether they hold by the policy, and by any profile."""
+        results = tuple(Result(on_grid(value, "bfloat16"), value.shape, "bfloat16", "cpu") for value in values)
+        first = [judge(result.value, e) for result, e in zip(results, expected, strict=True)]
+        found = Roundings("fused").judged(call, arguments, keywords, results, expected, first)
+        return all(j.holds for j in first), all(j.holds for j in found)
+
+    way = roundings._WAYS["attention"][0]
+    made = [judged(way(Evaluated(given, "bfloat16", points))) for points in profiles("attention")[::12]]
+    assert [by_any for _, by_any in made] == [True] * len(made)
+    assert (False, True) in made  # some need a profile of their own
+    monkeypatch.setattr(roundings, "_under", lambda *_: pytest.fail("it was compared"))
+    assert judged([e.exact * 1.2 for e in expected]) == (False, False)

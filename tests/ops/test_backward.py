@@ -174,6 +174,30 @@ def test_gradients_are_those_of_autograd(case: Case) -> None:
             assert np.abs(found - expected).max() <= 1e-12 * max(1.0, np.abs(expected).max())
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_slopes_are_those_of_autograd_at_corners_and_in_the_tails(name: str) -> None:
+    """Where an activation has a corner the choice is Torch's; where one saturates the slope is a number, also where the
+    quotient that autograd takes is 0 / 0."""
+    import torch
+    from transformers.activations import ACT2FN
+
+    places = [0.0, -0.0, 1e-30, 3, -3, 6, 10, -10, 35, -35, -45, 90, -90, 104, -104, 750, -750, 1e5, -1e5]
+    exact = 1e-11 if name == "gelu_fast" else 1e-12  # Transformers has sqrt(2 / pi) to ten digits there
+    for dtype, tolerance in ((np.float64, exact), (np.float32, 1e-5)):  # 1 - tanh^2 cancels, and is multiplied by x^3
+        x = np.array([*places, *np.linspace(-12, 12, 101)], dtype)
+        tensor = torch.from_numpy(x).requires_grad_()
+        ACT2FN[name](tensor).sum().backward()
+        expected = tensor.grad.numpy()
+        ar = arithmetic("float32") if dtype == np.float32 else arithmetic("float64")
+        found = ops.activation_backward(np.ones_like(x), x, name, ar=ar)
+        assert found.dtype == dtype
+        assert np.isfinite(found).all()
+        known = np.isfinite(expected)
+        assert (known | (x < -100)).all()
+        assert np.abs(found - expected)[known].max() <= tolerance, x[known][np.abs(found - expected)[known].argmax()]
+        assert np.abs(found[~known]).max(initial=0) < 1e-20
+
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
@@ -349,33 +373,93 @@ def test_bfloat16_gradients_round_where_autograd_rounds(name: str, most: float) 
 # -- identities --------------------------------------------------------------------------------------------------------
 
 
-def test_identities() -> None:
-    """Each to 2e-15 of the size of what is summed."""
+ROUNDING = 4e-15
+"""Of the size of what is summed."""
+
+
+def cancel(terms: np.ndarray, axis: Any = -1) -> None:
+    """Sums along an axis that are 0."""
+    assert (np.abs(terms.sum(axis)) <= ROUNDING * np.abs(terms).sum(axis)).all()
+
+
+def agree(one: np.ndarray, other: np.ndarray, axis: Any = None, other_axis: Any = None) -> None:
+    """Sums of two arrays that are equal."""
+    size = np.abs(one).sum(axis) + np.abs(other).sum(other_axis)
+    assert (np.abs(one.sum(axis) - other.sum(other_axis)) <= ROUNDING * size).all()
+
+
+def test_identities_of_norms() -> None:
+    """dx is orthogonal to each row; the weight's gradient along the weight is the result's along the result. After a
+    sum both terms have that gradient, and what comes in beside the norm is added."""
     x, w, dy = normal(9, E), normal(E), normal(9, E)
     dx, dw = ops.rms_norm_backward(dy, x, w, 0.0)
-    assert np.abs((dx * x).sum(-1)).max() < 1e-13
-    assert abs((dw * w).sum() - (dy * ops.rms_norm(x, w, 0.0)).sum()) < 1e-12
+    cancel(dx * x)
+    agree(dw * w, dy * ops.rms_norm(x, w, 0.0))
     dx, dw, db = ops.layer_norm_backward(dy, x, w, np.zeros(E), 0.0)
-    assert np.abs(dx.sum(-1)).max() < 1e-13
-    assert np.abs((dx * x).sum(-1)).max() < 1e-13
-    np.testing.assert_allclose(db, dy.sum(0), rtol=1e-14)
-    (q, k), (dq, dk) = HEADS, (normal(*HEADS[0].shape), normal(*HEADS[1].shape))
-    back = ops.rope_backward(dq, dk, COS, SIN, interleaved=False)
-    np.testing.assert_allclose(np.square(back[0]).sum(-1), np.square(dq).sum(-1), rtol=1e-13)
-    p = ops.softmax(normal(4, 9))
-    assert np.abs(ops.softmax_backward(normal(4, 9), p).sum(-1)).max() < 1e-15 * 20
-    logits = normal(N, V)
-    assert np.abs(ops.cross_entropy_backward(1.0, logits, LABELS).sum(-1)).max() < 1e-15
-    assert not ops.cross_entropy_backward(1.0, logits, LABELS)[LABELS == -100].any()
-    u, g = normal(9, E), normal(9, E)
-    assert abs((ops.relu2_backward(g, u) * u).sum() - 2 * (g * ops.relu2(u)).sum()) < 1e-12
-    dx, dweight, _ = ops.linear_backward(dy, x, w2 := normal(E, E))
-    assert abs((dweight * w2).sum() - (dy * ops.linear(x, w2)).sum()) < 1e-11
-    v, do = normal(B, K, S, D), normal(B, H, S, D)
-    dq, dk, dv = ops.attention_backward(do, q, k, v, causal=False)
-    assert np.abs(dk.sum(2)).max() < 1e-13
-    np.testing.assert_allclose(dv.sum(2), do.reshape(B, K, H // K, S, D).sum((2, 3)), atol=1e-13)
-    assert abs((dq * q).sum() - (dk * k).sum()) < 1e-12
+    cancel(dx)
+    cancel(dx * x)
+    agree(dw * w, dy * ops.layer_norm(x, w, np.zeros(E), 0.0))
+    agree(db, dy, (), 0)
+    residual, beside = normal(9, E), normal(9, E)
+    dx, dresidual, _ = ops.add_rms_norm_backward(dy, beside, x, residual, w, 0.0)
+    np.testing.assert_array_equal(dx, dresidual)
+    cancel((dx - beside) * (x + residual))
+
+
+def test_identities_of_rotations() -> None:
+    """A rotation back keeps lengths, of whole heads and of what is not rotated."""
+    dq, dk = (normal(*x.shape) for x in HEADS)
+    for interleaved in (False, True):
+        for back, grad in zip(ops.rope_backward(dq, dk, COS, SIN, interleaved=interleaved), (dq, dk), strict=True):
+            agree(np.square(back), np.square(grad), -1, -1)
+            np.testing.assert_array_equal(back[..., 4:], grad[..., 4:])
+
+
+def test_identities_of_softmax_and_losses() -> None:
+    """A shift of all logits changes nothing, so their gradients cancel; ignored rows have none."""
+    cancel(ops.softmax_backward(normal(4, 9), ops.softmax(normal(4, 9))))
+    logits, x = normal(N, V), normal(N, E)
+    for reduction in ("mean", "sum", "none"):
+        dloss = normal(N) if reduction == "none" else 1.5
+        dlogits = ops.cross_entropy_backward(dloss, logits, LABELS, reduction=reduction)
+        cancel(dlogits[LABELS >= 0])
+        assert not dlogits[LABELS == -100].any()
+        assert dlogits[LABELS >= 0].any()
+    dx, dweight = ops.linear_cross_entropy_backward(1.0, x, normal(V, E), LABELS)
+    cancel(dweight, 0)
+    assert not dx[LABELS == -100].any()
+
+
+def test_identities_of_products_and_activations() -> None:
+    """What is homogeneous has its degree: <du, u> = 2 <dy, y> for relu2, <dW, W> = <dy, W x> for a product."""
+    u, g, w = normal(9, E), normal(9, E), normal(N, E)
+    agree(ops.relu2_backward(g, u) * u, 2 * g * ops.relu2(u))
+    dy = normal(9, N)
+    dx, dweight, db = ops.linear_backward(dy, u, w, normal(N))
+    agree(dweight * w, dy * ops.linear(u, w))
+    agree(dx * u, dweight * w)
+    agree(db, dy, (), 0)
+    ids = np.array([[3, 1, 3], [3, 0, 1]])
+    agree(ops.embedding_backward(dy := normal(2, 3, E), ids, np.zeros((5, E))), dy, 0, (0, 1))
+
+
+@given(attentions())
+@settings(max_examples=20)
+def test_identities_of_attention(call: dict[str, Any]) -> None:
+    """For each key/value head: <dQ, Q> = <dK, K>; dV sums to dO of the rows that have a key; without a mask that cuts
+    dK sums to 0, as a vector added to every key moves all scores of a row alike."""
+    (q, k, v), options = drawn_attention(call)
+    b, h, kv, s, _, d = call["shape"]
+    do = np.random.default_rng(call["seed"] + 1).standard_normal(q.shape)
+    _, lse = ops.attention(q, k, v, **options, return_lse=True)
+    dq, dk, dv = ops.attention_backward(do, q, k, v, **options)
+    groups = (b, kv, h // kv, s, d)
+    size = np.abs(q * do).sum() * np.abs(k).max() * np.abs(v).max() * (options["scale"] or 1.0)
+    inner = (dq * q).reshape(groups).sum((2, 3, 4)) - (dk * k).sum((2, 3))
+    assert np.abs(inner).max(initial=0) <= 1e-13 * max(size, 1e-3)
+    seeing = np.where(np.isfinite(lse)[..., None], do, 0).reshape(groups)
+    assert np.abs(dv.sum(2) - seeing.sum((2, 3))).max(initial=0) <= 1e-13 * np.abs(do).sum()
+    assert np.abs(dk.sum(2)).max(initial=0) <= 1e-13 * max(size, 1e-3)
 
 
 def test_the_gradient_of_an_embedding_is_a_sum_over_its_places() -> None:

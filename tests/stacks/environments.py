@@ -13,13 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 class Environment:
     """pins: exact versions. extra: of pyproject.toml, which brings the same packages; "" where they cannot be resolved
     beside refllm's own, or there are none. alone: they are installed without what they say that they depend on.
-    in_make_test: the extra `test` has them, so tests/stacks/test_NAME.py runs in `make test` too.
+    in_make_test: the extra `test` has them, so tests/stacks/test_NAME.py runs in `make test` too. besides: what tests
+    need that the stack does not, to make a file for it.
     """
 
     pins: tuple[str, ...] = ()
     extra: str = ""
     alone: bool = False
     in_make_test: bool = False
+    besides: tuple[str, ...] = ()
 
 
 ENVIRONMENTS: dict[str, Environment] = {
@@ -37,8 +39,9 @@ ENVIRONMENTS: dict[str, Environment] = {
     ),
     "mlx": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), "mlx", in_make_test=True),
     "onnx": Environment(("onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2"), "onnx", in_make_test=True),
-    "openvino": Environment(("openvino==2026.4.1",), "openvino"),
+    "openvino": Environment(("openvino==2026.4.1",), "openvino", besides=("onnx==1.23.2", "onnxscript==0.7.2")),
     "jax": Environment(("jax==0.10.2",), "jax"),
+    "flax": Environment(("jax==0.10.2", "flax==0.12.8")),
     "ctranslate2": Environment(("ctranslate2==4.8.5",), "ctranslate2"),
     "gguf": Environment(("gguf==0.19.0",), "gguf"),
     "quantized": Environment(

@@ -73,4 +73,10 @@ BUGS = (
     bug("residual from the normed value"),
     bug("weight of q_proj used for k"),
     bug("tied weight ignored"),
+    bug("last norm skipped", "stablelm-tiny-parallel"),
+    bug("diagonal masked"),
+    bug("v_proj bias dropped", "arcee-tiny"),
+    bug("last tile of the intermediate size dropped", "helium-tiny"),
+    bug("all positions one later", "stablelm-tiny-sequential"),
+    bug("weight of the q norm used for k", "stablelm-tiny-parallel"),
 )

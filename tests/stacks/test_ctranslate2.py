@@ -61,6 +61,16 @@ def test_right_logits_hold_where_every_token_is_run(right: tuple[Path, Path]) ->
     assert "far positions (it takes no positions)" in " ".join(reports[0].notes)
 
 
+def test_the_scaling_that_its_converter_loses_is_named(tmp_path: Path) -> None:
+    """No hint: the checkpoint as it is, converted by its own converter, and logits alone."""
+    folder = converted(golden.path(LLAMA), tmp_path / "converted")
+    ids = np.random.default_rng(1).integers(3, 640, 64)
+    (report,) = compare(golden.path(LLAMA), f"ctranslate2:{folder}", isolate=False, explain=True, input_ids=ids)
+    assert report.explanation is not None
+    assert report.explanation.kind == "explained"
+    assert [cause.name for cause in report.explanation.causes] == ["rope scaling ignored"]
+
+
 def test_right_logits_alone_are_incomplete(right: tuple[Path, Path]) -> None:
     checkpoint, folder = right
     report = compare(checkpoint, f"ctranslate2:{folder}", isolate=False)[0]

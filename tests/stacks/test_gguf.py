@@ -1,6 +1,8 @@
 """llama.cpp, by the library that REFLLM_LLAMA_LIBRARY names: right files hold, and bugs that are planted in a file are
-named. The planted bugs are those of converters: llama.cpp is not ours to change."""
+named, in float32 and in the formats that the library has: of what its products read, float16, bfloat16 and int8. The
+planted bugs are those of converters: llama.cpp is not ours to change."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -12,9 +14,16 @@ import numpy as np
 import pytest
 from gguf_writer import write_gguf
 from harness import Bug, Checks, must_be_named, must_hold
+from tiny import tiny_model
 
+import refllm
 from refllm import golden
 from refllm.check import compare
+from refllm.check.adapters.llama_library import LlamaLibrary, Settings
+from refllm.check.candidates import open_candidate, record
+from refllm.check.inputs import Inputs
+from refllm.check.oracle import judge
+from refllm.check.stacks import Opening
 from refllm.errors import InputError
 from refllm.storage.checkpoint import Checkpoint, save_checkpoint
 
@@ -22,6 +31,8 @@ LIBRARY = "REFLLM_LLAMA_LIBRARY"
 CHECKS = Checks(
     "gguf", ("llama-tiny", "stablelm-tiny-parallel", "stablelm-tiny-sequential", "arcee-tiny"), ("float32",)
 )
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+"""How the matrices of a file are stored."""
 Tensors = dict[str, np.ndarray]
 
 
@@ -55,14 +66,77 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 pytestmark = pytest.mark.filterwarnings("ignore:.*factor=20")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("checkpoint", "dtype"), CHECKS.right())
-def test_right_models_hold(checkpoint: str, dtype: str, library: Path, folder_of: Any, tmp_path: Path) -> None:
+def test_right_models_hold(
+    checkpoint: str, dtype: str, kind: str, library: Path, folder_of: Any, tmp_path: Path
+) -> None:
     folder = folder_of(checkpoint)
-    file = write_gguf(folder, tmp_path / "m.gguf")
-    reports = must_hold(
-        CHECKS, checkpoint, dtype, f"gguf:{file}", folder=folder, library=library, stress=True, isolate=False
-    )
+    file = write_gguf(folder, tmp_path / "m.gguf", kind)
+    how = {"folder": folder, "library": library, "stress": True, "isolate": False}
+    reports = must_hold(CHECKS, checkpoint, dtype, f"gguf:{file}", port=kind, **how)
     assert len(reports) == 5  # batches, padding, far positions and a cache as well
+    assert any("reads its input" in str(habit) for habit in reports[0].habits) == (kind != "F32")
+    assert max(tap.isolated.ratio for tap in reports[0].taps if tap.isolated) < 1.3  # as sharp as in float32
+
+
+FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "IQ3_S": 26, "IQ4_NL": 25, "IQ4_XS": 30}
+"""Names of llama.cpp's mixtures of formats -> `llama_ftype`."""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose rows are whole blocks of 256."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 97}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    plain = {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_model("LlamaForCausalLM", **sizes, **heads, **plain).save_pretrained(folder, dtype="float32")
+    return folder
+
+
+@pytest.mark.parametrize("kind", FILE_TYPES)
+def test_what_llama_cpp_quantises_itself_holds(kind: str, wide: Path, library: Path, tmp_path: Path) -> None:
+    file = quantised(library, write_gguf(wide, tmp_path / "m.gguf"), tmp_path / "q.gguf", FILE_TYPES[kind])
+    ids = np.random.default_rng(0).integers(0, 97, 48)
+    (report,) = compare(wide, f"gguf:{file}", library=library, input_ids=ids, isolate=False)
+    assert report.verdict == "holds", report.first_failure
+    assert max(tap.isolated.ratio for tap in report.taps if tap.isolated) < 1.3
+    assert report.format_error is not None
+
+
+def quantised(library: Path, source: Path, file: Path, kind: int) -> Path:
+    """The file that the library makes of another. kind: of `llama_ftype`, the second field of its settings."""
+    calls = LlamaLibrary.open(library).calls
+    calls.llama_model_quantize_default_params.restype = Settings
+    calls.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Settings)]
+    settings = calls.llama_model_quantize_default_params()
+    ctypes.c_int.from_buffer(settings, 4).value = kind
+    assert calls.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(settings)) == 0
+    return file
+
+
+def test_a_format_that_is_not_known_is_one_sentence(wide: Path, library: Path, tmp_path: Path) -> None:
+    file = quantised(library, write_gguf(wide, tmp_path / "m.gguf"), tmp_path / "q.gguf", 3)
+    with pytest.raises(InputError, match=r"q\.gguf: tensors are in Q4_1, and what .* read is not known here"):
+        compare(wide, f"gguf:{file}", library=library, isolate=False)
+
+
+def test_a_cache_in_float16_is_recognised_from_the_logits_alone(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is llama.cpp's default; queries and weights are rounded to float16 as well, to be multiplied by it."""
+    from refllm.check.adapters import llama_library
+
+    monkeypatch.setattr(llama_library, "_F32", llama_library._F16)
+    folder = golden.path("llama-tiny")
+    file, model = write_gguf(folder, tmp_path / "m.gguf"), refllm.load(folder, head="causal_lm", dtype="float32")
+    candidate = open_candidate(Opening(f"gguf:{file}", folder, library=library))
+    trace = record(candidate, model, Inputs(np.arange(3, 67)[None]))
+    trace.taps = {"lm_head": trace.taps["lm_head"]}
+    found = judge(model, trace, explain=True).explanation
+    assert found is not None
+    assert [cause.name for cause in found.causes] == ["attention by a cache in float16"]
 
 
 def metadata(**changes: Any) -> dict[str, Any]:
@@ -144,11 +218,17 @@ BUGS = (
 )
 
 
-@pytest.mark.parametrize(("bug", "dtype"), CHECKS.planted(BUGS))
-def test_planted_bugs_are_named(bug: Bug, dtype: str, library: Path, folder_of: Any, tmp_path: Path) -> None:
+_IN_TURN = [(bug, KINDS[1:][i % (len(KINDS) - 1)]) for i, bug in enumerate(BUGS)]
+
+
+@pytest.mark.parametrize(("bug", "kind"), [*((bug, "F32") for bug in BUGS), *_IN_TURN], ids=str)
+def test_planted_bugs_are_named(bug: Bug, kind: str, library: Path, folder_of: Any, tmp_path: Path) -> None:
     folder = folder_of(bug.checkpoint)
-    file = write_gguf(folder, tmp_path / "m.gguf", **bug.plant)
-    must_be_named(CHECKS, bug, dtype, f"gguf:{file}", folder=folder, library=library, isolate=False)
+    file = write_gguf(folder, tmp_path / "m.gguf", kind, **bug.plant)
+    how = {"folder": folder, "library": library, "isolate": False}
+    report = must_be_named(CHECKS, bug, "float32", f"gguf:{file}", port=kind, **how)
+    of_a_tensor = [note for note in report.notes if "is not the checkpoint's" in note]
+    assert bool(of_a_tensor) == ("edit" in bug.plant or "rows_as_they_are" in bug.plant)
 
 
 def test_what_is_no_library_is_one_sentence(tmp_path: Path) -> None:

@@ -278,8 +278,10 @@ def test_rotary_settings_that_mlx_lm_does_not_read_are_a_finding(older: Callable
 def test_what_mlx_lm_has_not_is_one_sentence(older: Callable[[str], Path]) -> None:
     with pytest.raises(InputError, match=r"mlx-lm \S+ has no model of model_type arcee$"):
         compare(golden.path("arcee-tiny"), "mlx", isolate=False)
-    with pytest.raises(InputError, match="mlx reads the checkpoint itself; leave out"):
+    with pytest.raises(InputError, match=r"--candidate mlx:x\.py: there is no x\.py/config\.json; expected a model"):
         compare(older(LLAMA), "mlx:x.py", isolate=False)
+    with pytest.raises(InputError, match="--candidate mlx needs what it reads: --candidate mlx:FOLDER"):
+        compare(older(LLAMA), "mlx:", isolate=False)
     with pytest.raises(InputError, match="a ReLU of MLX is no language model"):
         compare(older(LLAMA), nn.ReLU())
     model, _ = utils.load_model(older(LLAMA))
@@ -295,6 +297,56 @@ def test_a_run_leaves_the_model_as_it_was(older: Callable[[str], Path]) -> None:
     compare(older(LLAMA), model, input_ids=IDS)
     assert [type(module) for _, module in model.named_modules()] == kinds
     assert llama.scaled_dot_product_attention is function
+
+
+# ----------------------------------------------------------------------------------------------------- quantised models
+
+
+@pytest.fixture(scope="module")
+def of_4_bits(older: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `mlx_lm.convert` writes one."""
+    folder = tmp_path_factory.mktemp("4 bits")
+    model, config = utils.load_model(older(LLAMA))
+    model.set_dtype(mx.float32)
+    model, config = utils.quantize_model(model, config, 32, 4)
+    utils.save_model(folder, model)
+    utils.save_config(config, folder / "config.json")
+    return folder
+
+
+def test_a_quantised_model_holds_with_the_weights_that_it_has(older: Callable[[str], Path], of_4_bits: Path) -> None:
+    (report,) = compare(older(LLAMA), f"mlx:{of_4_bits}", dtype="float32", input_ids=IDS, isolate=False)
+    assert report.verdict == "holds", report.first_failure
+    found = report.format_error
+    assert found is not None
+    assert 0.02 < found.worst[0].relative < 0.2
+    assert (found.given, found.source) == (22, report.candidate)  # 7 of each of 3 layers, and the embedding
+
+
+def test_bugs_in_quantised_models_are_named(older: Callable[[str], Path], of_4_bits: Path, monkeypatch: Patch) -> None:
+    model, _ = utils.load_model(of_4_bits)
+    model.set_dtype(mx.float32)
+    mlp = model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+    report = compare(older(LLAMA), model, input_ids=IDS)[0]
+    said = [note for note in report.notes if "is not the checkpoint's" in note]
+    assert any("gate_proj.weight of mlx-lm" in note for note in said)
+    assert report.first_failure is not None
+    assert report.first_failure.name == "model.layers.1.mlp.gate_proj"
+    model, _ = utils.load_model(of_4_bits)
+    model.set_dtype(mx.float32)
+    as_activation(lambda gate, up: nn.gelu(gate) * up)(model, monkeypatch)
+    first = compare(older(LLAMA), model, input_ids=IDS)[0].first_failure
+    assert first is not None
+    assert first.name == "model.layers.0.mlp.act"
+
+
+def test_mlx_adds_up_quantised_products_in_the_format(older: Callable[[str], Path], of_4_bits: Path) -> None:
+    """On a CPU. If this fails, it no longer does, and quantised models can be checked in bfloat16 too."""
+    (report,) = compare(older(LLAMA), f"mlx:{of_4_bits}", dtype="bfloat16", input_ids=IDS, isolate=False)
+    assert report.verdict == "fails"
+    assert report.first_failure is not None
+    assert report.first_failure.name == "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])

@@ -32,7 +32,7 @@ def test_right_models_hold(checkpoint: str, dtype: str, tmp_path: Path) -> None:
     file = tmp_path / "model.xml"
     to_openvino(model_and_inputs(golden.path(checkpoint), attention="eager"), file)
     reports = must_hold(CHECKS, checkpoint, dtype, f"openvino:{file}", stress=True, isolate=False)
-    assert len(reports) == 5
+    assert len(reports) == 5 + checkpoint.startswith(("llama", "stablelm"))  # what is fed there by a norm's own rule
 
 
 def test_rows_that_see_no_key_become_nan_in_fused_attention(llama: Path) -> None:

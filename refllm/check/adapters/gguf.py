@@ -7,8 +7,8 @@ The user's own library computes; its callback for every node of the graph shows 
     the heads of q and k of llama and arcee have their channels in pairs (2i, 2i+1): they are put back to (i, i + D/2)
     every token's logits are asked for
 
-llama.cpp computes in float32 where the file's matrices are F32. For others it rounds what a product reads as well (to
-float16, bfloat16, or blocks of int8), which is not predicted: such a file is refused.
+llama.cpp computes in float32. Where the file's matrices are not F32, a product rounds what it reads as well, to
+float16, bfloat16 or blocks of int8 (`refllm.accuracy.readings`), and the candidate is judged with its file's weights.
 """
 
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from refllm.accuracy.readings import READ_BESIDE
 from refllm.check.adapters.llama_library import LlamaLibrary, Seen
 from refllm.check.inputs import Inputs
 from refllm.check.stacks import Opening
 from refllm.check.taps import ALWAYS, Candidate, Sink
+from refllm.check.weights import Given
 from refllm.config import AutoConfig
 from refllm.errors import InputError
 from refllm.storage.gguf_file import PAIRED, GgufFile, in_halves
@@ -70,8 +72,15 @@ def open_candidate(opening: Opening) -> Candidate:
     path = Path(opening.given)
     file = GgufFile.open(path)
     must_be_of(file, opening.folder)
-    must_be_float32(file)
+    must_be_known(file)
     return GgufCandidate(LlamaLibrary.open(opening.library), path, AutoConfig.from_pretrained(opening.folder), file)
+
+
+def weights(opening: Opening) -> Given:
+    """The weights of the file. Raises InputError for a file that is not of the checkpoint."""
+    file = GgufFile.open(Path(opening.given))
+    must_be_of(file, opening.folder)
+    return Given(file.path.name, file, rounded=True, own=True)
 
 
 def wrap(model: Any, opening: Opening) -> Candidate:
@@ -96,14 +105,13 @@ def must_be_of(file: GgufFile, folder: Path) -> None:
             raise InputError(f"{file.path}: {key} is {found[key]}, the checkpoint {folder} has {value}")
 
 
-def must_be_float32(file: GgufFile) -> None:
-    """Raises InputError for a file with tensors in another format: what their products read is rounded too, which no
-    prediction here has, so that a right run would not hold."""
-    other = sorted(set(file.kinds.values()) - {"F32"})
+def must_be_known(file: GgufFile) -> None:
+    """Raises InputError for a file with tensors in a format of which is not known what their products read."""
+    other = sorted(set(file.kinds.values()) - {"F32", *READ_BESIDE})
     if other:
         raise InputError(
-            f"{file.path}: its tensors are {', '.join(other)}, and llama.cpp then rounds what their products read as "
-            "well, which is not predicted; check a file in F32 (of the dequantised weights, too: then with --weights)"
+            f"{file.path}: tensors are in {', '.join(other)}, and what llama.cpp's products with them read is not "
+            f"known here; known are F32, {', '.join(READ_BESIDE)}"
         )
 
 

@@ -31,7 +31,8 @@ _ATTENTION = ("Attention", "MultiHeadAttention", "ScaledDotProductAttention")
 _LIKE = ("CastLike", "ConvertLike")
 _SCALES = ("Mul", "Multiply", "Div", "Divide", "Cast", "Convert", *_LIKE)
 _SIZES = ("Shape", "ShapeOf", "Size")
-_MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Broadcast", "Identity", "Tile", "Concat", "Slice")
+_REPEATS = ("Expand", "Broadcast", "Identity")
+_MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", *_REPEATS, "Tile", "Concat", "Slice")
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,16 @@ class _Names:
         if short in _INPUTS:
             width = width if short != "self_attn.context" else self.sizes["H"] * self.sizes["D"]
             return self.entering(f"{at}.{_INPUTS[short]}", width)
-        return self.leaving(tap, width)
+        heads = next((self.sizes[axis] for axis in "HK" if axes.startswith(f"B {axis} ")), None)
+        return self.leaving(tap, width, heads)
 
-    def leaving(self, module: str, width: int | None) -> str | None:
-        """The last value that is made in a module and read outside of it."""
+    def leaving(self, module: str, width: int | None, heads: int | None) -> str | None:
+        """The last value that is made in a module and read outside of it. heads: how many it has to have; None: it is
+        not split into them."""
         for node in reversed(self.by_module.get(module, [])):
             for name in node.outputs:
-                if self._fits(name, width) and (name in self.graph.results or self._read_outside(name, module)):
+                fits = self._fits(name, width) and (heads is None or self._are_heads(name, heads))
+                if fits and (name in self.graph.results or self._read_outside(name, module)):
                     return name
         return None
 
@@ -172,7 +176,7 @@ class _Names:
         while node is not None:
             scaled = node.kind in _SCALES and (varying := self._varying(node)) is not None
             if not scaled and not node.swaps and self._are_heads(name, heads):
-                return name
+                return self._before_repeating(name, heads)
             if scaled:
                 name = str(varying)
             elif node.kind in _MOVES:
@@ -181,6 +185,16 @@ class _Names:
                 return None
             node = self.graph.made_by.get(name)
         return None
+
+    def _before_repeating(self, name: str, heads: int) -> str:
+        """The same heads where they are first: a compiler takes out what expands to the shape that there is."""
+        node = self.graph.made_by[name]
+        while node.kind in _REPEATS and self._are_heads(node.inputs[0], heads):
+            name = node.inputs[0]
+            if name not in self.graph.made_by:
+                break
+            node = self.graph.made_by[name]
+        return name
 
     def _varying(self, node: Node) -> str | None:
         """The one input of a node that is not fixed, if there is one."""

@@ -4,7 +4,8 @@
 
 It is pure: it names its values (`refllm.forward.taps`) by what it returns, so that they survive a compilation. The
 logits may be called "logits" too. Parts of it may be dictionaries, as the intermediates of Flax are: "layers_0" in one
-is layers.0, and "intermediates" and "__call__" are no names.
+is layers.0, and "intermediates" and "__call__" are no names. What Flax captures of modules that have no value in the
+vocabulary, as of a whole attention, is left out.
 
 Its first argument, if it is called `params`, is a dictionary of the checkpoint's tensors, arrays of JAX in the dtype
 asked for, by the names that they have in its files; else it is the checkpoint's folder. The next three are int32
@@ -18,15 +19,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from refllm.check.adapters.graph_names import path_in_model
 from refllm.check.functions import TAKES, Forward, FunctionCandidate, imported
 from refllm.check.misbehaviour import misbehaves
 from refllm.check.stacks import Opening
 from refllm.check.taps import ALWAYS, Sink, is_array
+from refllm.config import AutoConfig
 from refllm.errors import InputError
-from refllm.forward.taps import HEAD_TAPS
+from refllm.forward.taps import HEAD_TAPS, axes_of_values
 from refllm.storage.checkpoint import Checkpoint
 
-_NO_NAMES = ("intermediates", "__call__")
+_CALLED = "__call__"
+_NO_NAMES = ("intermediates", _CALLED)
 _NUMBERED = re.compile(r"(?<=[a-z])_(\d+)(?=\.|$)")
 
 
@@ -73,8 +77,18 @@ class JaxCandidate(FunctionCandidate):
         if not isinstance(values, Mapping):
             kind = type(values).__name__
             raise misbehaves("result", f"it returns a {kind}; expected a dictionary of arrays by their names")
-        for name, value in _flat(values):
-            tap(HEAD_TAPS.get(self.head, name) if name == "logits" else name, value)
+        known = axes_of_values(AutoConfig.from_pretrained(checkpoint), self.head)
+        by_flax, own = dict[str, Any](), set[str]()
+        for name, value, captured in _flat(values):
+            if captured:
+                by_flax[path_in_model(name)] = value
+            else:
+                name = HEAD_TAPS.get(self.head, name) if name == "logits" else name
+                own.add(name)
+                tap(name, value)
+        for name, value in by_flax.items():
+            if name in known and name not in own:  # the head may be a module, and what the function returns
+                tap(name, value)
         return None, cache
 
     def _read(self, checkpoint: str) -> dict[str, Any]:
@@ -86,11 +100,12 @@ class JaxCandidate(FunctionCandidate):
         return self._params
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, array) of all that dictionaries in dictionaries hold. What Flax keeps is a tuple of one array per call."""
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """(name, array, whether Flax captured it as what a module returns) of all that dictionaries in dictionaries hold.
+    What Flax keeps is a tuple of one array per call."""
     for key, value in values.items():
         name = before if key in _NO_NAMES else f"{before}.{key}" if before else str(key)
         if isinstance(value, Mapping):
             yield from _flat(value, name)
         else:
-            yield _NUMBERED.sub(r".\1", name), value
+            yield _NUMBERED.sub(r".\1", name), value, key == _CALLED

@@ -119,6 +119,7 @@ class LlamaLibrary:
     @classmethod
     def open(cls, path: Path) -> Self:
         """Raises InputError for what is no library of llama.cpp."""
+        path = path.absolute()  # a name alone is looked for elsewhere
         if not path.is_file():
             raise InputError(f"--library {path}: there is no such file; expected llama.cpp's libllama.so")
         try:

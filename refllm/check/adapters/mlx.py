@@ -5,6 +5,8 @@ the time of a run, a class that is its own with another `__call__`. What is not 
 one (the context of o_proj, the activation of down_proj, the residual stream of the second norm), or what the attention
 function receives (rotated queries and keys).
 
+A quantised model hands over the weights that it has, dequantised, and is judged with those.
+
 mlx-lm takes neither a mask nor positions, but its cache for batches does: it says where the padding on the left ends,
 and where each row begins to count.
 """
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from refllm.check.inputs import Inputs
 from refllm.check.misbehaviour import MisbehavesError, raised
 from refllm.check.stacks import Opening
 from refllm.check.taps import ALWAYS, Candidate, Sink
+from refllm.check.weights import HANDED
 from refllm.errors import InputError
 from refllm.precision.dtype_names import dtype_name
 
@@ -38,20 +42,26 @@ _OLD_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
 def open_candidate(opening: Opening) -> Candidate:
-    """The model in a checkpoint folder, as mlx-lm loads it, in the dtype asked for."""
+    """The model in the checkpoint folder, or in a folder that mlx-lm made of it, quantised perhaps (`mlx:FOLDER`), as
+    mlx-lm loads it, in the dtype asked for."""
     if opening.head != "causal_lm":
         raise InputError(f"{opening.folder}: mlx-lm has causal language models only, and this one has {opening.head}")
+    folder = Path(opening.given or opening.folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"--candidate {opening.name}: there is no {folder / 'config.json'}; expected a model of mlx-lm"
+        )
     import mlx.core as mx
     from mlx_lm import utils
 
-    config = utils.load_config(opening.folder)
+    config = utils.load_config(folder)
     try:
-        model, _ = utils.load_model(opening.folder)
+        model, _ = utils.load_model(folder)
     except ValueError as error:
         if "not supported" not in str(error):
             raise
         kind = config["model_type"]
-        raise InputError(f"{opening.folder}: mlx-lm {_version()} has no model of model_type {kind}") from None
+        raise InputError(f"{folder}: mlx-lm {_version()} has no model of model_type {kind}") from None
     except Exception as error:
         raise _with_a_reason(raised(error), config) from None
     model.set_dtype(getattr(mx, opening.dtype))
@@ -107,17 +117,31 @@ class MlxCandidate:
         self.details = {"mlx-lm": _version(), "mlx": _version("mlx"), "device": str(mx.default_device())}
         plain = all(type(cache) is KVCache for cache in make_prompt_cache(model))
         self.takes = ("dtype", "cache", "embeddings", *(ALWAYS if plain else ("batch",)))
+        self._handed_over = False
 
     def run(self, inputs: Inputs, sink: Sink) -> None:
         """See `Candidate.run`. Raises InputError for masks and positions that a cache of mlx-lm cannot say."""
         import mlx.core as mx
 
+        if not self._handed_over:
+            self._hand_over(sink)
         caches = self._caches(inputs)
         for piece in inputs.pieces():
             watcher = _Watcher(sink, inputs, piece)
             with watcher.watching(self.model):
                 out = self.model(mx.array(inputs.input_ids[:, piece].astype(np.int32)), cache=caches)
             watcher.show(_HEAD, out)
+
+    def _hand_over(self, sink: Sink) -> None:
+        """The weights of quantised modules, once: every run has the same."""
+        import mlx.core as mx
+
+        for path, module in self.model.named_modules():
+            if "scales" in module:
+                how = {"group_size": module.group_size, "bits": module.bits, "mode": getattr(module, "mode", "affine")}
+                weight = mx.dequantize(module.weight, module.scales, module.get("biases"), **how)
+                sink(f"{HANDED}{path}.weight", _as_numpy(weight))
+        self._handed_over = True
 
     def _caches(self, inputs: Inputs) -> list[Any] | None:
         from mlx_lm.models.cache import BatchKVCache, make_prompt_cache

@@ -115,13 +115,17 @@ def session(file: Path, optimised: Path | None = None) -> Any:
 def left(names: dict[str, str], source: Any, optimised: Any) -> dict[str, str]:
     """The named values that an optimised graph has, by their names there: what the next operator reads.
 
-    Where a conversion to float16 is gone, that is what was to be converted.
+    Where a conversion to float16 is gone, that is what was to be converted. What follows a node may be taken out, and
+    its result renamed: then it is the result of the node of that name and kind.
     """
     there = {name for node in optimised.graph.node for name in node.output}
     converted = {node.output[0]: node.input[0] for node in source.graph.node if node.op_type == "Cast"}
+    by_node = {(node.name, node.op_type): node.output[0] for node in optimised.graph.node if node.name}
+    made_by = {node.output[0]: (node.name, node.op_type) for node in source.graph.node}
     found = {}
     for tap, name in names.items():
-        one = next((one for one in (name, f"{UNROUNDED}{name}", converted.get(name)) if one in there), None)
+        other = converted.get(name), by_node.get(made_by.get(name, ("", "")))
+        one = next((one for one in (name, f"{UNROUNDED}{name}", *other) if one in there), None)
         if one is not None:
             found[tap] = one
     return found

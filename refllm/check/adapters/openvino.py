@@ -26,6 +26,8 @@ def open_candidate(opening: Opening) -> "OpenVinoCandidate":
     file = Path(opening.given)
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected an .xml file of OpenVINO, with the .bin beside it, or .onnx")
+    if file.suffix not in (".xml", ".onnx"):  # it would try one form after the other, aloud
+        raise InputError(f"{file}: expected an .xml file of OpenVINO, with the .bin beside it, or .onnx")
     try:
         model = openvino.Core().read_model(file)
     except RuntimeError as error:

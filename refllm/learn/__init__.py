@@ -1,0 +1,1 @@
+"""What helps to understand the models and the reports: so far a glossary."""
