@@ -8,7 +8,7 @@ import torch
 from refllm.kernels.interpreter.errors import ConfigurationsDifferError, KernelError, StaticAssertionError
 
 _ROUNDINGS = 2
-"""Of the format, beside the largest number of a row: by how much configurations may differ."""
+"""Configurations may differ by so many roundings of the format, at the largest number of a row."""
 
 
 def run(tuner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], every: bool) -> Any:

@@ -121,7 +121,7 @@ def _each(slugs: Iterable[str], operators: Iterable[str], workers: int) -> Itera
 
 
 def _one_thread() -> None:
-    """As many processes as cores compute already."""
+    """The processes are as many as the cores."""
     import torch
 
     torch.set_num_threads(1)

@@ -345,7 +345,7 @@ def by_the_stride_of_a_token(x: Any) -> Any:
     return dense.as_strided((B * S, H, D), (dense.stride(1), D, 1)).reshape(B, S, H, D).transpose(1, 2)
 
 
-@pytest.mark.parametrize("operator", ["rope", "attention"])
+@pytest.mark.parametrize("operator", ["rope", "norm_rope"])
 def test_the_stride_of_one_token_says_nothing(operator: str) -> None:
     """As in Liger-Kernel 0.8.5, whose rotation of contiguous [B, H, 1, D] takes a head for the next row."""
 

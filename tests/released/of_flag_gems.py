@@ -43,11 +43,3 @@ def rope(q, k, cos, sin, *, interleaved):
 @released(NAME, "cross_entropy", "cross_entropy_loss", convention="torch")
 def cross_entropy(logits, labels, *, ignore_index=-100, reduction="mean"):
     return flag_gems.cross_entropy_loss(logits, labels, None, reduction, ignore_index)
-
-
-_LEFT = ("key_mask", "return_lse", "fewer_queries", "empty")
-
-
-@released(NAME, "attention", "scaled_dot_product_attention", without=_LEFT, sizes="D==128")
-def attention(q, k, v, *, scale=None, causal=True):
-    return flag_gems.scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale, q.shape[1] != k.shape[1])
