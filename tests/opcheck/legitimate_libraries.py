@@ -298,7 +298,9 @@ def enter_liger() -> None:
             return torch.zeros_like(q), torch.zeros_like(k)
         order = torch.arange(R).view(-1, 2).T.flatten() if interleaved else torch.arange(R)
         tables = (table(t, len(q), q.dtype).contiguous() for t in (cos, sin))
-        inside = (x[..., :R][..., order].contiguous() for x in (q, k))
+        # As a projection lays them out: of dense [B, H, 1, D] it takes a head for a row.
+        rows = (x[..., :R][..., order].transpose(1, 2) for x in (q, k))
+        inside = (x.clone(memory_format=torch.contiguous_format).transpose(1, 2) for x in rows)
         rotated = LigerRopeFunction.apply(*inside, *tables)
         back = order.argsort()
         return tuple(torch.cat([y[..., back], x[..., R:]], -1) for y, x in zip(rotated, (q, k), strict=True))
