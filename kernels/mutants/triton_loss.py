@@ -19,7 +19,7 @@ CROSS_ENTROPY = (
     _loss("mean over all rows", "the sum is divided by the number of rows, the ignored ones among them",
           "one-line: head and loss", (_COUNTED, "counted += (rows < N).to(tl.int32)")),
     _loss("mean of no rows", "where every row is ignored the mean is 0 and not 0 / 0", "one-line: head and loss",
-          (_MEAN, _MEAN.replace("tl.sum(counted, 0)", "tl.maximum(tl.sum(counted, 0), 1)"))),
+          (_MEAN, _MEAN.replace("tl.sum(counted, 0)", "tl.maximum(tl.sum(counted, 0), 1)")), corner="all ignored"),
     _loss("ignored rows counted", "the loss of an ignored row is that of its last column", "one-line: head and loss",
           ("label = tl.load(labels_ptr + row * label_stride).to(tl.int64)\n    if label == ignore_index:",
            "label = tl.load(labels_ptr + row * label_stride).to(tl.int64)\n"

@@ -108,8 +108,9 @@ def raises_what_refllm_raises(*_: Any) -> Any:
 
 @told(
     "raises",
-    "it raises InputError: 'nowhere' is no embedded checkpoint; there are arcee-tiny, helium-tiny, llama-tiny, "
-    "stablelm-tiny-parallel, stablelm-tiny-sequential (misbehaving.py:LINE)",
+    "it raises InputError: 'nowhere' is no embedded checkpoint; there are arcee-tiny, arcee-trained, helium-tiny, "
+    "helium-trained, llama-tiny, llama-trained, stablelm-tiny-parallel, stablelm-tiny-sequential, stablelm-trained "
+    "(misbehaving.py:LINE)",
 )
 def raises_in_a_part_of_refllm_that_lies_beside_it(*_: Any) -> Any:
     from refllm import golden
