@@ -139,7 +139,7 @@ def page(scores: dict[str, list[Score]], right: dict[str, tuple[list[str], int]]
         "",
         "*Beginners'*: wrong operators in NumPy and Torch, each with one mistake, written before the catalogue and",
         "without it (`tests/opcheck/beginners/`), though by the same hand. *Planted*: the bugs of",
-        "[docs/mutants.md](../docs/mutants.md) whose values are wrong on a designed input, by others, who did not know",
+        "docs/mutants.md whose values are wrong on a designed input, by others, who did not know",
         "of a catalogue. *Rightly*: the right name is among those that fit; *alone*: and no other is. *Wrongly*: only",
         "others are. *Falsely*: once the right name is taken out of the catalogue, another takes its place (one that",
         "was not there before, and does not say the same in other words: a number that was solved for, or a mistake",

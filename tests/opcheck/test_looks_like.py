@@ -19,7 +19,7 @@ from refllm.kernels import plain  # noqa: E402
 from refllm.kernels.mutants import catalogue as planted  # noqa: E402
 from refllm.opcheck.candidate import load  # noqa: E402
 
-PAGE = Path(__file__).parents[2] / "docs" / "looks-like.md"
+PAGE = Path(__file__).parents[2] / "docs/looks-like.md"
 
 
 def asked(name: str) -> Asked:
