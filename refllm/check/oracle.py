@@ -407,7 +407,10 @@ class Judge:
             another = self.record.another(name)
             if another is not None:
                 report.another = in_words(self.record.operators[name], another)
-            report.unrecognised = self.record.unrecognised(name) and not self.record.nowhere(name)
+            # Where values that were not shown lie before it, it may be they that round elsewhere (a norm that reads the
+            # sum before its rounding): by its size its error is judged all the same.
+            hidden = bool(report.hidden)
+            report.unrecognised = self.record.unrecognised(name) and not self.record.nowhere(name) and not hidden
 
     # ------------------------------------------------------------------------------------------------------ end to end
 

@@ -21,7 +21,7 @@ from refllm.accuracy.recognise import Made, Recogniser
 from refllm.check import html
 from refllm.check.api import compare
 from refllm.check.asked import Asked
-from refllm.check.candidates import record
+from refllm.check.candidates import ReferenceCandidate, record
 from refllm.check.chosen_embeddings import chosen
 from refllm.check.inputs import Inputs
 from refllm.check.oracle import Report, TapReport, judge
@@ -155,6 +155,16 @@ def test_a_stream_read_unrounded_holds_though_its_terms_are_not_shown() -> None:
     report = run(LLAMA, FUSED.but(stream="float32", names=shown), "bfloat16")
     assert not any(tap.broken for tap in report.taps), told(report)
     assert not report.unsaid
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(LLAMA, "bfloat16"), (ARCEE, "float16")])
+def test_a_norm_that_is_not_shown_may_read_its_sum_unrounded(name: str, dtype: str) -> None:
+    """The products after it have other bits then, from the second layer on: a matter of what was hidden, no defect."""
+    fast = ReferenceCandidate.fast(FOLDERS[name], head="causal_lm", dtype=dtype, backend="torch")
+    model = model_of(name, dtype)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, TOKENS))
+    report = judge(model, record(fast, model, Inputs(ids)))
+    assert report.verdict == "holds", told(report)
 
 
 def test_only_a_named_policy_makes_a_habit_a_finding() -> None:
