@@ -32,7 +32,7 @@ CONTEXT = 128
 """Tokens of a window."""
 SEED = 1768842596
 """The seed of the fresh weights."""
-WITHIN = 0.1
+AS_BEFORE = 0.1
 """How far, as a share, the loss of the corpus may be from that of the stored checkpoint."""
 
 
@@ -232,10 +232,10 @@ def main() -> int:
         train(name, recipes()[name], arguments.folder / name, lambda text: print(text, flush=True))
         after = corpus_loss(arguments.folder / name)
         print(f"{name}: loss {after:.4f}" + (f"; the one that is stored has {before:.4f}" if before else ""))
-        if before and abs(after / before - 1) > WITHIN:
+        if before and abs(after / before - 1) > AS_BEFORE:
             far.append(name)
     if far:
-        print(f"farther than {WITHIN:.0%} from what is stored: {', '.join(far)}")
+        print(f"farther than {AS_BEFORE:.0%} from what is stored: {', '.join(far)}")
     return 1 if far else 0
 
 
