@@ -31,7 +31,7 @@ def cross_entropy(
     shifted = logits_NV[rows] - logits_NV[rows].max(axis=-1, keepdims=True, initial=-np.inf)
     loss_N = np.zeros(labels_N.shape, ar.work)
     loss_N[rows] = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(rows)), labels_N[rows]]
-    return _reduce(loss_N, len(rows), reduction)
+    return reduced(loss_N, len(rows), reduction)
 
 
 def linear_cross_entropy(
@@ -63,7 +63,8 @@ def binary_cross_entropy(logits: np.ndarray, target: np.ndarray, *, ar: Arithmet
     return np.mean(np.maximum(z, 0) - z * y + np.log1p(np.exp(-np.abs(z))))
 
 
-def _reduce(loss_N: np.ndarray, counted: int, reduction: str) -> np.ndarray:
+def reduced(loss_N: np.ndarray, counted: int, reduction: str) -> np.ndarray:
+    """The losses of all rows, 0 where they do not count, as `reduction` says; counted: how many do."""
     if reduction == "none":
         return loss_N
     if reduction == "sum":

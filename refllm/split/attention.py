@@ -1,6 +1,5 @@
 """Attention whose heads, or whose positions, lie on different ranks."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ from refllm.ops.attention import attention
 from refllm.ops.attention_backward import attention_backward
 from refllm.precision import EXACT, Arithmetic
 from refllm.split.cuts import heads_of_rank
+from refllm.split.reduction import Parts
 
 __all__ = [
     "all_gather_attention",
@@ -18,8 +18,6 @@ __all__ = [
     "ring_attention",
     "ring_attention_backward",
 ]
-
-Parts = Sequence[np.ndarray]
 
 
 def head_parallel_attention(q_P: Parts, k_P: Parts, v_P: Parts, **options: Any) -> list[np.ndarray]:

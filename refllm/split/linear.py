@@ -1,6 +1,5 @@
 """Products with a weight that is cut by its outputs or by its inputs, and the embedding cut by the vocabulary."""
 
-from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from refllm.ops.linear import embedding, linear
 from refllm.ops.linear_backward import embedding_backward, linear_backward
 from refllm.precision import EXACT, Arithmetic
-from refllm.split.reduction import SUM
+from refllm.split.reduction import SUM, Parts, Reduce
 
 __all__ = [
     "column_parallel_linear",
@@ -18,9 +17,6 @@ __all__ = [
     "vocabulary_parallel_embedding",
     "vocabulary_parallel_embedding_backward",
 ]
-
-Reduce = Callable[[Sequence[np.ndarray]], np.ndarray]
-Parts = Sequence[np.ndarray]
 
 
 def column_parallel_linear(

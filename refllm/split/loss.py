@@ -1,15 +1,14 @@
 """Cross entropy over a vocabulary that is cut, and over tokens that lie on different ranks."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from refllm.ops.loss import IGNORE_INDEX, check_reduction, counted_rows, cross_entropy
+from refllm.ops.loss import IGNORE_INDEX, check_reduction, counted_rows, cross_entropy, reduced
 from refllm.ops.loss_backward import cross_entropy_backward
 from refllm.precision import EXACT, Arithmetic
 from refllm.split.linear import starts
-from refllm.split.reduction import SUM
+from refllm.split.reduction import SUM, Parts, Reduce
 
 __all__ = [
     "data_parallel_cross_entropy",
@@ -17,9 +16,6 @@ __all__ = [
     "vocabulary_parallel_cross_entropy",
     "vocabulary_parallel_cross_entropy_backward",
 ]
-
-Reduce = Callable[[Sequence[np.ndarray]], np.ndarray]
-Parts = Sequence[np.ndarray]
 
 
 def vocabulary_parallel_cross_entropy(
@@ -46,7 +42,7 @@ def vocabulary_parallel_cross_entropy(
     label_N = reduce([own * _at(z, start, labels_N) for own, z, start in _owners(logits_P, labels_N)])
     loss_N = np.zeros(labels_N.shape, ar.work)
     loss_N[rows] = (np.log(total_N) + top_N - label_N)[rows]
-    return loss_N if reduction == "none" else _averaged(loss_N.sum(), len(rows), reduction)
+    return reduced(loss_N, len(rows), reduction)
 
 
 def vocabulary_parallel_cross_entropy_backward(
@@ -93,7 +89,9 @@ def data_parallel_cross_entropy(
     """
     options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum", "ar": ar}
     sums = [cross_entropy(z, y, **options) for z, y in _pairs(logits_P, labels_P)]
-    return _averaged(reduce([np.asarray(total) for total in sums]), _counted(labels_P, ignore_index), "mean")
+    counted = _counted(labels_P, ignore_index)
+    total = reduce([np.asarray(part) for part in sums])
+    return total / counted if counted else np.asarray(np.nan, total.dtype)[()]
 
 
 def data_parallel_cross_entropy_backward(
@@ -119,12 +117,6 @@ def _pairs(logits_P: Parts, labels_P: Parts) -> list[tuple[np.ndarray, np.ndarra
 
 def _counted(labels_P: Parts, ignore_index: int) -> int:
     return int(sum((np.asarray(labels) != ignore_index).sum() for labels in labels_P))
-
-
-def _averaged(total: np.ndarray, counted: int, reduction: str) -> np.ndarray:
-    if reduction == "sum":
-        return total
-    return total / counted if counted else np.asarray(np.nan, total.dtype)[()]
 
 
 def _width(logits_P: Parts, vocabulary: int | None) -> int:

@@ -1,13 +1,11 @@
 """Norms whose rows, or whose heads, lie on different ranks."""
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 
 from refllm.ops.norm import layer_norm, rms_norm
 from refllm.ops.norm_backward import layer_norm_backward, rms_norm_backward
 from refllm.precision import EXACT, Arithmetic
-from refllm.split.reduction import SUM
+from refllm.split.reduction import SUM, Parts, Reduce
 
 __all__ = [
     "head_parallel_norm",
@@ -17,9 +15,6 @@ __all__ = [
     "sequence_parallel_rms_norm",
     "sequence_parallel_rms_norm_backward",
 ]
-
-Reduce = Callable[[Sequence[np.ndarray]], np.ndarray]
-Parts = Sequence[np.ndarray]
 
 
 def sequence_parallel_rms_norm(

@@ -1,6 +1,6 @@
 """The sum over ranks: in which order it is added, and in which format every partial sum is stored."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,11 @@ from refllm.errors import InputError
 from refllm.precision.arithmetic import Dtype, check_dtype, rounding
 
 __all__ = ["ORDERS", "SUM", "AllReduce"]
+
+Parts = Sequence[np.ndarray]
+"""What each rank holds, in the order of the ranks."""
+Reduce = Callable[[Parts], np.ndarray]
+"""The parts of all ranks -> their sum, such as `AllReduce`."""
 
 ORDERS = ("ring", "tree", "one by one")
 """Orders of addition: see `AllReduce`."""
@@ -34,7 +39,7 @@ class AllReduce:
         if self.dtype is not None:
             check_dtype(self.dtype)
 
-    def __call__(self, parts_P: Sequence[np.ndarray]) -> np.ndarray:
+    def __call__(self, parts_P: Parts) -> np.ndarray:
         parts_P = [self._stored(np.asarray(part)) for part in parts_P]
         if self.order == "tree":
             return self._tree(parts_P)
@@ -48,7 +53,7 @@ class AllReduce:
     def _stored(self, x: np.ndarray) -> np.ndarray:
         return x if self.dtype is None else rounding(self.dtype)(x)
 
-    def _chain(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+    def _chain(self, parts: Parts) -> np.ndarray:
         total = parts[0]
         for part in parts[1:]:
             total = self._stored(total + part)
