@@ -1,0 +1,86 @@
+"""Drawings as SVG text: boxes, arrows and words in the colours of the page, light or dark."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+CHARACTER = 7.2  # the width of a character of 12 pixels in a font of fixed width
+
+
+@dataclass
+class Drawing:
+    """A drawing that grows: parts, and how far they reach. title: what it shows, for those who cannot see it."""
+
+    title: str
+    parts: list[str] = field(default_factory=list)
+    width: float = 0
+    height: float = 0
+
+    def box(self, x: float, y: float, width: float, height: float, kind: str = "") -> None:
+        """A rectangle with a class of the style sheet."""
+        self._reach(x + width, y + height)
+        self.parts.append(
+            f'<rect class="{kind or "box"}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3"/>'
+        )
+
+    def words(self, x: float, y: float, text: str, at: str = "middle", kind: str = "") -> None:
+        """A line of text; at: "start", "middle" or "end"."""
+        self._reach(x + CHARACTER * len(text) / (2 if at == "middle" else 1) if at != "end" else x, y + 4)
+        chosen = f' class="{kind}"' if kind else ""
+        self.parts.append(f'<text x="{x:g}" y="{y:g}" text-anchor="{at}"{chosen}>{html.escape(text)}</text>')
+
+    def line(self, points: Sequence[tuple[float, float]], kind: str = "flow") -> None:
+        """A line through points; `flow` ends in an arrow."""
+        self._reach(max(x for x, _ in points), max(y for _, y in points))
+        path = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
+        self.parts.append(f'<path class="{kind}" d="{path}"/>')
+
+    def _reach(self, x: float, y: float) -> None:
+        self.width, self.height = max(self.width, x), max(self.height, y)
+
+    def svg(self) -> str:
+        """The drawing; it shrinks where the page is narrow."""
+        width, height = self.width + 10, self.height + 10
+        arrow = (
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+            '<path class="tip" d="M0 0 L8 4 L0 8 z"/></marker></defs>'
+        )
+        size = f'viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px"'
+        return f'<svg {size} role="img" aria-label="{html.escape(self.title)}">{arrow}' + "".join(self.parts) + "</svg>"
+
+
+_UNIT = {"E": 66, "F": 84, "V": 84, "D": 44, "T": 62, "N": 62, "S": 44, "R/2": 26, "*": 44, "(H+2K)D": 76}
+
+
+def shapes(title: str, arguments: Mapping[str, Sequence[str]], results: Mapping[str, Sequence[str]]) -> str:
+    """The arrays of an operator: those that it takes, an arrow, those that it gives. The last axis runs to the right,
+    the one before it down, and others are drawn as sheets."""
+    drawing = Drawing(f"the shapes of {title}")
+    x, tallest = 8.0, 0.0
+    for name, axes in arguments.items():
+        x, height = _array(drawing, x, name, axes)
+        tallest = max(tallest, height)
+    middle = 34 + tallest / 2
+    drawing.line([(x, middle), (x + 96, middle)])
+    drawing.words(x + 48, middle - 8, title.partition("_backward")[0] if len(title) > 14 else title, kind="strong")
+    x += 112
+    for name, axes in results.items():
+        x, _ = _array(drawing, x, name, axes)
+    return drawing.svg()
+
+
+def _array(drawing: Drawing, x: float, name: str, axes: Sequence[str]) -> tuple[float, float]:
+    *sheets, down, right = ["", "", *axes][-max(2, len(axes)) :]
+    width, height = _UNIT.get(right, 40) if right else 14, _UNIT.get(down, 40) if down else 14
+    label = max(len(name), 2) * CHARACTER + 8
+    x += CHARACTER * len(down) + 4
+    depth = 5 * min(3, len([axis for axis in sheets if axis]) + 1) if any(sheets) else 0
+    for offset in range(depth, -1, -5):
+        drawing.box(x + offset, 34 - offset + depth, width, height)
+    drawing.words(x + width / 2, 34 + depth + height + 15, right)
+    drawing.words(x - 4, 34 + depth + height / 2 + 4, down, at="end")
+    if any(sheets):
+        drawing.words(x + width + depth + 3, 34 + 8, " ".join(axis for axis in sheets if axis), at="start")
+    drawing.words(x + width / 2, 20, name, kind="strong")
+    extra = CHARACTER * len(" ".join(sheets)) + 6 if any(sheets) else 0
+    return x + max(width + depth + extra, label) + 14, height + depth
