@@ -1,6 +1,7 @@
 """Drawings as SVG text: boxes, arrows and words in the colours of the page, light or dark."""
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -84,3 +85,45 @@ def _array(drawing: Drawing, x: float, name: str, axes: Sequence[str]) -> tuple[
     drawing.words(x + width / 2, 20, name, kind="strong")
     extra = CHARACTER * len(" ".join(sheets)) + 6 if any(sheets) else 0
     return x + max(width + depth + extra, label) + 14, height + depth
+
+
+def curves(
+    lines: Mapping[str, Sequence[float]], across: Sequence[float], title: str, below: str, log: bool = False
+) -> str:
+    """Lines over the numbers `across`, with the largest and smallest value at the left. log: values as logarithms."""
+    drawing, width, height = Drawing(title), 620.0, 200.0
+    values = [v for line in lines.values() for v in line]
+    low, high = min(values), max(values)
+    place = (lambda v: math.log(v / low) / math.log(high / low)) if log else (lambda v: (v - low) / (high - low))
+    left, right = min(across), max(across)
+    drawing.box(60, 10, width, height)
+    for index, (name, line) in enumerate(lines.items()):
+        points = [
+            (round(60 + width * (x - left) / (right - left), 1), round(10 + height * (1 - place(v)), 1))
+            for x, v in zip(across, line, strict=True)
+        ]
+        drawing.line(points, "curve other" if index % 2 else "curve")
+        drawing.words(
+            72 + 190 * index, 26, f"{'- - ' if index % 2 else '--- '}{name}" if len(lines) > 1 else name, "start"
+        )
+    drawing.words(54, 20, f"{high:.2g}", "end")
+    drawing.words(54, 10 + height, f"{low:.2g}", "end")
+    drawing.words(60 + width / 2, height + 30, below)
+    drawing.words(60, height + 30, f"{left:g}")
+    drawing.words(60 + width, height + 30, f"{right:g}", "end")
+    return drawing.svg()
+
+
+def turns(vectors: Mapping[str, tuple[float, float]], title: str) -> str:
+    """Vectors in the plane, each from the middle of one circle."""
+    drawing, middle, radius = Drawing(title), 120.0, 84.0
+    drawing.parts.append(f'<circle class="wire" cx="{middle:g}" cy="{middle:g}" r="{radius:g}"/>')
+    for name, (x, y) in vectors.items():
+        size = math.hypot(x, y)
+        tip = middle + radius * x / size, middle - radius * y / size
+        drawing.line([(middle, middle), (round(tip[0], 1), round(tip[1], 1))])
+        drawing.words(
+            round(middle + 1.22 * (tip[0] - middle), 1), round(middle + 1.22 * (tip[1] - middle) + 4, 1), name
+        )
+    drawing._reach(2 * middle, 2 * middle)
+    return drawing.svg()

@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from refllm import extras
-from refllm.learn.book import operators
+from refllm.learn.book import chapters, families, operators
 from refllm.learn.book.numbers import same_print
 from refllm.learn.glossary import find, terms
+from refllm.parallel import one_blas_thread
 from refllm.storage import output_file
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -21,7 +23,8 @@ def pages() -> dict[str, str]:
     """Every file of the book: its path in the folder -> its text. Raises BookError where code and pages disagree, and
     MissingExtraError without the packages that it needs."""
     extras.require("refllm learn book", *PACKAGES)
-    listed = list(_listed())
+    with one_blas_thread():  # the calls are so small that a second thread only waits
+        listed = list(_listed())
     files = {"book.css": (_TEMPLATES / "book.css").read_text(encoding="utf-8")}
     for i, (path, title, name, context) in enumerate(listed):
         around = {
@@ -70,9 +73,17 @@ def _listed() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """(path, title, template, what that needs), in the order of reading."""
     entries = operators.entries().items()
     cards = [(f"operators/{name}.html", entry["title"], _first_sentence(entry["says"])) for name, entry in entries]
-    yield "index.html", "The book", "index.html", {"chapters": [], "operators": cards, "families": []}
+    models = [(f"families/{name}.html", families.title(name), families.about(name)) for name in families.FAMILIES]
+    written = chapters.chapters()
+    texts = [(f"chapters/{one.name}.html", one.title, one.about) for one in written]
+    yield "index.html", "The book", "index.html", {"chapters": texts, "operators": cards, "families": models}
+    for chapter in written:
+        context = {"about": chapter.about, "text": chapters.page(chapter, markdown)}
+        yield f"chapters/{chapter.name}.html", chapter.title, "chapter.html", context
     for name, entry in entries:
         yield f"operators/{name}.html", entry["title"], "operator.html", operators.page(name)
+    for name in families.FAMILIES:
+        yield f"families/{name}.html", families.title(name), "family.html", families.page(name)
     yield "glossary.html", "Glossary", "glossary.html", {"terms": terms().values()}
 
 
@@ -82,6 +93,11 @@ def _first_sentence(text: str) -> str:
 
 
 def _template(name: str) -> Any:
+    return _environment().get_template(name)
+
+
+@cache
+def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -89,7 +105,7 @@ def _template(name: str) -> Any:
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"markdown": markdown, "inline": inline, "slug": slug}
-    return environment.get_template(name)
+    return environment
 
 
 def markdown(text: str) -> Any:

@@ -147,7 +147,7 @@ def _step(
 
 def _code(found: sources.Found, column: Sequence[sources.Function]) -> Code:
     name = column[found.function].name if found.function else ""
-    return Code(name, sources.coloured(sources.shown(found, column)))
+    return Code(name, sources.shown(found, column))
 
 
 def _whole(one: sources.Function, title: str, place: int, marks: dict[tuple[str, int, int], int]) -> Whole:

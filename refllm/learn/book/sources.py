@@ -101,9 +101,11 @@ def find(anchor: str, column: Sequence[Function], page: str) -> Found:
     raise BookError(f"{page}: the anchor {anchor!r} stands on {len(places)} lines of {names}, not on one{lines}")
 
 
-def shown(found: Found, column: Sequence[Function]) -> str:
-    """The lines of an anchor, from their first column on."""
-    return textwrap.dedent("\n".join(column[found.function].lines[found.first : found.last + 1]))
+def shown(found: Found, column: Sequence[Function]) -> list[str]:
+    """The lines of an anchor in colour, from their first column on."""
+    one, lines = column[found.function], slice(found.first, found.last + 1)
+    least = min(len(line) - len(line.lstrip()) for line in one.lines[lines] if line.strip())
+    return [line[least:] for line in coloured(one.text)[lines]]
 
 
 def _statement(one: Function, line: int) -> tuple[int, int]:
@@ -120,7 +122,8 @@ def _statement(one: Function, line: int) -> tuple[int, int]:
     return smallest
 
 
-def coloured(text: str) -> list[str]:
+@cache
+def coloured(text: str) -> tuple[str, ...]:
     """Python as HTML, line by line, with the classes of Pygments."""
     from pygments import lex
     from pygments.lexers import PythonLexer
@@ -137,7 +140,7 @@ def coloured(text: str) -> list[str]:
             if piece:
                 safe = html.escape(piece, quote=False)
                 lines[-1] += f'<span class="{short}">{safe}</span>' if short else safe
-    return lines
+    return tuple(lines)
 
 
 def _classes(short: str) -> str:
