@@ -1,7 +1,6 @@
 """A layer of a family as a drawing, made by running its page on shapes and writing down who reads whose result."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,17 +14,14 @@ _WIDTH, _HEIGHT, _ROW, _GAP = 186.0, 42.0, 78.0, 18.0
 _MOVES = ("split_heads", "merge_heads")  # nothing is computed, so nothing is drawn
 
 
-@dataclass
 class Step:
     """One operator that a page calls. name: of its value. reads: the steps whose results it takes. says: its choices;
     depth: how many steps come before it at least; x: where it is drawn."""
 
-    operator: str
-    reads: list["Step"]
-    says: str = ""
-    name: str = ""
-    depth: int = 0
-    x: float = 0.0
+    def __init__(self, operator: str, reads: list["Step"], says: str = "", name: str = "") -> None:
+        self.operator, self.reads, self.says, self.name = operator, reads, says, name
+        self.depth = 1 + max(step.depth for step in reads) if reads else 0
+        self.x = 0.0
 
 
 class _Writing(DryOperators):
@@ -54,9 +50,7 @@ class _Writing(DryOperators):
             if operator in _MOVES:
                 self._made[id(out)] = out, sources[0]
                 return out
-            step = Step(operator, _once(sources))
-            step.says = _says(operator, arguments, keywords)
-            step.depth = 1 + max((source.depth for source in step.reads), default=0)
+            step = Step(operator, _once(sources), _says(operator, arguments, keywords))
             self._steps.append(step)
             for one in out if isinstance(out, tuple) else (out,):
                 self._made[id(one)] = one, step
@@ -145,7 +139,7 @@ def _top(step: Step) -> float:
 
 
 def _way(source: Step, step: Step) -> list[tuple[float, float]]:
-    """From the lower edge of one box to the next: along the stream straight down; onto the stream from the side."""
+    """Where a line runs from one box to the next: along the stream straight down; onto the stream from the side."""
     end = _top(step)
     if _on_stream(source) and _on_stream(step):
         return [(source.x, _top(source) + _HEIGHT), (step.x, end)]

@@ -42,7 +42,7 @@ class Chapter:
 
 @cache
 def chapters() -> tuple[Chapter, ...]:
-    """All chapters in their order: that of the file names, `03-rotation.md`."""
+    """All chapters in the order of their file names, which begin with a number."""
     return tuple(_read(path) for path in sorted(_FOLDER.glob("*.md")))
 
 

@@ -3,19 +3,17 @@
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 CHARACTER = 7.2  # the width of a character of 12 pixels in a font of fixed width
 
 
-@dataclass
 class Drawing:
     """A drawing that grows: parts, and how far they reach. title: what it shows, for those who cannot see it."""
 
-    title: str
-    parts: list[str] = field(default_factory=list)
-    width: float = 0
-    height: float = 0
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.parts: list[str] = []
+        self.width = self.height = 0.0
 
     def box(self, x: float, y: float, width: float, height: float, kind: str = "") -> None:
         """A rectangle with a class of the style sheet."""
