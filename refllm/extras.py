@@ -36,6 +36,7 @@ EXTRA_OF = {
     "latex2mathml": "book",
     "markdown_it": "book",
     "pygments": "book",
+    "lm_eval": "eval",
 }
 """Name of an import -> the smallest extra that brings it."""
 
