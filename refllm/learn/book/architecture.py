@@ -20,7 +20,7 @@ class Step:
 
     def __init__(self, operator: str, reads: list["Step"], says: str = "", name: str = "") -> None:
         self.operator, self.reads, self.says, self.name = operator, reads, says, name
-        self.depth = 1 + max(step.depth for step in reads) if reads else 0
+        self.depth: int = 1 + max(step.depth for step in reads) if reads else 0
         self.x = 0.0
 
 
