@@ -205,7 +205,7 @@ class Softmax:
         return self._kept[key]
 
     def exponentials(self, store: Stores) -> tuple[np.ndarray, np.ndarray]:
-        """Of the scores less the largest, as they are and as they are stored."""
+        """The exponentials of the scores less the largest, as they are and as they are stored."""
         narrow = "less the largest" in store
         e = self._once(("exp", narrow), lambda: np.exp(store(self.s - self.top, "less the largest")))
         return e, self._once(("stored", narrow), lambda: store(e, "exp")) if "exp" in store else e
