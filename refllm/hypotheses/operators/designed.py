@@ -14,17 +14,17 @@ from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
 
 _INF, _NAN = float("inf"), float("nan")
-_CORNER = "designed corner: "
+CORNER = "designed corner: "
 """What the kinds of those calls begin with that ask more than the formula: what overflows, is NaN, or has no key."""
 
 
 def is_corner(call: Call) -> bool:
     """Whether a call asks more than the formula."""
-    return call.kind.startswith(_CORNER)
+    return call.kind.startswith(CORNER)
 
 
 def _kind(words: str) -> str:
-    return words.replace("!", _CORNER) if words.startswith("!") else f"designed: {words}"
+    return words.replace("!", CORNER) if words.startswith("!") else f"designed: {words}"
 
 
 @cache

@@ -5,8 +5,9 @@ predicted as that of the right one: its inputs are moved by roundings of the for
 is what honest code inside may do; the results are rounded besides.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,19 +27,43 @@ _SMALLEST = np.finfo(np.float32).smallest_subnormal
 _DIGITS = {"float32": 24, "bfloat16": 8, "float16": 11}
 
 
-class Outcomes:
-    """The results of an operator's hypotheses on its designed calls.
+class Given(Protocol):
+    """A call of a definition, as `refllm.strategies.Call` is."""
 
-    dtype: of the inputs and results. inside: the format in which steps inside may round; float32 is what a fused kernel
-    does, the dtype what a plain one may.
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def keywords(self) -> tuple[tuple[str, Any], ...]: ...
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths of its arguments' axes, by name."""
+        ...
+
+    def arrays(self) -> tuple[list[Any], dict[str, Any]]:
+        """(arguments, keywords)."""
+        ...
+
+
+class Outcomes:
+    """The results of a definition's hypotheses on its designed calls.
+
+    right: the definition itself. names, formats: of its results. dtype: of the inputs and results. inside: the format
+    in which steps inside may round; float32 is what a fused kernel does, the dtype what a plain one may.
     """
 
-    def __init__(self, operator: str, dtype: str, inside: str) -> None:
-        self.dtype, self.inside = dtype, inside
-        known = contract_of(operator)
-        self._formats = ["float32" if name in known.float32 else dtype for name in known.outputs]
-        self.calls = designed(operator, dtype)
-        self.right = Variant(OpHypothesis("right", "", operator, ((),)), ())
+    def __init__(
+        self,
+        right: Variant,
+        calls: Sequence[Given],
+        names: Sequence[str],
+        formats: Sequence[str],
+        dtype: str,
+        inside: str,
+    ) -> None:
+        self.right, self.calls, self.names = right, calls, names
+        self.dtype, self.inside, self._formats = dtype, inside, formats
         self._arrays: dict[int, tuple[list[Any], dict[str, Any]]] = {}
         self._results: dict[tuple[Variant, int], Outputs | None] = {}
         self._sigmas: dict[tuple[Variant, int], Outputs] = {}
@@ -96,7 +121,10 @@ class Outcomes:
 @cache
 def outcomes(operator: str, dtype: str, inside: str = "float32") -> Outcomes:
     """Those of an operator in a format, which are kept."""
-    return Outcomes(operator, dtype, inside)
+    known = contract_of(operator)
+    formats = ["float32" if name in known.float32 else dtype for name in known.outputs]
+    right = Variant(OpHypothesis("right", "", operator, ((),)), ())
+    return Outcomes(right, designed(operator, dtype), list(known.outputs), formats, dtype, inside)
 
 
 def _exact(x: Any) -> Any:
