@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from refllm.errors import InputError
 from refllm.hypotheses.operators.designed import CORNER
-from refllm.hypotheses.operators.edits import compiled
-from refllm.hypotheses.operators.hypothesis import OpHypothesis, Variant, mistake
+from refllm.hypotheses.operators.edits import compiled, edited
+from refllm.hypotheses.operators.hypothesis import NUMBER, OpHypothesis, Variant, mistake
 from refllm.hypotheses.operators.outcomes import Outcomes
 
 TRACKS = {
@@ -27,6 +26,8 @@ TRACKS = {
 }
 STAGES = {"basic": "the formula", "contract": "what is asked beyond it: overflow, empty rows, ignored labels"}
 YOURS, END = "# your part", "# end of your part"
+_FLOOR = 2e-7
+"""Of the median of a result: what an exact 0 may be off in code of another order."""
 _PYTHON_HEADER = "import numpy as np\n"
 _TRITON_HEADER = "import torch\nimport triton\nimport triton.language as tl\n"
 
@@ -100,7 +101,8 @@ class Exercise:
     three, from a nudge to the line, for what is not recognised. definition: the NumPy text of which mistakes are edits,
     with a function of the same name; "" where it is the solution. shown: calls of a simple structure, on which a wrong
     answer is drawn by preference. planted: the name of the mistake that is in the file of a bug to find; choices: the
-    names among which it has to be found. torch_may: more functions of Torch that an answer may call.
+    names among which it has to be found; bug: its edit of the solution, where the mistake's is of another text, as (old,
+    new, ...). torch_may: more functions of Torch that an answer may call.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Exercise:
     shown: Callable[[], Iterable[Given]] = tuple
     planted: str = ""
     choices: tuple[str, ...] = ()
+    bug: tuple[str, ...] = ()
     torch_may: tuple[str, ...] = ()
 
     @property
@@ -156,7 +159,8 @@ class Exercise:
     def known(self) -> Outcomes:
         """What each mistake gives on the designed calls."""
         right = Variant(OpHypothesis("right", "", self.name, ((),), definition=self.text), ())
-        return Outcomes(right, self.given, list(self.outputs), ["float32"] * len(self.outputs), "float32", "float32")
+        names = list(self.outputs)
+        return Outcomes(right, self.given, names, ["float32"] * len(names), "float32", "float32", _FLOOR)
 
     def expected(self, call: Given) -> tuple[np.ndarray, ...]:
         """What the definition returns."""
@@ -179,7 +183,7 @@ class Exercise:
         """The file that a student begins with."""
         if self.planted:
             bug = f'{_choices(self)}\nBUG = ""  # the letter of what is wrong\n\n\n'
-            return f"{self._head}\n{bug}{self.with_mistake(self.planted)}"
+            return f"{self._head}\n{bug}{self.with_bug}"
         return f"{self._head}\n\n{_cut(self.solution, self.function)}"
 
     @property
@@ -193,15 +197,12 @@ class Exercise:
         statement = textwrap.dedent(self.statement).strip().replace('"""', "'''").replace("\\", "\\\\")
         return f'"""{self.title}.\n\n{statement}\n"""\n\n{self.header}'
 
-    def with_mistake(self, name: str) -> str:
-        """The solution with a mistake of its list in it. Raises InputError where its edit is none of the solution."""
-        one = self.mistake(name)
-        text = _without_marks(self.solution)
-        for old, new in one.codes[0] if one else ():
-            if old not in text:
-                raise InputError(f"{self.name}: {name!r} changes {old!r}, which does not stand in the solution")
-            text = text.replace(old, new.replace("NUMBER", one.numbers[0] if one and one.numbers else ""))
-        return text
+    @property
+    def with_bug(self) -> str:
+        """The solution with the planted mistake in it. Raises NoSuchTextError where its edit is none of the solution."""
+        one = self.mistake(self.planted)
+        edits = _pairs(self.bug) or (one.codes[0] if one else ())
+        return edited(_without_marks(self.solution), edits)
 
     @property
     def letter(self) -> str:
@@ -211,7 +212,11 @@ class Exercise:
 
 def _choices(exercise: Exercise) -> str:
     listed = [(m, exercise.mistake(m)) for m in exercise.choices]
-    return "\n".join(f"# {x}: {m.says}" for x, (_, m) in zip("abcdefghijklmnop", listed, strict=False) if m)
+    return "\n".join(
+        f"# {x}: {m.says.replace(NUMBER, 'a constant')}"
+        for x, (_, m) in zip("abcdefghijklmnop", listed, strict=False)
+        if m
+    )
 
 
 def _factor(exercise: Exercise) -> OpHypothesis:

@@ -50,7 +50,9 @@ class Outcomes:
     """The results of a definition's hypotheses on its designed calls.
 
     right: the definition itself. names, formats: of its results. dtype: of the inputs and results. inside: the format
-    in which steps inside may round; float32 is what a fused kernel does, the dtype what a plain one may.
+    in which steps inside may round; float32 is what a fused kernel does, the dtype what a plain one may. floor: the
+    standard deviation that is granted everywhere, as a share of the median of a result: where the definition cancels
+    to 0 exactly, other right code may not.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Outcomes:
         formats: Sequence[str],
         dtype: str,
         inside: str,
+        floor: float = 0.0,
     ) -> None:
         self.right, self.calls, self.names = right, calls, names
-        self.dtype, self.inside, self._formats = dtype, inside, formats
+        self.dtype, self.inside, self._formats, self._floor = dtype, inside, formats, floor
         self._arrays: dict[int, tuple[list[Any], dict[str, Any]]] = {}
         self._results: dict[tuple[Variant, int], Outputs | None] = {}
         self._sigmas: dict[tuple[Variant, int], Outputs] = {}
@@ -103,7 +106,7 @@ class Outcomes:
         longest = max((max(x.shape, default=1) for x in arguments if isinstance(x, np.ndarray)), default=1)
         inside = _INSIDE[self.inside] * (np.sqrt(1 + longest / _CHAIN) if self.inside == "float32" else 1.0)
         return tuple(
-            np.hypot(inside * np.sqrt(square), _spacing(x, dtype) / np.sqrt(12)) + _SMALLEST
+            np.hypot(inside * np.sqrt(square), _spacing(x, dtype) / np.sqrt(12)) + _SMALLEST + self._floor * _middle(x)
             for square, x, dtype in zip(squares, results, self._formats, strict=False)
         )
 
@@ -133,6 +136,12 @@ def _exact(x: Any) -> Any:
 
 def _in_float32(x: Any) -> Any:
     return x.astype(np.float32) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+
+
+def _middle(x: np.ndarray) -> float:
+    """The median magnitude of what is finite and not 0."""
+    size = np.abs(x[np.isfinite(x) & (x != 0)])
+    return float(np.median(size)) if size.size else 0.0
 
 
 def _in_format(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -14,10 +14,15 @@ _ORDER = ("swiglu", "softmax", "rms_norm", "layer_norm", "rope_tables", "rope", 
 @cache
 def exercises() -> dict[str, Exercise]:
     """All, by name."""
-    from refllm.learn.exercises import backward, numpy_generation, numpy_operators, triton_rows, triton_tiles
+    from refllm.learn.exercises import backward, bugs, numpy_generation, numpy_operators, triton_rows, triton_tiles
 
     first = {one.name: one for one in numpy_operators.EXERCISES + numpy_generation.EXERCISES}
-    tracks = ([first[name] for name in _ORDER], triton_rows.EXERCISES + triton_tiles.EXERCISES, backward.EXERCISES)
+    tracks = (
+        [first[name] for name in _ORDER],
+        triton_rows.EXERCISES + triton_tiles.EXERCISES,
+        backward.EXERCISES,
+        bugs.EXERCISES,
+    )
     return {one.name: one for track in tracks for one in track}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from refllm.learn.exercise import Exercise, Given, wrong
+from refllm.learn.exercise import Exercise, Given, ways, wrong
 from refllm.learn.exercises.draws import Draws, filled
 
 # fmt: off
@@ -636,7 +636,8 @@ ATTENTION_BACKWARD = Exercise(
               "ds.T @ q /", "ds.T @ k /"),
         wrong("dv from ds", "dv uses ds, and should use p", "What does o grow by with v?", "dv = p.T", "dv = ds.T",
               "    dv = ds.T @ do\n", "", "    dq =", "    dv = ds.T @ do\n    dq ="),
-        wrong("dp from k", "dp is do k^T, and should be do v^T", "What does o grow by with p?", "do @ v.T", "do @ k.T"),
+        ways("dp from k", "dp is do k^T, and should be do v^T", "What does o grow by with p?", ("do @ v.T", "do @ k.T"),
+             ("do @ v.T", "do @ k.T", "np.sum(p * dp,", "np.sum(p * (do @ v.T),")),
         wrong("sign of the sum", "the sum of p dp is added", "What does a row of ds sum to?", "(dp - np.sum",
               "(dp + np.sum"),
         wrong("mean for sum", "the mean of p dp is subtracted, and not its sum", "What does a row of ds sum to?",

@@ -211,7 +211,7 @@ RMS_NORM = Exercise(
         wrong(
             "own eps", "the argument eps is not used: it is NUMBER whatever the caller says",
             "Does your result change if the caller passes another eps?",
-            "square + eps", "square + NUMBER", numbers=("1e-5", "1e-6", "1e-8", "1e-12", "1e-3"),
+            "square + eps", "square + NUMBER", numbers=("1e-5", "1e-6", "1e-8", "1e-3"),
         ),
         ways(
             "mean subtracted", "the mean of the row is subtracted: that is LayerNorm",
@@ -347,7 +347,7 @@ LAYER_NORM = Exercise(
               "What does your code do with a row of equal numbers?", "var + eps", "var"),
         wrong("own eps", "the argument eps is not used: it is NUMBER whatever the caller says",
               "Does your result change if the caller passes another eps?",
-              "var + eps", "var + NUMBER", numbers=("1e-5", "1e-6", "1e-8", "1e-12", "1e-3")),
+              "var + eps", "var + NUMBER", numbers=("1e-5", "1e-6", "1e-8", "1e-3")),
         wrong("numerator not centred", "the mean is subtracted for the variance, but not in the result",
               "What is the mean of a row of your result, with bias 0?", "weight * d /", "weight * x /"),
         wrong("no mean", "no mean is subtracted at all: this is RMSNorm with a bias",

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from refllm.learn.exercise import Exercise, Given, wrong
+from refllm.learn.exercise import Exercise, Given, ways, wrong
 from refllm.learn.exercises.draws import Draws, filled
 from refllm.learn.exercises.memory import PROGRAMS
 
@@ -757,8 +757,9 @@ def cross_entropy(logits, labels, BLOCK):
         wrong("only the first tile", "only the first tile of classes is in the sum",
               "Which classes does your loop visit?",
               "range(0, V, BLOCK)", "range(0, 1, BLOCK)"),
-        wrong("sum overwritten", "only the last tile of classes is in the sum", "What is in l after two turns?",
-              "l = l * np.exp(m - new) +", "l ="),
+        ways("sum overwritten", "only the last tile of classes counts: l is set and not added to, or m is never set",
+             "What are l and m after two turns?", ("l = l * np.exp(m - new) +", "l ="),
+             ("            m = new\n", "", "m + np.log(l)", "new + np.log(l)")),
         wrong("tail dropped", "whole tiles of classes are visited alone", "Which classes does your loop visit?",
               "range(0, V, BLOCK)", "range(0, max(V // BLOCK, 1) * BLOCK, BLOCK)"),
         wrong("other is 0", "lanes that are masked off hold 0, and count exp(0 - max)",
@@ -788,8 +789,6 @@ def cross_entropy(logits, labels, BLOCK):
               "m + np.log(l) - logits[row, label]", "np.exp(logits[row, label] - m) / l"),
         wrong("base 2", "the logarithm has the base 2", "What is your loss for two equal logits?",
               "m + np.log(l) - logits[row, label]", "(m + np.log(l) - logits[row, label]) / np.log(2)"),
-        wrong("m not updated", "m is never set: only the last tile counts", "What is m in the second turn?",
-              "            m = new\n", "", "m + np.log(l)", "new + np.log(l)"),
         wrong("mean of V", "the mean of the exponentials is taken, and not their sum",
               "What is your loss for equal logits?",
               "np.log(l)", "np.log(l / V)"),
