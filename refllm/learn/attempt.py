@@ -99,7 +99,7 @@ def _run(exercise: Exercise, path: Path, tree: Any) -> dict[str, Any]:
             stack.enter_context(guard.torch_asked(path, exercise.torch_may))
         try:
             space = guard.run_module(path, tree)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             troubles.append(_raised(error, path, -1))
             return found
         found["bug"] = str(space.get("BUG", ""))
@@ -127,11 +127,11 @@ def _one(
     given = _tensors(values) if exercise.uses_triton else values
     try:
         out = function(*given)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return None, _raised(error, path, n)
     parts = list(out) if isinstance(out, tuple) else [out]
     names = list(exercise.outputs)
-    if len(parts) != len(names):
+    if len(parts) != len(names) or any(part is None for part in parts):
         wanted = f"{len(names)} results ({', '.join(names)})" if len(names) > 1 else "one array"
         return None, ["form", f"{exercise.function} returned {_kind(out)}; {wanted} would be right", 0, n]
     try:
@@ -184,7 +184,7 @@ def _shapes(values: Sequence[Any]) -> str:
     return "inputs " + ", ".join(str(list(x.shape)) if isinstance(x, np.ndarray) else f"{x}" for x in values)
 
 
-def _raised(error: Exception, path: Path, n: int) -> list[Any]:
+def _raised(error: BaseException, path: Path, n: int) -> list[Any]:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     line = lines[-1] if lines else 0
     if isinstance(error, NotImplementedError) and _UNWRITTEN in str(error):
@@ -193,5 +193,7 @@ def _raised(error: Exception, path: Path, n: int) -> list[Any]:
         return ["refused", str(error), error.line or line or 0, n]
     if isinstance(error.__cause__, guard.RefusedError):
         return ["refused", str(error.__cause__), line or 0, n]
+    if isinstance(error, SystemExit):
+        return ["raises", f"it ends the program, with {error.code!r}", line or 0, n]
     text = " ".join(str(error).split()) or "without a word"
     return ["raises", f"{type(error).__name__}: {text}"[:600], line or 0, n]

@@ -101,8 +101,8 @@ class Exercise:
     three, from a nudge to the line, for what is not recognised. definition: the NumPy text of which mistakes are edits,
     with a function of the same name; "" where it is the solution. shown: calls of a simple structure, on which a wrong
     answer is drawn by preference. planted: the name of the mistake that is in the file of a bug to find; choices: the
-    names among which it has to be found; bug: its edit of the solution, where the mistake's is of another text, as (old,
-    new, ...). torch_may: more functions of Torch that an answer may call.
+    names among which it has to be found; bug: its edit of the solution, as (old, new, ...), where the mistake's is of
+    another text. torch_may: more functions of Torch that an answer may call.
     """
 
     name: str
@@ -199,7 +199,7 @@ class Exercise:
 
     @property
     def with_bug(self) -> str:
-        """The solution with the planted mistake in it. Raises NoSuchTextError where its edit is none of the solution."""
+        """The solution with the planted mistake in it. Raises NoSuchTextError where that is no edit of it."""
         one = self.mistake(self.planted)
         edits = _pairs(self.bug) or (one.codes[0] if one else ())
         return edited(_without_marks(self.solution), edits)

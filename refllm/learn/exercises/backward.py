@@ -832,7 +832,7 @@ TRAIN = Exercise(
     weight = weight - lr * gradient.
 
     Return (losses [steps], table, head): the loss before each step, and the weights after the last. The arrays that
-    came in must not change. softmax is there.
+    came in must not change. softmax is there. Example: head = 0 gives equal logits, so the first loss is ln V.
 
     What counts: both gradients are taken at the weights of before the step; tokens that come twice get the sum; the
     mean is over the rows.

@@ -28,8 +28,8 @@ def _bug(base: Exercise, planted: str, *edits: str) -> Exercise:
     name = f"bug_{base.name}"
     real = f"\n    A kernel of {_REAL[name]} had this bug." if name in _REAL else ""
     statement = f"""
-    Below is an answer with one mistake in it. Find it: write its letter into BUG, and mend the code. The seven sentences
-    above BUG are what may be wrong; one of them is.{real}
+    Below is an answer with one mistake in it. Find it: write its letter into BUG, and mend the code. The seven
+    sentences above BUG are what may be wrong; one of them is.{real}
 
     The exercise was:
     {base.statement.rstrip()}

@@ -1,5 +1,7 @@
 """Numbers for designed calls: two digits after the point, so that they can be followed by hand."""
 
+from typing import Any
+
 import numpy as np
 
 
@@ -30,8 +32,8 @@ class Draws:
         return np.asarray(self._rng.permutation(top)[:n])
 
 
-def filled(x: np.ndarray, index: object, value: float) -> np.ndarray:
+def filled(x: np.ndarray, index: Any, value: float) -> np.ndarray:
     """A copy with some of its numbers replaced."""
     out = x.copy()
-    out[index] = value  # type: ignore[index]
+    out[index] = value
     return out

@@ -339,7 +339,8 @@ GENERATE = Exercise(
         logits = (x + attended) @ head;    the next token is the largest of the last row, and is fed in the next step
 
     The results are (the logits of the last row in every step [steps, V], the tokens of prompt and generation
-    [len(prompt) + steps]). rotate and softmax are there already.
+    [len(prompt) + steps]). rotate and softmax are there already. Example: a prompt of 3 tokens and 2 steps: the first
+    step feeds 3 tokens at the positions 0, 1, 2, the second feeds 1 token at position 3, with 4 keys in the cache.
 
     What counts: with the cache and without it the same tokens come out; a token keeps its position for ever.
     """,

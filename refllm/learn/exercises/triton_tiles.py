@@ -567,7 +567,8 @@ DECODE_KERNEL = Exercise(
         out = softmax over the slots 0 .. lengths[b] - 1 of q . k / sqrt(D), times v;  0 where lengths[b] is 0
 
     One program per (b, h), number b * H + h, that walks over the slots in tiles of BLOCK as flash attention does; the
-    length is loaded from lengths_ptr + b. The offset of slot t is ((b * K + kv) * N + t) * D.
+    length is loaded from lengths_ptr + b. The offset of slot t is ((b * K + kv) * N + t) * D. Example: H = 4, K = 2:
+    query heads 0 and 1 read head 0, heads 2 and 3 read head 1; with a length of 1 out is v of slot 0.
 
     What counts: a slot that is not filled is never loaded: 0 times NaN is NaN.
     """,
