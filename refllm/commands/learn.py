@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from refllm.accuracy.verdicts import SCHEMA
 from refllm.commands.shared_options import FINDING, Json, console, more_than_none, to_stdout, write_json
 from refllm.errors import InputError
 
@@ -76,7 +77,7 @@ def list_exercises(course: _Folder = None, json_file: Json = None) -> None:
         _say_put_aside(made, out)
     entries = [{"exercise": one.name, "track": one.track, "title": one.title, "file": file_name(one),
                 **asdict(done.get(one.name, Done()))} for one in listed()]  # fmt: skip
-    write_json({"schema": 1, "done": count, "of": len(entries), "exercises": entries}, json_file)
+    write_json({"schema": SCHEMA, "done": count, "of": len(entries), "exercises": entries}, json_file)
 
 
 @app.command("next")
@@ -121,7 +122,7 @@ def check(
     _say(out, review, one, 3 if tell else entry)
     if not file:
         _say_put_aside(_course(course), out)
-    write_json({"schema": 1, **_values(review, one, path, entry)}, json_file)
+    write_json({"schema": SCHEMA, **_values(review, one, path, entry)}, json_file)
     if not review.done:
         raise typer.Exit(FINDING)
 
@@ -159,12 +160,12 @@ def hint(name: _Name = None, course: _Folder = None, json_file: Json = None) -> 
     out = console(quiet=to_stdout(json_file))
     if review.done:
         out.print(f"{one.name} is done")
-        write_json({"schema": 1, "exercise": one.name, "hints": []}, json_file)
+        write_json({"schema": SCHEMA, "exercise": one.name, "hints": []}, json_file)
         return
     hints = made.progress.asked(one.name).hints
     for line in told(review, one, hints):
         out.print(line)
-    write_json({"schema": 1, "exercise": one.name, "hints": list(hints_of(review, one)[:hints])}, json_file)
+    write_json({"schema": SCHEMA, "exercise": one.name, "hints": list(hints_of(review, one)[:hints])}, json_file)
 
 
 @app.command()
@@ -303,7 +304,7 @@ def _check_all(made: "Course", out: Any, json_file: Path | None, seconds: float 
         said = "; ".join(named.name for named in found.named) or (found.trouble.text if found.trouble else "")
         out.print(f"{one.name}: {found.verdict}{f' ({said})' if said else ''}")
     out.print(f"{done} of {len(values)} done")
-    write_json({"schema": 1, "done": done, "of": len(values), "exercises": values}, json_file)
+    write_json({"schema": SCHEMA, "done": done, "of": len(values), "exercises": values}, json_file)
     if done < len(values):
         raise typer.Exit(FINDING)
 
@@ -321,7 +322,7 @@ def _values(review: "Review", one: "Exercise", path: Path, hints: int) -> dict[s
         "named": [asdict(named) for named in review.named],
         "where": review.where,
         "trouble": asdict(review.trouble) if review.trouble else None,
-        "question": question(review, one) if review.verdict == "fails" else "",
+        "question": question(review, one) if review.by_values and review.drawn else "",
         "hints": [] if review.done else list(hints_of(review, one)),
         "hints_told": hints,
         "seconds": round(review.seconds, 3),
@@ -332,7 +333,7 @@ def _say(out: Any, review: "Review", one: "Exercise", hints: int) -> None:
     from refllm.learn.drawing import drawn
 
     out.print(drawn(review, one, hints))
-    if not review.done and hints < 3 and review.verdict != "not begun":
+    if review.verdict == "fails" and hints < 3:
         out.print(f"refllm learn hint {one.name} says more", style="dim")
 
 

@@ -17,14 +17,15 @@ from refllm.learn.exercise import Exercise, Given
 
 SECONDS = 20.0
 """How long an answer may take for all of its calls."""
+NOT_BEGUN, CHANGES = "not begun", "changes"
 _UNWRITTEN = "yours to write"
 
 
 @dataclass(frozen=True)
 class Trouble:
     """What came before any numbers. kind: "not begun", "refused", "syntax", "raises", "hangs", "form" (the result has
-    another form), "changes" (an argument was changed). text: one sentence. line: of the file, 0 if not known. call: the
-    number of the designed call, -1 where it was none."""
+    another form), "changes" (an argument was changed), "misnamed" (of a bug). text: one sentence. line: of the file, 0
+    if not known. call: the number of the designed call, -1 where it was none."""
 
     kind: str
     text: str
@@ -52,7 +53,7 @@ def attempt(exercise: Exercise, path: Path, seconds: float = SECONDS, forked: bo
     except OSError as error:
         return Attempt({}, {}, (Trouble("syntax", f"{path.name} cannot be read: {error.strerror}"),))
     if source.split() == exercise.skeleton.split():
-        return Attempt({}, {}, (Trouble("not begun", "nothing is written yet"),))
+        return Attempt({}, {}, (Trouble(NOT_BEGUN, "nothing is written yet"),))
     try:
         tree = guard.read(source, exercise.function)
     except SyntaxError as error:
@@ -114,7 +115,7 @@ def _run(exercise: Exercise, path: Path, tree: Any) -> dict[str, Any]:
                     troubles.append(trouble)
                 if results is not None:
                     found[key].append([n, results])
-                if trouble and trouble[0] in ("not begun", "refused"):
+                if trouble and trouble[0] in (NOT_BEGUN, "refused"):
                     return found
     return found
 
@@ -145,7 +146,7 @@ def _one(
     changed = [i for i, (a, b) in enumerate(zip(call.values, given, strict=True)) if _differs(a, b)]
     if changed:
         said = f"argument {changed[0] + 1} of {exercise.function} was changed by the call: work on a copy of it"
-        return results, ["changes", said, 0, n]
+        return results, [CHANGES, said, 0, n]
     return results, None
 
 
@@ -188,7 +189,7 @@ def _raised(error: BaseException, path: Path, n: int) -> list[Any]:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     line = lines[-1] if lines else 0
     if isinstance(error, NotImplementedError) and _UNWRITTEN in str(error):
-        return ["not begun", "nothing is written yet", line or 0, n]
+        return [NOT_BEGUN, "nothing is written yet", line or 0, n]
     if isinstance(error, guard.RefusedError):
         return ["refused", str(error), error.line or line or 0, n]
     if isinstance(error.__cause__, guard.RefusedError):

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from refllm.accuracy.verdicts import Verdict
 from refllm.hypotheses.operators.edits import NoSuchTextError
 from refllm.hypotheses.operators.fit import Fit, all_right, fitting_among, wrong_elements
 from refllm.hypotheses.operators.hypothesis import OpHypothesis
-from refllm.learn.attempt import SECONDS, Attempt, Trouble, attempt
+from refllm.learn.attempt import CHANGES, NOT_BEGUN, SECONDS, Attempt, Trouble, attempt
 from refllm.learn.exercise import STAGES, Exercise, Given
 from refllm.opcheck.tile import tile
 
@@ -52,12 +53,13 @@ class Drawn:
 class Review:
     """What is said of an answer.
 
-    verdict: "holds", "fails", or the kind of a `Trouble`. stages: of `STAGES`, whether each holds. named: all mistakes
-    that fit. where: the wrong cells in words. drawn: the call to draw, None where there are no numbers.
+    verdict: "incomplete" of what is not begun. stages: of `STAGES`, whether each holds. named: all mistakes that fit.
+    where: the wrong cells in words. trouble: what came before any values, or beside them. drawn: the call to draw, None
+    where there are no numbers.
     """
 
     exercise: str
-    verdict: str
+    verdict: Verdict
     stages: dict[str, bool]
     named: tuple[Named, ...] = ()
     where: str = ""
@@ -69,6 +71,11 @@ class Review:
     def done(self) -> bool:
         """Whether everything is right."""
         return self.verdict == "holds"
+
+    @property
+    def by_values(self) -> bool:
+        """Whether it fails by its numbers, and not by what comes before them."""
+        return self.verdict == "fails" and not (self.trouble and self.trouble.kind != CHANGES)
 
 
 def review(
@@ -88,16 +95,17 @@ def judged(exercise: Exercise, tried: Attempt, without: Collection[str] = ()) ->
         for stage in STAGES
         if any(call.stage == stage for call in exercise.given)
     }
-    first = next((t for t in tried.troubles if t.kind != "changes"), None)
-    changes = next((t for t in tried.troubles if t.kind == "changes"), None)
+    first = next((t for t in tried.troubles if t.kind != CHANGES), None)
+    changes = next((t for t in tried.troubles if t.kind == CHANGES), None)
     if first is not None:
-        return Review(exercise.name, first.kind, stages, trouble=first, drawn=_drawn(exercise, tried, None))
+        verdict: Verdict = "incomplete" if first.kind == NOT_BEGUN else "fails"
+        return Review(exercise.name, verdict, stages, trouble=first, drawn=_drawn(exercise, tried, None))
     if all(right.values()):
         if changes is not None:
-            return Review(exercise.name, "changes", stages, trouble=changes)
+            return Review(exercise.name, "fails", stages, trouble=changes)
         if exercise.planted and tried.bug.strip().lower() != exercise.letter:
             said = f"BUG says {tried.bug!r}: the code is right, and the letter of what was wrong is another"
-            return Review(exercise.name, "misnamed", stages, trouble=Trouble("misnamed", said))
+            return Review(exercise.name, "fails", stages, trouble=Trouble("misnamed", said))
         return Review(exercise.name, "holds", stages)
     fits = fitting_among([h for h in exercise.hypotheses if h.name not in without], [exercise.known], tried.results)
     named = tuple(_named(exercise, fit) for fit in fits) or _pairs(exercise, tried, without)

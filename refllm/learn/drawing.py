@@ -23,7 +23,7 @@ def drawn(review: Review, exercise: Exercise, hints: int) -> Group:
 def told(review: Review, exercise: Exercise, hints: int) -> list[Any]:
     """The question, and as many of the three hints."""
     lines: list[Any] = []
-    if review.verdict == "fails":
+    if review.by_values and review.drawn:
         lines += [Text(question(review, exercise), style="bold")]
     for number, text in enumerate(hints_of(review, exercise)[:hints], 1):
         lines.append(Text.assemble((f"hint {number}: ", "bold"), text))
@@ -65,7 +65,7 @@ def _indented(text: str) -> str:
 
 def _head(review: Review) -> list[Any]:
     lines = [Text.assemble((review.exercise, "bold"), ": ", _verdict(review))]
-    if review.verdict in ("holds", "fails", "changes"):
+    if review.done or review.by_values:
         stages = ", ".join(
             f"{stage} {'holds' if ok else 'fails'} ({STAGES[stage]})" for stage, ok in review.stages.items()
         )
@@ -77,7 +77,8 @@ def _head(review: Review) -> list[Any]:
 
 
 def _verdict(review: Review) -> tuple[str, str]:
-    return (review.verdict, "green" if review.done else "yellow" if review.verdict == "not begun" else "red")
+    kind = "" if review.trouble is None or review.by_values else f" ({review.trouble.kind})"
+    return (f"{review.verdict}{kind}", {"holds": "green", "fails": "red"}.get(review.verdict, "yellow"))
 
 
 # ------------------------------------------------------------------------------------------------------- tables

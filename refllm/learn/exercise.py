@@ -27,7 +27,7 @@ TRACKS = {
 STAGES = {"basic": "the formula", "contract": "what is asked beyond it: overflow, empty rows, ignored labels"}
 YOURS, END = "# your part", "# end of your part"
 _FLOOR = 2e-7
-"""Of the median of a result: what an exact 0 may be off in code of another order."""
+"""What an exact 0 may be off in code of another order, as a share of the median of a result."""
 _PYTHON_HEADER = "import numpy as np\n"
 _TRITON_HEADER = "import torch\nimport triton\nimport triton.language as tl\n"
 

@@ -72,7 +72,7 @@ class Progress:
             before,
             verdict=review.verdict,
             done=before.done or (now if review.done else ""),
-            tries=before.tries + (tried and not review.done and review.verdict != "not begun"),
+            tries=before.tries + (tried and review.verdict == "fails"),
             mistake=mistake,
             hints=before.hints if mistake == before.mistake and not review.done else 0,
         )

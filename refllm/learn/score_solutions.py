@@ -1,9 +1,9 @@
 """Scores a folder of answers by somebody who has not seen the list of mistakes:
-`python -m refllm.learn.score_solutions FOLDER --markdown F.md --json F.json --judged judged.json`.
+`python -m refllm.learn.score_solutions FOLDER`, with `--markdown`, `--json` and `--judged`, each with a file.
 
 One answer per file, anywhere in the folder. Its first line says what is wrong with it in its author's words,
 `# softmax: the sum runs over the whole array`, or `# softmax: right`. Whether a mistake that the coach names is the
-author's is for a person to say: judged.json has true or false for each file that was named.
+author's is for a person to say: The file of `--judged` has true or false for each file whose mistake was named.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from refllm.accuracy.verdicts import SCHEMA
 from refllm.errors import InputError, RefllmError
 from refllm.learn.coach import Review, review
 from refllm.learn.exercises import find
@@ -103,7 +104,9 @@ def main() -> None:
     if asked.markdown:
         output_file.write("--markdown", asked.markdown, markdown(scored))
     if asked.json:
-        output_file.write("--json", asked.json, json_text({"schema": 1, "answers": [asdict(one) for one in scored]}))
+        output_file.write(
+            "--json", asked.json, json_text({"schema": SCHEMA, "answers": [asdict(one) for one in scored]})
+        )
     if not asked.markdown and not asked.json:
         print(markdown(scored), end="")
 

@@ -142,7 +142,7 @@ def test_all_of_a_course_is_checked_at_once(course: Path, monkeypatch: pytest.Mo
     found = learn("check", "--all", "--course", course, "--json", "-")
     values = json.loads(found.stdout)
     assert (found.exit_code, values["done"], values["of"]) == (1, 2, 3)
-    assert [one["verdict"] for one in values["exercises"]] == ["holds", "holds", "not begun"]
+    assert [one["verdict"] for one in values["exercises"]] == ["holds", "holds", "incomplete"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class Draws:
         return np.asarray((1 + 0.5 * np.clip(self._rng.normal(size=shape), -1.5, 1.5)).round(2))
 
     def integers(self, top: int, *shape: int) -> np.ndarray:
-        """From 0 to top - 1."""
+        """Whole numbers below a top, from 0 on."""
         return np.asarray(self._rng.integers(0, top, shape))
 
     def distinct(self, top: int, n: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From operators to text in NumPy: the angles, a whole block, the cache, generation, and choosing a token."""
+"""The way from operators to text in NumPy: angles, a whole block, the cache, generation, choosing a token."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""From Torch to Triton, row by row: programs, masks, reductions, norms, rotations."""
+"""The way from Torch to Triton, row by row: programs, masks, reductions, norms, rotations."""
 
 from collections.abc import Iterator
 

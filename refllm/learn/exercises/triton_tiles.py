@@ -1,4 +1,4 @@
-"""From Torch to Triton, tile by tile: matrix products, the online softmax, flash attention, decoding, a loss."""
+"""The way from Torch to Triton, tile by tile: products, the online softmax, flash attention, decoding, a loss."""
 
 from collections.abc import Iterator
 
