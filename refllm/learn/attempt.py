@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from refllm import apart
+from refllm.extras import require
 from refllm.learn import guard
 from refllm.learn.exercise import Exercise, Given
 
@@ -45,7 +46,10 @@ class Attempt:
 
 
 def attempt(exercise: Exercise, path: Path, seconds: float = SECONDS, forked: bool = True) -> Attempt:
-    """Runs the file. forked: in a process of its own; else in this one, as tests do, which trust what they run."""
+    """Runs the file. forked: in a process of its own; else in this one, as tests do, which trust what they run. Raises
+    MissingExtraError for an exercise in Triton where that is not installed."""
+    if exercise.uses_triton:
+        require(f"the exercise {exercise.name}", "torch", "triton")
     try:
         source = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -10,8 +10,15 @@ from rich.text import Text
 from refllm.learn.coach import Drawn, Named, Review
 from refllm.learn.exercise import STAGES, Exercise
 
-_ROWS, _COLUMNS = 8, 8
+_ROWS, _COLUMNS = 8, 6
 _ALIKE = 1e-4
+_OF_ERRORS = {
+    "OutOfBoundsError": "follow the lanes of that program in that line: which elements do they touch, and which exist?",
+    "RaceError": "which elements does each program store? Two programs, or two lanes, have the same one",
+    "UninitializedError": "who writes what that line reads? Memory that torch.empty gives holds anything",
+    "has the shape": "follow the shape line by line: which line gives it another one than you think?",
+}
+"""The first hint on what comes before any values."""
 _ITS = {"B": "batch", "H": "head", "K": "kv head", "S": "query", "N": "row", "rows": "row"}
 
 
@@ -39,6 +46,9 @@ def question(review: Review, exercise: Exercise) -> str:
 
 def hints_of(review: Review, exercise: Exercise) -> tuple[str, str, str]:
     """Three hints: where to look, what is wrong in a sentence, the line. Of what is not recognised, the exercise's."""
+    if review.trouble is not None and not review.by_values:
+        own = next((hint for error, hint in _OF_ERRORS.items() if error in review.trouble.text), exercise.hints[0])
+        return own, *exercise.hints[1:]
     if not review.named:
         return exercise.hints
     where = f"look at {review.where}" if review.where else exercise.hints[0]
@@ -102,32 +112,29 @@ def _arguments(call: Drawn) -> str:
 
 
 def _table(name: str, axes: tuple[str, ...], got: np.ndarray, wanted: np.ndarray, wrong: np.ndarray) -> Table:
-    """Yours beside what is right, row by row; wrong cells in red and marked with !."""
-    table = Table(title=f"{name}: yours (! is wrong), and right", title_justify="left", title_style="", box=None)
+    """Rows of yours, wrong cells in red and marked with !, and below each what would be right."""
+    table = Table(title=f"{name} (! is wrong)", title_justify="left", title_style="", box=None, show_header=False)
     rows = got.reshape(-1, got.shape[-1]) if got.ndim else got.reshape(1, 1)
     right, bad = wanted.reshape(rows.shape), wrong.reshape(rows.shape)
-    shown = _shown(bad)
-    columns = range(min(_COLUMNS, rows.shape[1]))
-    table.add_column("")
+    shown, columns = _window(bad.any(axis=1), _ROWS), _window(bad.any(axis=0), _COLUMNS)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
     for _ in columns:
-        table.add_column("yours", justify="right")
-    for _ in columns:
-        table.add_column("right", justify="right", style="dim")
+        table.add_column(justify="right", no_wrap=True)
     for r in shown:
-        yours = [
-            Text(f"{_number(rows[r, c])}{'!' if bad[r, c] else ' '}", style="red" if bad[r, c] else "") for c in columns
-        ]
-        table.add_row(_place(r, axes, got.shape), *yours, *[_number(right[r, c]) for c in columns])
-    if len(shown) < len(rows) or rows.shape[1] > _COLUMNS:
-        table.caption = f"{len(shown)} of {len(rows)} rows, {len(columns)} of {rows.shape[1]} columns"
+        cells = [Text(_number(rows[r, c]) + "! "[not bad[r, c]], style="red" if bad[r, c] else "") for c in columns]
+        table.add_row(_place(r, axes, got.shape), "yours", *cells)
+        if bad[r].any():
+            table.add_row("", "right", *[f"{_number(right[r, c])} " for c in columns], style="dim")
+    if len(shown) < len(rows) or len(columns) < rows.shape[1]:
+        table.caption = f"{len(shown)} of {len(rows)} rows, columns {columns[0]} to {columns[-1]} of {rows.shape[1]}"
     return table
 
 
-def _shown(bad: np.ndarray) -> list[int]:
-    """Rows to draw: from just before the first wrong one."""
-    first = max(0, int(np.flatnonzero(bad.any(axis=1))[0]) - 1)
-    first = max(0, min(first, len(bad) - _ROWS))
-    return list(range(first, min(len(bad), first + _ROWS)))
+def _window(wrong: np.ndarray, most: int) -> range:
+    """Which rows or columns to draw: as many as fit, from just before the first wrong one."""
+    first = max(0, min(int(np.flatnonzero(wrong)[0]) - 1, len(wrong) - most))
+    return range(first, min(len(wrong), first + most))
 
 
 def _place(r: int, axes: tuple[str, ...], shape: tuple[int, ...]) -> str:

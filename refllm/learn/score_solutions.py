@@ -60,7 +60,9 @@ def _scored(file: Path, name: str, judged: dict[str, bool], forked: bool) -> Sco
     if not first.startswith("#") or not colon or not words.strip():
         raise InputError(f"{name}: the first line should be `# EXERCISE: what is wrong`, found {first!r}")
     found = review(find(exercise.strip()), file, forked=forked)
-    said = "; ".join(one.says for one in found.named) or (found.trouble.text if found.trouble else "")
+    said = "; ".join(f"{'as if ' if one.as_if else ''}{one.says}" for one in found.named) or (
+        found.trouble.text if found.trouble else ""
+    )
     outcome = _outcome(found, words.strip(), judged.get(name))
     named = tuple(one.name for one in found.named)
     return Scored(name, found.exercise, words.strip(), outcome, named, said, round(found.seconds, 3))

@@ -53,11 +53,11 @@ def wrong() -> Iterator[Answer]:
 
 
 def of_bugs() -> Iterator[Answer]:
-    """The right and wrong answers in NumPy of the exercises from which bugs were made, as answers to those."""
+    """The right and wrong answers of the exercises from which bugs were made, as answers to those."""
     for bug in exercises().values():
         if bug.planted:
             base = bug.name.removeprefix("bug_")
-            for answer in (*right(), *wrong()) if not bug.uses_triton else ():
+            for answer in (*right(), *wrong()):
                 if answer.exercise.name == base:
                     yield Answer(bug, answer.mistake, f'BUG = "{bug.letter}"\n{answer.text}')
 

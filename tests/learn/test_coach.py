@@ -1,6 +1,7 @@
 """What the coach says: what comes first, what is refused, what is drawn, hint by hint."""
 
 import io
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from refllm.errors import MissingExtraError
 from refllm.learn.attempt import Attempt, Trouble
 from refllm.learn.coach import Review, judged, review
 from refllm.learn.drawing import drawn, hints_of
@@ -125,6 +127,7 @@ def test_what_the_interpreter_finds_comes_first_with_its_line(tmp_path: Path, ol
     assert found.trouble is not None
     assert error in found.trouble.text
     assert "add_kernel, program" in found.trouble.text
+    assert hints_of(found, find("add"))[0].startswith(("follow the lanes", "which elements"))
 
 
 def test_an_argument_that_is_changed_is_said_and_the_answer_is_not_done(tmp_path: Path) -> None:
@@ -191,8 +194,18 @@ def test_wrong_cells_are_drawn_and_marked_on_a_call_of_simple_structure(tmp_path
     assert found.drawn is not None
     assert "v is the identity" in found.drawn.call.words
     text = shown(found, 0)
-    assert "query 0 0.25! 0.25! 0.25! 0.25! 1 0 0 0" in text
-    assert "query 3 0.25 0.25 0.25 0.25 0.25 0.25 0.25 0.25" in text
+    assert "query 0 yours 0.25! 0.25! 0.25! 0.25! right 1 0 0 0" in text
+    assert text.count("right 0.") == 2  # of queries 1 and 2; query 3 is right
+    assert "query 3 yours 0.25 0.25 0.25 0.25" in text
+
+
+def test_a_table_fits_a_terminal_of_eighty_columns(tmp_path: Path) -> None:
+    answer = find("block").whole.replace("return x + (silu", "return 1.001 * x + (silu")
+    found = said(tmp_path, "block", answer)
+    out = io.StringIO()
+    Console(file=out, width=80).print(drawn(found, find("block"), 0))
+    assert "…" not in out.getvalue()
+    assert "query 0 yours" in " ".join(out.getvalue().split())
 
 
 def test_an_answer_that_hangs_is_ended(tmp_path: Path) -> None:
@@ -214,8 +227,18 @@ def test_files_that_are_no_text_are_said(tmp_path: Path) -> None:
     assert kind(review(find("softmax"), path)) == "syntax"
 
 
-def test_the_exercises_themselves_load_neither_torch_nor_triton(tmp_path: Path) -> None:
-    if "torch" in sys.modules:
-        pytest.skip("Torch is here already")
-    said(tmp_path, "softmax", find("softmax").whole)
-    assert "torch" not in sys.modules
+def test_a_check_in_numpy_loads_neither_torch_nor_triton(tmp_path: Path) -> None:
+    (tmp_path / "softmax.py").write_text(find("softmax").whole)
+    code = (
+        "import sys; from pathlib import Path; from refllm.learn.coach import review; "
+        "from refllm.learn.exercises import find; "
+        "print(review(find('softmax'), Path('softmax.py')).done, sorted({'torch', 'triton', 'scipy'} & {*sys.modules}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True", "[]"]
+
+
+def test_an_exercise_in_triton_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refllm.extras.find_spec", lambda name: None if name == "triton" else object())
+    with pytest.raises(MissingExtraError, match="the exercise add needs triton, which is not installed"):
+        said(tmp_path, "add", ADD)

@@ -708,6 +708,7 @@ def _cross_entropy() -> Iterator[Given]:
     ignored = (d.normal(5, 4), np.array([1, -100, 3, 0, -100]))
     yield Given("rows with label -100", ignored, corner=True, lengths={"N": 5, "V": 4})
     yield Given("a logit of 2000", (filled(d.normal(3, 4), (1, 2), 2000.0), np.array([0, 1, 3])), corner=True)
+    yield Given("a certain label", (filled(d.normal(2, 3), (0, 1), 2000.0), np.array([1, 2])), corner=True)
     yield Given("an unlikely label", (filled(d.normal(2, 4), (0, 1), -2000.0), np.array([1, 2])), corner=True)
 
 
@@ -744,6 +745,8 @@ CROSS_ENTROPY = Exercise(
               "loss = logits[np.arange(len(y)), y] - lse"),
         wrong("maximum not subtracted", "the maximum is not subtracted, so exp overflows",
               "What is exp(2000)?", "top = logits.max(axis=-1, keepdims=True)", "top = 0 * logits[:, :1]"),
+        wrong("minimum subtracted", "the minimum is subtracted and not the maximum, so that exp still overflows",
+              "How large can your exponent get?", "logits.max(axis=-1", "logits.min(axis=-1"),
         wrong("maximum not added back", "the maximum is subtracted inside the logarithm and not added again outside",
               "What happens to your loss if a number is added to a whole row?", " + top[:, 0]", ""),
         ways("logarithm of the probability",
