@@ -2,11 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-<<<<<<< HEAD
 from typing import TYPE_CHECKING, Annotated, Any
-=======
-from typing import Annotated, Any
->>>>>>> main
 
 import typer
 
