@@ -116,7 +116,8 @@ def _table(name: str, axes: tuple[str, ...], got: np.ndarray, wanted: np.ndarray
     table = Table(title=f"{name} (! is wrong)", title_justify="left", title_style="", box=None, show_header=False)
     rows = got.reshape(-1, got.shape[-1]) if got.ndim else got.reshape(1, 1)
     right, bad = wanted.reshape(rows.shape), wrong.reshape(rows.shape)
-    shown, columns = _window(bad.any(axis=1), _ROWS), _window(bad.any(axis=0), _COLUMNS)
+    shown = _window(np.asarray(bad.any(axis=1)), _ROWS)
+    columns = _window(np.asarray(bad.any(axis=0)), _COLUMNS)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     for _ in columns:
