@@ -59,7 +59,7 @@ def attempt(exercise: Exercise, path: Path, seconds: float = SECONDS, forked: bo
     if source.split() == exercise.skeleton.split():
         return Attempt({}, {}, (Trouble(NOT_BEGUN, "nothing is written yet"),))
     try:
-        tree = guard.read(source, exercise.function)
+        tree = guard.read(source, exercise.function, _packages(exercise))
     except SyntaxError as error:
         return Attempt({}, {}, (Trouble("syntax", f"{error.msg}", error.lineno or 0),))
     except (ValueError, RecursionError) as error:  # RefusedError, or bytes that are no text
@@ -79,6 +79,10 @@ def attempt(exercise: Exercise, path: Path, seconds: float = SECONDS, forked: bo
         kind = "raises" if found.in_time else "hangs"
         return Attempt({}, {}, (Trouble(kind, f"your code gave no answer: {found.text}"),))
     return _attempt(found)
+
+
+def _packages(exercise: Exercise) -> tuple[str, ...]:
+    return guard.TRITON_PACKAGES if exercise.uses_triton else guard.PACKAGES
 
 
 def _attempt(found: dict[str, Any]) -> Attempt:
@@ -103,7 +107,7 @@ def _run(exercise: Exercise, path: Path, tree: Any) -> dict[str, Any]:
             stack.enter_context(interpreted(tf32=False))
             stack.enter_context(guard.torch_asked(path, exercise.torch_may))
         try:
-            space = guard.run_module(path, tree)
+            space = guard.run_module(path, tree, _packages(exercise))
         except (Exception, SystemExit) as error:
             troubles.append(_raised(error, path, -1))
             return found

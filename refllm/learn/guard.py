@@ -14,7 +14,8 @@ from typing import Any
 
 from refllm.errors import RefllmError
 
-PACKAGES = ("numpy", "math", "itertools", "functools", "typing", "dataclasses", "collections", "torch", "triton")
+PACKAGES = ("numpy", "math", "itertools", "functools", "typing", "dataclasses", "collections")
+TRITON_PACKAGES = (*PACKAGES, "torch", "triton")
 _FORBIDDEN_BUILTINS = ("eval", "exec", "compile", "open", "input", "breakpoint", "globals", "vars")
 _READY = {"softmax", "log_softmax", "logsumexp", "layer_norm", "rms_norm", "cross_entropy", "nll_loss", "silu", "gelu",
           "scaled_dot_product_attention", "LayerNorm", "RMSNorm", "Softmax", "CrossEntropyLoss", "SiLU"}  # fmt: skip
@@ -40,13 +41,14 @@ class RefusedError(RefllmError):
         self.line = line
 
 
-def read(source: str, function: str) -> ast.Module:
-    """The tree of an answer. Raises RefusedError for what it may not use, SyntaxError for what is no Python."""
+def read(source: str, function: str, packages: tuple[str, ...]) -> ast.Module:
+    """The tree of an answer. packages: what it may import. Raises RefusedError for what it may not use, SyntaxError for
+    what is no Python."""
     tree = ast.parse(source)
     own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     for node in ast.walk(tree):
         for name in _imported(node):
-            _check_import(name, getattr(node, "lineno", 0))
+            _check_import(name, packages, getattr(node, "lineno", 0))
         if isinstance(node, ast.Attribute) and node.attr in _READY:
             what = f"{ast.unparse(node.value)}.{node.attr}"
             raise RefusedError(f"{what} is ready-made; here it is yours to write", node.lineno)
@@ -67,28 +69,28 @@ def _imported(node: ast.AST) -> list[str]:
     return []
 
 
-def _check_import(name: str, line: int = 0) -> None:
+def _check_import(name: str, packages: tuple[str, ...], line: int = 0) -> None:
     root, *rest = name.split(".")
-    if root not in PACKAGES:
-        why = "it has the answer" if root == "refllm" else f"it is none of {', '.join(PACKAGES)}"
+    if root not in packages:
+        why = "it has the answer" if root == "refllm" else f"it is none of {', '.join(packages)}"
         raise RefusedError(f"an answer may not import {root}: {why}", line)
     if rest and (rest[-1] in _READY or (root == "torch" and rest[0] in _MODULES)):
         raise RefusedError(f"{name} is ready-made; here it is yours to write", line)
 
 
-def run_module(path: Path, tree: ast.Module) -> dict[str, Any]:
-    """The names of an answer's module, which is run with guarded built-ins."""
+def run_module(path: Path, tree: ast.Module, packages: tuple[str, ...]) -> dict[str, Any]:
+    """The names of an answer's module, which is run with guarded built-ins. packages: what it may import."""
+
+    def guarded_import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        for one in (f"{name}.{x}" for x in fromlist or ()) if fromlist else (name,):
+            _check_import(one, packages)
+        return builtins.__import__(name, globals, locals, fromlist, level)
+
     allowed = {k: v for k, v in vars(builtins).items() if k not in _FORBIDDEN_BUILTINS}
-    guarded = allowed | {"__import__": _guarded_import}
+    guarded = allowed | {"__import__": guarded_import}
     space: dict[str, Any] = {"__builtins__": guarded, "__name__": "answer", "__file__": str(path)}
     exec(builtins.compile(tree, str(path), "exec"), space)
     return space
-
-
-def _guarded_import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
-    for one in (f"{name}.{x}" for x in fromlist or ()) if fromlist else (name,):
-        _check_import(one)
-    return builtins.__import__(name, globals, locals, fromlist, level)
 
 
 @contextlib.contextmanager

@@ -76,10 +76,7 @@ def test_a_raise_on_one_call_comes_first_though_others_have_numbers(tmp_path: Pa
         (SOFTMAX.format("return __import__('refllm').ops"), "__import__ has no place"),
         (SOFTMAX.format("import importlib; return importlib.import_module('refllm').ops"), "may not import importlib"),
         (SOFTMAX.format("return eval('np.exp(x)')"), "eval has no place"),
-        (SOFTMAX.format("import torch; return torch.softmax(torch.tensor(x), -1).numpy()"), "torch.softmax is ready"),
-        (SOFTMAX.format("import torch; return torch.tensor(x).softmax(-1)"), "is ready-made"),
-        ("import torch.nn.functional as F\n" + SOFTMAX.format("return F.softmax(x)"), "ready-made"),
-        ("from torch import softmax as s\n" + SOFTMAX.format("return s(x)"), "ready-made"),
+        ("import torch as t\n" + SOFTMAX.format("return t.tensor(x)"), "may not import torch"),
     ],
 )
 def test_what_is_ready_made_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -93,6 +90,26 @@ def test_what_is_ready_made_is_refused(tmp_path: Path, text: str, words: str) ->
 def test_imports_are_guarded_while_an_answer_runs_too(tmp_path: Path) -> None:
     hidden = "return __builtins__['__imp' + 'ort__']('refllm.ops', None, None, ['softmax']).softmax(x)"
     assert kind(said(tmp_path, "softmax", SOFTMAX.format(hidden))) == "refused"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.softmax(x, -1)",
+        "x.softmax(-1)",
+        "tl.softmax(x)",
+        "torch.nn.functional.softmax(x)",
+        "torch.compile(softmax)",
+    ],
+)
+def test_what_torch_has_ready_is_refused_before_it_runs(tmp_path: Path, line: str) -> None:
+    pytest.importorskip("triton")
+    found = said(tmp_path, "softmax_kernel", f"import torch\n\n\ndef softmax(x, BLOCK):\n    return {line}\n")
+    assert kind(found) == "refused"
+    assert found.trouble is not None
+    assert found.trouble.line == 5
+    imported = said(tmp_path, "softmax_kernel", "from torch.nn import functional as F\n")
+    assert kind(imported) == "refused"
 
 
 @pytest.mark.parametrize(
