@@ -213,8 +213,8 @@ SOFTMAX_BACKWARD = Exercise(
               "np.sum(p * dp, axis=-1, keepdims=True)", "np.sum(p * dp)"),
         wrong("down the columns", "the sum runs down the columns (axis 0)", "Along which axis is the softmax?",
               "np.sum(p * dp, axis=-1, keepdims=True)", "np.sum(p * dp, axis=0)"),
-        wrong("x for p", "x stands where p belongs", "Is the factor before the bracket a probability?",
-              "return p * (dp", "return x * (dp"),
+        ways("x for p", "x stands where p belongs", "Are the factors of dp probabilities?",
+             ("return p * (dp", "return x * (dp"), ("    return p * (dp", "    p = x\n    return p * (dp")),
         wrong("maximum not subtracted", "the softmax is computed without its maximum, and overflows",
               "What is exp(2000)?", "x - x.max(axis=-1, keepdims=True)", "x"),
         wrong("p not divided", "p is not divided by its sum", "What does your p sum to?",
@@ -728,6 +728,8 @@ def _adamw() -> Iterator[Given]:
         m, v = d.normal(5, size=0.3), np.abs(d.normal(5, size=0.3))
         state = (np.zeros(5), np.zeros(5)) if step == 1 else (m, v)
         yield Given(f"step {step}", (d.normal(5, size=2.0), d.normal(5), *state, step, 0.1, decay))
+    tiny = d.normal(4) * 1e-4
+    yield Given("tiny gradients", (d.normal(4), tiny, np.zeros(4), np.zeros(4), 1, 0.1, 0.2))
     zero = np.zeros(3)
     yield Given("a gradient of 0", (d.normal(3), zero, zero, zero, 1, 0.1, 0.1), corner=True)
 
@@ -784,6 +786,10 @@ ADAMW = Exercise(
         wrong("no root", "the step is divided by vhat, and not by its root",
               "How large is the first step, for a small g?",
               "np.sqrt(vhat)", "vhat"),
+        wrong("eps under the root", "eps is added under the root, and should be added to it",
+              "How large is the first step, for a gradient of 1e-4?", "(np.sqrt(vhat) + eps)", "np.sqrt(vhat + eps)"),
+        wrong("no eps", "eps is missing: a gradient of 0 is 0 / 0", "What is the step where every gradient was 0?",
+              "(np.sqrt(vhat) + eps)", "np.sqrt(vhat)"),
         wrong("g for m", "the step uses g, and not its running mean", "Where is m used?",
               "(mhat /", "(g /"),
         wrong("v of g", "v is the running mean of g, and not of its square", "Can your v be negative?",

@@ -588,6 +588,7 @@ def _attention() -> Iterator[Given]:
         yield Given(words, _qkv(d, B, H, K, S, T, D), lengths={"D": D, "H": H, "T": T, "S": S})
     q, k, v = _qkv(d, 1, 2, 1, 3, 3, 4)
     yield Given("scores of millions", (q * 1e6, k, v), corner=True)
+    yield Given("all scores far below 0", (-1e6 * (np.abs(q) + 1), np.abs(k) + 1, v), corner=True)
 
 
 def _attention_shown() -> Iterator[Given]:
@@ -653,6 +654,9 @@ ATTENTION = Exercise(
         ways("masked with 0", "masked scores are 0 and not minus infinity: they still count as exp(0)",
              "What weight has a key whose score is 0?", ("s, -np.inf)", "s, 0.0)"),
              ("s, -np.inf)", "s, 1e-9)"), ("np.where(seen, s, -np.inf)", "s * seen")),
+        wrong("finite sentinel", "masked scores are NUMBER, and not minus infinity: one that is seen may be smaller",
+              "Is there a number below every score?", "s, -np.inf)", "s, NUMBER)",
+              numbers=("-1e4", "-1e5", "-1e3", "-100.0", "-10.0", "-1.0")),
         ways("masked after the softmax", "the weights are masked after the softmax, and rows do not sum to 1",
              "What do the weights of the first query sum to?",
              ("    s = np.where(seen, s, -np.inf)\n", "", "return p @ v", "return np.where(seen, p, 0) @ v")),

@@ -395,7 +395,7 @@ def _flash() -> Iterator[Given]:
         yield Given(f"{S} queries of {T} keys, tiles {bm} and {bn}",
                     (d.normal(S, D, size=2.5), d.normal(T, D, mean=0.2), d.normal(T, D, mean=0.4), bm, bn),
                     lengths={"S": S, "T": T, "D": D})
-    q, k = -3000 - np.abs(d.normal(4, 16)) * 3000, np.abs(d.normal(20, 16)) + 1
+    q, k = -3e5 - np.abs(d.normal(4, 16)) * 3e5, np.abs(d.normal(20, 16)) + 1
     yield Given("all scores far below 0", (q, k, d.normal(20, 16), 2, 16), corner=True)
 
 
@@ -518,6 +518,9 @@ def flash(q, k, v, BM, BN):
               "min(T, T - S + (pid + 1) * BM)", "min(T, (pid + 1) * BM)"),
         wrong("masked with 0", "hidden scores are 0, and not minus infinity", "What is exp(0)?",
               "scores, -np.inf)", "scores, 0.0)"),
+        wrong("finite sentinel", "hidden scores are NUMBER, and not minus infinity: one that is seen may be smaller",
+              "Is there a number below every score?", "scores, -np.inf)", "scores, NUMBER)",
+              numbers=("-1e4", "-1e5", "-1e3", "-100.0", "-10.0")),
         wrong("no scale", "the scores are not divided by sqrt(D)", "By what are your scores divided?", " * scale", ""),
         wrong("base 2", "the exponentials have the base 2", "Which base has a softmax?", "np.exp(", "np.exp2("),
         wrong("v does not move", "v stays at its first tile", "Which rows of v does the second turn read?",
