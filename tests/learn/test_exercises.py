@@ -60,6 +60,13 @@ def test_there_are_four_tracks_and_enough_of_everything() -> None:
     assert [one.name for one in OWN if found[one.name] < ENOUGH_RIGHT] == []
 
 
+def test_the_readme_counts_them() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"\n{len(EXERCISES)} exercises in four tracks" in readme
+    hundreds = sum(len(one.mistakes) for one in OWN) // 100 * 100
+    assert f"(over {hundreds}, as edits of the definition" in readme
+
+
 @pytest.mark.parametrize("one", EXERCISES, ids=lambda one: one.name)
 def test_statements_and_hints_say_enough(one: Exercise) -> None:
     assert "Example" in one.statement
