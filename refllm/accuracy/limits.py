@@ -21,7 +21,7 @@ ONE_ROUNDING_MORE = 1.25
 rounding of the same size makes it sqrt(2) = 1.41."""
 
 PIECE_OF_A_RANK = 2.0
-"""How many times the predicted error a rank's piece of a wrong value may have and not be named: blocks of few numbers."""
+"""How many times the predicted error a rank's piece of a wrong value may have and not be named: it has few numbers."""
 
 SUM_OF_RANKS = 4.0
 """A sum over ranks is explained by its parts if what is left is so many roundings of all of them at most."""

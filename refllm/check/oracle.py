@@ -562,8 +562,8 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """The run fails if the candidate misbehaves, or any value, copy of a rank or next token fails; one with an untested value, or
-        that something was not seen of, is incomplete."""
+        """The run fails if the candidate misbehaves, or any value, copy of a rank or next token fails; one with an
+        untested value, or that something was not seen of, is incomplete."""
         values = {tap.verdict for tap in self.taps}
         wrong = self.misbehaviour or self.copies or "fails" in values or (self.next_tokens and self.next_tokens.defects)
         return verdict(wrong, missing=self.unseen or self.unsaid or "untested" in values)

@@ -53,9 +53,8 @@ class Differs:
     def text(self) -> str:
         """The sentence of a report."""
         a, b = self.ranks
-        return (
-            f"{self.name} is replicated, and rank {b} has other bits than rank {a} in {self.count} of {self.of} numbers"
-        )
+        where = f"{self.count} of {self.of} numbers"
+        return f"{self.name} is replicated, and rank {b} has other bits than rank {a} in {where}"
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,7 @@ class Ranks:
             mesh = of_file
             at = _coordinates(path, mesh, _said(path, trace.details, "coordinates", needed=False))
             if at in found:
-                raise InputError(
-                    f"{path}: another file has its coordinates {dict(zip(dict(mesh), at, strict=True))} too"
-                )
+                raise InputError(f"{path}: another file has its coordinates too, {_where(mesh, at)}")
             for name, by in _said(path, trace.details, "placements", needed=False).items():
                 one = _placements(path, mesh, name, by)
                 if placements.setdefault(name, one) != one:
@@ -251,8 +248,12 @@ def _all_there(folder: str | Path, mesh: Sequence[tuple[str, int]], found: Mappi
     if len(found) == size:
         return
     missing = next(at for at in _every(mesh) if at not in found)
-    where = ", ".join(f"{name} {c}" for (name, _), c in zip(mesh, missing, strict=True))
+    where = _where(mesh, missing)
     raise InputError(f"{folder}: files of {len(found)} ranks for a mesh of {size}; that of {where} is not there")
+
+
+def _where(mesh: Sequence[tuple[str, int]], at: Coordinates) -> str:
+    return ", ".join(f"{name} {c}" for (name, _), c in zip(mesh, at, strict=True))
 
 
 def _every(mesh: Sequence[tuple[str, int]]) -> Iterator[Coordinates]:

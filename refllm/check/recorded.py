@@ -50,9 +50,8 @@ def check_files(
     how["weights"] = None if settings.weights is None else Given.open(settings.weights)
     for file in files:
         if file.is_dir():
-            yield check_ranks(
-                lambda of: load(folder, of), Ranks.load(file, given), settings.rounding, folder.name, **how
-            )
+            ranks = Ranks.load(file, given)
+            yield check_ranks(lambda of: load(folder, of), ranks, settings.rounding, folder.name, **how)
             continue
         trace = Trace.load(file, given)
         yield check_recorded(lambda of: load(folder, of), trace, settings.rounding, checkpoint=folder.name, **how)
@@ -110,8 +109,8 @@ def check_recorded(
 def check_ranks(load: Callable[[str], Model], ranks: Ranks, asked: Asked, checkpoint: str = "", **how: Any) -> Report:
     """The report on a run that was split over ranks, each of which wrote its values; the rest as `check_recorded`.
 
-    Products whose input is cut over ranks are sums of as many parts, unless `asked` says another number. Where copies of
-    one value differ, those of the last ranks are judged as well, and the report is that of the worse.
+    Products whose input is cut over ranks are sums of as many parts, unless `asked` says another number. Where copies
+    of one value differ and those of the first ranks hold, the report is on those of the last ranks.
     """
     splits = asked.splits if asked.splits > 1 else splits_of(ranks)
     whole, differ = ranks.whole()

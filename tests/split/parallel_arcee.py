@@ -1,9 +1,10 @@
-"""A hand-written Arcee model over ranks, as a program of torch.distributed (gloo): what real programs do, and get wrong.
+"""A hand-written Arcee model over ranks, a program of torch.distributed (gloo): what such programs do, and get wrong.
 
     torchrun --nproc-per-node 2 parallel_arcee.py CHECKPOINT INPUTS OUT VARIANT...
 
-INPUTS: .npz of ids [B, S], cos and sin [S, R/2]. A VARIANT is "DIMENSION/DTYPE/BUG": tp or cp, a name of torch's, and
-"right" or one of the bugs below. Each writes a folder of traces OUT/VARIANT with "/" as "-".
+Tensor parallel: heads, channels and vocabulary are cut; context parallel: the sequence is, and attention is merged by
+its log-sum-exp. INPUTS: .npz of ids [B, S], cos and sin [S, R/2]. A VARIANT is "DIMENSION/DTYPE/BUG": tp or cp, a name
+of torch's, and "right" or one of the bugs below. Each writes a folder of traces, OUT/DIMENSION-DTYPE-BUG.
 """
 
 import json
