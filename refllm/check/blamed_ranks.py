@@ -193,7 +193,7 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def splits_of(ranks: Ranks) -> int:
-    """Of how many parts the products with o_proj and down_proj are the sums: 1 where what they read is not cut."""
+    """The number of parts that the products with o_proj and down_proj sum up: 1 where what they read is not cut."""
     found = [len(_summed(ranks, name)) for name in ranks.placements if name.rpartition(".")[2] in INPUT_OF.values()]
     return max([1, *found])
 

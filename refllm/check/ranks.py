@@ -15,7 +15,7 @@ is cut by the outer one first. Ranks that hold a copy of the same thing must hol
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,23 +130,23 @@ class Ranks:
         first_of = self.files[min(self.files)][1]
         differ: list[Differs] = []
         names = list(dict.fromkeys(name for _, (_, trace) in sorted(self.files.items()) for name in trace.taps))
-        taps = {name: self._joined(name, lambda t, n=name: t.taps.get(n), differ, last_copies) for name in names}
-        inputs = {
-            name: self._joined(name, lambda t, n=name: getattr(t.inputs, n), differ, last_copies) for name in _INPUTS
-        }
-        given = {name: value for name, value in inputs.items() if value is not None}
+
+        def joined(name: str, pieces: dict[Coordinates, Any]) -> Any:
+            return self._joined(name, pieces, differ, last_copies)
+
+        taps = {name: joined(name, {at: t.taps.get(name) for at, (_, t) in self.files.items()}) for name in names}
+        given: dict[str, Any] = {}
+        for name in _INPUTS:
+            pieces = {at: getattr(trace.inputs, name) for at, (_, trace) in self.files.items()}
+            if any(piece is not None for piece in pieces.values()):
+                given[name] = joined(name, pieces)
         size = math.prod(size for _, size in self.mesh)
         source = f"{first_of.source}, {size} ranks ({', '.join(f'{name} {n}' for name, n in self.mesh)})"
         whole = replace(first_of, taps=taps, inputs=replace(first_of.inputs, **given), source=source)
         return whole, differ
 
-    def _joined(
-        self, name: str, of: Callable[[Trace], np.ndarray | None], differ: list[Differs], last: bool
-    ) -> np.ndarray | None:
+    def _joined(self, name: str, pieces: dict[Coordinates, Any], differ: list[Differs], last: bool) -> np.ndarray:
         by = self.placements.get(name, (REPLICATE,) * len(self.mesh))
-        pieces = {at: of(trace) for at, (_, trace) in self.files.items()}
-        if all(piece is None for piece in pieces.values()):
-            return None
         lacking = [self.files[at][0] for at, piece in pieces.items() if piece is None]
         if lacking:
             raise InputError(f"{name}: rank {lacking[0]} does not have it, and others do")
@@ -159,7 +159,7 @@ class Ranks:
             if isinstance(where, Shard):
                 return _concatenated(name, each, where)
             if where == PARTIAL:
-                return np.sum([np.asarray(x, np.float64) for x in each], axis=0)
+                return np.asarray(np.sum([np.asarray(x, np.float64) for x in each], axis=0))
             self._compare(name, front, each, differ)
             return each[-1 if last else 0]
 

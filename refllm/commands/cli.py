@@ -182,7 +182,7 @@ def check(
         typer.Option(
             "--trace",
             metavar="F",
-            help="Judge the values in a file, of a run on any machine, or in a folder of a file per rank; repeat for more.",
+            help="Judge the values in a file of a run on any machine, or in a folder of one per rank; repeat for more.",
         ),
     ] = None,
     layout: Layout = "",
