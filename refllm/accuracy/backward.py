@@ -209,6 +209,7 @@ class Backward(_InOrder):
         of_q, of_k, of_v = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
         dk, dv = np.zeros(k.shape), np.zeros(v.shape)
         key_mask, mask, window = (how.get(name) for name in ("key_mask", "mask", "window"))
+        dlse = how.pop("dlse", None)
         visible = visible_keys(how.get("causal", True), key_mask, mask, window, (B, H, S, T))
         o, lse = ops.attention(q, k, v, **{**how, "scale": scale}, return_lse=True, ar=self._exact())
         for b, h in np.ndindex(B, H):
@@ -216,7 +217,7 @@ class Backward(_InOrder):
             allowed = visible(b, slice(h, h + 1), slice(0, S), T)
             row, keys, do = q[b, h], k[b, g], d.value[b, h]
             p, s = weights_of_head(row[None], keys, scale, allowed, lse[b, h][None], self._exact())
-            made = o[b, h], lse[b, h], scale
+            made = o[b, h], lse[b, h], scale, None if dlse is None else np.asarray(dlse[b, h], np.float64)
             each = _Head(self, p[0], s[0], row, keys, v[b, g], do, d.variance[b, h], *made)
             found = each.variances(dk[b, g], dv[b, g], last=(h + 1) * K % H == 0)
             of_q[b, h] = found[0]
@@ -278,12 +279,14 @@ class _Head:
         o: np.ndarray,
         lse: np.ndarray,
         scale: float,
+        dlse: np.ndarray | None = None,
     ) -> None:
         self.lse = lse
         self.of, self.p, self.s, self.q, self.k, self.v = of, p, s, q, k, v
         self.do, self.of_do, self.o, self.scale = do, of_do, o, scale
         self.dp = do @ v.T
-        self.c = np.where(p == 0, 0, self.dp - (p * self.dp).sum(axis=-1, keepdims=True))
+        extra = 0.0 if dlse is None else dlse[:, None]
+        self.c = np.where(p == 0, 0, self.dp - (p * self.dp).sum(axis=-1, keepdims=True) + extra)
         self.ds = scale * p * self.c
 
     def variances(

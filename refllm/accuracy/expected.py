@@ -1,6 +1,6 @@
 """What a call has to return: exact, in the same precision, and how far a right implementation may be from it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from refllm import ops
+from refllm.accuracy.backward_operator import expect_backward
 from refllm.accuracy.limits import CHAIN, INNER
 from refllm.accuracy.operator import predict
 from refllm.accuracy.propagation import ulp
 from refllm.errors import InputError
+from refllm.ops.backward_contracts import is_backward
 from refllm.ops.contracts import contract_of
 from refllm.precision import EXACT, FUSED, HF_EAGER, NATIVE, Arithmetic, Policy, rounding
 from refllm.precision.dtype_names import dtype_name
@@ -30,6 +32,9 @@ class Call(Protocol):
 
     @property
     def dtype(self) -> str: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, str]: ...
 
     def arrays(self) -> tuple[list[Any], dict[str, Any]]:
         """(arguments, keywords) for `refllm.ops`."""
@@ -69,7 +74,7 @@ def expect(call: Call, policy: str = "fused", convention: str = "") -> tuple[Exp
     arguments, keywords = call.arrays()
     if convention == "torch":
         arguments, keywords = _from_the_top(call.operator, arguments, keywords)
-    return expect_values(call.operator, arguments, keywords, call.dtype, policy)
+    return expect_values(call.operator, arguments, keywords, call.dtype, policy, call.dtypes)
 
 
 @lru_cache(maxsize=256)
@@ -80,6 +85,8 @@ def remembered(call: Call, policy: str, convention: str = "") -> tuple[Expected,
 
 def _from_the_top(operator: str, arguments: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """The call in which query s sees keys 0..s, as torch's is_causal has it: no other keys."""
+    if operator == "attention_backward" and keywords.get("causal", True):
+        return _with_a_mask_from_the_top(arguments, keywords)
     if operator != "attention" or not keywords.get("causal", True):
         return arguments, keywords
     q, *cached = arguments
@@ -87,6 +94,11 @@ def _from_the_top(operator: str, arguments: list[Any], keywords: dict[str, Any])
     mask = keywords.get("key_mask")
     cut = {} if mask is None else {"key_mask": mask[:, :S]}
     return [q, *(x[:, :, :S] for x in cached)], keywords | cut
+
+
+def _with_a_mask_from_the_top(arguments: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The same of gradients, which all keys have, those that are not seen the gradient 0: so they stay, and are 0."""
+    raise NotImplementedError
 
 
 def narrow_loss(expected: Expected, arguments: Sequence[Any], keywords: dict[str, Any], dtype: str) -> Expected:
@@ -106,10 +118,21 @@ def narrow_loss(expected: Expected, arguments: Sequence[Any], keywords: dict[str
 
 
 def expect_values(
-    operator: str, arguments: Sequence[Any], keywords: dict[str, Any], dtype: str, policy: str
+    operator: str,
+    arguments: Sequence[Any],
+    keywords: dict[str, Any],
+    dtype: str,
+    policy: str | Policy,
+    dtypes: Mapping[str, str] | None = None,
 ) -> tuple[Expected, ...]:
-    """One `Expected` per output, for arrays that lie on the grid of `dtype`."""
+    """One `Expected` per output that is no None, for arrays that lie on the grid of `dtype`.
+
+    policy: its name, or for gradients one of your own. dtypes: of the arguments by name; a gradient has its tensor's.
+    """
     rules, known = find_policy(policy), contract_of(operator)
+    if is_backward(operator):
+        found = expect_backward(operator, arguments, keywords, dtype, rules, dtypes, fused=policy == "fused")
+        return tuple(Expected(**fields) for fields in found)
     predicted = predict(operator, arguments, keywords, dtype=dtype, policy=rules)
     contract = evaluate(operator, Arithmetic(dtype, rules), arguments, keywords)
     inner = _inner(operator, arguments, keywords, [p.exact for p in predicted])
@@ -133,8 +156,10 @@ def expect_values(
     )
 
 
-def find_policy(policy: str) -> Policy:
+def find_policy(policy: str | Policy) -> Policy:
     """The policy of that name. Raises InputError for another name."""
+    if isinstance(policy, Policy):
+        return policy
     if policy not in POLICIES:
         raise InputError(f"--policy {policy} is not known; use {' or '.join(POLICIES)}")
     return POLICIES[policy]

@@ -213,6 +213,10 @@ FAR_POSITIONS = 4096.0
 """Positions past which a float32 angle, of which one rounding is position x 2^-24, is off by half an ulp of float16
 below 1, 2^-12: a right table is one that was made with care."""
 
+MANY_ROWS = 256
+"""Rows from which a sum over them shows what it is kept in: added one by one in bfloat16, of 8 bits, 256 equal terms
+are the most that count. Below it an honest library may do that (torch's CPU kernels of LayerNorm and embedding)."""
+
 EXTREME_VALUE, VANISHING_SCALE = 250.0, 1e-10
 """A value from which its square is next to the largest float16, 65504 = 256^2; and a scale far below its smallest,
 6e-8, at which every value is 0 there and every square is nothing beside any eps."""

@@ -116,7 +116,8 @@ class Contract:
         for p in self.parameters.values():
             if p.kind is p.KEYWORD_ONLY and not star:
                 words, star = [*words, "*"], True
-            words.append(p.name if p.default is p.empty else f"{p.name}={p.default!r}")
+            name = without_axes(p.name) if p.kind is p.KEYWORD_ONLY else p.name
+            words.append(name if p.default is p.empty else f"{name}={p.default!r}")
         return f"{self.operator}({', '.join(words)}) -> {', '.join(self.outputs)}"
 
 
