@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from refllm import ops
-from refllm.accuracy.propagation import BLOCKS, Propagation, Uncertain, certain
+from refllm.accuracy.propagation import BLOCKS, VANISHED, Propagation, Uncertain, cancels, certain
 from refllm.ops.attention import visible_keys
 from refllm.ops.attention_backward import queries_per_block, weights_of_head
 from refllm.ops.linear_backward import turns
@@ -192,11 +192,16 @@ class Backward(_InOrder):
         inner = d.value * up
         of_inner = np.square(up) * d.variance + self._noise(inner, "glu.activation")
         of_gate = np.square(slope) * of_inner + self._of_a_slope(inner, slope) + self._noise(inner * slope, "glu")
-        of_act = self._forward._noise(act, "glu.activation") + self._inside(act, 2)
+        of_act = self._forward._noise(act, "glu.activation") + self._inside(act, 2) + _vanished(act)
+        of_act = of_act + np.square(cancels(name, gate))
         return [of_gate, np.square(act) * d.variance + np.square(d.value) * of_act + self._noise(d.value * act, "glu")]
 
     def _of_a_slope(self, d: np.ndarray, slope: np.ndarray) -> Any:
-        return self._inside(d * np.maximum(np.abs(slope), _LEAST_SLOPE), _SLOPE_STEPS)
+        size = d * np.maximum(np.abs(slope), _LEAST_SLOPE)
+        inside = self._inside(size, _SLOPE_STEPS) + np.square(d) * _vanished(slope)
+        if self.dtype != "float32" and "activation.terms" in self.policy.points:
+            inside = inside + _SLOPE_STEPS * np.asarray(self._noise(2 * size, "activation.terms"))
+        return inside
 
     # -------------------------------------------------------------------------------------------------------- attention
 
@@ -399,6 +404,11 @@ class _Head:
 
     def _seen(self, noise: Any) -> np.ndarray:
         return np.where(self.p > 0, noise, 0)
+
+
+def _vanished(value: np.ndarray) -> np.ndarray:
+    """The square of what is so small that the e^-x in it is beyond float32, so that it is 0 there."""
+    return np.where(np.abs(value) < VANISHED, np.square(value), 0)
 
 
 def exact_arithmetic(policy: Policy) -> Arithmetic:

@@ -26,8 +26,9 @@ from refllm.precision import EXACT, NATIVE, Arithmetic, Policy, rounding
 _FLOAT32_ROUNDING = 2.0**-24
 _DRAWS = 6
 """Errors that are drawn to see how one of an inner value reaches the results, where no formula says it."""
-LOG_PROBABILITIES = "cross_entropy.log_probabilities"
-"""A rounding point of a policy: torch's cross entropy keeps log p in the format of the logits, and p = e^(log p)."""
+LOG_PROBABILITIES = "cross_entropy.grad.log_probabilities"
+"""A rounding point of a policy: torch's cross entropy keeps log p in the format of the logits, and makes p = e^(log p)
+in it."""
 
 
 class _Steps(Backward):
@@ -156,14 +157,16 @@ class _Steps(Backward):
         return [own + self._of_log_probabilities(d, logits, labels, how)]
 
     def _of_log_probabilities(self, d: Uncertain, logits: Any, labels: Any, how: dict[str, Any]) -> Any:
-        if LOG_PROBABILITIES not in self.policy.points or self.dtype == "float32":
+        if not self._rounds(LOG_PROBABILITIES.replace(".grad", "")) or self.dtype == "float32":
             return 0.0
         log_p = _log_softmax(np.asarray(logits, np.float64))
         each = np.where(
             (labels != how.get("ignore_index", ops.IGNORE_INDEX))[:, None], self._per_row(d.value, labels, how), 0
         )
         known = np.where(np.isfinite(log_p), log_p, 0)
-        return np.square(each * np.exp(log_p)) * np.asarray(self._ulp(known, self.dtype)) ** 2 / 12
+        p = np.exp(log_p)
+        of_log = np.square(p) * np.asarray(self._ulp(known, self.dtype)) ** 2
+        return np.square(each) * (of_log + np.asarray(self._ulp(p, self.dtype)) ** 2) / 12
 
     def _op_linear_cross_entropy(self, d: Uncertain, x: Any, weight: Any, labels: Any, **how: Any) -> Variances:
         logits = self._forward.linear(certain(x), np.asarray(weight, np.float64))

@@ -13,7 +13,7 @@ from refllm.accuracy.limits import CHAIN, INNER
 from refllm.accuracy.operator import predict
 from refllm.accuracy.propagation import ulp
 from refllm.errors import InputError
-from refllm.ops.backward_contracts import is_backward
+from refllm.ops.backward_contracts import forward_name, is_backward
 from refllm.ops.contracts import contract_of
 from refllm.precision import EXACT, FUSED, HF_EAGER, NATIVE, Arithmetic, Policy, rounding
 from refllm.precision.dtype_names import dtype_name
@@ -72,9 +72,11 @@ def expect(call: Call, policy: str = "fused", convention: str = "") -> tuple[Exp
     convention: "torch" for masks that are causal from the top where there are fewer queries than keys.
     """
     arguments, keywords = call.arrays()
+    keys = arguments[2].shape[2] if call.operator == "attention_backward" else 0
     if convention == "torch":
         arguments, keywords = _from_the_top(call.operator, arguments, keywords)
-    return expect_values(call.operator, arguments, keywords, call.dtype, policy, call.dtypes)
+    found = expect_values(call.operator, arguments, keywords, call.dtype, policy, call.dtypes)
+    return tuple(_with_all_keys(e, keys) for e in found) if keys else found
 
 
 @lru_cache(maxsize=256)
@@ -85,20 +87,24 @@ def remembered(call: Call, policy: str, convention: str = "") -> tuple[Expected,
 
 def _from_the_top(operator: str, arguments: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """The call in which query s sees keys 0..s, as torch's is_causal has it: no other keys."""
-    if operator == "attention_backward" and keywords.get("causal", True):
-        return _with_a_mask_from_the_top(arguments, keywords)
-    if operator != "attention" or not keywords.get("causal", True):
+    if forward_name(operator) != "attention" or not keywords.get("causal", True):
         return arguments, keywords
-    q, *cached = arguments
+    first = int(is_backward(operator))  # the gradient, before the queries
+    q, k, v = arguments[first : first + 3]
     S = q.shape[2]
     mask = keywords.get("key_mask")
     cut = {} if mask is None else {"key_mask": mask[:, :S]}
-    return [q, *(x[:, :, :S] for x in cached)], keywords | cut
+    seen = [*arguments[:first], q, k[:, :, :S], v[:, :, :S]]
+    return seen + [None] * (len(arguments) - len(seen)), keywords | cut
 
 
-def _with_a_mask_from_the_top(arguments: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The same of gradients, which all keys have, those that are not seen the gradient 0: so they stay, and are 0."""
-    raise NotImplementedError
+def _with_all_keys(e: Expected, keys: int) -> Expected:
+    """A gradient of keys or values with 0 for those that were left out."""
+    if e.name == "dq" or e.exact.shape[2] == keys:
+        return e
+    more = ((0, 0), (0, 0), (0, keys - e.exact.shape[2]), (0, 0))
+    names = ("exact", "contract", "variance", "inner")
+    return replace(e, **{name: np.pad(getattr(e, name), more) for name in names})
 
 
 def narrow_loss(expected: Expected, arguments: Sequence[Any], keywords: dict[str, Any], dtype: str) -> Expected:

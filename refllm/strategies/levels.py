@@ -188,6 +188,14 @@ def rows_summed(call: Call) -> int:
     return int(np.prod(x.shape[:-1])) if isinstance(x, Array) else 0
 
 
+def _confident(call: Call) -> bool:
+    """Whether a row has a probability so near 1 that what is left of it is lost where that is rounded."""
+    if call.operator not in ("cross_entropy_backward", "linear_cross_entropy_backward"):
+        return False
+    values = (value for name in ("logits", "weight") if given(call, name) for _, value in given(call, name).planted)
+    return any(np.isfinite(value) and value >= limits.CONFIDENT for value in values)
+
+
 def _nothing_kept(call: Call) -> bool:
     known = BACKWARD.get(call.operator)
     return known is not None and any(given(call, name) is None for name in known.kept)
@@ -254,6 +262,7 @@ _ALL = (
         lambda c: any(of == "bias" and given(c, n) is None for n, of in contract_of(c.operator).kinds.items()),
     ),
     Family("many_rows", "contract", "gradients that are sums over many rows", _many_rows),
+    Family("confident_rows", "contract", "gradients of losses where a probability is near 1", _confident),
     Family("nothing_kept", "contract", "None for what the forward pass kept", _nothing_kept),
     Family("half_split", "basic", "pairs (i, i + R/2)", lambda c: given(c, "interleaved") is False),
     Family("interleaved", "basic", "pairs (2i, 2i + 1)", lambda c: given(c, "interleaved") is True),
@@ -286,6 +295,7 @@ def families(operator: str) -> tuple[str, ...]:
         "several_tokens": "lengths" in kinds,
         "many_rows": operator in BACKWARD
         and bool({"weight", "norm_weight"} & set(BACKWARD[operator].gradient_of.values())),
+        "confident_rows": operator in ("cross_entropy_backward", "linear_cross_entropy_backward"),
         "nothing_kept": operator in BACKWARD and bool(BACKWARD[operator].kept),
         "hidden_nan": bool(kinds & {"mask", "lengths", "labels"}),
     }
