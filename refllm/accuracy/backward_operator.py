@@ -19,7 +19,7 @@ from refllm.accuracy import limits
 from refllm.accuracy.backward import Backward, Variances
 from refllm.accuracy.propagation import BLOCKS, ONE_CHAIN, Uncertain, certain, ulp
 from refllm.ops.backward_contracts import BACKWARD, BackwardContract, forward_name
-from refllm.ops.contracts import ROWS, without_axes
+from refllm.ops.contracts import ROWS
 from refllm.ops.linear import as_rows
 from refllm.precision import EXACT, NATIVE, Arithmetic, Policy, rounding
 
@@ -232,6 +232,7 @@ def evaluate_backward(
     values = {name: None if name in known.kept else given[name] for name in parameters}
     positional = [values[name] for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
     keywords = {p.name: values[name] for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    keywords |= {name: given[name] for name in ("mask",) if name in given}
     with np.errstate(all="ignore"):
         out = function(*positional, **keywords, ar=ar)
     return out if isinstance(out, tuple) else (out,)
@@ -248,11 +249,12 @@ def expect_backward(
 ) -> list[dict[str, Any]]:
     """The fields of `refllm.accuracy.expected.Expected` for every gradient that is no None.
 
-    dtypes: of the arguments by name, where they are not that of the activations. fused: whether the policy is the
+    keywords: those of the operator, and a mask of attention. dtypes: of the arguments by name, where they are not that
+    of the activations. fused: whether the policy is the
     contract's, under which some results are rounded once.
     """
     known = BACKWARD[operator]
-    given = {without_axes(name): x for name, x in known.bound(arguments, keywords).items()}
+    given = known.bound(arguments, keywords) | {name: keywords[name] for name in ("mask",) if name in keywords}
     policy = replace(policy, masked_rows_are_zero=True)
     exact = evaluate_backward(known, given, EXACT)
     contract = evaluate_backward(known, given, Arithmetic(dtype, policy))

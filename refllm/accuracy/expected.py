@@ -71,12 +71,8 @@ def expect(call: Call, policy: str = "fused", convention: str = "") -> tuple[Exp
 
     convention: "torch" for masks that are causal from the top where there are fewer queries than keys.
     """
-    arguments, keywords = call.arrays()
-    keys = arguments[2].shape[2] if call.operator == "attention_backward" else 0
-    if convention == "torch":
-        arguments, keywords = _from_the_top(call.operator, arguments, keywords)
-    found = expect_values(call.operator, arguments, keywords, call.dtype, policy, call.dtypes)
-    return tuple(_with_all_keys(e, keys) for e in found) if keys else found
+    arguments, keywords = by_convention(call, convention)
+    return expect_values(call.operator, arguments, keywords, call.dtype, policy, call.dtypes)
 
 
 @lru_cache(maxsize=256)
@@ -85,26 +81,23 @@ def remembered(call: Call, policy: str, convention: str = "") -> tuple[Expected,
     return expect(call, policy, convention)
 
 
-def _from_the_top(operator: str, arguments: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The call in which query s sees keys 0..s, as torch's is_causal has it: no other keys."""
-    if forward_name(operator) != "attention" or not keywords.get("causal", True):
+def by_convention(call: Call, convention: str) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments and keywords that the definition is given for what a convention makes of a call.
+
+    "torch": query s sees keys 0..s, as is_causal has it, so there are no other keys; their gradients are 0.
+    """
+    arguments, keywords = call.arrays()
+    attention = forward_name(call.operator) == "attention"
+    if convention != "torch" or not attention or not keywords.get("causal", True):
         return arguments, keywords
-    first = int(is_backward(operator))  # the gradient, before the queries
-    q, k, v = arguments[first : first + 3]
+    if is_backward(call.operator):
+        _, q, k, *_ = arguments
+        return arguments, keywords | {"causal": False, "mask": np.tri(q.shape[2], k.shape[2], dtype=bool)[None, None]}
+    q, *cached = arguments
     S = q.shape[2]
     mask = keywords.get("key_mask")
     cut = {} if mask is None else {"key_mask": mask[:, :S]}
-    seen = [*arguments[:first], q, k[:, :, :S], v[:, :, :S]]
-    return seen + [None] * (len(arguments) - len(seen)), keywords | cut
-
-
-def _with_all_keys(e: Expected, keys: int) -> Expected:
-    """A gradient of keys or values with 0 for those that were left out."""
-    if e.name == "dq" or e.exact.shape[2] == keys:
-        return e
-    more = ((0, 0), (0, 0), (0, keys - e.exact.shape[2]), (0, 0))
-    names = ("exact", "contract", "variance", "inner")
-    return replace(e, **{name: np.pad(getattr(e, name), more) for name in names})
+    return [q, *(x[:, :, :S] for x in cached)], keywords | cut
 
 
 def narrow_loss(expected: Expected, arguments: Sequence[Any], keywords: dict[str, Any], dtype: str) -> Expected:
