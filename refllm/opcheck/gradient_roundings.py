@@ -5,8 +5,9 @@ every step in the format of the activations, or a kernel that rounds once. Both 
 them. So a gradient that does not hold under the contract is judged by the predicted error of code that rounds at each
 of those places, operator by operator (`refllm.precision`: the points whose name has `.grad` in it).
 
-Some libraries keep a sum over rows in the narrow format, or a logarithm of a probability. Over a few rows that is a
-rounding like any other; over many it is what `many_rows` looks for, so there it takes the convention "torch".
+Some libraries keep a sum over rows in the narrow format, or the mean of a row, or a logarithm of a probability. Over a
+few rows, or where means are small, that is a rounding like any other; elsewhere nothing is left of the result, which is
+what `many_rows` and `large_means` look for, so there it takes the convention "torch".
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ RULES = ("not finite", "rms", "row", "element")
 _ROW_BY_ROW = frozenset({"layer_norm.grad.sum", "embedding.grad.sum"})
 _EAGER = replace(HF_EAGER, torch_order=False, points=HF_EAGER.points)
 _STEPS = replace(_EAGER, name="at every step", points=_EAGER.points - _ROW_BY_ROW)
+_KEPT = "layer_norm.grad.statistics"
+_FLOAT32_STATISTICS = replace(_STEPS, points=_STEPS.points - {_KEPT})
 _ROWS = replace(_EAGER, name="at every step, sums over rows after every row")
 _TERMS = replace(_STEPS, name="at every step of a formula", points=_STEPS.points | {"activation.grad.terms"})
 _KERNEL = replace(HF_SDPA, name="torch's attention kernel: sums over queries in blocks", torch_order=False)
@@ -43,7 +46,9 @@ def profiles(call: Call, convention: str) -> tuple[Policy, ...]:
         return _STEPS, _TERMS
     torch = convention == "torch"
     if name in ("layer_norm", "add_layer_norm", "norm_rope", "embedding"):
-        return (_STEPS, _ROWS) if torch or "many_rows" not in families_of(call) else (_STEPS,)
+        families = () if torch else families_of(call)
+        steps = _FLOAT32_STATISTICS if "large_means" in families else _STEPS
+        return (steps,) if "many_rows" in families or steps is not _STEPS else (steps, _ROWS)
     if name in ("cross_entropy", "linear_cross_entropy"):
         return (_STEPS, _LOGITS) if torch or level_of(call) == "basic" else (_STEPS,)
     return (_STEPS,)

@@ -156,7 +156,7 @@ class _Asked:
         parts = [self._values(self.call, part) for part in ((0, rows // 2), (rows // 2, rows))]
         if parts[0] is None or parts[1] is None:
             return
-        for e, whole, a, b in zip(self.expected, self.values, *parts, strict=True):
+        for e, whole, a, b in zip(self.expected, self.values, parts[0], parts[1], strict=True):
             shared = a.shape == whole.shape
             if not shared and a.shape[:1] + b.shape[:1] != (rows // 2, rows - rows // 2):
                 continue
