@@ -24,8 +24,9 @@ def corners(operator: str, dtype: str, forward_calls: Iterable[Call]) -> Iterato
         made = replace(backward_call(base, gradient), kind=f"gradient {gradient}")
         if replace(made, kind=base.kind) != backward_call(base):
             yield made
-    for i, name in enumerate(BACKWARD[operator].incoming[:2]):
-        for gradient in ALONE if len(known_results(base)) > 1 else ():
+    several = known_results(base)
+    for i, name in enumerate(several if len(several) > 1 else ()):
+        for gradient in ALONE:
             yield replace(backward_call(base, gradient, only=i), kind=f"{name} alone is {gradient}")
     for call, gradient, kind in _more(operator, dtype):
         yield replace(backward_call(call, gradient), kind=kind)
