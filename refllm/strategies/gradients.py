@@ -20,7 +20,7 @@ from refllm.strategies.arrays import Array, Kept
 from refllm.strategies.call import Call
 
 _SEED = 40
-"""Of the first incoming gradient: no other array of a fixed call has it, or those after it."""
+"""The seed of the first incoming gradient: no other array of a fixed call has it, or those after it."""
 
 
 def _plain(d: Array, partner: Array | None) -> Array:
