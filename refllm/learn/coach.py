@@ -55,7 +55,7 @@ class Review:
 
     verdict: "incomplete" of what is not begun. stages: of `STAGES`, whether each holds. named: all mistakes that fit.
     where: the wrong cells in words. trouble: what came before any values, or beside them. drawn: the call to draw, None
-    where there are no numbers.
+    where there are no numbers. printed: the first lines of what the answer printed.
     """
 
     exercise: str
@@ -65,6 +65,7 @@ class Review:
     where: str = ""
     trouble: Trouble | None = None
     drawn: Drawn | None = None
+    printed: str = ""
     seconds: float = 0.0
 
     @property
@@ -83,8 +84,9 @@ def review(
 ) -> Review:
     """What the coach says of a file. without: names of mistakes that are left out. forked: see `attempt`."""
     start = time.perf_counter()
-    found = judged(exercise, attempt(exercise, path, seconds, forked), without)
-    return replace(found, seconds=time.perf_counter() - start)
+    tried = attempt(exercise, path, seconds, forked)
+    found = judged(exercise, tried, without)
+    return replace(found, printed=tried.printed, seconds=time.perf_counter() - start)
 
 
 def judged(exercise: Exercise, tried: Attempt, without: Collection[str] = ()) -> Review:
@@ -140,7 +142,7 @@ def _pairs(exercise: Exercise, tried: Attempt, without: Collection[str]) -> tupl
         )
         try:
             fits = fitting_among([both], [exercise.known], tried.results)
-        except (NoSuchTextError, SyntaxError, NameError):
+        except (NoSuchTextError, SyntaxError, NameError, AttributeError, KeyError):  # such a text is no program
             continue
         if fits and not fits[0].restricted:
             return (Named(both.name, both.says, one.asks, fits[0].definition, fits[0].changed, as_if=True),)

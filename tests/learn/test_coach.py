@@ -232,6 +232,14 @@ def test_an_answer_that_hangs_is_ended(tmp_path: Path) -> None:
     assert found.verdict == "fails"
 
 
+def test_what_an_answer_prints_is_shown_from_its_beginning(tmp_path: Path) -> None:
+    text = SOFTMAX.format("print('row', x.shape); [print(i) for i in range(40)]; return x")
+    found = said(tmp_path, "softmax", text, forked=True)
+    assert found.printed.splitlines()[:2] == ["row (3, 5)", "0"]
+    assert found.printed.endswith("lines more")
+    assert "it prints: row (3, 5) 0 1" in shown(found, 0)
+
+
 def test_files_that_are_no_text_are_said(tmp_path: Path) -> None:
     path = tmp_path / "answer.py"
     assert review(find("softmax"), path).trouble == Trouble(

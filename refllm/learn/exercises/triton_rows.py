@@ -649,8 +649,8 @@ NORM_ROPE_KERNEL = Exercise(
     numbers (head h, position s) is normed, then turned in halves, and written once:
 
         n = weight[h] * x[h, s] / sqrt(mean over D of x[h, s]^2 + eps)
-        out[.., i] = n[i] cos[s, i] - n[i + D/2] sin[s, i],      out[.., i + D/2] = n[i + D/2] cos[s, i] + n[i] sin[s,
-        i]
+        out[.., i]       = n[i] cos[s, i] - n[i + D/2] sin[s, i]
+        out[.., i + D/2] = n[i + D/2] cos[s, i] + n[i] sin[s, i]
 
     One program per row: head row // S, position row % S. BLOCK is a power of two, at least D/2: load both halves.
     Example: with angles of 0 the result is the norm alone.

@@ -30,8 +30,8 @@ MATMUL_KERNEL = Exercise(
 
     The grid is two-dimensional: program (pm, pn) = (tl.program_id(0), tl.program_id(1)) makes the tile of rows pm * BM
     .. and columns pn * BN .. It walks along K in tiles of BK, loads a tile of a [BM, BK] and one of b [BK, BN], and
-    adds their product to an accumulator: acc += tl.dot(a, b). Offsets of two axes: rows[:, None] * K + columns[None,
-    :].
+    adds their product to an accumulator: acc += tl.dot(a, b). Offsets of two axes are rows[:, None] * K +
+    columns[None, :].
 
     Example: K = 23, BK = 16: two turns, the second with seven columns; lanes beyond load 0. (tl.dot wants BK of 16 or
     more, and on a GPU BM and BN too; here they are small, so that you can follow them.)
