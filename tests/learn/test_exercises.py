@@ -67,6 +67,18 @@ def test_the_readme_counts_them() -> None:
     assert f"(over {hundreds}, as edits of the definition" in readme
 
 
+def test_the_page_about_the_coach_is_of_these_exercises() -> None:
+    """`python tests/learn/coach_page.py docs/coach.md` makes it again."""
+    page = (Path(__file__).parents[2] / "docs/coach.md").read_text()
+    every = [*RIGHT, *WRONG, *answers.of_bugs()]
+    wrong = sum(bool(answer.mistake) for answer in every)
+    assert f"| mistakes that are known | {sum(len(one.mistakes) for one in OWN)} |" in page
+    assert f"| wrong answers | {wrong}: " in page
+    assert f"| right answers | {len(every) - wrong}, of which {len(every) - wrong} are accepted |" in page
+    rows = [line.split(" | ")[0].strip("| ") for line in page.splitlines()[-len(EXERCISES) :]]
+    assert rows == [one.name for one in EXERCISES]
+
+
 @pytest.mark.parametrize("one", EXERCISES, ids=lambda one: one.name)
 def test_statements_and_hints_say_enough(one: Exercise) -> None:
     assert "Example" in one.statement
