@@ -21,6 +21,8 @@ from refllm.learn.exercise import STAGES, Exercise, Given
 from refllm.opcheck.tile import tile
 
 _SECONDS_FOR_PAIRS = 0.7
+_ASKS = "Which cell of the table can you follow by hand, and which of your numbers or steps makes the difference?"
+"""The question before a mistake that has none of its own."""
 _MOST_CELLS = 120
 """Cells of a call that is drawn, if there is one that small."""
 
@@ -110,6 +112,7 @@ def judged(exercise: Exercise, tried: Attempt, without: Collection[str] = ()) ->
             return Review(exercise.name, "fails", stages, trouble=Trouble("misnamed", said))
         return Review(exercise.name, "holds", stages)
     fits = fitting_among([h for h in exercise.hypotheses if h.name not in without], [exercise.known], tried.results)
+    fits = fits or fitting_among(exercise.of_operator, [exercise.known], tried.results)
     named = tuple(_named(exercise, fit) for fit in fits) or _pairs(exercise, tried, without)
     drawn = _drawn(exercise, tried, fits[0] if fits else None)
     return Review(exercise.name, "fails", stages, named, _where(exercise, drawn), changes, drawn)
@@ -121,7 +124,7 @@ def _holds(exercise: Exercise, n: int, tried: Attempt) -> bool:
 
 def _named(exercise: Exercise, fit: Fit) -> Named:
     known = exercise.mistake(fit.hypothesis.name)
-    asks = known.asks if known else "Which of your numbers is that factor, and why is it there?"
+    asks = known.asks if known else _ASKS
     return Named(fit.hypothesis.name, fit.says, asks, fit.definition, fit.changed)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from refllm.errors import InputError
 from refllm.hypotheses.operators.fit import fitting_among
-from refllm.hypotheses.operators.hypothesis import OpHypothesis
+from refllm.hypotheses.operators.hypothesis import OpHypothesis, Variant
 from refllm.learn.attempt import Attempt
 from refllm.learn.coach import judged, review
 from refllm.learn.exercise import TRACKS, Exercise
@@ -115,6 +115,16 @@ def test_every_mistake_differs_from_the_truth_and_from_the_others(one: Exercise)
             assert None not in found.values(), hypothesis.name
             said = judged(one, Attempt(found, {}, ()))  # type: ignore[arg-type]
             assert (said.verdict, [named.name for named in said.named]) == ("fails", [hypothesis.name]), variant.lines
+
+
+@pytest.mark.parametrize("one", [one for one in OWN if one.operator], ids=lambda one: one.name)
+def test_mistakes_of_an_operator_can_be_asked_of_its_exercise(one: Exercise) -> None:
+    """What is adapted is right where nothing is edited, and nothing that is edited raises what nobody expects."""
+    right = Variant(OpHypothesis("right", "", one.name, ((),), definition=one.of_operator[0].text), ())
+    found = {n: one.known.results(right, n) for n in range(len(one.given))}
+    assert judged(one, Attempt(found, {}, ())).done  # type: ignore[arg-type]
+    computed = [one.known.results(v, 0) for h in one.of_operator[::SOME] for v in h.variants]
+    assert sum(results is not None for results in computed) > 10
 
 
 @pytest.mark.parametrize("number", range(len(OWN)))
