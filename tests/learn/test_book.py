@@ -15,6 +15,7 @@ from refllm.forward.dry_run import names_of
 from refllm.learn.book import architecture, chapters, families, formula, make, numbers, operators, sources
 from refllm.learn.book.calls import SmallCall
 from refllm.learn.book.errors import BookError
+from refllm.learn.exercises import exercises
 from refllm.models import families as families_of_models
 from refllm.ops.contracts import OPERATORS
 
@@ -199,6 +200,11 @@ def test_what_breaks_between_two_families_is_measured() -> None:
     (rotation,) = (c for c in families.changes("llama", "helium") if "rope" in "".join(c.ours))
     assert re.search(r"[1-9]\d* of 48 next tokens are others", rotation.breaks)
     assert rotation.theirs == [rotation.ours[0].replace("False", "True")]
+
+
+def test_every_exercise_that_the_book_names_exists() -> None:
+    named = {name for path in BOOK.rglob("*.html") for name in re.findall(r"refllm learn show (\w+)", path.read_text())}
+    assert {"rms_norm", "flash_kernel", "attention_backward"} <= named <= exercises().keys()
 
 
 def test_the_book_is_small_and_fetches_nothing() -> None:
