@@ -23,6 +23,7 @@ BOOK = Path(__file__).parents[2] / "docs" / "book"
 SIX_MEGABYTES = 6_000_000
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(bool(extras.not_installed(make.PACKAGES)), reason="the book is made with Triton, which is not here")
 def test_the_book_is_what_its_sources_make() -> None:
     """After a change of an operator, a kernel or a formula: refllm learn book."""
