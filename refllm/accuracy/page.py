@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from refllm.accuracy.layerwise import InLayers
 from refllm.accuracy.propagation import Propagation, Substitute, Uncertain, certain
 from refllm.config import ModelConfig
 from refllm.forward.cache import NoCache
@@ -32,7 +31,7 @@ def predict_page(
     wants: Callable[[str], bool] = lambda name: True,
     embeds: Callable[[Callable[[np.ndarray], np.ndarray]], np.ndarray] | None = None,
     exact_tables: bool = False,
-    op: Propagation | InLayers | None = None,
+    op: Any = None,
     tables: Callable[[Propagation], tuple[Uncertain, Uncertain]] | None = None,
     packed: bool = False,
     head_of: np.ndarray | None = None,
@@ -43,10 +42,11 @@ def predict_page(
 
     model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. embeds: makes what is fed of a
     function from ids to their rows, which is then rounded; None: those rows. exact_tables: see `rotary_tables`. op:
-    other operators than those of the policy. tables: cos and sin for these operators, other ones than `rotary_tables`
-    makes. head_of: [B], the one position of every row of which the head is computed; None: all. packed:
-    sequences in one row begin where positions do anew; there is no mask then. before: keys and values of `before.count`
-    positions that come before these and are not computed, in the place of a cache; then the mask is of all.
+    other operators than those of the policy, a `Propagation` or one in some layers (`refllm.accuracy.layerwise`).
+    tables: cos and sin for these operators, other ones than `rotary_tables` makes. head_of: [B], the one position of
+    every row of which the head is computed; None: all. packed: sequences in one row begin where positions do anew;
+    there is no mask then. before: keys and values of `before.count` positions that come before these and are not
+    computed, in the place of a cache; then the mask is of all.
     """
     op = op or Propagation(dtype, policy.without(model.page.NOT_ROUNDED), at_tap, wants)
     c, w = model.config, model.weights.unread() if model.weights.low_memory else model.weights

@@ -153,7 +153,7 @@ def keeper_for(trace: Trace, asked: Asked, checkpoint: Path | None) -> Keeper | 
 
     if trace.file is None or checkpoint is None:
         return None
-    about = [digest(trace), __version__, asked.name, asked.splits, asked.tf32, str(asked.layers), asked.last]
+    about: list[Any] = [digest(trace), __version__, asked.name, asked.splits, asked.tf32, str(asked.layers), asked.last]
     about += [sorted(asked.kinds.items()), weights_digest(checkpoint)]
     of = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
     return Keeper(trace.file.with_name(trace.file.name + SUFFIX), of)

@@ -62,7 +62,7 @@ class _Together:
 
     def load(self, judged: Judge) -> bool:
         """Takes over what the parts have judged, in the order of the layers."""
-        if digest(judged.whole) != self.parts[0]["digest"]:
+        if digest(judged.shown) != self.parts[0]["digest"]:
             raise InputError(f"{judged.trace.source}: it is another run than that of the parts")
         states = [unpacked(part["judged"], of_text(part["arrays"])) for part in self.parts]
         whole, *others = states

@@ -124,7 +124,7 @@ class Judge:
     ) -> None:
         _require_same(model, trace)
         self.before: Before | None = None
-        self.mask, self.whole = trace.inputs.given_mask, trace
+        self.mask, self.shown = trace.inputs.given_mask, trace
         whole = trace
         trace = replace(trace, taps=trace.taps.copy()) if asked.last is None else last_positions(trace, asked.last)
         offset = whole.inputs.input_ids.shape[1] - trace.inputs.input_ids.shape[1]

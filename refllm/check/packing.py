@@ -64,7 +64,7 @@ def unpacked(value: Any, arrays: dict[str, np.ndarray]) -> Any:
 def as_text(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """Arrays for a JSON file: their dtype, their shape, and their bytes in base64."""
     return {
-        name: [value.dtype.str, list(value.shape), base64.b64encode(np.ascontiguousarray(value)).decode()]
+        name: [value.dtype.str, list(value.shape), base64.b64encode(value.tobytes()).decode()]
         for name, value in arrays.items()
     }
 

@@ -1,5 +1,6 @@
 """What a check will take, before it begins: memory, and about how long."""
 
+import math
 import time
 
 import numpy as np
@@ -30,11 +31,10 @@ def plan(model: Model, inputs: Inputs, asked: Asked, candidate: str, dtype: str)
     if seconds < WORTH_SAYING:
         return ""
     # A float32 matrix, the largest there is, stands beside the weights while they are made.
-    tensors = model.tensors(model.config).values()
+    numbers = [math.prod(shape) for shape in model.tensors(model.config).values()]
     own = 0.0
     if candidate:
-        own = sum(np.prod(shape) for shape in tensors) * (4 if dtype == "float32" else 2)
-        own += 2 * max(np.prod(shape) for shape in tensors)
+        own = float(sum(numbers) * (4 if dtype == "float32" else 2) + 2 * max(numbers))
     said = f"about {(own + needed) / _GB:.1f} GB of memory" + f", {own / _GB:.1f} of them the candidate" * bool(own)
     free = free_memory()
     short = f"; {free / _GB:.1f} GB are free" if own + needed > free else ""
@@ -44,7 +44,7 @@ def plan(model: Model, inputs: Inputs, asked: Asked, candidate: str, dtype: str)
 
 def _seconds(model: Model, inputs: Inputs, asked: Asked) -> float:
     """By the rate of float64 products here and now."""
-    numbers = sum(float(np.prod(shape)) for shape in model.tensors(model.config).values())
+    numbers = float(sum(math.prod(shape) for shape in model.tensors(model.config).values()))
     layers = asked.layers.within(model.config.num_hidden_layers)
     count = model.config.num_hidden_layers
     share = ((count if layers.stop is None else layers.stop) - layers.first) / count

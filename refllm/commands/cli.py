@@ -276,9 +276,9 @@ def check(
         others |= {"--weights": weights, "--time-limit": time_limit, "--names": names}
         others |= {"--backward": backward}
         others |= {"--prompt": prompt, "--ids": ids, "--ids-file": ids_file, "--layout": layout, "--library": library}
-        given = next((option for option, value in others.items() if value), None)
-        if given is not None:
-            raise InputError(f"--logprobs judges what a file says, so leave out {given}")
+        too_much = next((option for option, value in others.items() if value), None)
+        if too_much is not None:
+            raise InputError(f"--logprobs judges what a file says, so leave out {too_much}")
         if checkpoint is None or len(logprobs) > 2:
             raise InputError(
                 "--logprobs needs the CHECKPOINT, and one file or two: refllm check CHECKPOINT --logprobs F"
