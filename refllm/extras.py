@@ -33,6 +33,7 @@ EXTRA_OF = {
     "jax": "jax",
     "ctranslate2": "ctranslate2",
     "gguf": "gguf",
+    "lm_eval": "eval",
 }
 """Name of an import -> the smallest extra that brings it."""
 
