@@ -5,6 +5,7 @@ trace like any other (`refllm.check.trace`). Read back it is mapped into memory;
 is asked for, and nothing is kept of it.
 """
 
+import contextlib
 import math
 import os
 import tempfile
@@ -87,7 +88,7 @@ def narrowed(value: np.ndarray, dtype: str) -> np.ndarray:
     import ml_dtypes
 
     kind: Any = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(dtype)
-    if kind is None:
+    if kind is None or value.dtype.kind != "f":
         return value
     with np.errstate(over="ignore", invalid="ignore"):
         narrow = value.astype(kind)
@@ -138,7 +139,8 @@ class Spool:
     def read(self, stored: "Stored") -> np.ndarray:
         """A value that was written, in float32 or float64."""
         self._file.flush()
-        data = os.pread(self._file.fileno(), stored.nbytes, stored.begin)
+        with contextlib.nullcontext(self._file) if self._new is None else open(self._new.name, "rb") as file:
+            data = os.pread(file.fileno(), stored.nbytes, stored.begin)
         return widened(np.frombuffer(data, stored.dtype).reshape(stored.shape))
 
     def read_back(self, names: Mapping[str, "Stored"], metadata: Mapping[str, str]) -> MappedFile:

@@ -727,7 +727,8 @@ def _run() -> int:
         reason = error.strerror or str(error).splitlines()[0]
         code = _complain(f"{error.filename}: {reason}" if error.filename else reason)
     except MemoryError:
-        code = _complain("not enough memory: try a smaller input" + " or --low-memory" * _takes("--low-memory"))
+        ways = [f" or {option}" for option in ("--low-memory", "--layers A:B", "--last N") if _takes(option.split()[0])]
+        code = _complain(f"not enough memory: try a smaller input{''.join(ways)}")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     return code if isinstance(code, int) else HOLDS
