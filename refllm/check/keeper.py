@@ -27,7 +27,7 @@ from refllm.storage.checkpoint import Checkpoint, MappedFile
 
 SUFFIX = ".judged"
 SECONDS_BETWEEN = 10.0
-"""Between two times that the file is written; a check that takes less writes none."""
+"""The time from one writing of the file to the next; a check that takes less writes none."""
 _FORMAT = "refllm judged 1"
 _LOOKED_AT = 1 << 12  # bytes of every value that tell one run from another
 

@@ -19,9 +19,9 @@ WORTH_SAYING = 20.0
 _GB = 1e9
 _OF_THE_INTERPRETER = 0.15e9
 _BYTES_OF_A_VALUE = 40
-"""Of a number of the widest value of a layer: exact, its variance, its parts, the candidate's."""
+"""Memory for a number of the widest value of a layer: exact, its variance, its parts, the candidate's."""
 _SECONDS_OF_A_WEIGHT = 4e-9
-"""To convert a stored number, to square it and to read it again; on one core of the slowest CPU met."""
+"""What it takes to convert a stored number, to square it and to read it again, on a slow core."""
 
 
 def plan(model: Model, inputs: Inputs, asked: Asked, candidate: str, dtype: str) -> str:
@@ -43,7 +43,7 @@ def plan(model: Model, inputs: Inputs, asked: Asked, candidate: str, dtype: str)
 
 
 def _seconds(model: Model, inputs: Inputs, asked: Asked) -> float:
-    """By the rate of float64 products here and now."""
+    """The time to judge, by the rate of float64 products here and now."""
     numbers = float(sum(math.prod(shape) for shape in model.tensors(model.config).values()))
     layers = asked.layers.within(model.config.num_hidden_layers)
     count = model.config.num_hidden_layers
@@ -61,7 +61,7 @@ def _seconds(model: Model, inputs: Inputs, asked: Asked) -> float:
 
 
 def _bytes_judged(config: ModelConfig, head: str, inputs: Inputs) -> float:
-    """Of the process that judges: values of one layer, or the logits, and scores of all heads."""
+    """The memory of the process that judges: values of one layer, or the logits, and scores of all heads."""
     sizes = sizes_of_axes(config, head)
     B, S = inputs.input_ids.shape
     widest = B * S * (2 * max(sizes.values()) + 4 * sizes["E"])

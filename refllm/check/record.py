@@ -189,7 +189,7 @@ class Record:
 
 
 def larger(one: Profile, other: Profile) -> Profile:
-    """Of two orders of float32 sums that with the larger error."""
+    """The one of two orders of float32 sums with the larger error."""
     return other if _rank(other) > _rank(one) else one
 
 
