@@ -142,7 +142,7 @@ class Ranks:
                 given[name] = joined(name, pieces)
         size = math.prod(size for _, size in self.mesh)
         source = f"{first_of.source}, {size} ranks ({', '.join(f'{name} {n}' for name, n in self.mesh)})"
-        whole = replace(first_of, taps=taps, inputs=replace(first_of.inputs, **given), source=source)
+        whole = replace(first_of, taps=taps, inputs=replace(first_of.inputs, **given), source=source, file=None)
         return whole, differ
 
     def _joined(self, name: str, pieces: dict[Coordinates, Any], differ: list[Differs], last: bool) -> np.ndarray:
