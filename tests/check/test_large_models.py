@@ -14,6 +14,7 @@ import pytest
 from tiny import tiny_model
 
 import refllm
+from refllm.accuracy import tables
 from refllm.check import candidates, compare, keeper
 from refllm.check import trace as traces_module
 from refllm.check.asked import ALL_LAYERS, Asked, Layers
@@ -212,6 +213,24 @@ def test_what_was_ended_goes_on_and_says_what_the_whole_says(
         assert said(judged(folder, file, rest)) == said(wholes[kind])
         assert rest.calls < steps.calls
         assert not kept.exists()
+
+
+def test_where_tables_are_guessed_nothing_is_taken_from_another_guess(
+    folder: Path, recorded: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "SECONDS_BETWEEN", 0.0)
+    trace, file, guesses = Trace.load(recorded["float32"]), tmp_path / "hidden.safetensors", tables.guesses
+
+    def wrong_ones_first(config: Any, positions: np.ndarray) -> list[tables.Tables]:
+        right = guesses(config, positions)
+        return [replace(right[0], frequencies=2 * right[0].frequencies), *right]
+
+    monkeypatch.setattr(tables, "guesses", wrong_ones_first)
+    trace.taps = {name: value for name, value in trace.taps.items() if not name.endswith("_rope")}
+    trace.save(file)
+    with pytest.raises(PartlyJudgedError):
+        judged(folder, file, Stop(6))
+    assert judged(folder, file).verdict == "holds"
 
 
 def test_what_is_kept_is_of_no_other_check(
