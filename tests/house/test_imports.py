@@ -165,7 +165,9 @@ def test_a_record_is_frozen_unless_it_is_known_to_change() -> None:
     for package in ("torch", "triton", "hypothesis"):
         pytest.importorskip(package)
     names = {".".join(installed.with_suffix("").parts).removesuffix(".__init__") for installed, _ in MODULES}
-    modules = [import_module(name) for name in names if not name.startswith(NOT_IMPORTED) and not name.endswith("__main__")]
+    modules = [
+        import_module(name) for name in names if not name.startswith(NOT_IMPORTED) and not name.endswith("__main__")
+    ]
     classes = [cls for module in modules for cls in vars(module).values() if isinstance(cls, type)]
     records = [cls for cls in classes if "__dataclass_params__" in vars(cls) and cls.__module__ in names]
     changing = [cls for cls in records if not vars(cls)["__dataclass_params__"].frozen]
