@@ -200,7 +200,7 @@ def test_what_was_ended_goes_on_and_says_what_the_whole_says(
     file, kept = recorded[kind], recorded[kind].with_name(f"{kind}.safetensors.judged")
     steps = Stop(0)
     judged(folder, file, steps)
-    for at in (4, 7, 9, steps.calls):
+    for at in (5, 9, steps.calls):
         with pytest.raises(PartlyJudgedError) as ended:
             judged(folder, file, Stop(at))
         assert kept.exists()
@@ -311,8 +311,7 @@ def test_the_same_folder_of_work_runs_nothing_again(folder: Path, tmp_path: Path
 # -- some layers, some positions, and parts ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "wrong"])
-@pytest.mark.parametrize("cuts", [(1,), (2, 3)])
+@pytest.mark.parametrize(("kind", "cuts"), [("float32", (2, 3)), ("bfloat16", (1,)), ("wrong", (2, 3))])
 def test_parts_that_are_merged_are_the_whole(
     folder: Path,
     recorded: dict[str, Path],
