@@ -1,9 +1,10 @@
 """The operators in plain Torch: short, on any device, with the names, signatures and checks of the Triton forms.
 
     plain.rms_norm(x, weight, eps)             # meets the contract: float32 inside, rounded once
+    plain.rms_norm_backward(dy, x, weight, eps)    # its gradients, by their formula
     plain.EAGER["rms_norm"](x, weight, eps)    # as anybody would write it: what a kernel has to beat
 
-Both are found by the operator's name in the files of this folder, the second as eager_rms_norm.
+All are found by the operator's name in the files of this folder, the last as eager_rms_norm.
 """
 
 import pkgutil
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 def _found(prefix: str = "") -> dict[str, Callable[..., Any]]:
     files = [import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    known = ((name, file, getattr(file, prefix + name, None)) for name in OPERATORS for file in files)
+    names = (*OPERATORS, *(f"{name}_backward" for name in OPERATORS))
+    known = ((name, file, getattr(file, prefix + name, None)) for name in names for file in files)
     return {name: made for name, file, made in known if made is not None and made.__module__ == file.__name__}
 
 
@@ -29,5 +31,6 @@ EAGER = _found("eager_")
 Signatures as in `refllm.kernels`. `torch.compile` gets these too, and goldens are confirmed by them in float64. None of
 attention, which is a library call itself."""
 
-__all__ = [*OPERATORS]
-globals().update(_found())
+_PLAIN = _found()
+__all__ = [*_PLAIN]
+globals().update(_PLAIN)
