@@ -12,7 +12,8 @@ walked over in chunks of `WORDS` words, each in three launches: D of the chunk [
 over all rows at once; and what it adds to dx, which is kept in float32 from chunk to chunk. Nothing is added up in the
 format of x, every order is fixed, and dx of a row does not depend on the others.
 
-Tiles: dW and dx are products with BLOCK_M x BLOCK_E sums per program; D has the tiles of linear_cross_entropy.py.
+Tiles: dW and dx are products with BLOCK_M x BLOCK_E sums per program; D has the tiles of linear_cross_entropy.py, of up
+to 128 words.
 Traffic: W and x three times, D (N V numbers, WORDS of a row at a time) written once and read twice, dx 8 N E bytes per
 chunk. 8 N V E flops: beyond a few hundred rows the tensor cores decide the speed.
 """
@@ -230,6 +231,9 @@ def plan(
     x_given = {"x_ptr": x_NE, "x_stride": x_NE.stride(0)}
     w_given = {"w_ptr": weight_VE, "w_stride": weight_VE.stride(0)}
     tiles = {name: forward.constants[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_E")}
+    tiles["BLOCK_V"] = min(
+        128, tiles["BLOCK_V"]
+    )  # D and what it is made of take more registers than two numbers per row
     e_tiles = triton.cdiv(E, tile.E)
     steps = [*scale, forward, merged]
     for first in range(0, V, words):
