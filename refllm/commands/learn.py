@@ -1,6 +1,7 @@
 """`refllm learn`: what the words of the reports mean."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,25 @@ def term(
     found = find(" ".join(name))
     out.print(_entry(found))
     write_json(asdict(found), json_file)
+
+
+@app.command()
+def book(
+    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where the pages go.")] = Path("docs/book"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; compare with what stands in the folder. 1 if it differs.")
+    ] = False,
+) -> None:
+    """The book: pages about operators, families and what a beginner needs, made from the code that they show."""
+    from refllm.learn.book import make
+
+    if not check:
+        print(f"{make.write(output)} files in {output}; begin with {output / 'index.html'}")
+        return
+    if found := make.differences(make.pages(), output):
+        print(*found, sep="\n")
+        raise typer.Exit(1)
+    print(f"{output} is what its sources make")
 
 
 def _entry(found: Any) -> Any:

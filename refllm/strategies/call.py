@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from refllm import ops
@@ -65,9 +66,14 @@ class Call:
 
 def argument_names(operator: str) -> list[str]:
     """The positional arguments as in the contract, but without shape suffixes: q, k_cache, lengths."""
+    return list(_argument_names(operator))
+
+
+@cache
+def _argument_names(operator: str) -> tuple[str, ...]:
     parameters = inspect.signature(getattr(ops, operator)).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    return [name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name for name in names]
+    return tuple(name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name for name in names)
 
 
 def describe(x: Any) -> str:
