@@ -38,7 +38,7 @@ class FollowedOperators(TorchOperators):
         return F.linear(x, weight, bias)
 
     def rms_norm_qkv_rope(self, *arguments: Any, cache: None, **how: Any) -> Any:
-        """Without a cache: what is written into one has no gradient."""
+        """The operator without its cache: what is written into one has no gradient."""
         form = plain.EAGER["rms_norm_qkv_rope"] if self.backend == "torch" else kernels.rms_norm_qkv_rope
         return form(*arguments, **how)
 
