@@ -107,7 +107,8 @@ def loss_and_gradients(
     followed = copy(model)
     followed.rotary = copy(model.rotary)
     followed.follow = lambda _: FollowedOperators(model.backend)
-    followed.tables = lambda at: [x.unsqueeze(-3) for x in type(model).tables(followed, at)]  # one for all heads
+    if model.backend == "torch":  # one table for all heads
+        followed.tables = lambda at: [x.unsqueeze(-3) for x in type(model).tables(followed, at)]
     interpreted = model.backend == "triton" and model.device.type == "cpu"
     with torch.enable_grad(), kernels.interpreted() if interpreted else contextlib.nullcontext():
         followed.weights = _FollowedWeights(model.weights, leaves, padding)
