@@ -841,7 +841,10 @@ def judge(
     if trace.dtype == "float64":
         return _of_float64(model, trace, asked, checkpoint, step)
     try:
-        collected, taps = explained_best(lambda guess: Judge(model, trace, asked, guess, keeper=keeper), step)
+        # What was judged under one guess at the tables says nothing under another.
+        collected, taps = explained_best(
+            lambda guess: Judge(model, trace, asked, guess, keeper=keeper if guess is None else None), step
+        )
         if collected.orders:
             collected, taps, notes = _whose_order(model, trace, asked, step, collected)
         else:
