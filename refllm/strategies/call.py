@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from refllm import ops
+from refllm.ops.contracts import axis_names, contract_of
 from refllm.strategies.arrays import Array
 
 Argument = Array | float | int | None
@@ -29,6 +30,16 @@ class Call:
     def names(self) -> list[str]:
         """The names of its arguments, in order."""
         return argument_names(self.operator)[: len(self.arguments)]
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths of its arguments' axes, by the names of the contract."""
+        found: dict[str, int] = {}
+        axes = contract_of(self.operator).arguments
+        for name, x in (*zip(self.names, self.arguments, strict=True), *self.keywords):
+            if isinstance(x, Array) and name in axes:
+                found |= dict(zip(axis_names(axes[name], len(x.shape)), x.shape, strict=True))
+        return found
 
     def arrays(self) -> tuple[list[Any], dict[str, Any]]:
         """(arguments, keywords) for `refllm.ops`."""

@@ -64,6 +64,12 @@ class SmallCall:
         return arguments, keywords
 
     @property
+    def taken(self) -> list[str]:
+        """The names of the arguments that the definition takes and that are given."""
+        parameters = map(without_axes, inspect.signature(self.definition).parameters)
+        return [name for name in parameters if name in self.given]
+
+    @property
     def definition(self) -> Callable[..., Any]:
         """The function of `refllm.ops`."""
         found: Callable[..., Any] = getattr(ops, self.operator)
@@ -122,17 +128,18 @@ class SmallCall:
     def run(self, function: Callable[..., Any]) -> tuple[np.ndarray, ...]:
         """The results of a function of Torch tensors with the signature of the operator."""
         arguments, keywords = self.arguments
-        tensors = [self._tensor(x) for x in arguments]
-        return _arrays(function(*tensors, **{name: self._tensor(x) for name, x in keywords.items()}))
+        names = [without_axes(name) for name in inspect.signature(self.definition).parameters]
+        tensors = [self._tensor(name, x) for name, x in zip(names, arguments, strict=False)]
+        return _arrays(function(*tensors, **{name: self._tensor(name, x) for name, x in keywords.items()}))
 
-    def _tensor(self, x: Any) -> Any:
+    def _tensor(self, name: str, x: Any) -> Any:
         import torch
 
         if not isinstance(x, np.ndarray):
             return x
         if x.dtype != np.float64:
             return torch.from_numpy(x.copy())
-        narrow = np.array_equal(rounding(DTYPE)(x.astype(np.float32)), x)
+        narrow = name != "dloss" and np.array_equal(rounding(DTYPE)(x.astype(np.float32)), x)
         return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16 if narrow else torch.float32)
 
 

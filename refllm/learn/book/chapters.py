@@ -67,7 +67,9 @@ def _prose(text: str, markdown: Callable[[str], Any]) -> str:
 
 
 def _formula(found: re.Match[str]) -> str:
-    return found[1] or formula.from_latex(found[2] or found[3], display=bool(found[2]))
+    if found[2]:
+        return f'<div class="formula">{formula.from_latex(found[2], display=True)}</div>'
+    return found[1] or formula.from_latex(found[3])
 
 
 def _corpus(until: str) -> str:

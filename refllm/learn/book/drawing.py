@@ -61,7 +61,7 @@ def shapes(title: str, arguments: Mapping[str, Sequence[str]], results: Mapping[
         tallest = max(tallest, height)
     middle = 34 + tallest / 2
     drawing.line([(x, middle), (x + 96, middle)])
-    drawing.words(x + 48, middle - 8, title.partition("_backward")[0] if len(title) > 14 else title, kind="strong")
+    drawing.words(x + 48, middle - 8, "the way back" if title.endswith("_backward") else title, kind="strong")
     x += 112
     for name, axes in results.items():
         x, _ = _array(drawing, x, name, axes)

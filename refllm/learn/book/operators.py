@@ -15,7 +15,8 @@ import numpy as np
 
 from refllm.learn.book import bugs, drawing, formula, numbers, sources
 from refllm.learn.book.calls import SmallCall
-from refllm.ops.contracts import CONTRACTS
+from refllm.ops.backward_contracts import BACKWARD
+from refllm.ops.contracts import CONTRACTS, contract_of
 
 _FOLDER = Path(__file__).with_name("operators")
 
@@ -105,7 +106,7 @@ def _formulas(entry: dict[str, Any]) -> list[str]:
 
 
 def _pass(page: str, operator: str, entry: dict[str, Any], call: SmallCall) -> Pass:
-    kernel = bool(entry.get("triton"))
+    kernel = bool(entry.get("triton")) and all(sources.has("triton", one) for one in entry["triton"])
     columns = [("NumPy", "ops", entry["numpy"])] + ([("Triton", "triton", entry["triton"])] if kernel else [])
     functions = [[sources.function(folder, one) for one in names] for _, folder, names in columns]
     marks: dict[tuple[str, int, int], int] = {}
@@ -128,7 +129,7 @@ def _pass(page: str, operator: str, entry: dict[str, Any], call: SmallCall) -> P
         says=entry.get("says", ""),
         steps=steps,
         columns=wholes,
-        given=[(name, _given(value)) for name, value in call.given.items()],
+        given=[(name, _given(call.given[name])) for name in call.taken],
         numbers=list(_numbers(entry, call, kernel)),
         no_kernel="" if kernel else entry.get("no_kernel", "There is no Triton kernel of its own."),
         drawn=_drawn(operator, entry, call),
@@ -172,7 +173,7 @@ def _given(value: Any) -> str:
 
 
 def _numbers(entry: dict[str, Any], call: SmallCall, kernel: bool) -> Iterator[tuple[str, str, str, str, str]]:
-    judged = call.by_kernel if kernel and not call.operator.endswith("_backward") else None
+    judged = call.by_kernel if kernel else None
     names: Sequence[str] = entry["results"]
     for i, (name, by_formula, exact) in enumerate(zip(names, call.by_formula, call.exact, strict=True)):
         shown = numbers.array(judged.values[i]) if judged else ""
@@ -181,7 +182,7 @@ def _numbers(entry: dict[str, Any], call: SmallCall, kernel: bool) -> Iterator[t
 
 
 def _drawn(operator: str, entry: dict[str, Any], call: SmallCall) -> str:
-    known = CONTRACTS.get(operator)
+    known = contract_of(operator) if operator in (*CONTRACTS, *BACKWARD) else None
     if known is not None:
         arguments = {name: axes for name, axes in known.arguments.items() if call.given.get(name) is not None}
         asked = call.arguments[1].get("return_lse", False)
