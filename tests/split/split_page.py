@@ -141,7 +141,7 @@ def text(rows: Sequence[Row]) -> str:
         "",
         "Each run below is a program of torch.distributed over gloo, in two processes: a hand-written Arcee model,",
         "tensor parallel (tp) or context parallel (cp), whose ranks write their values and placements",
-        "([docs/recording.md](recording.md)). `refllm check CHECKPOINT --trace FOLDER` puts them together and judges.",
+        "([docs/recording.md](../docs/recording.md)). `refllm check CHECKPOINT --trace FOLDER` puts them together and judges.",
         "Written by a command:",
         "",
         "    python tests/split/split_page.py docs/split.md",
