@@ -24,6 +24,7 @@ Variances = list[np.ndarray | None]
 _STEPS = 4  # float32 roundings between a gradient and what a norm makes of it: products, difference, root
 _ONE_ADDITION = 0.541 * 2.0**-46 / 12  # relative variance, on average over a binade
 _OF_AN_EXPONENTIAL = (4 * 2.0**-24) ** 2  # relative variance of those of a kernel, which are good to some ulp
+_FORMULA_STEPS = 12  # roundings in a formula of several lines, as that of a GELU by tanh, and in its derivative
 _SLOPE_STEPS, _LEAST_SLOPE = 4, 0.25  # of the derivative of an activation; where it crosses 0 its terms do not
 
 
@@ -194,7 +195,7 @@ class Backward(_InOrder):
     def _activation(self, d: Uncertain, x: np.ndarray, name: str) -> Variances:
         slope = ops.activation_backward(np.ones(np.shape(x)), x, name)
         dx = d.value * slope
-        return [np.square(slope) * d.variance + self._of_a_slope(d.value, slope) + self._noise(dx, "activation")]
+        return [np.square(slope) * d.variance + self._of_a_slope(d.value, slope, x) + self._noise(dx, "activation")]
 
     def _glu(self, d: Uncertain, gate: np.ndarray, up: np.ndarray, name: str) -> Variances:
         gate, up = np.asarray(gate, np.float64), np.asarray(up, np.float64)
@@ -202,17 +203,26 @@ class Backward(_InOrder):
         slope = ops.activation_backward(np.ones(gate.shape), gate, name)
         inner = d.value * up
         of_inner = np.square(up) * d.variance + self._noise(inner, "glu.activation")
-        of_gate = np.square(slope) * of_inner + self._of_a_slope(inner, slope) + self._noise(inner * slope, "glu")
+        of_gate = np.square(slope) * of_inner + self._of_a_slope(inner, slope, gate) + self._noise(inner * slope, "glu")
         of_act = self._forward._noise(act, "glu.activation") + self._inside(act, 2) + _vanished(act)
-        of_act = of_act + np.square(cancels(name, gate))
+        coarser = self._ulp(np.ones(1), self.dtype)[0] * 2.0**23 if self._written_out else 1.0
+        of_act = of_act + np.square(coarser * cancels(name, gate))
+        if self._written_out:  # the argument of its exponential
+            of_act = of_act + 4 * np.square(act) * np.asarray(self._noise(2 * gate, "activation.terms"))
         return [of_gate, np.square(act) * d.variance + np.square(d.value) * of_act + self._noise(d.value * act, "glu")]
 
-    def _of_a_slope(self, d: np.ndarray, slope: np.ndarray) -> Any:
+    def _of_a_slope(self, d: np.ndarray, slope: np.ndarray, x: np.ndarray) -> Any:
         size = d * np.maximum(np.abs(slope), _LEAST_SLOPE)
         inside = self._inside(size, _SLOPE_STEPS) + np.square(d) * _vanished(slope)
-        if self.dtype != "float32" and "activation.terms" in self.policy.points:
-            inside = inside + _SLOPE_STEPS * np.asarray(self._noise(2 * size, "activation.terms"))
+        if self._written_out:  # powers of x among its terms
+            terms = 2 * size * (1 + np.square(x) / 4)
+            inside = inside + _FORMULA_STEPS * np.asarray(self._noise(terms, "activation.terms"))
         return inside
+
+    @property
+    def _written_out(self) -> bool:
+        """Whether an activation is a formula of several lines, each of which rounds."""
+        return self.dtype != "float32" and "activation.terms" in self.policy.points
 
     # -------------------------------------------------------------------------------------------------------- attention
 

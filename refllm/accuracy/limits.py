@@ -103,9 +103,9 @@ OF_ONE_ROUNDING, OF_THE_SMALLEST = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.
 """The same of a row that is rounded number by number: half a step of each; and half the smallest number of float16, as
 what a number may be off by in any case."""
 
-ALIKE_STEPS = 2.0
-"""Times the predicted variance of gradients that are products and round at every step: rows that are alike have errors
-that are alike, and those of a group of rows add up."""
+ALIKE_STEPS = 3.0
+"""Times the predicted variance of gradients that are products, or formulas of several lines, and round at every step:
+rows that are alike have errors that are alike, and those of a group of rows add up."""
 
 CANCELS = 3
 """Mean over standard deviation of a row, from where a variance in one pass, the difference of two squares, is mostly

@@ -57,7 +57,11 @@ class Autograd:
     def __call__(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
         """The gradients of the tensor arguments in order; None for what has none."""
         run = _Pass(self, arguments, keywords)
-        return run.gradients()
+        incoming = {d.untyped_storage().data_ptr() for d in run.incoming}
+        # Autograd may hand an incoming gradient on as it is.
+        return tuple(
+            x.clone() if x is not None and x.untyped_storage().data_ptr() in incoming else x for x in run.gradients()
+        )
 
     def further(self, make: Callable[[], tuple[list[Any], dict[str, Any]]]) -> Further | None:
         """The first of the other properties that is broken. make: the arguments of a call, anew each time."""

@@ -83,11 +83,12 @@ class GradientRoundings:
             return judged
         if any(f.property != "value" for j in judged for f in j.faults):
             return judged
-        best, alike = judged, limits.ALIKE_STEPS if contract_of(call.operator).product else 1.0
+        best, product = judged, contract_of(call.operator).product
         for policy in profiles(call, self.convention):
+            alike = limits.ALIKE_STEPS if product or policy is _TERMS else 1.0
             other = expect_values(call.operator, arguments, keywords, call.dtype, policy, call.dtypes)
             found = [
-                j if j.holds else judge(r.value, _as_predicted(o, e, alike), RULES)
+                j if j.holds else _judged(r, o, e, alike)
                 for j, r, o, e in zip(judged, results, other, expected, strict=True)
             ]
             if all(j.holds for j in found):
@@ -104,13 +105,25 @@ class GradientRoundings:
         return max(self._used, key=lambda name: self._used[name])
 
 
+def _judged(result: Result, other: Expected, contract: Expected, alike: float) -> Judgement:
+    """A gradient beside the exact one; or, of attention, beside that of the definition under the other policy: of large
+    scores the rounding is no small change, and takes the weights to other keys."""
+    found = judge(result.value, _as_predicted(other, contract, alike), RULES)
+    if found.holds or forward_name(other.operator) != "attention":
+        return found
+    rounded = replace(other, exact=other.contract, variance=other.variance * alike)
+    near = judge(result.value, rounded, RULES)
+    return near if near.holds else found
+
+
 def _as_predicted(other: Expected, contract: Expected, alike: float) -> Expected:
     """What is expected under another policy: the exact values of the contract, with an error in the format as large as
     the definition has under it, or as predicted if that is more: not every place at which code rounds is one of the
-    definition, and what a row shares may be rounded by more than on average."""
+    definition, what a row shares may be rounded by more than on average, and scores so large that their rounding is no
+    small change have an error that nothing predicts."""
     variance = other.variance * alike
     error, finite = errors(other.contract, contract.exact)
     own, predicted = rms(error[finite]), rms(np.sqrt(variance[finite]))
-    size = np.sqrt(variance) * max(1.0, own / predicted if predicted else 1.0)
-    near = np.where(np.isfinite(other.contract), contract.exact + size, other.contract)
+    variance = variance * max(1.0, own / predicted if predicted else 1.0) ** 2
+    near = np.where(np.isfinite(other.contract), contract.exact + np.sqrt(variance), other.contract)
     return replace(other, exact=contract.exact, variance=variance, contract=near)

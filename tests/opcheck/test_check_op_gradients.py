@@ -18,7 +18,9 @@ from refllm.opcheck import laws  # noqa: E402
 from refllm.opcheck.report import report_text  # noqa: E402
 from refllm.ops.backward_contracts import BACKWARD, forward_name  # noqa: E402
 from refllm.precision import FUSED, Arithmetic  # noqa: E402
-from refllm.strategies import corners  # noqa: E402
+from refllm.strategies import Array, Call, corners  # noqa: E402
+from refllm.strategies.arrays import FIRST_DIM  # noqa: E402
+from refllm.strategies.gradients import backward_call  # noqa: E402
 from refllm.strategies.levels import families_of, level_of  # noqa: E402
 from tests.opcheck import gradient_candidates as fn  # noqa: E402
 
@@ -83,6 +85,40 @@ def test_the_definitions_in_emulation_hold(operator):
 )
 def test_gradients_that_autograd_makes_of_honest_code_hold(operator, function, how):
     assert_operator(operator, function, backward=True, **QUICK, **how)
+
+
+def written_out(gate, up, name):
+    """A gated unit whose activation is a formula of several lines."""
+    c = (2 / np.pi) ** 0.5
+    act = {
+        "gelu_new": lambda x: 0.5 * x * (1 + torch.tanh(c * (x + 0.044715 * x * x * x))),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+        "silu": lambda x: x * torch.sigmoid(x),
+    }[name]
+    return act(gate) * up
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["gelu_new", "quick_gelu", "silu"])
+def test_activations_that_are_written_out_hold(name, dtype):
+    gate = Array((3, 1025), dtype, "ramp", scale=9.0, mean=-5.0)
+    forward = Call("glu", dtype, (gate, Array((3, 1025), dtype, seed=1), name))
+    equal = Call("glu", dtype, (Array((5, 64), dtype, "ones", mean=1.0), Array((5, 64), dtype, seed=1), name))
+    calls = [backward_call(c, g) for c in (forward, equal) for g in ("plain", "of one sign", "along the input")]
+    assert_operator("glu", written_out, backward=True, dtype=dtype, calls=calls, **QUICK)
+
+
+def test_eager_attention_holds_where_rounded_scores_choose_other_keys():
+    k = Array((3, 1, 127, 160), "bfloat16", "eighths", seed=1, planted=((FIRST_DIM, -392.0),))
+    q = Array((3, 1, 8, 160), "bfloat16", "eighths", planted=((FIRST_DIM, 256.0),))
+    v = Array((3, 1, 127, 160), "bfloat16", mean=0.5, seed=2)
+    calls = [backward_call(Call("attention", "bfloat16", (q, k, v), (("scale", 1.0),)), "of one sign")]
+    assert_operator("attention", fn.eager_attention, backward=True, calls=calls, **QUICK)
+
+
+def test_a_gradient_that_is_handed_on_is_no_fault_of_autograd():
+    call = backward_call(Call("activation", "float32", (Array((3, 8), "float32"), "linear")))
+    assert_operator("activation", lambda x, name: x * 1, backward=True, dtype="float32", calls=[call], **QUICK)
 
 
 def test_a_sum_that_torch_keeps_in_the_narrow_format_is_a_convention_and_not_the_contract():
