@@ -52,7 +52,7 @@ def _seconds(model: Model, inputs: Inputs, asked: Asked) -> float:
     rows = inputs.input_ids.size if asked.last is None else len(inputs.input_ids) * asked.last
     if numbers * rows < 1e9:
         return 0.0
-    a, b, took = np.ones((64, 1024)), np.ones((1024, 512)), []
+    a, b, took = np.ones((64, 1024)), np.ones((1024, 512)), list[float]()
     for _ in range(8):  # the best, since others may use the machine at this moment
         begin = time.perf_counter()
         a @ b
