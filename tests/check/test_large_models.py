@@ -356,6 +356,7 @@ def test_what_makes_no_whole_is_said_in_one_sentence(
         ([folder, "--last", "0"], "expected how many positions"),
         ([folder, "--last", "3", "--backward"], "leave out --backward"),
         ([folder, "--trace", recorded["bfloat16"], "--work", tmp_path], "leave out --work"),
+        ([folder, "--trace", recorded["bfloat16"], "--backward"], "leave out --backward"),
         ([folder, folder], "check takes one CHECKPOINT"),
     ):
         code, _, error = run("check", *command)
