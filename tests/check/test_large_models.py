@@ -2,6 +2,7 @@
 was judged kept, resumed and merged. In all these ways the report is that of the whole, to the last digit."""
 
 import json
+import re
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from tiny import tiny_model
 
 import refllm
 from refllm.accuracy import tables
-from refllm.check import candidates, compare, keeper
+from refllm.check import candidates, compare, keeper, plan
 from refllm.check import trace as traces_module
 from refllm.check.asked import ALL_LAYERS, Asked, Layers
 from refllm.check.candidates import ReferenceCandidate, record
@@ -28,7 +29,9 @@ from refllm.check.run import Settings, load
 from refllm.check.trace import Trace
 from refllm.check.values import Values
 from refllm.commands import cli
+from refllm.config import published
 from refllm.errors import InputError
+from refllm.models.families import CLASSES
 from refllm.storage import weights
 
 IDS = np.random.default_rng(5).integers(4, 90, (2, 12))
@@ -353,6 +356,7 @@ def test_what_makes_no_whole_is_said_in_one_sentence(
         ([folder, "--last", "0"], "expected how many positions"),
         ([folder, "--last", "3", "--backward"], "leave out --backward"),
         ([folder, "--trace", recorded["bfloat16"], "--work", tmp_path], "leave out --work"),
+        ([folder, "--trace", recorded["bfloat16"], "--backward"], "leave out --backward"),
         ([folder, folder], "check takes one CHECKPOINT"),
     ):
         code, _, error = run("check", *command)
@@ -392,3 +396,16 @@ def test_layers_of_text() -> None:
         Layers(1, 4),
     ]
     assert Layers(1, 4).within(4) == Layers(1)
+
+
+def test_what_a_check_takes_is_said_where_it_is_much(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, sizes = published.MODELS["helium-1-2b"]
+    model = CLASSES[name](CLASSES[name].config_class(**sizes))  # without its weights
+    inputs = Inputs(np.zeros((1, 64), np.int64))
+    monkeypatch.setattr(plan, "free_memory", lambda: 1_000_000_000)
+    monkeypatch.setattr(plan, "WORTH_SAYING", 1.0)
+    of_it = plan.plan(model, inputs, Asked(), "torch", "bfloat16")
+    assert re.match(r"about \d\.\d GB of memory, 4\.3 of them the candidate, and about .* to judge", of_it)
+    assert "1.0 GB are free" in of_it
+    assert "candidate" not in plan.plan(model, inputs, Asked(), "", "bfloat16")
+    assert plan.plan(load(folder, "bfloat16"), Inputs(IDS), Asked(), "torch", "bfloat16") == ""
