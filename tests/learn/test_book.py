@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from refllm import AutoConfig, extras, golden
+from refllm.commands import cli
 from refllm.config import ModelConfig
 from refllm.errors import InputError
 from refllm.forward.dry_run import names_of
@@ -201,6 +203,22 @@ def test_what_breaks_between_two_families_is_measured() -> None:
     (rotation,) = (c for c in families.changes("llama", "helium") if "rope" in "".join(c.ours))
     assert re.search(r"[1-9]\d* of 48 next tokens are others", rotation.breaks)
     assert rotation.theirs == [rotation.ours[0].replace("False", "True")]
+
+
+def test_the_command_writes_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "pages", lambda: {"book.css": "", "chapters/one.html": "one\n0.25 sigma\n"})
+    (tmp_path / "old.html").write_text("a page that the book no longer has")
+    command = ["learn", "book", "--output", str(tmp_path)]
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
+        "book.css",
+        "chapters/one.html",
+    ]
+    assert CliRunner().invoke(cli.app, [*command, "--check"]).exit_code == 0
+    (tmp_path / "chapters" / "one.html").write_text("one\n0.35 sigma\n")
+    result = CliRunner().invoke(cli.app, [*command, "--check"])
+    assert result.exit_code == 1
+    assert "chapters/one.html: line 2 is '0.35 sigma', and now '0.25 sigma'" in result.output.replace("\n", " ")
 
 
 def test_every_exercise_that_the_book_names_exists() -> None:

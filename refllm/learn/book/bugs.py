@@ -11,6 +11,7 @@ from refllm.accuracy.judge import judge
 from refllm.kernels.mutants import Mutant, catalogue
 from refllm.kernels.mutants.known_bugs import KNOWN_BUGS
 from refllm.learn.book.calls import SmallCall
+from refllm.ops.backward_contracts import is_backward
 
 _MANY = 1e6  # sigma; beyond, the number alone says enough
 _TRIGGERS = {reference: bug.trigger for bug in KNOWN_BUGS for reference in bug.references}
@@ -31,13 +32,19 @@ class Bug:
 
 
 def bugs_of(call: SmallCall) -> list[Bug]:
-    """Those that stand in plain Torch, and of the Triton ones what has no such form; real ones first."""
+    """Those that stand in plain Torch, and of the Triton ones what has no such form; real ones first. Of a backward
+    pass, which has many, only those that somebody made."""
     found: dict[str, Mutant] = {}
     for mutant in [*catalogue(call.operator, "torch"), *catalogue(call.operator, "triton")]:
-        if not mutant.equivalent:
+        if not mutant.equivalent and not getattr(mutant, "autograd", False):  # what autograd finds is no such call
             found.setdefault(mutant.name, mutant)
-    listed = [_bug(mutant, call) for mutant in found.values()]
+    real_only = is_backward(call.operator)
+    listed = [_bug(mutant, call) for mutant in found.values() if _is_real(mutant) or not real_only]
     return sorted(listed, key=lambda bug: not bug.real)
+
+
+def _is_real(mutant: Mutant) -> bool:
+    return not mutant.source.startswith("one-line")
 
 
 def _bug(mutant: Mutant, call: SmallCall) -> Bug:
@@ -46,8 +53,7 @@ def _bug(mutant: Mutant, call: SmallCall) -> Bug:
     needs = mutant.corner or _TRIGGERS.get(mutant.source, "")
     if len(mutant.dtypes) < 3 and not mutant.place:
         needs = "; ".join([*([needs] if needs else []), " or ".join(mutant.dtypes)])
-    real = not mutant.source.startswith("one-line")
-    return Bug(mutant.name, mutant.what, mutant.source, link, _shows(mutant, call), needs, real)
+    return Bug(mutant.name, mutant.what, mutant.source, link, _shows(mutant, call), needs, _is_real(mutant))
 
 
 def _shows(mutant: Mutant, call: SmallCall) -> str:

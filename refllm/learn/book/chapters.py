@@ -94,7 +94,9 @@ def _block(
     shown += [f'<pre class="out" tabindex="0" role="region" aria-label="Output">{_escaped(printed)}</pre>'] * bool(
         printed
     )
-    return "\n".join([*shown, *(f'<figure class="drawing">{one}</figure>' for one in drawn)])
+    return "\n".join(
+        [*shown, *(f'<figure class="drawing" tabindex="0" aria-label="Drawing">{one}</figure>' for one in drawn)]
+    )
 
 
 def _code(text: str, kind: str) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 CHARACTER = 7.2  # the width of a character of 12 pixels in a font of fixed width
 
 
+_READABLE = 560  # pixels that a drawing may shrink to; where the page is narrower it scrolls
+
+
 class Drawing:
     """A drawing that grows: parts, and how far they reach. title: what it shows, for those who cannot see it."""
 
@@ -38,13 +41,14 @@ class Drawing:
         self.width, self.height = max(self.width, x), max(self.height, y)
 
     def svg(self) -> str:
-        """The drawing; it shrinks where the page is narrow."""
+        """The drawing; it shrinks where the page is narrow, as far as its words can be read."""
         width, height = self.width + 10, self.height + 10
         arrow = (
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
             '<path class="tip" d="M0 0 L8 4 L0 8 z"/></marker></defs>'
         )
-        size = f'viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px"'
+        least = min(width, _READABLE)
+        size = f'viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px;min-width:{least:g}px"'
         return f'<svg {size} role="img" aria-label="{html.escape(self.title)}">{arrow}' + "".join(self.parts) + "</svg>"
 
 

@@ -62,6 +62,7 @@ class Pass:
     columns: list[tuple[str, list[Whole]]]
     given: list[tuple[str, str]]
     numbers: list[tuple[str, str, str, str, str]]
+    bugs: list[bugs.Bug]
     no_kernel: str
     drawn: str
 
@@ -97,7 +98,6 @@ def page(name: str) -> dict[str, Any]:
         "docstring": (forward.definition.__doc__ or "").strip(),
         "passes": passes,
         "exercises": [one for one in _exercises(name, entry) if one in exercises()],
-        "bugs": bugs.bugs_of(forward) if known else [],
     }
 
 
@@ -139,6 +139,7 @@ def _pass(page: str, operator: str, entry: dict[str, Any], call: SmallCall) -> P
         columns=wholes,
         given=[(name, _given(call.given[name])) for name in call.taken],
         numbers=list(_numbers(entry, call, kernel)),
+        bugs=bugs.bugs_of(call) if kernel else [],
         no_kernel="" if kernel else entry.get("no_kernel", "There is no Triton kernel of its own."),
         drawn=_drawn(operator, entry, call),
     )
