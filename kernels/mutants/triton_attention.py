@@ -14,7 +14,7 @@ _LSE = "lse = tl.fma(shift, unit, tl.fma(shift, unit_rest, _log(total)))"
 _LOW = "low = _add_product(p, v, low * fade[:, None], head)"
 _FIRST_WALK = "walk(m, total, low, high, q, keys, 0, full, limit, scale, head, BLOCK_N, True)"
 _LAST_WALK = "walk(m, total, low, high, q, keys, full, stop, limit, scale, head, BLOCK_N, False)"
-_HIGH_SCORES = "s = tl.dot(q.high, tl.trans(k), s) if head.CHAINED else _add_apart(s, q.high, tl.trans(k))"
+_HIGH_SCORES = "s = tl.dot(q.high, tl.trans(k), s) if head.CHAINED else add_apart(s, q.high, tl.trans(k))"
 _SCALE = "scale = q_BHSD.shape[-1] ** -0.5 if scale is None else float(scale)"
 
 _attention = partial(planted, "attention", "attention")
