@@ -228,7 +228,7 @@ def store_carefully(
 
 
 @triton.jit
-def _log(x):
+def natural_log(x):
     """ln x for x >= 0, to a unit in the last place. tl.log2 is off by up to two (CUDA C++ Programming Guide, table of
     intrinsic functions), which is more than all other errors of an lse together.
 
@@ -283,7 +283,7 @@ def attention_kernel(
     m, total, low, high = walk(m, total, low, high, q, keys, full, stop, limit, scale, head, BLOCK_N, False)
 
     shift = finite_or_zero(m)
-    lse = tl.fma(shift, unit, tl.fma(shift, unit_rest, _log(total)))
+    lse = tl.fma(shift, unit, tl.fma(shift, unit_rest, natural_log(total)))
     tl.store(lse_ptr + (b * H + h) * S + rows, lse, mask=inside)
     o_ptr += b * S * H * D + h * D
     offsets = rows.to(tl.int64) * (H * D)
