@@ -565,9 +565,11 @@ def plan_gradients(
     }  # fmt: skip
     form = {**constants_of(D, q.dtype, scale, target), "CAUSAL": causal, "GROUPED": lengths is not None}
     narrow = q.dtype != torch.float32
-    how = {
+    how: dict[str, Any] = {
         "num_warps": tile.warps, "num_stages": tile.stages, "tensor_cores": narrow,
         "async_copies": narrow and chunk_length(D, q, k, v, do) == CHUNK,
+        # Left alone, ptxas spills a few registers to fit one more program per multiprocessor; under a limit it does not.
+        "options": {} if target.is_amd else {"maxnreg": 255},
     }  # fmt: skip
     steps = [rows]
     if needed[1]:
