@@ -112,6 +112,8 @@ def _module(file: str, changes: tuple[Change, ...]) -> ModuleType:
         source = source.replace(imported, f"from {_module(other, changes).__name__} import")
     # An operator can be registered with Torch only once; what is registered is a plain function already.
     source = source.replace(_REGISTERS, "@_unregistered(")
+    for registers in ("differentiable", "only_once"):
+        source = source.replace(f"\n{registers}(", "\n_unregistered(")
     return _execute(file, source)
 
 
