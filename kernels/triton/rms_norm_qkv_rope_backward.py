@@ -176,9 +176,8 @@ def plan(
     if needed[0] or needed[1]:
         dnormed = x.new_empty((B * S, E))
         steps.append(product(rows, w_qkv.contiguous(), dnormed, tile))
-        asked = (needed[0], needed[1], False)
         given = "rms_norm_backward", dnormed.view(x.shape), None, x, None, norm_weight, None, eps
-        norm, dx, dnorm_weight, _ = norm_backward_plan(*given, asked, target)
+        norm, dx, dnorm_weight = norm_backward_plan(*given, target)
         steps += norm
     dw_qkv = w_qkv.new_empty(w_qkv.shape if needed[2] else 0)
     if needed[2]:
@@ -235,7 +234,8 @@ def _rms_norm_qkv_rope_backward(
 @_rms_norm_qkv_rope_backward.register_fake
 def _(dq, dk, dv, x, norm_weight, w_qkv, b_qkv, cos, sin, eps, interleaved, needed):
     of_bias = needed[3] and b_qkv is not None
-    asked = ((x, needed[0]), (norm_weight, needed[1]), (w_qkv, needed[2]))
+    of_norm = needed[0] or needed[1]  # both come of one kernel
+    asked = ((x, of_norm), (norm_weight, of_norm), (w_qkv, needed[2]))
     return (*(like.new_empty(like.shape if each else 0) for like, each in asked), x.new_empty(len(w_qkv) * of_bias))
 
 
