@@ -130,6 +130,13 @@ def kept(operator: str, q: torch.Tensor, o: Any, lse: Any, dlse: Any = None) -> 
             fail(operator, name, x, f"{list(q.shape[:3])} torch.float32 on {q.device}")
 
 
+def loss_gradient(operator: str, dloss: Any, labels: torch.Tensor, reduction: str) -> None:
+    """dloss is float32, one number or one per label, as the loss that it belongs to is."""
+    shape, ok = tuple(labels.shape) if reduction == "none" else (), isinstance(dloss, torch.Tensor)
+    if not ok or tuple(dloss.shape) != shape or dloss.dtype != torch.float32 or dloss.device != labels.device:
+        fail(operator, "dloss", dloss, f"{list(shape)} torch.float32 on {labels.device}")
+
+
 def _shape(operator: str, name: str, axes: tuple[str, ...], x: Any, known: dict[str, Any]) -> tuple[int, ...]:
     """The shape that x has to have; an axis of a name that is new gets its length from x."""
     for place, axis in enumerate(axes):

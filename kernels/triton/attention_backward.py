@@ -489,7 +489,7 @@ TUNABLE = Tunable(
     {"keys": (32, 64, 128), "queries_step": (16, 32, 64), "queries": (64, 128), "keys_step": (32, 64), "warps": (4, 8),
      "stages": (2,)},
     {"float32": {"keys": (32,), "queries_step": (16,), "queries": (32,), "keys_step": (16,)}},
-    outer=("keys",), inner=("queries_step",), sums=(("keys", "D"), ("keys", "D"), ("keys", "queries_step")), tuned=1,
+    outer=("keys",), inner=("queries_step",), sums=(("keys", "D"), ("keys", "D"), ("keys", "queries_step")), about=1,
 )  # fmt: skip
 
 

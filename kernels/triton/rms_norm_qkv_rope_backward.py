@@ -54,7 +54,7 @@ TUNABLE = Tunable(
      "float32": {"S": 512, "E": 2560, "H": 20, "K": 4, "D": 128, "R": 128}},
     {"M": (64, 128), "N": (64, 128), "K": (32, 64), "warps": (4, 8), "stages": (3, 4)},
     {"float32": {"M": (32, 64), "N": (32, 64), "K": (16,), "stages": (2,)}},
-    outer=("M", "N"), streamed=("N", "K"), sums=(("M", "N"),), tuned=3,
+    outer=("M", "N"), streamed=("N", "K"), sums=(("M", "N"),), about=3,
 )  # fmt: skip
 
 
