@@ -19,10 +19,11 @@ import torch
 from refllm.kernels import arguments
 from refllm.kernels.launch import Launch, on_device, stands_for_others
 from refllm.kernels.targets import DEFAULT, Target, target_of
-from refllm.kernels.triton.attention_backward import Tile, plan_gradients, results
+from refllm.kernels.triton.attention_backward import TUNABLE, Tile, plan_gradients, results
 from refllm.kernels.triton.autograd import Gradients, differentiable, if_needed, only_once
 from refllm.kernels.triton.decode_attention import plan as forward_plan
 
+__all__ = ["TUNABLE", "Tile", "decode_attention_backward", "launches", "plan"]
 _ALL = (True, True)
 
 

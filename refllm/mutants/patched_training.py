@@ -168,6 +168,9 @@ def main() -> int:
     parser.add_argument("markdown", type=Path, help="the page")
     parser.add_argument("--points", type=int, default=POINTS)
     arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)  # products this small take longer on several
     found = []
     for point in points(arguments.points):
         found.append(point)
