@@ -182,7 +182,7 @@ def _pairs(a, b, head):
 @triton.jit
 def _weights_and_slopes(x, y, over_x, over_y, shift, rest, delta, visible, scale, head):
     """p and ds of a tile. x, y: the rows held, over_x, over_y: those walked over; these are (k, v) and (q, do), or the
-    other way round. shift, rest, delta: along the axis of the queries. visible: who sees whom; None: every query all keys."""
+    other way round. shift, rest, delta: along the axis of the queries. visible: who sees whom, None: all see all."""
     s = _pairs(x, over_x, head)
     power = tl.fma(-s if head.NEGATE else s, scale, -shift)  # fma: a rounded product is off by 1 % for scores of 1e5
     p = tl.exp2(power - rest if head.SLICED else power)
@@ -307,7 +307,9 @@ def _store_keys_carefully(
             i = start + step % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
             q, do, shift, rest, delta = _load_queries(step // tiles, i, queries, head, form)
             visible = _visible_to(attend, n, i, queries, keys, form)
-            p, ds = _weights_and_slopes(k, v, q, do, shift[None, :], rest[None, :], delta[None, :], visible, scale, head)
+            p, ds = _weights_and_slopes(
+                k, v, q, do, shift[None, :], rest[None, :], delta[None, :], visible, scale, head
+            )
             dv = _careful_part(dv, p, do, dim, head)
             dk = _careful_part(dk, ds, q, dim, head)
         store_rows(dv_ptr, offsets, inside, dim, head.D, dv, SLICE)
@@ -405,7 +407,9 @@ def _store_queries_carefully(
             n = first + tl.arange(0, BLOCK_N)
             k, v, attend = _load_keys(n, keys, head)
             visible = attend[None, :] & (n[None, :] < limit[:, None])
-            _, ds = _weights_and_slopes(q, do, k, v, shift[:, None], rest[:, None], delta[:, None], visible, scale, head)
+            _, ds = _weights_and_slopes(
+                q, do, k, v, shift[:, None], rest[:, None], delta[:, None], visible, scale, head
+            )
             dq = _careful_part(dq, ds, k, dim, head)
         store_rows(dq_ptr, offsets, inside, dim, head.D, dq * factor, SLICE)
 
@@ -532,8 +536,8 @@ def plan_gradients(
     dlse: torch.Tensor | None, scale: float | None, causal: bool, key_mask: torch.Tensor | None,
     lengths: torch.Tensor | None, needed: Sequence[bool], target: Target, tile: Tile | None,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`plan` after the forward pass. lengths: of the sequences, where k and v are caches (decode_attention_backward.py).
-    Its queries are few, and those of a group's heads are one walk."""
+    """`plan` after the forward pass. lengths: of the sequences, where k and v are caches: decode_attention_backward.py,
+    whose queries are few, so that those of a group's heads are one walk."""
     (B, H, S, D), (K, T) = q.shape, k.shape[1:3]
     scale = D**-0.5 if scale is None else scale
     dq, dk, dv = results(q, k, v, needed)
@@ -569,7 +573,7 @@ def plan_gradients(
     how: dict[str, Any] = {
         "num_warps": tile.warps, "num_stages": tile.stages, "tensor_cores": narrow,
         "async_copies": narrow and chunk_length(D, q, k, v, do) == CHUNK,
-        # Left alone, ptxas spills a few registers to fit one more program per multiprocessor; under a limit it does not.
+        # Left alone, ptxas spills a few registers to fit one more program; under a limit it does not.
         "options": {} if target.is_amd else {"maxnreg": 255},
     }  # fmt: skip
     steps = [rows]
@@ -619,7 +623,8 @@ def _example(
     lse = torch.empty(2, 8, 1000, device="meta")
     words = (str(dtype).removeprefix("torch."), f"D={D}", "causal" if causal else "all keys")
     name = " ".join(["attention_backward", *words, *["key mask"] * masked])
-    for launch in plan(q, q, kv, kv, q, lse, None, 0.1, causal, key_mask, target)[0]:
+    every = plan(q, q, kv, kv, q, lse, None, 0.1, causal, key_mask, target)[0]
+    for launch in every if masked else every[1:]:  # what rows_kernel does is the same for every head dimension
         yield f"{name}, {launch.kernel.__name__.removesuffix('_kernel')}", launch
 
 

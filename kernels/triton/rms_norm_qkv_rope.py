@@ -215,9 +215,9 @@ def rms_norm_qkv_rope_kernel(
     else:
         for member in tl.static_range(2):
             _store(
-                u if member == 0 else v, head, pair_dim(i, member, HALF, HEAD_DIM, INTERLEAVED), token, place_k, place_v,
-                exists, has_slot, q_ptr, k_ptr, v_ptr, k_stride_h, k_stride_d, v_stride_h, v_stride_d, num_heads,
-                num_kv_heads, HEAD_DIM,
+                u if member == 0 else v, head, pair_dim(i, member, HALF, HEAD_DIM, INTERLEAVED), token, place_k,
+                place_v, exists, has_slot, q_ptr, k_ptr, v_ptr, k_stride_h, k_stride_d, v_stride_h, v_stride_d,
+                num_heads, num_kv_heads, HEAD_DIM,
             )  # fmt: skip
 
 

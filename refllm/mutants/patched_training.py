@@ -1,4 +1,4 @@
-"""Whether a patched Transformers model trains right: its gradients, at points of a run, against what is predicted there.
+"""Whether a patched Transformers model trains right: its gradients at points of a run, against what is predicted.
 
     python -m refllm.mutants.patched_training docs/training.md
 
@@ -134,14 +134,17 @@ def _judged(model: Any, rows: np.ndarray) -> Report:
 
 def table(found: Sequence[Point]) -> str:
     """What was measured, as Markdown: a sentence, then a line for some of the points."""
-    right, blunt = sum(point.verdict != "fails" for point in found), sum(point.verdict == "incomplete" for point in found)
+    right, blunt = (
+        sum(point.verdict != "fails" for point in found),
+        sum(point.verdict == "incomplete" for point in found),
+    )
     pooled = np.sqrt(np.mean([point.ratio**2 for point in found]))
     worst = max(found, key=lambda point: point.worst)
     lines = [
-        f"{CHECKPOINT}, {DTYPE}: at {right} of {len(found)} points of {found[-1].step + 1} steps, in which the loss falls "
-        f"from {found[0].loss:.2f} to {found[-1].loss:.2f}, every gradient is within the prediction (at {blunt} of them "
-        "a trivial wrong answer for some value would be, too: incomplete). Measured over predicted error of all "
-        f"parameters, pooled: {pooled:.2f}; of a single one at a single point at most {worst.worst:.2f} "
+        f"{CHECKPOINT}, {DTYPE}: at {right} of {len(found)} points of {found[-1].step + 1} steps, in which the loss "
+        f"falls from {found[0].loss:.2f} to {found[-1].loss:.2f}, every gradient is within the prediction (at {blunt} "
+        "of them a trivial wrong answer for some value would be, too: incomplete). Measured over predicted error of "
+        f"all parameters, pooled: {pooled:.2f}; of a single one at a single point at most {worst.worst:.2f} "
         f"({worst.name}, step {worst.step}).",
         "",
         "| step | loss | measured / predicted, all parameters | worst of one parameter | verdict |",

@@ -108,7 +108,8 @@ def test_what_no_query_sees_reaches_nothing(device: str) -> None:
     clean = kernels.attention_backward(do, q, k, v, key_mask=mask)
     hidden = ~mask[:, None, :, None]
     none = ~(mask[:, None] & torch.ones(30, 40, dtype=torch.bool, device=device).tril(10)).any(-1)[:, None, :, None]
-    assert hidden.any() and none.any()
+    assert hidden.any()
+    assert none.any()
     found = kernels.attention_backward(
         do.masked_fill(none, NAN), q.masked_fill(none, NAN), k.masked_fill(hidden, NAN), v.masked_fill(hidden, NAN),
         key_mask=mask,
@@ -170,7 +171,8 @@ def test_sizes_of_zero_and_rows_without_a_key(sizes: tuple[int, int, int, int, i
     dq, dk, dv = check("attention_backward", *draw(sizes, BF16, device))
     assert not dq[:, :, : max(0, sizes[3] - sizes[4])].any()
     if not sizes[3]:
-        assert not dk.any() and not dv.any()
+        assert not dk.any()
+        assert not dv.any()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
