@@ -7,8 +7,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from refllm import kernels
-from refllm.ops.backward_contracts import SUFFIX
-from refllm.ops.contracts import contract_of, without_axes
+from refllm.ops.backward_contracts import BACKWARD, SUFFIX
+from refllm.ops.contracts import without_axes
 
 BACKENDS = ("triton", "torch")
 
@@ -39,7 +39,7 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, name: str, options: dict[str, Any], *args: Any) -> Any:
-        known = contract_of(name + SUFFIX)
+        known = BACKWARD[name + SUFFIX]
         keeps_lse = "lse" in known.kept and "return_lse" in known.forward.parameters
         how = {**options, "return_lse": True} if keeps_lse else options
         results = getattr(kernels.plain, name)(*args, **how)
@@ -54,7 +54,7 @@ class _Plain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *incoming: torch.Tensor) -> Any:
         name, options, args, places, kept = ctx.refllm
-        args, known = list(args), contract_of(name + SUFFIX)
+        args, known = list(args), BACKWARD[name + SUFFIX]
         for i, x in zip(places, ctx.saved_tensors, strict=False):
             args[i] = x
         given = known.forward.bound(args, options)

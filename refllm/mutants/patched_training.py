@@ -2,8 +2,8 @@
 
     python -m refllm.mutants.patched_training docs/training.md
 
-An embedded checkpoint learns the corpus: weights in float32 are stepped with the gradients of a patched model in
-bfloat16 that has the same weights, rounded. At every point the gradients of all values and parameters of that model are
+A model of the shape of an embedded checkpoint learns the corpus from fresh weights: these are float32, and stepped with
+the gradients of a patched model in bfloat16 that has the same weights, rounded. At every point the gradients of all values and parameters of that model are
 judged as `refllm check --backward` does, operator by operator and end to end, at the weights that it has there.
 Needs Torch and Transformers.
 """
@@ -28,7 +28,7 @@ from refllm.storage import output_file
 from refllm.text.tokenizer import Tokenizer
 
 CHECKPOINT, DTYPE = "llama-tiny", "bfloat16"
-TOKENS, ROWS, RATE = 48, 8, 3e-3
+TOKENS, ROWS, RATE = 48, 8, 1e-3
 POINTS, STEPS_EACH = 50, 4
 """Points of the page, and steps between two of them."""
 BEGIN, END = "<!-- patched training: measured -->", "<!-- patched training: end -->"
@@ -63,7 +63,9 @@ def points(
     from refllm.check.adapters.transformers import quiet_transformers
 
     transformers, folder = quiet_transformers(), golden.checkpoints()[checkpoint]
-    master = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    master = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPE))
     windows = _windows(folder)
     optimiser = torch.optim.AdamW(master.parameters(), lr=RATE)
