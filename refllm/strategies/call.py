@@ -2,9 +2,11 @@
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from refllm import ops
+from refllm.ops.contracts import axis_names, contract_of
 from refllm.strategies.arrays import Array
 
 Argument = Array | float | int | None
@@ -28,6 +30,16 @@ class Call:
     def names(self) -> list[str]:
         """The names of its arguments, in order."""
         return argument_names(self.operator)[: len(self.arguments)]
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths of its arguments' axes, by the names of the contract."""
+        found: dict[str, int] = {}
+        axes = contract_of(self.operator).arguments
+        for name, x in (*zip(self.names, self.arguments, strict=True), *self.keywords):
+            if isinstance(x, Array) and name in axes:
+                found |= dict(zip(axis_names(axes[name], len(x.shape)), x.shape, strict=True))
+        return found
 
     def arrays(self) -> tuple[list[Any], dict[str, Any]]:
         """(arguments, keywords) for `refllm.ops`."""
@@ -65,9 +77,14 @@ class Call:
 
 def argument_names(operator: str) -> list[str]:
     """The positional arguments as in the contract, but without shape suffixes: q, k_cache, lengths."""
+    return list(_argument_names(operator))
+
+
+@cache
+def _argument_names(operator: str) -> tuple[str, ...]:
     parameters = inspect.signature(getattr(ops, operator)).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    return [name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name for name in names]
+    return tuple(name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name for name in names)
 
 
 def describe(x: Any) -> str:
