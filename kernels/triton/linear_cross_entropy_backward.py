@@ -3,16 +3,18 @@
     D_nv = (p_nv - onehot_nv) r_n        p the softmax of a row, as in cross_entropy_backward.py; 0 in ignored rows
     dx = c D W        dW = c D^T x       r_n c the gradient of the loss of row n
 
-r_n is 1 and c the gradient of the sum, or of the mean over the number of rows; for "none" r_n c is the row's own and c
-the power of two next to the largest. So D is of size 1 when it is rounded to the format of x for the tensor cores, and
-nothing of the many small p is lost in float16 (where D is taken 2^15 times as large).
+r_n is 1 and c the gradient of the sum, or of the mean over the number of rows; for "none" c is the power of two next to
+the row's own, r_n what is left, and in dW each x_n is multiplied with its c over the largest c, which is exact. So D is
+of size 1 when it is rounded to the format of x for the tensor cores, and nothing of the many small p is lost in float16
+(where D is taken 2^14 times as large).
 
 The maximum and the sum of every row come from the forward pass's own kernel, computed again. Then the vocabulary is
 walked over in chunks of `WORDS` words, each in three launches: D of the chunk [N, WORDS]; its rows of dW, a product
 over all rows at once; and what it adds to dx, which is kept in float32 from chunk to chunk. Nothing is added up in the
 format of x, every order is fixed, and dx of a row does not depend on the others.
 
-Tiles: dW and dx are products with BLOCK_M x BLOCK_E sums per program; D has the tiles of linear_cross_entropy.py.
+Tiles: dW and dx are products with BLOCK_M x BLOCK_E sums per program; D has the tiles of linear_cross_entropy.py, of up
+to 128 words.
 Traffic: W and x three times, D (N V numbers, WORDS of a row at a time) written once and read twice, dx 8 N E bytes per
 chunk. 8 N V E flops: beyond a few hundred rows the tensor cores decide the speed.
 """
@@ -65,29 +67,37 @@ def shape_class(E: int, dtype: torch.dtype) -> str:
     return "float32" if dtype == torch.float32 else "16-bit, ragged" if E % 16 else "16-bit"
 
 
-@triton.jit(do_not_specialize=["dloss_stride", "N"])
-def scale_kernel(dloss_ptr, out_ptr, dloss_stride, N, BLOCK: tl.constexpr):
-    """The power of two next to the largest |dloss| [N], from below; 1 where there is none, or no finite one."""
+@triton.jit
+def power_of_two(x):
+    """The one next to |x|, from below: its exponent; 1 where x is 0, too small for that, infinite or NaN."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.where((bits > 0) & (bits < 0x7F800000), bits.to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit(do_not_specialize=["dloss_stride", "label_stride", "N"])
+def largest_kernel(dloss_ptr, labels_ptr, out_ptr, dloss_stride, label_stride, ignore_index, N, BLOCK: tl.constexpr):
+    """The largest of the powers of two of the counted rows. One program."""
     largest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
         rows = start + tl.arange(0, BLOCK).to(tl.int64)
-        largest = tl.maximum(largest, tl.abs(tl.load(dloss_ptr + rows * dloss_stride, mask=rows < N, other=0.0)))
-    bits = tl.max(largest, 0).to(tl.int32, bitcast=True) & 0x7F800000
-    common = bits.to(tl.float32, bitcast=True)
-    tl.store(out_ptr, tl.where((bits > 0) & (bits < 0x7F800000), common, 1.0))
+        labels = tl.load(labels_ptr + rows * label_stride, mask=rows < N, other=ignore_index)
+        dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=(rows < N) & (labels != ignore_index), other=0.0)
+        finite = tl.abs(dloss) < float("inf")
+        largest = tl.maximum(largest, tl.where(finite, tl.abs(dloss), 0.0))
+    tl.store(out_ptr, power_of_two(tl.max(largest, 0)))
 
 
 @triton.jit(do_not_specialize=["dloss_stride", "label_stride"])
 def shares_kernel(
-    dloss_ptr, common_ptr, max_ptr, sum_ptr, own_ptr, labels_ptr, shares_ptr, dloss_stride, label_stride, ignore_index,
+    dloss_ptr, max_ptr, sum_ptr, own_ptr, labels_ptr, shares_ptr, dloss_stride, label_stride, ignore_index,
     V, chunks, EACH: tl.constexpr, LARGER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program: of one row what D is made of: M, LARGER r / T and D at the label; shares_ptr [N, 3]. EACH: "none"."""
+    """A program: what D is made of in one row: M, LARGER r / T, D at the label, c; shares_ptr [N, 4]. EACH: "none"."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row * label_stride).to(tl.int64)
-    shares_ptr += row * 3
+    shares_ptr += row * 4
     if label == ignore_index:
-        for i in tl.static_range(3):
+        for i in tl.static_range(4):
             tl.store(shares_ptr + i, 0.0)
     else:
         columns = tl.arange(0, BLOCK)
@@ -96,13 +106,16 @@ def shares_kernel(
         own = tl.load(own_ptr + row, mask=(label >= 0) & (label < V), other=float("nan"))
         m_all, s_all = merge(m, s)
         top, total, others = shares(own, m_all, s_all)
-        r = 1.0
+        r, c = 1.0, 1.0
         if EACH:
-            r = tl.div_rn(tl.load(dloss_ptr + row * dloss_stride), tl.load(common_ptr))
+            dloss = tl.load(dloss_ptr + row * dloss_stride)
+            c = power_of_two(dloss)
+            r = tl.div_rn(dloss, c)
         factor = tl.div_rn(r * LARGER, total)
         tl.store(shares_ptr, top)
         tl.store(shares_ptr + 1, factor)
         tl.store(shares_ptr + 2, -(others * factor))
+        tl.store(shares_ptr + 3, c)
 
 
 @triton.jit(do_not_specialize=["label_stride", "first", "N"])  # one binary for any number of rows
@@ -121,9 +134,9 @@ def chunk_kernel(
     x_ptrs = x_ptr + n[:, None] * x_stride + columns[None, :]
     w_ptrs = w_ptr + v[None, :] * w_stride + columns[:, None]
     logits = tile_of_logits(x_ptrs, w_ptrs, counted, v < V, E, BLOCK_N, BLOCK_V, BLOCK_E)
-    top = tl.load(shares_ptr + n * 3, mask=counted, other=0.0)
-    factor = tl.load(shares_ptr + n * 3 + 1, mask=counted, other=0.0)
-    own = tl.load(shares_ptr + n * 3 + 2, mask=counted, other=0.0)
+    top = tl.load(shares_ptr + n * 4, mask=counted, other=0.0)
+    factor = tl.load(shares_ptr + n * 4 + 1, mask=counted, other=0.0)
+    own = tl.load(shares_ptr + n * 4 + 2, mask=counted, other=0.0)
     d = tl.exp2((logits - top[:, None]) * LOG2E) * factor[:, None]
     d = tl.where(v[None, :] == label[:, None], own[:, None], d)
     d = tl.where(counted[:, None] & (v < V)[None, :], d, 0.0)
@@ -132,13 +145,15 @@ def chunk_kernel(
 
 @triton.jit(do_not_specialize=["label_stride", "first", "N"])
 def dweight_kernel(
-    d_ptr, x_ptr, labels_ptr, common_ptr, dweight_ptr, x_stride, label_stride, ignore_index, first, N, V, E,
-    WORDS: tl.constexpr, LARGER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    d_ptr, x_ptr, labels_ptr, shares_ptr, common_ptr, dweight_ptr, x_stride, label_stride, ignore_index, first, N, V, E,
+    EACH: tl.constexpr, WORDS: tl.constexpr, LARGER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile of D^T x, words x numbers, over all rows; what ignored rows hold is not read."""
     e_tiles = tl.cdiv(E, BLOCK_E)
     word = (tl.program_id(0) // e_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = (tl.program_id(0) % e_tiles) * BLOCK_E + tl.arange(0, BLOCK_E)
+    common = tl.load(common_ptr)
     total = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for start in range(0, N, BLOCK_K):
         n = start + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -146,17 +161,21 @@ def dweight_kernel(
         counted = (n < N) & (label != ignore_index)
         d = tl.load(d_ptr + n[:, None] * WORDS + word[None, :], mask=counted[:, None], other=0.0)
         x = tl.load(x_ptr + n[:, None] * x_stride + e[None, :], mask=counted[:, None] & (e < E)[None, :], other=0.0)
+        if EACH:
+            c = tl.load(shares_ptr + n * 4 + 3, mask=counted, other=0.0)
+            x = (x.to(tl.float32) * tl.div_rn(c, common)[:, None]).to(x.dtype)
         total = tl.dot(tl.trans(d), x, total, input_precision="ieee")
     v = first.to(tl.int64) + word
-    total *= tl.load(common_ptr) * (1.0 / LARGER)
+    total *= common * (1.0 / LARGER)
     mask = (v < V)[:, None] & (e < E)[None, :]
     tl.store(dweight_ptr + v[:, None] * E + e[None, :], total.to(dweight_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["label_stride", "first", "N"])
 def dx_kernel(
-    d_ptr, w_ptr, labels_ptr, common_ptr, sums_ptr, dx_ptr, w_stride, label_stride, ignore_index, first, N, V, E,
-    FIRST: tl.constexpr, LAST: tl.constexpr, WORDS: tl.constexpr, LARGER: tl.constexpr,
+    d_ptr, w_ptr, labels_ptr, shares_ptr, common_ptr, sums_ptr, dx_ptr, w_stride, label_stride, ignore_index, first,
+    N, V, E,
+    FIRST: tl.constexpr, LAST: tl.constexpr, EACH: tl.constexpr, WORDS: tl.constexpr, LARGER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile of D W, rows x numbers, added to those of the chunks before; after the last chunk, dx."""
@@ -177,7 +196,10 @@ def dx_kernel(
         total += tl.load(sums_ptr + places, mask=mask, other=0.0)
     if LAST:
         label = tl.load(labels_ptr + n * label_stride, mask=n < N, other=ignore_index)
-        total *= tl.load(common_ptr) * (1.0 / LARGER)
+        if EACH:
+            total *= (tl.load(shares_ptr + n * 4 + 3, mask=n < N, other=0.0) * (1.0 / LARGER))[:, None]
+        else:
+            total *= tl.load(common_ptr) * (1.0 / LARGER)
         total = tl.where((label != ignore_index)[:, None], total, 0.0)  # 0 times infinity in W is not 0
         tl.store(dx_ptr + places, total.to(dx_ptr.dtype.element_ty), mask=mask)
     else:
@@ -207,17 +229,17 @@ def plan(
     scale, common = _plan_common(dloss, labels_N, ignore_index, reduction)
     whole = max(forward.constants["BLOCK_V"], tile.M)
     words = min(WORDS, triton.cdiv(V, whole) * whole)
-    shares_N3 = x_NE.new_empty((N, 3), dtype=torch.float32)
+    shares_N4 = x_NE.new_empty((N, 4), dtype=torch.float32)
     sums = x_NE.new_empty((N, E) if needed[0] and words < V else 0, dtype=torch.float32)
     d = x_NE.new_empty((N, words))
     labelled = {"labels_ptr": labels_N, "label_stride": labels_N.stride(0), "ignore_index": ignore_index, "V": V}
-    larger = 2.0**15 if x_NE.dtype == torch.float16 else 1.0
+    larger = 2.0**14 if x_NE.dtype == torch.float16 else 1.0
     partials = forward.arguments["max_ptr"]
     merged = Launch(
         shares_kernel, (N,),
         labelled | {
-            "dloss_ptr": dloss, "dloss_stride": dloss.stride(0) if dloss.ndim else 0, "common_ptr": common,
-            "shares_ptr": shares_N3, "chunks": partials.shape[1],
+            "dloss_ptr": dloss, "dloss_stride": dloss.stride(0) if dloss.ndim else 0, "shares_ptr": shares_N4,
+            "chunks": partials.shape[1],
             **{name: forward.arguments[name] for name in ("max_ptr", "sum_ptr", "own_ptr")},
         },
         {"EACH": reduction == "none", "LARGER": larger, "BLOCK": triton.next_power_of_2(max(1, partials.shape[1]))},
@@ -226,15 +248,19 @@ def plan(
     narrow = x_NE.element_size() < 4
     needs = {"tensor_cores": narrow, "async_copies": E % 16 == 0}
     how = {"num_warps": tile.warps, "num_stages": tile.stages, **needs}
-    product = {"WORDS": words, "LARGER": larger, "BLOCK_M": tile.M, "BLOCK_E": tile.E, "BLOCK_K": tile.K}
+    each = {"EACH": reduction == "none", "LARGER": larger}
+    product = {"WORDS": words, **each, "BLOCK_M": tile.M, "BLOCK_E": tile.E, "BLOCK_K": tile.K}
     x_given = {"x_ptr": x_NE, "x_stride": x_NE.stride(0)}
     w_given = {"w_ptr": weight_VE, "w_stride": weight_VE.stride(0)}
     tiles = {name: forward.constants[name] for name in ("BLOCK_N", "BLOCK_V", "BLOCK_E")}
+    tiles["BLOCK_V"] = min(
+        128, tiles["BLOCK_V"]
+    )  # D and what it is made of take more registers than two numbers per row
     e_tiles = triton.cdiv(E, tile.E)
     steps = [*scale, forward, merged]
     for first in range(0, V, words):
         of_chunk = labelled | {"d_ptr": d, "first": first, "N": N, "E": E}
-        given = of_chunk | x_given | w_given | {"shares_ptr": shares_N3}
+        given = of_chunk | x_given | w_given | {"shares_ptr": shares_N4}
         grid = triton.cdiv(N, tiles["BLOCK_N"]) * triton.cdiv(min(words, V - first), tiles["BLOCK_V"])
         steps.append(
             Launch(
@@ -242,7 +268,7 @@ def plan(
                 num_stages=forward.num_stages, **needs,
             )
         )  # fmt: skip
-        of_chunk |= {"common_ptr": common}
+        of_chunk |= {"shares_ptr": shares_N4, "common_ptr": common}
         if needed[1]:
             grid = triton.cdiv(min(words, V - first), tile.M) * e_tiles
             steps.append(
@@ -262,8 +288,11 @@ def _plan_common(
     if reduction != "none":
         return plan_mean(dloss, labels_N, ignore_index, reduction)
     common = dloss.new_empty(1)
-    given = {"dloss_ptr": dloss, "out_ptr": common, "dloss_stride": dloss.stride(0), "N": len(dloss)}
-    return [Launch(scale_kernel, (1,), given, {"BLOCK": SUM_TILE}, num_warps=8)], common
+    given = {
+        "dloss_ptr": dloss, "labels_ptr": labels_N, "out_ptr": common, "dloss_stride": dloss.stride(0),
+        "label_stride": labels_N.stride(0), "ignore_index": ignore_index, "N": len(dloss),
+    }  # fmt: skip
+    return [Launch(largest_kernel, (1,), given, {"BLOCK": SUM_TILE}, num_warps=8)], common
 
 
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
