@@ -3,15 +3,16 @@
     python -m refllm.mutants.patched_training docs/training.md
 
 A model of the shape of an embedded checkpoint learns the corpus from fresh weights: these are float32, and stepped with
-the gradients of a patched model in bfloat16 that has the same weights, rounded. At every point the gradients of all values and parameters of that model are
-judged as `refllm check --backward` does, operator by operator and end to end, at the weights that it has there.
+the gradients of a patched model in bfloat16 that has the same weights, rounded. At every point the gradients of all
+values and parameters of that model are judged as `refllm check --backward` does, operator by operator and end to end,
+at the weights that it has there. Where one fails, the model without the patch is judged at the same weights.
 Needs Torch and Transformers.
 """
 
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ BEGIN, END = "<!-- patched training: measured -->", "<!-- patched training: end 
 class Point:
     """One point of a run. loss: of the rows that are judged there. ratio: measured over predicted error of all
     parameters' gradients, end to end; worst: the largest of one of them, and its name. verdict: of the check; why: the
-    first value that fails or is untested, "" if none."""
+    first value that fails or is untested, "" if none. alone: whether every operator holds on its own inputs. unpatched:
+    the verdict on the model without the patch, where this one fails; "" elsewhere."""
 
     step: int
     loss: float
@@ -48,6 +50,8 @@ class Point:
     name: str
     verdict: str
     why: str
+    alone: bool
+    unpatched: str = ""
 
 
 def points(
@@ -69,18 +73,20 @@ def points(
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPE))
     windows = _windows(folder)
     optimiser = torch.optim.AdamW(master.parameters(), lr=RATE)
-    with kernels.patch(model, backend=backend, **how):
-        for step in range(count * steps_each):
-            _hand_down(master, model)
-            if step % steps_each == 0:
-                yield _point(step, model, windows[np.arange(-2, 0) - 2 * (step // steps_each) % (len(windows) - 1)])
-            batch = torch.from_numpy(windows[np.arange(step * ROWS, (step + 1) * ROWS) % len(windows)])
+    for step in range(count * steps_each):
+        _hand_down(master, model)
+        rows = windows[np.arange(-2, 0) - 2 * (step // steps_each) % (len(windows) - 1)]
+        batch = torch.from_numpy(windows[np.arange(step * ROWS, (step + 1) * ROWS) % len(windows)])
+        with kernels.patch(model, backend=backend, **how):
+            found = _point(step, model, rows) if step % steps_each == 0 else None
             model.zero_grad(set_to_none=True)
             model.train()
             model(batch, labels=batch).loss.backward()
-            for ours, theirs in zip(master.parameters(), model.parameters(), strict=True):
-                ours.grad = None if theirs.grad is None else theirs.grad.float()
-            optimiser.step()
+        for ours, theirs in zip(master.parameters(), model.parameters(), strict=True):
+            ours.grad = None if theirs.grad is None else theirs.grad.float()
+        if found is not None:
+            yield replace(found, unpatched=_judged(model, rows).verdict) if found.verdict == "fails" else found
+        optimiser.step()
 
 
 def _windows(folder: Path) -> np.ndarray:
@@ -119,6 +125,7 @@ def _point(step: int, model: Any, rows: np.ndarray) -> Point:
         worst.removeprefix("grad:"),
         report.verdict,
         untested if first is None else first.name,
+        not any(rule for tap in report.taps for rule in tap.broken if "end to end" not in rule),
     )
 
 
@@ -136,26 +143,27 @@ def _judged(model: Any, rows: np.ndarray) -> Report:
 
 def table(found: Sequence[Point]) -> str:
     """What was measured, as Markdown: a sentence, then a line for some of the points."""
-    right, blunt = (
-        sum(point.verdict != "fails" for point in found),
-        sum(point.verdict == "incomplete" for point in found),
-    )
+    verdicts, alone = [point.verdict for point in found], sum(point.alone for point in found)
+    failed = [point for point in found if point.verdict == "fails"]
     pooled = np.sqrt(np.mean([point.ratio**2 for point in found]))
     worst = max(found, key=lambda point: point.worst)
     lines = [
-        f"{CHECKPOINT}, {DTYPE}: at {right} of {len(found)} points of {found[-1].step + 1} steps, in which the loss "
-        f"falls from {found[0].loss:.2f} to {found[-1].loss:.2f}, every gradient is within the prediction (at {blunt} "
-        "of them a trivial wrong answer for some value would be, too: incomplete). Measured over predicted error of "
-        f"all parameters, pooled: {pooled:.2f}; of a single one at a single point at most {worst.worst:.2f} "
-        f"({worst.name}, step {worst.step}).",
+        f"{CHECKPOINT}, {DTYPE}: {len(found)} points of {found[-1].step + 1} steps, in which the loss falls from "
+        f"{found[0].loss:.2f} to {found[-1].loss:.2f}. Every operator holds on its own inputs at {alone} of them; end to "
+        f"end every gradient is within the prediction at {len(found) - len(failed)} (at {verdicts.count('incomplete')} "
+        "of these a trivial wrong answer for some value would be, too: incomplete). Where one is not, the model without "
+        f"the patch fails too at {sum(point.unpatched == 'fails' for point in failed)} of {len(failed)}. Measured over "
+        f"predicted error of all parameters, pooled: {pooled:.2f}; of a single one at a single point at most "
+        f"{worst.worst:.2f} ({worst.name}, step {worst.step}).",
         "",
         "| step | loss | measured / predicted, all parameters | worst of one parameter | verdict |",
         "|---|---|---|---|---|",
     ]
     for point in found[:: max(1, len(found) // 10)]:
+        words = [point.verdict, point.why, f"(unpatched: {point.unpatched})" if point.unpatched else ""]
         lines.append(
             f"| {point.step} | {point.loss:.2f} | {point.ratio:.2f} | {point.worst:.2f} {point.name} | "
-            f"{' '.join([point.verdict, point.why]).strip()} |"
+            f"{' '.join(word for word in words if word)} |"
         )
     return "\n".join(lines)
 
@@ -180,7 +188,7 @@ def main() -> int:
     for point in points(arguments.points):
         found.append(point)
         print(f"step {point.step}: loss {point.loss}, ratio {point.ratio}, {point.verdict} {point.why}", flush=True)
-    write(arguments.markdown, found)
+        write(arguments.markdown, found)
     return int(any(point.verdict == "fails" for point in found))
 
 
