@@ -34,7 +34,6 @@ from refllm.kernels.triton.attention import (
     fold,
     load_queries,
     load_rows,
-    natural_log,
     store_carefully,
     store_rows,
     walk,
@@ -112,11 +111,10 @@ def split_kernel(
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def combine_kernel(
-    acc_ptr, m_ptr, total_ptr, lengths_ptr, o_ptr, lse_ptr, lengths_stride, K, group, S, N, splits, unit, unit_rest,
+    acc_ptr, m_ptr, total_ptr, lengths_ptr, o_ptr, lengths_stride, K, group, S, N, splits,
     D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: o = sum of 2^(m_i - m) acc_i over sum of 2^(m_i - m) total_i, for its chunks i. NaN: a wrong length.
-    lse_ptr: None, or where the logarithms of the denominators go, for the backward pass."""
+    """One row: o = sum of 2^(m_i - m) acc_i over sum of 2^(m_i - m) total_i, for its chunks i. NaN: a wrong length."""
     b = (tl.program_id(0) // (K * group * S)).to(tl.int64)
     kv = (tl.program_id(0) // (group * S) % K).to(tl.int64)
     row = tl.program_id(0) % (group * S)
@@ -144,9 +142,6 @@ def combine_kernel(
         # A weight of 0 silences what a chunk holds, as it does for a key.
         acc += tl.sum(tl.where(weight[:, None] == 0, 0.0, weight[:, None] * part), 0)
     total = tl.sum(totals, 0)
-    if lse_ptr is not None:
-        lse = tl.fma(shift, unit, tl.fma(shift, unit_rest, natural_log(total)))
-        tl.store(lse_ptr + (b * K + kv) * group * S + row, lse)
     o = acc * tl.div_rn(1.0, tl.where(total == 0, 1.0, total))
     o = tl.where(possible, o, float("nan"))
     dims = tl.arange(0, WIDTH)
@@ -223,9 +218,7 @@ def plan(
     )  # fmt: skip
     width = triton.next_power_of_2(D)
     constants = {"D": D, "WIDTH": width, "CHUNK": CHUNK, "BLOCK": COMBINED}
-    unit, unit_rest = (fold(scale)[name] for name in ("unit", "unit_rest"))
-    given = {**shared, **workspace, "o_ptr": o, "lse_ptr": None, "unit": unit, "unit_rest": unit_rest}
-    combine = Launch(combine_kernel, (B * H * S,), given, constants, num_warps=4)
+    combine = Launch(combine_kernel, (B * H * S,), {**shared, **workspace, "o_ptr": o}, constants, num_warps=4)
     return (split, combine), o
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from refllm.kernels import arguments, tuning
-from refllm.kernels.launch import Launch, on_device, shipped
+from refllm.kernels.launch import Launch, on_device, stands_for_others
 from refllm.kernels.targets import DEFAULT, Target, target_of
 from refllm.kernels.triton.autograd import Gradients, differentiable, if_needed, only_once
 from refllm.kernels.triton.norm_backward import add_rows
@@ -195,7 +195,8 @@ SHAPES = (("Llama-3.2-1B", 2048, 32, 8, 64, 64, False), ("ragged", 100, 4, 2, 24
 
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     """What is not in other files, by a name: of dq turned back, and of both products."""
-    for dtype, (name, E, H, K, D, R, interleaved) in shipped(SHAPES, SHAPES[:1], target):
+    others = ((torch.float32, SHAPES[0]),) if stands_for_others(target) else ()
+    for dtype, (name, E, H, K, D, R, interleaved) in (*((torch.bfloat16, shape) for shape in SHAPES), *others):
         x, norm, w = (torch.empty(s, dtype=dtype, device="meta") for s in ((4, 512, E), (E,), ((H + 2 * K) * D, E)))
         dq, dkv = (torch.empty((4, 512, n, D), dtype=dtype, device="meta").transpose(1, 2) for n in (H, K))
         table = torch.empty((512, R // 2), device="meta")

@@ -149,10 +149,11 @@ def table(found: Sequence[Point]) -> str:
     worst = max(found, key=lambda point: point.worst)
     lines = [
         f"{CHECKPOINT}, {DTYPE}: {len(found)} points of {found[-1].step + 1} steps, in which the loss falls from "
-        f"{found[0].loss:.2f} to {found[-1].loss:.2f}. Every operator holds on its own inputs at {alone} of them; end to "
-        f"end every gradient is within the prediction at {len(found) - len(failed)} (at {verdicts.count('incomplete')} "
-        "of these a trivial wrong answer for some value would be, too: incomplete). Where one is not, the model without "
-        f"the patch fails too at {sum(point.unpatched == 'fails' for point in failed)} of {len(failed)}. Measured over "
+        f"{found[0].loss:.2f} to {found[-1].loss:.2f}. Every operator holds on its own inputs at {alone} of them; end "
+        f"to end every gradient is within the prediction at {len(found) - len(failed)} (incomplete at "
+        f"{verdicts.count('incomplete')} of these: a trivial wrong answer for some value would be, too). Where one is "
+        f"not, the model without the patch fails too at {sum(point.unpatched == 'fails' for point in failed)} of "
+        f"{len(failed)}. Measured over "
         f"predicted error of all parameters, pooled: {pooled:.2f}; of a single one at a single point at most "
         f"{worst.worst:.2f} ({worst.name}, step {worst.step}).",
         "",
