@@ -61,7 +61,7 @@ def test_every_head_dim(D: int, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("S", "T"), [(1, 1), (1, 200), (200, 1), (127, 128), (129, 127), (128, 129), (64, 65), (33, 170)]
+    ("S", "T"), [(1, 1), (1, 200), (200, 1), (127, 128), (129, 127), (128, 129), (64, 65), (33, 170), (200, 130)]
 )
 def test_the_edges_of_tiles(S: int, T: int, device: str) -> None:
     given = draw((1, 2, 2, S, T, 16), BF16, device, seed=S)

@@ -377,7 +377,7 @@ class TestRefuses:
 
     def test_dropout(self) -> None:
         model = tiny("qwen2", "refllm", attention_dropout=0.5).train()
-        with pytest.raises(InputError, match=r"dropout of 0\.5 .* attention_dropout = 0 to train, or call"):
+        with pytest.raises(InputError, match=r"dropout of 0\.5 .*attention_dropout = 0 to train, or call"):
             model(tokens(1, 5))
 
     def test_lengths_of_packed_sequences(self) -> None:
