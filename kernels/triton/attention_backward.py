@@ -124,8 +124,10 @@ def _rows(ptr, offsets, inside, head):
 def _places(h, i, queries, form):
     """(head, token) of the rows i: of the head h, or of all heads of a group after each other."""
     if form.GROUPED:
-        return i // queries.S, i % queries.S
-    return h, i
+        places = i // queries.S, i % queries.S
+    else:
+        places = h, i
+    return places
 
 
 @triton.jit
