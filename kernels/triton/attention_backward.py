@@ -123,10 +123,7 @@ def _rows(ptr, offsets, inside, head):
 @triton.jit
 def _places(h, i, queries, form):
     """(head, token) of the rows i: of the head h, or of all heads of a group after each other."""
-    if form.GROUPED:
-        places = i // queries.S, i % queries.S
-    else:
-        places = h, i
+    places = (i // queries.S, i % queries.S) if form.GROUPED else (h, i)
     return places
 
 

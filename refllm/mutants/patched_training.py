@@ -33,7 +33,7 @@ TOKENS, ROWS, RATE = 48, 8, 1e-3
 POINTS, STEPS_EACH = 50, 4
 """Points of the page, and steps between two of them."""
 BEGIN, END = "<!-- patched training: measured -->", "<!-- patched training: end -->"
-"""Between these lines of the page stands what was measured."""
+"""The lines of the page between which its table stands."""
 
 
 @dataclass(frozen=True)
