@@ -249,7 +249,7 @@ def starts(planned: Any) -> list[Any]:
 def test_every_tile_that_ships_writes_every_element(kernel: str, device: str) -> None:
     """Over results and workspaces that hold NaN. What differs in warps or stages alone computes the same. Tiles of
     attention go with head dims, of which test_kernel_attention.py takes every kind; those of gradients are in
-    test_backward_kernels.py."""
+    test_kernel_gradients.py."""
     if device != "cpu":
         pytest.skip("a GPU runs the tiles of its own target")
     each, seen = tunables()[kernel], list[Any]()
