@@ -123,7 +123,10 @@ def _rows(ptr, offsets, inside, head):
 @triton.jit
 def _places(h, i, queries, form):
     """(head, token) of the rows i: of the head h, or of all heads of a group after each other."""
-    places = (i // queries.S, i % queries.S) if form.GROUPED else (h, i)
+    if form.GROUPED:  # noqa: SIM108 - the compiler takes no choice between tuples
+        places = i // queries.S, i % queries.S
+    else:
+        places = h, i
     return places
 
 
