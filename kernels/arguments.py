@@ -121,6 +121,16 @@ def incoming(operator: str, first: torch.Tensor, **gradients: Any) -> None:
         like(operator, name, gradient, tuple(first.shape), first)
 
 
+def kept(operator: str, q: torch.Tensor, o: Any, lse: Any, dlse: Any = None) -> None:
+    """o [B, H, S, D] as q, lse and its gradient float32 [B, H, S]; None for what is computed again or was not used."""
+    if o is not None:
+        like(operator, "o", o, tuple(q.shape), q)
+    for name, x in (("lse", lse), ("dlse", dlse)):
+        ok = isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.device == q.device
+        if x is not None and (not ok or x.shape != q.shape[:3]):
+            fail(operator, name, x, f"{list(q.shape[:3])} torch.float32 on {q.device}")
+
+
 def loss_gradient(operator: str, dloss: Any, labels: torch.Tensor, reduction: str) -> None:
     """dloss is float32, one number or one per label, as the loss that it belongs to is."""
     shape, ok = tuple(labels.shape) if reduction == "none" else (), isinstance(dloss, torch.Tensor)

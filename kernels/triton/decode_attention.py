@@ -50,7 +50,7 @@ COMBINED = 16
 
 
 @triton.jit
-def _read_length(lengths_ptr, b, stride, N):
+def read_length(lengths_ptr, b, stride, N):
     """(length, whether it is possible): a length outside 0..N counts as 0, so that nothing out of bounds is read."""
     length = tl.load(lengths_ptr + b * stride).to(tl.int64)
     possible = (length >= 0) & (length <= N)
@@ -70,7 +70,7 @@ def split_kernel(
     tile = tl.program_id(0) // splits % tiles
     b = (tl.program_id(0) // splits // tiles // K).to(tl.int64)
     kv = (tl.program_id(0) // splits // tiles % K).to(tl.int64)
-    length, _ = _read_length(lengths_ptr, b, lengths_stride, N)
+    length, _ = read_length(lengths_ptr, b, lengths_stride, N)
     start = split * CHUNK
     if start >= length:
         return
@@ -118,7 +118,7 @@ def combine_kernel(
     b = (tl.program_id(0) // (K * group * S)).to(tl.int64)
     kv = (tl.program_id(0) // (group * S) % K).to(tl.int64)
     row = tl.program_id(0) % (group * S)
-    length, possible = _read_length(lengths_ptr, b, lengths_stride, N)
+    length, possible = read_length(lengths_ptr, b, lengths_stride, N)
     chunks = tl.cdiv(length, CHUNK)
     row_0 = (b * K + kv) * splits * group * S + row
     m_ptr += row_0
