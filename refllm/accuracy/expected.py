@@ -66,9 +66,7 @@ def expect(call: Call, policy: str = "fused", convention: str = "") -> tuple[Exp
 
     convention: "torch" for masks that are causal from the top where there are fewer queries than keys.
     """
-    arguments, keywords = call.arrays()
-    if convention == "torch":
-        arguments, keywords = _from_the_top(call.operator, arguments, keywords)
+    arguments, keywords = by_convention(call, convention)
     return expect_values(call.operator, arguments, keywords, call.dtype, policy)
 
 
@@ -78,9 +76,13 @@ def remembered(call: Call, policy: str, convention: str = "") -> tuple[Expected,
     return expect(call, policy, convention)
 
 
-def _from_the_top(operator: str, arguments: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The call in which query s sees keys 0..s, as torch's is_causal has it: no other keys."""
-    if operator != "attention" or not keywords.get("causal", True):
+def by_convention(call: Call, convention: str) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments and keywords that the definition is given for what a convention makes of a call.
+
+    "torch": query s sees keys 0..s, as is_causal has it, so there are no other keys.
+    """
+    arguments, keywords = call.arrays()
+    if convention != "torch" or call.operator != "attention" or not keywords.get("causal", True):
         return arguments, keywords
     q, *cached = arguments
     S = q.shape[2]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from refllm.accuracy.expected import Expected, expect_values, narrow_loss, remembered
+from refllm.accuracy.expected import Expected, by_convention, expect_values, narrow_loss, remembered
 from refllm.accuracy.judge import Judgement, judge
 from refllm.accuracy.wrong_answers import wrong_answers
 from refllm.opcheck import inputs
@@ -105,7 +105,9 @@ class Examiner:
                 return replace(broken, results=seen.results)
             # Values may be wrong because nobody wrote them, or every time others, and that is the better answer.
             if seen.property not in ("unwritten", "determinism"):
-                judged = self._judged(call, *call.arrays(), seen.results, expected)
+                judged = self._judged(
+                    call, *by_convention(call, self.convention), seen.results, expected, whole=not self.convention
+                )
                 self.score = max((j.score for j in judged), default=0.0)
                 bad = next((j for j in judged if not j.holds), None)
                 if bad is not None:
@@ -145,7 +147,10 @@ class Examiner:
         expected: tuple[Expected, ...],
         whole: bool = True,
     ) -> list[Judgement]:
-        """A judgement per output, of the profile in which it holds if there is one. whole: not a row of the call."""
+        """A judgement per output, of the profile in which it holds if there is one.
+
+        whole: the arguments are those of the call, not a row of them or what a convention makes of it.
+        """
         judged = [judge(r.value, e) for r, e in zip(results, expected, strict=True)]
         if self.roundings is None or call.dtype == "float32":
             return judged
@@ -178,7 +183,7 @@ class Examiner:
         part = slice(row, row + 1)
         wanted = [_cut(e, part) for e in expected]
         if inputs.is_reduced(call):
-            arrays = inputs.row_alone(call, *call.arrays(), row)
+            arrays = inputs.row_alone(call, *by_convention(call, self.convention), row)
             wanted = list(expect_values(call.operator, *arrays, call.dtype, self.task.policy))
             if expected[0].dtype != wanted[0].dtype:  # as it was returned for all rows
                 wanted = [narrow_loss(wanted[0], *arrays, call.dtype)]
@@ -186,7 +191,7 @@ class Examiner:
         if broken is not None:
             text = f"row {row} computed alone: {broken.text}"
             return replace(broken, property="invariance", text=text, row_alone=row)
-        arrays = inputs.row_alone(call, *call.arrays(), row)
+        arrays = inputs.row_alone(call, *by_convention(call, self.convention), row)
         judged = self._judged(call, *arrays, results, tuple(wanted), whole=False)
         for whole, result, e, verdict in zip(seen.results, results, wanted, judged, strict=True):
             if not verdict.holds:

@@ -154,7 +154,7 @@ def measured(slug: str) -> Measured:
     if bitwise:
         report, cpu = _as_a_command(mutant, policy, bitwise=True)
     level = report.findings[0].first.level if report.findings else ""
-    asked = ["--policy fused"] * bool(mutant.place) + ["--bitwise"] * bitwise + ["--level hostile"] * (level == LAST)
+    asked = ["--policy fused"] * bool(mutant.place) + [BITWISE] * bitwise + ["--level hostile"] * (level == LAST)
     return Measured(
         slug,
         outcome.killed and report.verdict == "fails",
@@ -169,8 +169,8 @@ def measured(slug: str) -> Measured:
     )
 
 
-LAST = "hostile"
-"""The level that counts only if it is asked for."""
+LAST, BITWISE = "hostile", "--bitwise"
+"""The level that counts only if it is asked for, and the option that asks for bits."""
 
 
 def _as_a_command(mutant: "Mutant", policy: str | None, **more: Any) -> tuple[Any, float]:

@@ -23,7 +23,8 @@ ROWS = "*"
 """Any number of axes, of any length: the front of what works row by row."""
 
 _AXES = re.compile(r"_[A-Z]+$")
-_OURS = ("ar", "tap", "mask", "window")  # parameters of a definition that no kernel has
+HIDDEN = ("ar", "tap", "mask", "window", "needed")
+"""Parameters of a definition that no kernel has."""
 
 _BATCH = ("B", "N", ROWS)
 """First axes whose entries do not know of each other."""
@@ -76,7 +77,7 @@ class Contract:
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The parameters of its signature, without the suffixes that name axes."""
         every = inspect.signature(self.definition).parameters.values()
-        return {without_axes(p.name): p for p in every if p.name not in _OURS}
+        return {without_axes(p.name): p for p in every if p.name not in HIDDEN}
 
     @property
     def definition(self) -> Callable[..., Any]:
@@ -374,12 +375,17 @@ OPERATORS = tuple(CONTRACTS)
 
 
 def contract_of(operator: str) -> Contract:
-    """The record of an operator. Raises InputError for another name."""
-    if operator not in CONTRACTS:
+    """The record of an operator, forward or backward. Raises InputError for another name."""
+    if operator in CONTRACTS:
+        return CONTRACTS[operator]
+    from refllm.ops.backward_contracts import BACKWARD  # which is made of these records
+
+    if operator not in BACKWARD:
         raise InputError(
-            f"{operator!r} is no operator; there are {', '.join(CONTRACTS)}. Their signatures: refllm check-op --list"
+            f"{operator!r} is no operator; there are {', '.join(CONTRACTS)}, and of their gradients "
+            f"{', '.join(BACKWARD)}. Their signatures: refllm check-op --list"
         )
-    return CONTRACTS[operator]
+    return BACKWARD[operator]
 
 
 def without_axes(name: str) -> str:
@@ -389,7 +395,7 @@ def without_axes(name: str) -> str:
 
 def is_batched(axes: tuple[str, ...], ndim: int) -> bool:
     """Whether the first axis of an array with `ndim` axes is one of rows that do not know of each other."""
-    return axes[0] in _BATCH and (ndim > 1 if ROWS in axes else ndim == len(axes))
+    return bool(axes) and axes[0] in _BATCH and (ndim > 1 if ROWS in axes else ndim == len(axes))
 
 
 def axis_names(axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:

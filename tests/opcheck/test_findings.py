@@ -1,6 +1,8 @@
 """Findings of kinds that were missed once, or said in words that nobody understood."""
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +376,34 @@ def test_products_that_are_rounded_before_they_are_summed() -> None:
     assert wide.verdict == "holds", str(wide)
 
 
+def _eager_attention(q: Any, k: Any, v: Any, *, top: bool = False, **how: Any) -> Any:
+    """Rounds q k, scaled scores, weights and result, as Transformers' eager form does. top: causal from the top."""
+    S, T, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.transpose(-1, -2)) * (how.get("scale") or q.shape[-1] ** -0.5)
+    if how.get("causal", True):
+        later = torch.ones(S, T, dtype=torch.bool).triu(1 + (0 if top else T - S))
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores.float().softmax(-1).to(q.dtype) @ v
+
+
+def _attention_call(S: int, T: int, scale: float) -> Call:
+    arrays = tuple(Array((1, 2, n, 32), "bfloat16", seed=seed) for seed, n in enumerate((S, T, T)))
+    first = next(c for c in corners("attention", "bfloat16") if c.kind == "plain")
+    return replace(first, arguments=arrays, keywords=(("scale", scale),))
+
+
+def test_eager_attention_holds_where_its_rounded_scores_choose_another_key() -> None:
+    """The predicted error says nothing there, and the bits of its profile say all."""
+    calls = [_attention_call(96, 96, scale) for scale in (2.0, 300.0)]
+    report = check_op("attention", _eager_attention, calls=calls, **NOW)
+    assert report.verdict == "holds", str(report)
+    assert report.examples == len(calls)
+    assert "the weights and the result" in str(report)
+    wrong = check_op("attention", lambda *a, **h: _eager_attention(*a, **h) * 1.5, calls=calls[-1:], **NOW)
+    assert wrong.verdict == "fails"
+
+
 def test_torch_conventions() -> None:
     def from_the_top(q: Any, k: Any, v: Any, **how: Any) -> Any:
         """Causal as torch has it."""
@@ -391,6 +421,11 @@ def test_torch_conventions() -> None:
     loss = torch.nn.functional.cross_entropy
     report = check_op("cross_entropy", loss, convention="torch", max_examples=20, isolate=False, level="hostile")
     assert report.verdict == "holds", str(report)
+    eager = partial(_eager_attention, top=True)
+    few = [_attention_call(16, 40, 3.0)]
+    report = check_op("attention", eager, convention="torch", calls=few, max_examples=0, **left)
+    assert report.verdict == "holds", str(report)  # its roundings are looked for among the keys that it sees
+    assert report.examples == 1
     silu = check_op("swiglu", BEGINNERS[-1][1], policy="fused", convention="torch", **NOW)
     assert silu.verdict == "holds", str(silu)
     asked = check_op("cross_entropy", loss, max_examples=0, isolate=False)
