@@ -74,7 +74,9 @@ def catalogue(operator: str | None = None, form: str | None = None, backward: bo
     backward: those of gradients, and not those of forward operators; None: as the name of the operator says.
     """
     backward = (operator or "").endswith(_BACKWARD) if backward is None else backward
-    prefixes = tuple(f"backward_{prefix}" if backward else prefix for name, prefix in _PREFIX.items() if form in (None, name))
+    prefixes = tuple(
+        f"backward_{prefix}" if backward else prefix for name, prefix in _PREFIX.items() if form in (None, name)
+    )
     names = sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name.startswith(prefixes))
     mutants = (m for name in names for m in import_module(f"{__name__}.{name}").MUTANTS)
     return [m for m in mutants if operator in (None, m.operator)]

@@ -51,8 +51,8 @@ def instead(wrong: Function) -> Way:
 def changed(function: str, *replacements: str) -> Way:
     """Replaces text in the body of one function of kernels/plain: old, new, old, new ... Each old is there once.
 
-    The new text may use `whole_tiles`, `scratch` and `narrow_sum` of this module. Building raises RefllmError if an old text is not
-    there, or there twice: the function was changed, and the mutant must follow it.
+    The new text may use `whole_tiles`, `scratch` and `narrow_sum` of this module. Building raises RefllmError if an
+    old text is not there, or there twice: the function was changed, and the mutant must follow it.
     """
 
     def way(operator: str) -> Function:
