@@ -97,15 +97,17 @@ def _autograd_of(function: Function, operator: str) -> Function:
 
     def gradients(*arguments: Any, **keywords: Any) -> Any:
         given = known.bound(arguments, keywords)
+        if forward_name(operator) == "rope":  # a rotation is linear: what was turned makes no difference
+            given |= {"q": torch.zeros_like(given["dq"]), "k": torch.zeros_like(given["dk"])}
         leaves = {
             name: given[name].detach().clone().requires_grad_()
             for name in known.gradient_of.values()
             if given.get(name) is not None
         }
-        forward = [
-            leaves.get(name, given[name]) for name in known.forward.parameters if name in given and name not in keywords
-        ]
-        outs = function(*forward, **keywords)
+        places = [name for name, p in known.forward.parameters.items() if p.kind is not p.KEYWORD_ONLY]
+        forward = [leaves.get(name, given[name]) for name in places]
+        with torch.enable_grad():
+            outs = function(*forward, **keywords)
         outs = outs if isinstance(outs, tuple) else (outs,)
         incoming = [given[name].to(out.dtype) for name, out in zip(known.incoming, outs, strict=False)]
         found = dict(zip(leaves, torch.autograd.grad(outs, list(leaves.values()), incoming), strict=True))
@@ -216,9 +218,10 @@ def jacobian_of_each_row(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
     z, d = x.double().reshape(-1, E), dy.double().reshape(-1, E)
     z = z - z.mean(-1, keepdim=True)
     r = (z.square().mean(-1, keepdim=True) + eps).rsqrt()
-    n = z * r
-    matrix = torch.eye(E, dtype=z.dtype) - 1 / E - n[:, :, None] * n[:, None, :] / E
-    dx = (matrix @ (d * weight.double())[:, :, None])[..., 0] * r
+    n, dx = z * r, torch.empty(z.shape, dtype=z.dtype)
+    common = torch.eye(E, dtype=z.dtype) - 1 / E
+    for row, own, g, scale in zip(dx, n, d * weight.double(), r, strict=True):
+        row.copy_((common - torch.outer(own, own) / E) @ g * scale)
     dw, db = (d * n).sum(0), d.sum(0)
     return dx.reshape(x.shape).to(x.dtype), dw.to(weight.dtype), None if bias is None else db.to(bias.dtype)
 
@@ -421,10 +424,9 @@ def torch_softmax_backward(dp: Tensor, p: Tensor) -> Tensor:
 
 
 @right("softmax_backward")
-def whole_jacobian(dp: Tensor, p: Tensor) -> Tensor:
-    weights = p.double()
-    jacobian = torch.diag_embed(weights) - weights[..., :, None] * weights[..., None, :]
-    return (jacobian @ dp.double()[..., None])[..., 0].to(p.dtype)
+def two_products(dp: Tensor, p: Tensor) -> Tensor:
+    weights, through = p.double(), p.double() * dp.double()
+    return (through - weights * through.sum(-1, keepdim=True)).to(p.dtype)
 
 
 # -- activations -------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from refllm.ops.backward_contracts import BACKWARD, forward_name
 
 
 def followed(operator: str, gradients: Callable[..., Any], forward: Callable[..., Any] | None = None) -> Any:
-    """The forward operator as a function that autograd follows, with the gradients of a function that has the signature
-    of `operator`, a backward one. forward: takes the place of the operator of `refllm.kernels.plain`; where the backward
-    pass has arguments that the forward pass keeps, it returns those."""
+    """The forward operator as a function that autograd follows, with the gradients of a function that has the
+    signature of `operator`, a backward one. forward: takes the place of the operator of `refllm.kernels.plain`; where
+    the backward pass has arguments that the forward pass keeps, it returns those."""
     function = _function()
 
     def call(*arguments: Any, **keywords: Any) -> Any:
