@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from refllm import ops
-from refllm.accuracy.propagation import BLOCKS, Propagation, Uncertain, certain
+from refllm.accuracy.propagation import BLOCKS, VANISHED, Propagation, Uncertain, cancels, certain
 from refllm.ops.attention import visible_keys
 from refllm.ops.attention_backward import queries_per_block, weights_of_head
 from refllm.ops.linear_backward import turns
@@ -192,11 +192,16 @@ class Backward(_InOrder):
         inner = d.value * up
         of_inner = np.square(up) * d.variance + self._noise(inner, "glu.activation")
         of_gate = np.square(slope) * of_inner + self._of_a_slope(inner, slope) + self._noise(inner * slope, "glu")
-        of_act = self._forward._noise(act, "glu.activation") + self._inside(act, 2)
+        of_act = self._forward._noise(act, "glu.activation") + self._inside(act, 2) + _vanished(act)
+        of_act = of_act + np.square(cancels(name, gate))
         return [of_gate, np.square(act) * d.variance + np.square(d.value) * of_act + self._noise(d.value * act, "glu")]
 
     def _of_a_slope(self, d: np.ndarray, slope: np.ndarray) -> Any:
-        return self._inside(d * np.maximum(np.abs(slope), _LEAST_SLOPE), _SLOPE_STEPS)
+        size = d * np.maximum(np.abs(slope), _LEAST_SLOPE)
+        inside = self._inside(size, _SLOPE_STEPS) + np.square(d) * _vanished(slope)
+        if self.dtype != "float32" and "activation.terms" in self.policy.points:
+            inside = inside + _SLOPE_STEPS * np.asarray(self._noise(2 * size, "activation.terms"))
+        return inside
 
     # -------------------------------------------------------------------------------------------------------- attention
 
@@ -209,6 +214,7 @@ class Backward(_InOrder):
         of_q, of_k, of_v = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
         dk, dv = np.zeros(k.shape), np.zeros(v.shape)
         key_mask, mask, window = (how.get(name) for name in ("key_mask", "mask", "window"))
+        dlse = how.pop("dlse", None)
         visible = visible_keys(how.get("causal", True), key_mask, mask, window, (B, H, S, T))
         o, lse = ops.attention(q, k, v, **{**how, "scale": scale}, return_lse=True, ar=self._exact())
         for b, h in np.ndindex(B, H):
@@ -216,7 +222,7 @@ class Backward(_InOrder):
             allowed = visible(b, slice(h, h + 1), slice(0, S), T)
             row, keys, do = q[b, h], k[b, g], d.value[b, h]
             p, s = weights_of_head(row[None], keys, scale, allowed, lse[b, h][None], self._exact())
-            made = o[b, h], lse[b, h], scale
+            made = o[b, h], lse[b, h], scale, None if dlse is None else np.asarray(dlse[b, h], np.float64)
             each = _Head(self, p[0], s[0], row, keys, v[b, g], do, d.variance[b, h], *made)
             found = each.variances(dk[b, g], dv[b, g], last=(h + 1) * K % H == 0)
             of_q[b, h] = found[0]
@@ -278,12 +284,14 @@ class _Head:
         o: np.ndarray,
         lse: np.ndarray,
         scale: float,
+        dlse: np.ndarray | None = None,
     ) -> None:
         self.lse = lse
         self.of, self.p, self.s, self.q, self.k, self.v = of, p, s, q, k, v
         self.do, self.of_do, self.o, self.scale = do, of_do, o, scale
         self.dp = do @ v.T
-        self.c = np.where(p == 0, 0, self.dp - (p * self.dp).sum(axis=-1, keepdims=True))
+        extra = 0.0 if dlse is None else dlse[:, None]
+        self.c = np.where(p == 0, 0, self.dp - (p * self.dp).sum(axis=-1, keepdims=True) + extra)
         self.ds = scale * p * self.c
 
     def variances(
@@ -396,6 +404,11 @@ class _Head:
 
     def _seen(self, noise: Any) -> np.ndarray:
         return np.where(self.p > 0, noise, 0)
+
+
+def _vanished(value: np.ndarray) -> np.ndarray:
+    """The square of what is so small that the e^-x in it is beyond float32, so that it is 0 there."""
+    return np.where(np.abs(value) < VANISHED, np.square(value), 0)
 
 
 def exact_arithmetic(policy: Policy) -> Arithmetic:

@@ -1,6 +1,6 @@
 """What a call has to return: exact, in the same precision, and how far a right implementation may be from it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from refllm import ops
+from refllm.accuracy.backward_operator import expect_backward
 from refllm.accuracy.limits import CHAIN, INNER
 from refllm.accuracy.operator import predict
 from refllm.accuracy.propagation import ulp
 from refllm.errors import InputError
+from refllm.ops.backward_contracts import forward_name, is_backward
 from refllm.ops.contracts import contract_of
 from refllm.precision import EXACT, FUSED, HF_EAGER, NATIVE, Arithmetic, Policy, rounding
 from refllm.precision.dtype_names import dtype_name
@@ -30,6 +32,9 @@ class Call(Protocol):
 
     @property
     def dtype(self) -> str: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, str]: ...
 
     def arrays(self) -> tuple[list[Any], dict[str, Any]]:
         """(arguments, keywords) for `refllm.ops`."""
@@ -67,7 +72,7 @@ def expect(call: Call, policy: str = "fused", convention: str = "") -> tuple[Exp
     convention: "torch" for masks that are causal from the top where there are fewer queries than keys.
     """
     arguments, keywords = by_convention(call, convention)
-    return expect_values(call.operator, arguments, keywords, call.dtype, policy)
+    return expect_values(call.operator, arguments, keywords, call.dtype, policy, call.dtypes)
 
 
 @lru_cache(maxsize=256)
@@ -79,11 +84,15 @@ def remembered(call: Call, policy: str, convention: str = "") -> tuple[Expected,
 def by_convention(call: Call, convention: str) -> tuple[list[Any], dict[str, Any]]:
     """The arguments and keywords that the definition is given for what a convention makes of a call.
 
-    "torch": query s sees keys 0..s, as is_causal has it, so there are no other keys.
+    "torch": query s sees keys 0..s, as is_causal has it, so there are no other keys; their gradients are 0.
     """
     arguments, keywords = call.arrays()
-    if convention != "torch" or call.operator != "attention" or not keywords.get("causal", True):
+    attention = forward_name(call.operator) == "attention"
+    if convention != "torch" or not attention or not keywords.get("causal", True):
         return arguments, keywords
+    if is_backward(call.operator):
+        _, q, k, *_ = arguments
+        return arguments, keywords | {"causal": False, "mask": np.tri(q.shape[2], k.shape[2], dtype=bool)[None, None]}
     q, *cached = arguments
     S = q.shape[2]
     mask = keywords.get("key_mask")
@@ -108,10 +117,21 @@ def narrow_loss(expected: Expected, arguments: Sequence[Any], keywords: dict[str
 
 
 def expect_values(
-    operator: str, arguments: Sequence[Any], keywords: dict[str, Any], dtype: str, policy: str
+    operator: str,
+    arguments: Sequence[Any],
+    keywords: dict[str, Any],
+    dtype: str,
+    policy: str | Policy,
+    dtypes: Mapping[str, str] | None = None,
 ) -> tuple[Expected, ...]:
-    """One `Expected` per output, for arrays that lie on the grid of `dtype`."""
+    """One `Expected` per output that is no None, for arrays that lie on the grid of `dtype`.
+
+    policy: its name, or for gradients one of your own. dtypes: of the arguments by name; a gradient has its tensor's.
+    """
     rules, known = find_policy(policy), contract_of(operator)
+    if is_backward(operator):
+        found = expect_backward(operator, arguments, keywords, dtype, rules, dtypes, fused=policy == "fused")
+        return tuple(Expected(**fields) for fields in found)
     predicted = predict(operator, arguments, keywords, dtype=dtype, policy=rules)
     contract = evaluate(operator, Arithmetic(dtype, rules), arguments, keywords)
     inner = _inner(operator, arguments, keywords, [p.exact for p in predicted])
@@ -135,8 +155,10 @@ def expect_values(
     )
 
 
-def find_policy(policy: str) -> Policy:
+def find_policy(policy: str | Policy) -> Policy:
     """The policy of that name. Raises InputError for another name."""
+    if isinstance(policy, Policy):
+        return policy
     if policy not in POLICIES:
         raise InputError(f"--policy {policy} is not known; use {' or '.join(POLICIES)}")
     return POLICIES[policy]

@@ -97,6 +97,10 @@ OF_ONE_ROUNDING, OF_THE_SMALLEST = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.
 """The same of a row that is rounded number by number: half a step of each; and half the smallest number of float16, as
 what a number may be off by in any case."""
 
+ALIKE_STEPS = 2.0
+"""Times the predicted variance of gradients that are products and round at every step: rows that are alike have errors
+that are alike, and those of a group of rows add up."""
+
 CANCELS = 3
 """Mean over standard deviation of a row, from where a variance in one pass, the difference of two squares, is mostly
 their error."""
@@ -212,6 +216,13 @@ from 10,000 on none."""
 FAR_POSITIONS = 4096.0
 """Positions past which a float32 angle, of which one rounding is position x 2^-24, is off by half an ulp of float16
 below 1, 2^-12: a right table is one that was made with care."""
+
+MANY_ROWS = 256
+"""Rows from which a sum over them shows what it is kept in: added one by one in bfloat16, of 8 bits, 256 equal terms
+are the most that count. Below it an honest library may do that (torch's CPU kernels of LayerNorm and embedding)."""
+
+CONFIDENT = 4.0
+"""A planted logit, or weight of one, from which a probability is near 1: among 20 it is 0.6 at 4 and 0.996 at 9."""
 
 EXTREME_VALUE, VANISHING_SCALE = 250.0, 1e-10
 """A value from which its square is next to the largest float16, 65504 = 256^2; and a scale far below its smallest,

@@ -33,7 +33,7 @@ _AT_ONCE = 1 << 19  # numbers of a weight: 4 MiB as float64, which stay in cache
 LANES = 16
 """Partial sums that every vectorised reduction keeps."""
 _ONE_PLUS_NOTHING = 17.4  # -log of half a float32 ulp of 1
-_VANISHED = 2.0**-121  # about the largest |silu(x)| for which e^-x is beyond float32, so that the result is 0
+VANISHED = 2.0**-121  # about the largest |silu(x)| for which e^-x is beyond float32, so that the result is 0
 _ROOT_STEPS = 4  # float32 roundings of a norm's mean, of eps added, of the root and of its reciprocal
 
 
@@ -575,7 +575,7 @@ class Propagation:
         return replace(out, rounded=self._to_the_bit(partial(ops.glu, name=name), gate, up))
 
     def _activation_noise(self, x: np.ndarray, act: np.ndarray, name: str) -> Any:
-        vanished = np.where(np.abs(act) < _VANISHED, np.square(act), 0)
+        vanished = np.where(np.abs(act) < VANISHED, np.square(act), 0)
         return vanished + self._inside(act, _activation_steps(name, x))
 
     @staticmethod

@@ -19,6 +19,12 @@ def check_op(
         str | None,
         typer.Option("--candidate", help="Yours: module:function or file.py:function, with the operator's signature."),
     ] = None,
+    backward: Annotated[
+        bool,
+        typer.Option(
+            "--backward", help="Judge its gradients, by autograd. One written by hand: OP is rms_norm_backward."
+        ),
+    ] = False,
     list_all: Annotated[bool, typer.Option("--list", help="List the operators with their signatures.")] = False,
     dtype: Annotated[
         list[str] | None, typer.Option("--dtype", help="Of the activations; repeat for more. Default: bfloat16.")
@@ -171,6 +177,7 @@ def check_op(
                         sizes=sizes or (),
                         convention=convention,
                         configs=configs,
+                        backward=backward,
                         repro=_program_of(repro, one) if any(r.repro for r in reports) else _file(repro),
                         progress=progress,
                     )

@@ -15,6 +15,7 @@ from refllm.errors import InputError
 from refllm.extras import require
 from refllm.opcheck import candidate as candidates
 from refllm.opcheck import search
+from refllm.opcheck.autograd import find_differentiable
 from refllm.opcheck.examine import Examiner, Finding
 from refllm.opcheck.looks_like import Guess, Likeness, looks_like
 from refllm.opcheck.observe import Task
@@ -40,8 +41,13 @@ _MARGIN = 0.1
 """Seconds that ending a process takes."""
 _REPEATS = 200
 """Calls in which what is wrong now and then has to show itself again."""
-_EVERY_TIME = ("hangs", "crashes", "result", "purity", "reuse")
+_EVERY_TIME = ("hangs", "crashes", "result", "purity", "reuse", "missing gradient")
 """Properties that are taken for broken when they were seen once."""
+_SHOWN_LATE = (
+    *("unwritten", "determinism", "invariance", "purity", "reuse", "raises", "crashes"),
+    *("frozen tensor", "needless gradient", "shared tensor", "second backward", "recomputation"),
+)
+"""Properties that show in a run after the first."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,7 @@ def check_op(
     convention: str = "",
     configs: str = "first",
     repro: str | os.PathLike[str] | None = None,
+    backward: bool = False,
     progress: search.Progress = lambda text, done, total: None,
 ) -> OpReport:
     """Search for a call on which `candidate` breaks the contract of `operator`, make it small and say what is wrong.
@@ -197,16 +204,19 @@ def check_op(
     convention: "torch" for Torch's choices where the contract chose otherwise.
     configs: which configurations of an autotuned Triton kernel run, "first" or "all", which must agree.
     repro: a file to write the reproduction to. progress: told what is being done.
+    backward: the candidate has the signature of the forward operator, and its gradients are judged, which autograd
+        makes of it. A function of a backward operator's own signature is a candidate of that: "rms_norm_backward".
 
     Raises InputError for an operator, a candidate, a dtype, ... that there is none of, and SearchInterrupted, which has
     the report so far, for Ctrl-C.
     """
     start = time.monotonic()
+    dtype = find_dtype(dtype)
+    forward, operator = operator, find_differentiable(operator, dtype).operator if backward else operator
     contract_of(operator)
     named = "fused" if policy is None else policy
     find_policy(named)
     find_level(level)
-    dtype = find_dtype(dtype)
     _must_be_possible(time_limit, seconds, max_examples, calls)
     offers = find_offers(operator, without, sizes, convention)
     if max_examples and not isinstance(calls, Sequence):
@@ -214,6 +224,7 @@ def check_op(
     if repro is not None:
         output_file.must_be_writable("--repro", repro)
     found = candidates.load(candidate, arrays=arrays, device=device)
+    found = candidates.by_autograd(found, forward) if backward else found
     if configs not in ("first", "all") or (configs == "all" and not found.interpreted):
         raise InputError(
             f"--configs {configs}: expected first or all; all is for Triton kernels that are interpreted, on a CPU"
@@ -448,7 +459,7 @@ def _smallest(examine: Examiner, offers: Offers, first: Finding, until: float, p
     if first.property == "hangs":
         return _smallest_that_hangs(examine, offers, first, until, progress)
     # What shows in the first run is looked for in the first run alone.
-    deep = first.property in ("unwritten", "determinism", "invariance", "purity", "reuse", "raises", "crashes")
+    deep = first.property in _SHOWN_LATE
     return _made_small(examine, offers, first, until, progress, deep, examine.limit)
 
 

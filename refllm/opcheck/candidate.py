@@ -6,13 +6,14 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from refllm import apart
 from refllm.errors import InputError
 from refllm.extras import require
+from refllm.opcheck.autograd import Autograd, find_differentiable
 from refllm.user_code import find_function
 
 ARRAYS = ("torch", "numpy")
@@ -23,7 +24,8 @@ DEVICES = ("cpu", "cuda")
 class Candidate:
     """name: for reports. function: takes and returns what the operator does. reference: "module:function" or
     "file.py:function" if it can be found again by it, else "". arrays: what it takes, one of `ARRAYS`. triton: whether
-    it launches Triton kernels, which on a CPU run on the interpreter.
+    it launches Triton kernels, which on a CPU run on the interpreter. autograd: the forward operator whose gradients
+    are judged, of a function that autograd follows; "" for one that is judged itself.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Candidate:
     arrays: str
     device: str
     triton: bool
+    autograd: str = ""
 
     @property
     def interpreted(self) -> bool:
@@ -63,6 +66,17 @@ def load(candidate: Any, *, arrays: str = "torch", device: str = "cpu") -> Candi
     if triton and device == "cpu":
         _needs_interpreter(name)
     return Candidate(name, function, reference, arrays, device, triton)
+
+
+def by_autograd(candidate: Candidate, operator: str) -> Candidate:
+    """The backward operator that autograd makes of a candidate. Raises InputError where it cannot."""
+    find_differentiable(operator)
+    if candidate.arrays == "numpy":
+        raise InputError(
+            "--backward --arrays numpy: autograd follows Torch tensors; check the backward operator itself"
+        )
+    require("gradients by autograd (--backward)", "torch")
+    return replace(candidate, function=Autograd(operator, candidate.function), autograd=operator)
 
 
 def uses_triton(function: Any) -> bool:

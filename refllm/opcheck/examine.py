@@ -10,10 +10,12 @@ import numpy as np
 from refllm.accuracy.expected import Expected, by_convention, expect_values, narrow_loss, remembered
 from refllm.accuracy.judge import Judgement, judge
 from refllm.accuracy.wrong_answers import wrong_answers
-from refllm.opcheck import inputs
+from refllm.opcheck import gradients, inputs
+from refllm.opcheck.gradient_roundings import GradientRoundings
 from refllm.opcheck.observe import Observation, Result, Task
 from refllm.opcheck.roundings import Roundings
 from refllm.opcheck.without import missing_result, raised
+from refllm.ops.backward_contracts import is_backward
 from refllm.parallel import one_blas_thread
 from refllm.precision import rounding
 from refllm.strategies.call import Call
@@ -35,8 +37,21 @@ PROPERTIES = (
     "race",
     "overflow",
     "configurations",
+    "missing gradient",
+    "frozen tensor",
+    "needless gradient",
+    "shared tensor",
+    "second backward",
+    "recomputation",
+    "masking",
+    "layout",
+    "growth",
 )
 """What may be broken, by the name in reports."""
+
+
+_OF_THE_CONTRACT = ("reuse", "needless gradient", "recomputation")
+"""Properties that no beginner is asked for."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Finding:
         """The level of its call, or that of what is broken where that is higher."""
         of_call = level_of(self.call)
         between = self.property == "invariance" and "between the elements" in self.text
-        of_property = "hostile" if between else "contract" if self.property == "reuse" else "basic"
+        of_property = "hostile" if between else "contract" if self.property in _OF_THE_CONTRACT else "basic"
         return max(of_call, of_property, key=LEVELS.index)
 
 
@@ -81,7 +96,9 @@ class Examiner:
         `Offers`. any_profile: whether a candidate may round wherever honest code does."""
         self.runner, self.task, self.limit, self.until = runner, task, limit, until
         self.convention, self.any_profile = convention, any_profile
-        self.roundings = Roundings(task.policy) if any_profile else None
+        backward = is_backward(task.call.operator)
+        made = GradientRoundings(task.policy, convention) if backward else Roundings(task.policy)
+        self.roundings: Roundings | GradientRoundings | None = made if any_profile else None
         self.examples, self.score, self.slowest = 0, 0.0, 0.0
         self.worst: Judgement | None = None
         self.power = Power()
@@ -99,6 +116,7 @@ class Examiner:
             self.slowest = max(self.slowest, seen.seconds)
         self.score, judged = 0.0, []
         if seen.results:
+            seen = gradients.without_none(call, seen, expected)
             expected = self._as_returned(call, seen.results, expected)
             broken = _structure(call, seen.results, expected, self.task)
             if broken is not None:
@@ -182,8 +200,10 @@ class Examiner:
         row, results = seen.alone
         part = slice(row, row + 1)
         wanted = [_cut(e, part) for e in expected]
-        if inputs.is_reduced(call):
-            arrays = inputs.row_alone(call, *by_convention(call, self.convention), row)
+        arrays = inputs.row_alone(call, *by_convention(call, self.convention), row)
+        if is_backward(call.operator):
+            wanted = list(expect_values(call.operator, *arrays, call.dtype, self.task.policy, call.dtypes))
+        elif inputs.is_reduced(call):
             wanted = list(expect_values(call.operator, *arrays, call.dtype, self.task.policy))
             if expected[0].dtype != wanted[0].dtype:  # as it was returned for all rows
                 wanted = [narrow_loss(wanted[0], *arrays, call.dtype)]
@@ -191,19 +211,24 @@ class Examiner:
         if broken is not None:
             text = f"row {row} computed alone: {broken.text}"
             return replace(broken, property="invariance", text=text, row_alone=row)
-        arrays = inputs.row_alone(call, *by_convention(call, self.convention), row)
         judged = self._judged(call, *arrays, results, tuple(wanted), whole=False)
         for whole, result, e, verdict in zip(seen.results, results, wanted, judged, strict=True):
             if not verdict.holds:
                 text = f"row {row} computed alone is wrong: {verdict.faults[0].text}"
                 return Finding("invariance", text, call, e.name, e.axes, verdict, verdict.wrong, results, row)
-            if self.task.bitwise and not inputs.is_reduced(call):
+            if self.task.bitwise and _same_alone(call, result, whole):
                 different = ~inputs.same_bits(result.value, whole.value[part])
                 if different.any():
                     count = int(different.sum())
                     text = f"row {row} computed alone has other bits than in its batch ({count} elements)"
                     return Finding("invariance", text, call, e.name, e.axes, None, different, results, row)
         return None
+
+
+def _same_alone(call: Call, alone: Result, whole: Result) -> bool:
+    """Whether a row by itself has the bits that it has in its batch: not of what is made of all rows."""
+    of_all = inputs.is_reduced(call) or "dloss" in call.names
+    return not of_all and alone.value.shape != whole.value.shape
 
 
 class Power:
@@ -243,6 +268,10 @@ def _structure(call: Call, results: tuple[Result, ...], expected: tuple[Expected
         returned = "1 result" if len(results) == 1 else f"{len(results)} results"
         text = f"it returns {returned}; the contract has {len(expected)}: {names}{missing_result(call, len(results))}"
         return Finding("result", text, call)
+    absent = gradients.missing(call, results, expected)
+    if absent is not None:
+        name, argument = absent
+        return Finding("missing gradient", f"{name} is None: {argument} gets no gradient", call, name)
     for result, e in zip(results, expected, strict=True):
         text = _unlike(result, e, task)
         if text:

@@ -135,7 +135,7 @@ def _unread(call: Call, tensors: dict[str, Any]) -> Iterator[tuple[str, Any, np.
         for name, x in (("keys", k), ("values", v)):
             yield f"{name} past the length", x, np.array(np.broadcast_to(beyond[:, None, :], x.shape[:3]))
     elif "labels" in kinds:
-        rows = next(iter(known.arguments))
+        rows = next(name for name, axes in known.arguments.items() if axes[0] == "N" and len(axes) == 2)
         ignored = to_numpy(tensors["labels"]) == keywords.get("ignore_index", -100)
         yield "rows whose label is ignored", tensors[rows], ignored
 
@@ -145,9 +145,10 @@ def _unread(call: Call, tensors: dict[str, Any]) -> Iterator[tuple[str, Any, np.
 
 def rows_of(call: Call) -> int:
     """How many rows there are that do not know of each other: the length of the first axis, 1 where there is none."""
-    first = call.arguments[0]
-    axes = next(iter(contract_of(call.operator).arguments.values()))
-    return first.shape[0] if isinstance(first, Array) and is_batched(axes, len(first.shape)) else 1
+    axes = contract_of(call.operator).arguments
+    given = zip(call.names, call.arguments, strict=True)
+    batched = (x.shape[0] for name, x in given if isinstance(x, Array) and is_batched(axes[name], len(x.shape)))
+    return next(batched, 1)
 
 
 def row_for_itself(call: Call) -> int:
@@ -162,8 +163,14 @@ def row_alone(
     call: Call, arguments: Sequence[Any], keywords: dict[str, Any], row: int
 ) -> tuple[list[Any], dict[str, Any]]:
     """Views of the arguments (arrays or tensors) that hold one row of the batch, which keeps its axis."""
+    return rows_alone(call, arguments, keywords, slice(row, row + 1))
+
+
+def rows_alone(
+    call: Call, arguments: Sequence[Any], keywords: dict[str, Any], part: slice
+) -> tuple[list[Any], dict[str, Any]]:
+    """The same of several rows."""
     axes = contract_of(call.operator).arguments
-    part = slice(row, row + 1)
 
     def cut(name: str, x: Any) -> Any:
         batched = name in axes and hasattr(x, "shape") and is_batched(axes[name], x.ndim)

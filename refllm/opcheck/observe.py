@@ -18,6 +18,7 @@ import numpy as np
 
 from refllm.inputs import to_numpy
 from refllm.opcheck import inputs
+from refllm.opcheck.autograd import BrokenError
 from refllm.opcheck.poison import filled
 from refllm.opcheck.without import refused
 from refllm.parallel import one_blas_thread
@@ -40,8 +41,8 @@ _NOTHING = np.zeros(0)
 class Task:
     """One call for the candidate. deep: also one row alone and the repetition. bitwise: the row alone must have the
     bits that it has in the batch. repeats: make the plain call so many times more and nothing else, to see whether one
-    differs. configs: which configurations of an autotuned kernel are interpreted, "first" or "all". Numbers and names
-    only, to be sent to another process."""
+    differs. configs: which configurations of an autotuned kernel are interpreted, "first" or "all". rows: those
+    of the batch that are taken, all if None. Numbers and names only, to be sent to another process."""
 
     call: Call
     device: str
@@ -52,6 +53,7 @@ class Task:
     bitwise: bool
     repeats: int = 0
     configs: str = "first"
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,9 @@ def observe(function: Callable[..., Any], task: Task, step: Step = lambda name: 
             return _repeated(run, results)
         if not task.deep:
             return Observation(results=results, seconds=run.longest)
+        further = run.further()
+        if further is not None:
+            return Observation(*further, results, seconds=run.longest)
         alone = run.alone()
         again = run(filling=1, padding=True, unread=True)
         overwritten = run.overwritten()
@@ -225,6 +230,8 @@ class _Run:
     def __call__(self, *, filling: int = 0, padding: bool = False, unread: bool = False) -> tuple[Result, ...]:
         call = self.task.call
         arguments, keywords = inputs.make(call, self.task.device, self.task.arrays)
+        if self.task.rows is not None:
+            arguments, keywords = inputs.rows_alone(call, arguments, keywords, slice(*self.task.rows))
         tensors = inputs.named(call, arguments, keywords)
         if padding:
             self.padded = inputs.change_padding(tensors) or self.padded
@@ -250,6 +257,15 @@ class _Run:
         except _Broken as broken:
             raise _Broken(broken.property, f"row {row} computed alone: {broken.text}", row) from None
         return row, self._hold(out, self._results(out, {}))
+
+    def further(self) -> tuple[str, str] | None:
+        """What else a candidate of its kind has to keep, and does not (`refllm.opcheck.autograd`)."""
+        ask = getattr(self.function, "further", None)
+        if ask is None:
+            return None
+        with _no_grad(self.task), _interpreter(self.task, 1):
+            found: tuple[str, str] | None = ask(lambda: inputs.make(self.task.call, self.task.device, self.task.arrays))
+        return found
 
     def overwritten(self) -> tuple[int, np.ndarray] | None:
         """The first result of an earlier call that is not what it was, and where; None if there is none."""
@@ -353,12 +369,16 @@ def _same_memory(a: Any, b: Any) -> bool:
 
 
 def _property(error: BaseException) -> str:
+    if isinstance(error, BrokenError):
+        return error.property
     return next((_INTERPRETER[c.__name__] for c in type(error).__mro__ if c.__name__ in _INTERPRETER), "raises")
 
 
 def _sentence(error: BaseException, operator: str) -> str:
     """The error in one line, the line of code that raised it, and what arguments the candidate should take."""
     lines = str(error).strip().splitlines()
+    if isinstance(error, BrokenError):
+        return lines[0]
     said = f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     if type(error).__name__ in _INTERPRETER or type(error).__module__.startswith("refllm") or not frames:

@@ -13,6 +13,7 @@ from typing import Any
 from refllm.errors import InputError
 from refllm.opcheck.shrink import axis_lengths, resized
 from refllm.opcheck.without import calls_without, find_left_out, left_out
+from refllm.ops.backward_contracts import forward_name
 from refllm.ops.contracts import ROWS, contract_of
 from refllm.strategies.call import Call
 from refllm.strategies.levels import families_of
@@ -102,7 +103,7 @@ def find_offers(operator: str, without: str | Sequence[str], sizes: str | Sequen
         raise InputError(f"--convention {convention} is not known; use torch, or leave it out for the contract's")
     given = (sizes,) if isinstance(sizes, str) else tuple(sizes)
     rules = [rule for one in given for rule in one.replace(" and ", ",").split(",") if rule.strip()]
-    if convention == "torch" and operator == "attention":
+    if convention == "torch" and forward_name(operator) == "attention":
         rules.append("S<=T")  # what a mask that is causal from the top means for more queries than keys, nobody says
     return Offers(find_left_out(operator, without), tuple(_size(operator, rule) for rule in rules), convention)
 
@@ -110,7 +111,7 @@ def find_offers(operator: str, without: str | Sequence[str], sizes: str | Sequen
 def _size(operator: str, rule: str) -> Size:
     axes = sorted({axis for named in contract_of(operator).arguments.values() for axis in named} - {ROWS, "(H+2K)D"})
     axes = ["R" if axis == "R/2" else axis for axis in axes]
-    axes += ["D", "H", "K"] if operator == "rms_norm_qkv_rope" else []
+    axes += ["D", "H", "K"] if forward_name(operator) == "rms_norm_qkv_rope" else []
     found = _RULE.fullmatch(re.sub(r"\s+", "", rule))
     than = found[4] if found else ""
     if not found or found[1] not in axes or not (than.isdigit() or than in axes):

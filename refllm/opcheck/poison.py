@@ -5,6 +5,7 @@ computed from a part of a workspace that nobody wrote, follows the filling.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ def filled(run: int, arrays: str, function: Any = None) -> Iterator[None]:
             original = getattr(owner, name)
             exchanged[id(original)] = _filling(original, run, filler)
             _set(owner, name, exchanged[id(original)], undo)
-        names = getattr(function, "__globals__", {})
+        names = getattr(inspect.unwrap(function) if function is not None else None, "__globals__", {})
         for name, value in [(n, v) for n, v in names.items() if id(v) in exchanged]:
             undo.callback(names.__setitem__, name, value)
             names[name] = exchanged[id(value)]

@@ -13,6 +13,7 @@ from refllm.accuracy.verdicts import SCHEMA
 from refllm.opcheck.api import LevelReport, OpFinding, OpReport
 from refllm.opcheck.examine import Finding
 from refllm.opcheck.tile import begin, tile
+from refllm.ops.backward_contracts import BACKWARD
 from refllm.ops.contracts import CONTRACTS
 from refllm.strategies.call import Call
 from refllm.terminal.fitted_table import Table
@@ -42,7 +43,7 @@ def show_report(report: OpReport, with_repro: bool = False) -> RenderableType:
 def show_operators() -> RenderableType:
     """Every operator with its signature."""
     table = Table.grid(padding=(0, 2, 0, 0))
-    for known in CONTRACTS.values():
+    for known in (*CONTRACTS.values(), *BACKWARD.values()):
         table.add_row(Text(known.operator, style="bold"), Text(known.text))
     return table
 

@@ -11,18 +11,24 @@ from typing import Any
 
 from refllm.errors import RefllmError
 from refllm.opcheck.examine import Finding
+from refllm.ops.backward_contracts import forward_name
 from refllm.ops.contracts import ROWS, axis_names, contract_of, is_batched
-from refllm.strategies.arrays import Array
+from refllm.strategies.arrays import Array, Kept
 from refllm.strategies.call import Call
 from refllm.strategies.levels import LEVELS, families_of
 
 Retry = Callable[[Call], Finding | None]
 """Examines a smaller call; raises RefllmError for one that the contract does not allow."""
 
-_LEAST = {"attention": {"D": 8}, "decode_attention": {"D": 8}, "rope": {"D": 2}, "norm_rope": {"D": 2}}
+_LEAST: dict[str, dict[str, int]] = {
+    "attention": {"D": 8},
+    "decode_attention": {"D": 8},
+    "rope": {"D": 2},
+    "norm_rope": {"D": 2},
+}
 _SIMPLER = {"invariance": ("value", "NaN pattern")}
 """What a broken property may become: a row that is wrong alone is wrong as a batch of one as well."""
-_BOUNDS = {"labels": ("V", -1), "lengths": ("N", 0)}
+_BOUNDS = {"labels": ("V", -1), "ids": ("V", -1), "lengths": ("N", 0)}
 """Integers that an axis bounds: below V, up to N."""
 _ALLOWED = ("no_bias", "row_axes", "extreme_values")
 """Families that a smaller call may be of though the first was not: what is left out, and one row."""
@@ -117,7 +123,7 @@ class _Shrinker:
         def to(size: int) -> bool:
             return self.attempt(lambda: resized(self.best.call, dict.fromkeys((name, *others), size)))
 
-        least = _LEAST.get(self.best.call.operator, {}).get(name, 1)
+        least = _LEAST.get(forward_name(self.best.call.operator), {}).get(name, 1)
         high, low = axis_lengths(self.best.call)[name], least
         if high <= least or to(least) or (least == 1 and high > 2 and to(2)):
             return
@@ -250,14 +256,14 @@ def _bounded(name: str, x: Array, sizes: dict[str, int], ignored: int) -> Array:
 
 def _one_row_axis(call: Call) -> Call | None:
     axes = contract_of(call.operator).arguments
-    if not any(ROWS in axes[name] and len(x.shape) > 2 for name, x in _arrays(call)):
+    if not any(ROWS in axes[name] and len(x.shape) > len(axes[name]) for name, x in _arrays(call)):
         return None
 
     def drop(name: str, x: Any) -> Any:
-        if not isinstance(x, Array) or ROWS not in axes[name] or len(x.shape) < 3:
+        if not isinstance(x, Array) or ROWS not in axes[name] or len(x.shape) <= len(axes[name]):
             return x
         layout = "dense" if x.layout in ("heads", "expanded") else x.layout
-        return replace(x, shape=x.shape[-2:], planted=(), layout=layout)
+        return replace(x, shape=x.shape[-len(axes[name]) :], planted=(), layout=layout)
 
     return _mapped(call, drop)
 
@@ -290,20 +296,28 @@ def _half(planted: Any, half: int) -> Any:
     return planted if len(planted) < 2 else (planted[:middle], planted[middle:])[half]
 
 
-_DEFAULTS = {"scale": None, "causal": True, "key_mask": None, "return_lse": False, "ignore_index": -100}
+_DEFAULTS = {"scale": None, "causal": True, "key_mask": None, "return_lse": False, "ignore_index": -100, "dlse": None}
 
 
 def _plain_arguments(call: Call) -> Iterator[Callable[[], Call]]:
     """Keywords that have a default left out, optional arrays too, weights in the dtype of the rest."""
     for name, _ in call.keywords:
         if name in _DEFAULTS or name == "reduction":
-            yield lambda left=name: replace(  # type: ignore[misc]
-                call, keywords=tuple((n, v) for n, v in call.keywords if n != left)
-            )
+            yield lambda left=name: _without_keyword(call, left)  # type: ignore[misc]
     for name in ("bias", "b_qkv"):
         if name in call.names and call.arguments[call.names.index(name)] is not None:
             yield lambda left=name: _mapped(call, lambda n, x: None if n == left else x)  # type: ignore[misc]
-    yield from _one_by_one(call, lambda name, x: replace(x, dtype=call.dtype) if x.dtype == "float32" else x)
+    wide = contract_of(call.operator).or_float32
+    yield from _one_by_one(call, lambda n, x: replace(x, dtype=call.dtype) if x.dtype == "float32" and n in wide else x)
+
+
+def _without_keyword(call: Call, left: str) -> Call:
+    """The call without it; the gradient of a loss of all rows is one number."""
+    call = replace(call, keywords=tuple((name, value) for name, value in call.keywords if name != left))
+    if left != "reduction":
+        return call
+    one = Array((), "float32", "ones", scale=0.75)
+    return _mapped(call, lambda name, x: one if name == "dloss" else x)
 
 
 def _plain_values(call: Call) -> Iterator[Callable[[], Call]]:
@@ -316,7 +330,11 @@ def _plain_values(call: Call) -> Iterator[Callable[[], Call]]:
 
 
 def _free(x: Array) -> bool:
-    return x.values not in ("integers", "cos", "sin") and x.dtype not in ("int64", "bool")
+    return (
+        not isinstance(x, Kept)
+        and x.values not in ("integers", "softmax", "cos", "sin")
+        and x.dtype not in ("int64", "bool")
+    )
 
 
 def _seeded(call: Call, name: str, x: Any) -> Any:

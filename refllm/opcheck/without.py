@@ -3,20 +3,18 @@
 A kernel without a key mask, or one that returns no log-sum-exp, can be right in all that it does.
 """
 
-import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from refllm import ops
 from refllm.errors import InputError
 from refllm.ops.contracts import contract_of
 from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
 from refllm.strategies.levels import FAMILIES, families, families_of, is_mixed
 
-_DROPPED = ("return_lse", "bias", "b_qkv")
+_DROPPED = ("return_lse", "dlse", "bias", "b_qkv")
 """What a call stays valid without, whatever else is in it. Other calls are left out: behind a key mask there may be
 NaN, and logits may be finite at their own scale alone."""
 MIXED, STRIDES = "mixed_dtypes", "strides"
@@ -26,11 +24,10 @@ _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 def optional(operator: str) -> dict[str, Any]:
     """The arguments of an operator that a call may lack, with what it then means: keywords that have a default, and
     arrays that may be None. Raises InputError for an operator that there is none of."""
-    contract_of(operator)
-    known = inspect.signature(getattr(ops, operator)).parameters.values()
-    keywords = [p for p in known if p.kind is p.KEYWORD_ONLY and p.name not in ("ar", "tap", "mask", "window")]
-    arrays = [p for p in known if p.kind is not p.KEYWORD_ONLY and "None" in str(p.annotation)]
-    return {p.name: None for p in arrays} | {p.name: p.default for p in keywords if p.default is not p.empty}
+    known = contract_of(operator).parameters
+    keywords = {name: p for name, p in known.items() if p.kind is p.KEYWORD_ONLY}
+    arrays = [name for name, p in known.items() if name not in keywords and "None" in str(p.annotation)]
+    return dict.fromkeys(arrays) | {name: p.default for name, p in keywords.items() if p.default is not p.empty}
 
 
 def find_left_out(operator: str, names: str | Sequence[str]) -> tuple[str, ...]:

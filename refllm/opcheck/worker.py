@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from refllm.apart import Channel, EndedError, LateError, Process, place
 from refllm.errors import InputError, RefllmError
+from refllm.opcheck.autograd import Autograd
 from refllm.opcheck.candidate import Candidate, find
 from refllm.opcheck.observe import Observation, Task, observe
 
@@ -105,7 +106,7 @@ class Worker:
             self._process = Process.forked(lambda channel: _serve(channel, self.candidate.function))
             return self._process
         self._process = Process.fresh(f"{__name__}:serve")
-        self._process.send(self.candidate.reference)
+        self._process.send((self.candidate.reference, self.candidate.autograd))
         try:
             said = self._process.receive(_START_SECONDS).values
         except EndedError as ended:
@@ -125,9 +126,10 @@ def _compiles(process: Process) -> bool:
 
 def serve(channel: Channel) -> None:
     """A new process: is told the candidate's name first."""
-    for reference in channel.requests():
+    for reference, autograd in channel.requests():
         try:
             candidate = find(reference)
+            candidate = Autograd(autograd, candidate) if autograd else candidate
         except InputError as error:
             channel.answer("refused", str(error))
             return

@@ -86,7 +86,7 @@ _FORWARD_ONLY = (
         "linear",
         {"x": (ROWS, "E"), "weight": ("F", "E"), "bias": ("F",)},
         {"y": (ROWS, "F")},
-        "products:linear",
+        "backward_only:linear",
         lambda x, weight, *_: 2 * prod(x.shape) * len(weight),
         product=True,
         kinds={"weight": "matrix", "bias": "bias"},
@@ -95,22 +95,22 @@ _FORWARD_ONLY = (
         "embedding",
         {"ids": (ROWS,), "weight": ("V", "E")},
         {"y": (ROWS, "E")},
-        "products:embedding",
+        "backward_only:embedding",
         _no_flops,
         kinds={"ids": "ids"},
     ),
     _only(
         "softmax",
-        {"s": (ROWS, "T")},
+        {"x": (ROWS, "T")},
         {"p": (ROWS, "T")},
-        "products:softmax",
-        lambda s: 8 * prod(s.shape),
+        "backward_only:softmax",
+        lambda x: 8 * prod(x.shape),
     ),
     _only(
         "activation",
         _X,
         {"y": (ROWS, "E")},
-        "activations:activation",
+        "backward_only:activation",
         lambda x, *_: 8 * prod(x.shape),
         sums=False,
         elementwise=True,
@@ -120,7 +120,7 @@ _FORWARD_ONLY = (
         "glu",
         {"gate": (ROWS, "F"), "up": (ROWS, "F")},
         {"h": (ROWS, "F")},
-        "activations:glu",
+        "backward_only:glu",
         lambda gate, *_: 10 * prod(gate.shape),
         sums=False,
         elementwise=True,
@@ -130,7 +130,7 @@ _FORWARD_ONLY = (
         "mean_squared_error",
         {"x": (ROWS, "E"), "target": (ROWS, "E")},
         {"loss": ()},
-        "losses:regression",
+        "backward_only:regression",
         lambda x, *_: 3 * prod(x.shape),
         elementwise=True,
         sums=False,
@@ -141,7 +141,7 @@ _FORWARD_ONLY = (
         "binary_cross_entropy",
         {"logits": (ROWS, "E"), "target": (ROWS, "E")},
         {"loss": ()},
-        "losses:regression",
+        "backward_only:regression",
         lambda x, *_: 8 * prod(x.shape),
         elementwise=True,
         sums=False,
@@ -188,7 +188,7 @@ def _derived(known: Contract) -> BackwardContract:
     if "p" in parameters:  # of a softmax the weights stand for the scores
         axes["p"] = known.outputs["p"]
     smooth = [x for x in known.arguments if known.kind(x) not in _NO_GRADIENT]
-    gradient_of = {f"d{x}": x for x in smooth}
+    gradient_of = {"ds" if known.operator == "softmax" else f"d{x}": x for x in smooth}
     heads = {p: "heads" for p in incoming if known.kind("q") == "heads" and len(axes[p]) == 4}
     own: dict[str, Any] = {f.name: getattr(known, f.name) for f in fields(Contract)}
     own |= {

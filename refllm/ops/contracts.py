@@ -116,7 +116,8 @@ class Contract:
         for p in self.parameters.values():
             if p.kind is p.KEYWORD_ONLY and not star:
                 words, star = [*words, "*"], True
-            words.append(p.name if p.default is p.empty else f"{p.name}={p.default!r}")
+            name = without_axes(p.name) if p.kind is p.KEYWORD_ONLY else p.name
+            words.append(name if p.default is p.empty else f"{name}={p.default!r}")
         return f"{self.operator}({', '.join(words)}) -> {', '.join(self.outputs)}"
 
 
@@ -395,7 +396,7 @@ def without_axes(name: str) -> str:
 
 def is_batched(axes: tuple[str, ...], ndim: int) -> bool:
     """Whether the first axis of an array with `ndim` axes is one of rows that do not know of each other."""
-    return bool(axes) and axes[0] in _BATCH and (ndim > 1 if ROWS in axes else ndim == len(axes))
+    return bool(axes) and axes[0] in _BATCH and (ndim >= len(axes) if ROWS in axes else ndim == len(axes))
 
 
 def axis_names(axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:

@@ -53,10 +53,13 @@ def linear_cross_entropy_backward(
     reduction: str = "mean",
     ar: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """dx = dlogits W and dW = dlogits^T x, of `cross_entropy_backward` at the logits x W^T.
+    """dx = dlogits W and dW = dlogits^T x, of `cross_entropy_backward` at the logits x W^T. What a row holds whose
+    label is ignored, NaN included, reaches nothing.
 
     Rounding: `linear` for the logits, then as `cross_entropy_backward` and `linear_backward`.
     """
+    counted_N = np.asarray(labels_N) != ignore_index
+    x_NE = np.where(counted_N[:, None], ar.array(x_NE), 0)
     logits_NV = linear(x_NE, weight_VE, ar=ar)
     dlogits_NV = cross_entropy_backward(
         dloss, logits_NV, labels_N, ignore_index=ignore_index, reduction=reduction, ar=ar

@@ -5,7 +5,7 @@ The bulk of the values comes from NumPy and a seed; a few are planted by hand. T
 """
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
@@ -15,9 +15,9 @@ from refllm.errors import InputError
 from refllm.precision import rounding
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-VALUES = ("normal", "uniform", "zeros", "ones", "ramp", "index", "eighths", "integers", "cos", "sin")
+VALUES = ("normal", "uniform", "zeros", "ones", "ramp", "index", "eighths", "integers", "softmax", "cos", "sin")
 """What an `Array`'s values may be; its docstring says what each is."""
-LAYOUTS = ("dense", "wider", "shifted", "gaps", "step", "transposed", "heads", "expanded", "far")
+LAYOUTS = ("dense", "wider", "shifted", "gaps", "step", "transposed", "heads", "expanded", "constant", "far")
 """How its elements may lie in memory; its docstring says what each is."""
 
 Index = tuple[Any, ...]
@@ -38,13 +38,15 @@ class Array:
     values: base values x, then x * scale + mean, then rounded to dtype.
         normal: N(0, 1) from seed. uniform: [0, 1) from seed. zeros, ones. ramp: 0 .. 1 in order, all distinct.
         index: 0 .. n-1 along the last axis. integers: 0 .. scale-1 from seed (+ mean).
+        softmax: the softmax over the last axis of N(0, scale^2) from seed.
         cos, sin: the rotary tables [S, R/2] or [B, S, R/2] with base 10000 * scale, at the positions `mean` + 0 .. S-1
         if seed is 0, else at `mean` + integers below 5000 from seed: another order in every row of the batch.
     planted: (index, value) pairs, written in order after all that.
     layout: of the tensor. dense. wider: a view of [..., 2 n + 3], the first n of its last axis. shifted: the same, from
         element 1 on. gaps: every second row of the second-to-last axis. step: every second element of the last one.
         transposed: the last two axes change places in memory. heads: axes 1 and 2 do (tokens before heads). expanded:
-        stride 0 on the first axis, whose entries are all the first. far: the first axis longer than 1 has a stride
+        stride 0 on the first axis, whose entries are all the first. constant: stride 0 on every axis, as the gradient
+        of a sum has it; all elements are the first. far: the first axis longer than 1 has a stride
         of 2^30 (less if it is longer than 3), so that its last entry lies at 2^31 elements or beyond.
         NaN (in integers -2^40, in booleans True) lies between the elements, except where that would fill gigabytes.
     """
@@ -63,18 +65,28 @@ class Array:
             raise InputError(
                 f"Array: values={self.values!r}, layout={self.layout!r} or dtype={self.dtype!r} is unknown"
             )
-        needed = {"gaps": 2, "transposed": 2, "heads": 3, "expanded": 1, "far": 2, "wider": 1, "shifted": 1, "step": 1}
+        needed = {
+            "constant": 1,
+            "gaps": 2,
+            "transposed": 2,
+            "heads": 3,
+            "expanded": 1,
+            "far": 2,
+            "wider": 1,
+            "shifted": 1,
+            "step": 1,
+        }
         if len(self.shape) < needed.get(self.layout, 0):
             raise InputError(f"Array: layout={self.layout!r} needs {needed[self.layout]} axes, found {self.shape}")
 
     def array(self) -> np.ndarray:
         """The values: on the grid of dtype, held in float32 (float64 for float64), or int64, or bool."""
-        x = self._base()
+        x = np.asarray(self._base())
         if self.dtype == "float64":
             x = x.astype(np.float64)
         elif self.dtype in FLOATS:
             with np.errstate(over="ignore", under="ignore"):
-                x = rounding(self.dtype)(x.astype(np.float32))
+                x = np.asarray(rounding(self.dtype)(x.astype(np.float32)))
         else:
             x = x.astype(self.dtype)
         return x if x.shape == self.shape else np.array(np.broadcast_to(x, self.shape))
@@ -87,9 +99,9 @@ class Array:
         x = torch.from_numpy(self.array()).to(device=device, dtype=dtype)
         if self.layout == "dense":
             return x
-        if self.layout == "expanded":
+        if self.layout in ("expanded", "constant"):
             dense = torch.contiguous_format if x.numel() else torch.preserve_format  # also along axes of length 1
-            return x[:1].clone(memory_format=dense).expand(self.shape)
+            return x[self._first].clone(memory_format=dense).expand(self.shape)
         if self.layout == "far":
             return _far(x)
         base_shape, view = self._placement()
@@ -103,9 +115,10 @@ class Array:
         x = self.array().astype(getattr(ml_dtypes, self.dtype) if self.dtype == "bfloat16" else self.dtype)
         if self.layout == "dense":
             out = _over_memory(x.shape, x.dtype)
-        elif self.layout == "expanded":
-            first = _over_memory((min(1, self.shape[0]), *self.shape[1:]), x.dtype)
-            out = np.ndarray(self.shape, x.dtype, memory_of(first), strides=(0, *first.strides[1:]))
+        elif self.layout in ("expanded", "constant"):
+            first = _over_memory(self._shape, x.dtype)
+            repeated = (0, *first.strides[1:]) if self.layout == "expanded" else (0,) * len(self.shape)
+            out = np.ndarray(self.shape, x.dtype, memory_of(first), strides=repeated)
             if not out.size:
                 return out
         elif self.layout == "far":
@@ -128,11 +141,12 @@ class Array:
         """
         there = "" if device == "cpu" else f", device={device!r}"
         lines = [f"{name} = {self._base_code()}"]
-        if self.scale != 1 and self.values not in ("integers", "cos", "sin"):
+        if self.scale != 1 and self.values not in ("integers", "softmax", "cos", "sin"):
             lines[0] += f" * {self.scale!r}"
         if self.mean and self.values not in ("cos", "sin"):
             lines[0] += f" + {self.mean!r}"
         lines[:0] = self._positions_code(name)
+        lines += [] if self.shape else [f"{name} = np.array({name})"]  # arithmetic makes a number of it
         lines += [f"{name}[{_index_code(index)}] = {_number_code(value)}" for index, value in self.planted]
         if numpy:
             return [*lines, *self._numpy_code(name)]
@@ -150,13 +164,23 @@ class Array:
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        """The shape of what is made: of an expanded array its first entry alone."""
+        """The shape of what is made: of an expanded array its first entry alone, of a constant one its first number."""
+        if self.layout == "constant":
+            return tuple(min(1, n) for n in self.shape)
         return (min(1, self.shape[0]), *self.shape[1:]) if self.layout == "expanded" else self.shape
+
+    @property
+    def _first(self) -> tuple[slice, ...]:
+        """The index of what is made."""
+        return tuple(slice(0, n) for n in self._shape)
 
     def _base(self) -> np.ndarray:
         shape, rng = self._shape, np.random.default_rng(self.seed)
         if self.values in ("cos", "sin"):
             x = getattr(np, self.values)(self._positions(rng)[..., None] * self._frequencies())
+        elif self.values == "softmax":
+            e = np.exp(rng.standard_normal(shape) * self.scale)
+            x = e / e.sum(axis=-1, keepdims=True)
         elif self.values == "integers":
             x = rng.integers(0, max(1, int(self.scale)), shape).astype(np.float64)
         else:
@@ -170,8 +194,9 @@ class Array:
                 "eighths": lambda: rng.integers(-8, 9, shape) / 8,
             }[self.values]()
             x = x * self.scale if self.scale != 1 else x
+        x = np.array(x)
         if self.mean and self.values not in ("cos", "sin"):
-            x = x + self.mean
+            x = np.array(x + self.mean)
         for index, value in self.planted:
             x[tuple(slice(*i) if isinstance(i, tuple) else i for i in index)] = value
         return x
@@ -194,6 +219,8 @@ class Array:
         view = "np.lib.stride_tricks.as_strided"
         if self.layout == "expanded":
             return [*lines, f"{name} = {view}({name}[:1].copy(), {self.shape}, (0, *{name}.strides[1:]))"]
+        if self.layout == "constant":
+            return [*lines, f"{name} = {view}({name}.copy(), {self.shape}, {(0,) * len(self.shape)})"]
         if self.layout == "far":
             strides = _far_strides(self.shape)
             memory = f"np.zeros({_far_size(self.shape, strides)}, {name}.dtype)"
@@ -206,6 +233,7 @@ class Array:
     def _base_code(self) -> str:
         shape, rng = self._shape, f"np.random.default_rng({self.seed})"
         half = self.shape[-1] if self.shape else 0
+        exponentials = f"np.exp({rng}.standard_normal({shape}) * {self.scale!r})"
         table = f"positions[..., None] * {1e4 * self.scale!r} ** (-np.arange({half}) / {max(1, half)})"
         return {
             "normal": f"{rng}.standard_normal({shape})",
@@ -216,6 +244,7 @@ class Array:
             "index": f"np.zeros({shape}) + np.arange({half})",
             "eighths": f"{rng}.integers(-8, 9, {shape}) / 8",
             "integers": f"{rng}.integers(0, {max(1, int(self.scale))}, {shape}).astype(np.float64)",
+            "softmax": f"(lambda e: e / e.sum(-1, keepdims=True))({exponentials})",
             "cos": f"np.cos({table})",
             "sin": f"np.sin({table})",
         }[self.values]
@@ -252,6 +281,8 @@ class Array:
             return []
         if self.layout == "expanded":
             return [f"{name} = {name}[:1].clone().expand({self.shape})"]
+        if self.layout == "constant":
+            return [f"{name} = {name}.clone().expand({self.shape})"]
         if self.layout == "far":
             strides = _far_strides(self.shape)
             return [
@@ -274,6 +305,38 @@ class Array:
             "transposed": ".swapaxes(-1, -2)",
             "heads": ".swapaxes(1, 2)",
         }[self.layout]
+
+
+@dataclass(frozen=True)
+class Kept(Array):
+    """What the forward pass kept of a call of a backward operator: it follows from the other arguments, so only the
+    call can make it (`refllm.strategies.call`). result: "o" or "lse" of attention."""
+
+    result: str = ""
+
+    def holding(self, values: np.ndarray) -> "Array":
+        """The same place in memory with these values in it."""
+        names = ("shape", "dtype", "layout")
+        return _Held(**{name: getattr(self, name) for name in names}, held=np.asarray(values, np.float64))
+
+    def _base(self) -> np.ndarray:
+        raise InputError(f"{self.result}: only a call can make what its forward pass kept")
+
+    def code(self, name: str, device: str = "cpu", numpy: bool = False) -> list[str]:
+        """Lines that put `kept_NAME`, its values, into a tensor of the right dtype and layout."""
+        plain = Array(self.shape, self.dtype, "zeros", layout=self.layout)
+        _, *rest = plain.code(name, device, numpy)
+        return [f"{name} = kept_{name}", *rest]
+
+
+@dataclass(frozen=True, eq=False)
+class _Held(Array):
+    """An array of given values."""
+
+    held: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def _base(self) -> np.ndarray:
+        return self.held
 
 
 def _far_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

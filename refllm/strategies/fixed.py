@@ -7,7 +7,8 @@ key more than a tile, three batch rows with different data.
 from collections.abc import Callable, Iterator
 
 from refllm.errors import InputError
-from refllm.strategies import corners_basic, corners_heads, corners_rows, corners_tiles
+from refllm.ops.backward_contracts import forward_name, is_backward
+from refllm.strategies import corners_backward, corners_basic, corners_heads, corners_rows, corners_tiles
 from refllm.strategies.call import Call
 
 _Listed = Callable[[str, str, str], Iterator[Call]]
@@ -17,6 +18,9 @@ CORNERS: dict[str, _Listed] = {**corners_rows.CORNERS, **corners_heads.CORNERS}
 
 def corners(operator: str, dtype: str = "bfloat16", policy: str = "fused") -> list[Call]:
     """The fixed calls of an operator, valid under the policy; InputError for an operator that is not known."""
+    if is_backward(operator):
+        name = forward_name(operator)
+        return list(corners_backward.corners(operator, dtype, corners(name, dtype, policy) if name in CORNERS else ()))
     if operator not in CORNERS:
         raise InputError(f"operator {operator!r} is not known; use one of {', '.join(CORNERS)}")
     listed = (module.CORNERS.get(operator) for module in (corners_tiles, corners_basic))

@@ -18,6 +18,7 @@ import numpy as np
 
 from refllm.accuracy import limits
 from refllm.errors import InputError
+from refllm.ops.backward_contracts import BACKWARD, forward_name
 from refllm.ops.contracts import ROWS, contract_of
 from refllm.strategies.arrays import FLOATS, Array
 from refllm.strategies.call import Call
@@ -55,14 +56,20 @@ def _kind(call: Call, kind: str) -> Any:
 
 
 def is_mixed(call: Call) -> bool:
-    """Whether it has floating-point arrays of another dtype than its activations."""
-    return any(x.dtype != call.dtype for x in _floats(call))
+    """Whether it has floating-point arrays of another dtype than its activations, where the contract does not ask for
+    that (the gradient of a loss, a log-sum-exp)."""
+    known = BACKWARD.get(call.operator)
+    asked = () if known is None else (*known.incoming, *known.kept)
+    named = [*zip(call.names, call.arguments, strict=True), *call.keywords]
+    return any(
+        isinstance(x, Array) and x.dtype in FLOATS and x.dtype != call.dtype and name not in asked for name, x in named
+    )
 
 
 def _lengths(call: Call) -> tuple[int, int] | None:
     """Queries and keys of an attention."""
     q, k = given(call, "q"), given(call, "k")
-    return (q.shape[2], k.shape[2]) if call.operator == "attention" else None
+    return (q.shape[2], k.shape[2]) if forward_name(call.operator) == "attention" else None
 
 
 def _fewer_queries(call: Call) -> bool:
@@ -114,7 +121,7 @@ def _not_finite(x: Array) -> bool:
 
 def _nan_where_nobody_reads(call: Call) -> bool:
     """NaN or an infinity among keys and values of which some query sees not all, or in a row whose label is ignored."""
-    if call.operator == "attention":
+    if forward_name(call.operator) == "attention":
         hides = given(call, "key_mask") is not None or given(call, "causal") is not False
         return hides and any(_not_finite(given(call, name)) for name in ("k", "v"))
     if _kind(call, "lengths") is not None:
@@ -142,10 +149,11 @@ def _tables(call: Call) -> list[Array]:
 
 
 def _head_dim(call: Call) -> int:
-    if call.operator == "rms_norm_qkv_rope":
+    if forward_name(call.operator) == "rms_norm_qkv_rope":
         heads = given(call, "num_heads") + 2 * given(call, "num_kv_heads")
         return int(given(call, "w_qkv").shape[0] // heads)
-    return int(given(call, "q").shape[-1])
+    heads = given(call, "q") or given(call, "dq")  # the gradient of a rotation needs no heads
+    return int(heads.shape[-1])
 
 
 def _partly(call: Call) -> bool:
@@ -154,7 +162,43 @@ def _partly(call: Call) -> bool:
 
 
 def _grouped(call: Call) -> bool:
-    return "attention" in call.operator and given(call, "q").shape[1] != call.arguments[1].shape[1]  # type: ignore[union-attr]
+    if "attention" not in call.operator:
+        return False
+    keys = given(call, "k") or given(call, "k_cache")
+    return bool(given(call, "q").shape[1] != keys.shape[1])
+
+
+_SUMMED = {"weight", "norm_weight"}
+"""Arguments whose gradient is a sum over rows."""
+
+
+def _many_rows(call: Call) -> bool:
+    return rows_summed(call) >= limits.MANY_ROWS
+
+
+def rows_summed(call: Call) -> int:
+    """Over how many terms a call of a backward operator sums to the gradient of a weight: its rows, or the places of
+    the id that is there most often; 0 where there is no such gradient."""
+    known = BACKWARD.get(call.operator)
+    if known is None or not _SUMMED & set(known.gradient_of.values()):
+        return 0
+    ids, x = given(call, "ids"), given(call, "x")
+    if isinstance(ids, Array):
+        return int(np.bincount(ids.array().ravel()).max(initial=0)) if 0 not in ids.shape else 0
+    return int(np.prod(x.shape[:-1])) if isinstance(x, Array) else 0
+
+
+def _confident(call: Call) -> bool:
+    """Whether a row has a probability so near 1 that what is left of it is lost where that is rounded."""
+    if call.operator not in ("cross_entropy_backward", "linear_cross_entropy_backward"):
+        return False
+    values = (value for name in ("logits", "weight") if given(call, name) for _, value in given(call, name).planted)
+    return any(np.isfinite(value) and value >= limits.CONFIDENT for value in values)
+
+
+def _nothing_kept(call: Call) -> bool:
+    known = BACKWARD.get(call.operator)
+    return known is not None and any(given(call, name) is None for name in known.kept)
 
 
 def _row_axes(call: Call) -> bool:
@@ -217,6 +261,9 @@ _ALL = (
         "None for a bias",
         lambda c: any(of == "bias" and given(c, n) is None for n, of in contract_of(c.operator).kinds.items()),
     ),
+    Family("many_rows", "contract", "gradients that are sums over many rows", _many_rows),
+    Family("confident_rows", "contract", "gradients of losses where a probability is near 1", _confident),
+    Family("nothing_kept", "contract", "None for what the forward pass kept", _nothing_kept),
     Family("half_split", "basic", "pairs (i, i + R/2)", lambda c: given(c, "interleaved") is False),
     Family("interleaved", "basic", "pairs (2i, 2i + 1)", lambda c: given(c, "interleaved") is True),
     Family("rms", "basic", "heads normed by their root mean square", lambda c: given(c, "norm") == "rms"),
@@ -246,6 +293,10 @@ def families(operator: str) -> tuple[str, ...]:
         "no_keys": bool(kinds & {"mask", "lengths"}),
         "grouped_heads": bool(kinds & {"mask", "lengths"}),
         "several_tokens": "lengths" in kinds,
+        "many_rows": operator in BACKWARD
+        and bool({"weight", "norm_weight"} & set(BACKWARD[operator].gradient_of.values())),
+        "confident_rows": operator in ("cross_entropy_backward", "linear_cross_entropy_backward"),
+        "nothing_kept": operator in BACKWARD and bool(BACKWARD[operator].kept),
         "hidden_nan": bool(kinds & {"mask", "lengths", "labels"}),
     }
     return tuple(name for name in FAMILIES if needs.get(name, True))

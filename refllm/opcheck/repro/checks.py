@@ -2,6 +2,7 @@
 
 from refllm.accuracy.expected import remembered
 from refllm.opcheck.poison import FILLINGS
+from refllm.opcheck.repro import by_autograd
 from refllm.opcheck.repro.shown import Shown, indented, listed, made, number
 from refllm.opcheck.repro.unread import between_changed, unread_changed
 from refllm.opcheck.repro.values import values
@@ -17,7 +18,7 @@ def check(shown: Shown) -> list[str]:
         "purity": _purity,
         "reuse": _reuse,
         "result": _result,
-    }
+    } | dict.fromkeys(by_autograd.FURTHER, by_autograd.further)
     return ways.get(shown.way, values)(shown)
 
 

@@ -4,11 +4,12 @@ import textwrap
 
 from refllm.opcheck.candidate import Candidate
 from refllm.opcheck.examine import Finding
+from refllm.opcheck.repro.by_autograd import gradients_code
 from refllm.opcheck.repro.checks import check
 from refllm.opcheck.repro.shown import WIDTH, Shown, indented, made
 from refllm.opcheck.repro.source import candidate_code
 from refllm.opcheck.repro.unread import filled_memory
-from refllm.ops.contracts import CONTRACTS
+from refllm.ops.contracts import contract_of
 from refllm.strategies.arrays import Array
 
 
@@ -35,11 +36,13 @@ def reproduction(finding: Finding, candidate: Candidate, policy: str, limit: flo
 def _imports(shown: Shown) -> list[str]:
     own, needs = candidate_code(shown.candidate)
     special = {"hangs": {"faulthandler"}, "crashes": {"os"}}.get(shown.finding.property, set())
+    needs |= {"math"} if shown.whole and "math." in contract_of(shown.call.operator).program else set()
     lines = [f"import {name}" for name in sorted({"sys"} | special | needs)]
     lines += ["", *(["import ml_dtypes"] if _bfloat16_arrays(shown) else []), "import numpy as np"]
     lines += [] if shown.numpy else ["import torch"]
     if shown.candidate.interpreted:
         lines.append("from refllm.kernels import interpreted")
+    own = [*own, "", "", *gradients_code(shown.call.operator)] if shown.candidate.autograd else own
     # Before the candidate, which may import torch.empty by name.
     return [*lines, *(["", *filled_memory(shown.numpy)] if shown.fills else []), "", *own]
 
@@ -53,7 +56,7 @@ def _bfloat16_arrays(shown: Shown) -> bool:
 def _helpers(shown: Shown) -> list[str]:
     lines = []
     if shown.whole:
-        lines += ["", *CONTRACTS[shown.call.operator].program.splitlines(), "", ""]
+        lines += ["", *contract_of(shown.call.operator).program.splitlines(), "", ""]
     if shown.way == "pair":
         made_here = [*made(shown), "return arguments, keywords"]
         run = [*shown.called(), f"return [{shown.read('x')} for x in got]"]

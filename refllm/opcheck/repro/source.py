@@ -13,7 +13,7 @@ def candidate_code(candidate: Candidate) -> tuple[list[str], set[str]]:
     """Lines that make `candidate`, and the standard modules that they need."""
     where, _, name = candidate.reference.rpartition(":")
     if not where:
-        return _source(candidate.function)
+        return _source(inspect.unwrap(candidate.function))
     lines = []
     if where.endswith(".py"):
         path = Path(where).resolve()

@@ -72,7 +72,6 @@ where = blind & keywords.get("causal", True)
 q[where] = 1 - q[where]
 """.strip()
 _BEYOND = """
-_, k, v, lengths = arguments
 beyond = (torch.arange(k.shape[2], device=k.device) >= lengths[:, None])[:, None].expand(k.shape[:3])
 for x, where in ((k, beyond), (v, beyond)):
     x[where] = 1 - x[where]
@@ -90,7 +89,6 @@ where = blind & keywords.get("causal", True)
 q[where] = 1 - q[where]
 """.strip()
 _BEYOND_NUMPY = """
-_, k, v, lengths = arguments
 beyond = np.broadcast_to((np.arange(k.shape[2]) >= lengths[:, None])[:, None], k.shape[:3])
 for x, where in ((k, beyond), (v, beyond)):
     x[where] = 1 - x[where]
@@ -101,18 +99,16 @@ def unread_changed(call: Call, numpy: bool = False) -> list[str]:
     """Lines that change the elements of `arguments` that the contract does not read."""
     known = contract_of(call.operator)
     kinds = known.kinds.values()
-    if numpy and "mask" in kinds:
-        masked = _MASKED_NUMPY.splitlines() if dict(call.keywords).get("key_mask") is not None else []
-        return ["q, k, v = arguments", *masked, *_BLIND_NUMPY.splitlines()]
-    if numpy and "lengths" in kinds:
-        return _BEYOND_NUMPY.splitlines()
-    if "mask" in kinds:
-        masked = _MASKED.splitlines() if dict(call.keywords).get("key_mask") is not None else []
-        return ["q, k, v = arguments", *masked, *_BLIND.splitlines()]
-    if "lengths" in kinds:
-        return _BEYOND.splitlines()
+    if "mask" in kinds or "lengths" in kinds:
+        names = ", ".join(name.removesuffix("_cache") for name in call.names)
+        masked = (_MASKED, _MASKED_NUMPY) if dict(call.keywords).get("key_mask") is not None else ("", "")
+        hidden = (_BEYOND, _BEYOND_NUMPY)[numpy] if "lengths" in kinds else ""
+        blind = (_BLIND, _BLIND_NUMPY)[numpy] if "mask" in kinds else ""
+        parts = (masked[numpy] if "mask" in kinds else "", blind, hidden)
+        return [f"{names} = arguments", *(line for part in parts for line in part.splitlines())]
+    rows = next(i for i, axes in enumerate(known.arguments.values()) if axes[0] == "N" and len(axes) == 2)
     labels = list(known.parameters).index("labels")
     return [
-        f'x, where = arguments[0], arguments[{labels}] == keywords.get("ignore_index", -100)',
+        f'x, where = arguments[{rows}], arguments[{labels}] == keywords.get("ignore_index", -100)',
         "x[where] = 1 - x[where]",
     ]
