@@ -2,6 +2,7 @@
 
     refllm.kernels.rms_norm(x, weight, eps)          # Triton: kernels/triton/rms_norm.py
     refllm.kernels.plain.rms_norm(x, weight, eps)    # plain Torch: kernels/plain/norm.py
+    refllm.kernels.rms_norm_backward(dy, x, weight, eps)    # its gradients, which autograd finds through it as well
 
 Neither stands in for the other on its own: the caller chooses. Triton kernels need a GPU, or `interpreted()`:
 
@@ -36,7 +37,7 @@ def __getattr__(name: str) -> Any:
         return getattr(_import("refllm.kernels.transformers"), name)
     if name == "plain":
         return _import("refllm.kernels.plain")
-    if name in __getattr__("OPERATORS"):
+    if name.removesuffix("_backward") in __getattr__("OPERATORS"):
         return getattr(_import("refllm.kernels.triton"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

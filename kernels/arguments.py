@@ -73,6 +73,8 @@ _ASKED = {known.operator: _asked(known) for known in CONTRACTS.values()}
 """Every argument that is an array, by operator: its name, axes and kind ("same": the shape of the first), and whether
 it may be float32. Made once: a check takes microseconds of every call."""
 _HEADS = {"H": "heads", "K": "heads"}
+BACKWARD = "_backward"
+"""What the name of the operator of a backward pass ends in."""
 
 
 def check(operator: str, first: Any, *others: Any, sizes: dict[str, int] | None = None, **chosen: str) -> None:
@@ -80,8 +82,10 @@ def check(operator: str, first: Any, *others: Any, sizes: dict[str, int] | None 
 
     The first is a tensor of float32, float16 or bfloat16 and says the dtype and the device of the others. None stands
     for a bias or a mask that is not given. sizes: of axes that no array has as such. chosen: arguments that are words.
+    operator: also one of a backward pass, whose arguments behind the incoming gradients are those of the forward pass.
     """
-    asked = _ASKED[operator]
+    known_as = operator.removesuffix(BACKWARD)
+    asked = _ASKED[known_as]
     name, axes = asked[0][:2]
     rows = axes[0] == ROWS
     floating(operator, name, first, None if rows else len(axes))
@@ -105,9 +109,25 @@ def check(operator: str, first: Any, *others: Any, sizes: dict[str, int] | None 
         else:
             like(operator, name, x, shape, first, or_float32=wide)
     for name, word in chosen.items():
-        if word not in CONTRACTS[operator].choices[name]:
-            *words, last = (f'"{choice}"' for choice in CONTRACTS[operator].choices[name])
+        if word not in CONTRACTS[known_as].choices[name]:
+            *words, last = (f'"{choice}"' for choice in CONTRACTS[known_as].choices[name])
             raise InputError(f"{operator}: {name}={word!r} is not known; use {', '.join(words)} or {last}")
+
+
+def incoming(operator: str, first: torch.Tensor, **gradients: Any) -> None:
+    """Incoming gradients have the shape, dtype and device of `first`, as the results that they belong to have."""
+    for name, gradient in gradients.items():
+        like(operator, name, gradient, tuple(first.shape), first)
+
+
+def kept(operator: str, q: torch.Tensor, o: Any, lse: Any, dlse: Any = None) -> None:
+    """o [B, H, S, D] as q, lse and its gradient float32 [B, H, S]; None for what is computed again or was not used."""
+    if o is not None:
+        like(operator, "o", o, tuple(q.shape), q)
+    for name, x in (("lse", lse), ("dlse", dlse)):
+        ok = isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.device == q.device
+        if x is not None and (not ok or x.shape != q.shape[:3]):
+            fail(operator, name, x, f"{list(q.shape[:3])} torch.float32 on {q.device}")
 
 
 def _shape(operator: str, name: str, axes: tuple[str, ...], x: Any, known: dict[str, Any]) -> tuple[int, ...]:

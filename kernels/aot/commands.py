@@ -9,11 +9,11 @@ from typing import Any
 import triton
 
 from refllm.accuracy.verdicts import SCHEMA, verdict
-from refllm.kernels import OPERATORS
 from refllm.kernels.aot import batch
 from refllm.kernels.aot.batch import Checked, check, collect
 from refllm.kernels.aot.sources import first_line, kernel_name, load, our_sources, user_source
 from refllm.kernels.targets import TARGETS, Target, target
+from refllm.kernels.triton import BACKWARD_FILES, FILES
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def describe() -> list[dict[str, Any]]:
 def _describe(module: Any, launches: dict[str, list[Any]]) -> dict[str, Any]:
     kernels = dict.fromkeys(kernel_name(launch.kernel) for named in launches.values() for _, launch in named)
     return {
-        "operators": [name for name in OPERATORS if name in vars(module)],
+        "operators": [name for name, file in (FILES | BACKWARD_FILES).items() if file is module],
         "file": "/".join(Path(module.__file__).parts[-3:]),
         "kernels": list(kernels),
         "configurations": {gpu: [name for name, _ in named] for gpu, named in launches.items()},

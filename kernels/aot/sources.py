@@ -131,9 +131,9 @@ Source = FileSource | CommandSource
 
 def our_sources() -> list[FileSource]:
     """One source per kernel file of refllm."""
-    from refllm.kernels.triton import KERNELS
+    from refllm.kernels.triton import BACKWARD_KERNELS, KERNELS
 
-    return [FileSource(module.__name__, ours=True) for module in KERNELS]
+    return [FileSource(module.__name__, ours=True) for module in (*KERNELS, *BACKWARD_KERNELS)]
 
 
 def user_source(

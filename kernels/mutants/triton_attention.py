@@ -10,11 +10,11 @@ _FULL = "full = full // BLOCK_N * BLOCK_N if mask_ptr is None else 0"
 _LIMIT = "limit = tl.minimum(T, T - S + rows + 1)"
 _LIMIT_ALL = "full = tl.maximum(0, tl.minimum(T, T - S + first + 1))"
 _STOP = "stop = tl.maximum(0, tl.minimum(T, T - S + first + BLOCK_M))"
-_LSE = "lse = tl.fma(shift, unit, tl.fma(shift, unit_rest, _log(total)))"
+_LSE = "lse = tl.fma(shift, unit, tl.fma(shift, unit_rest, natural_log(total)))"
 _LOW = "low = _add_product(p, v, low * fade[:, None], head)"
 _FIRST_WALK = "walk(m, total, low, high, q, keys, 0, full, limit, scale, head, BLOCK_N, True)"
 _LAST_WALK = "walk(m, total, low, high, q, keys, full, stop, limit, scale, head, BLOCK_N, False)"
-_HIGH_SCORES = "s = tl.dot(q.high, tl.trans(k), s) if head.CHAINED else _add_apart(s, q.high, tl.trans(k))"
+_HIGH_SCORES = "s = tl.dot(q.high, tl.trans(k), s) if head.CHAINED else add_apart(s, q.high, tl.trans(k))"
 _SCALE = "scale = q_BHSD.shape[-1] ** -0.5 if scale is None else float(scale)"
 
 _attention = partial(planted, "attention", "attention")
@@ -79,7 +79,7 @@ MUTANTS: tuple[Mutant, ...] = (
                "Dao-AILab/flash-attention#1745", ("odd = any_not_finite(low)", "odd = False"),
                corner="masked values hold NaN"),
     _attention("lse without the maximum", "the log of the sum is returned without the maximum it is relative to",
-               "one-line: attention", (_LSE, "lse = _log(total)")),
+               "one-line: attention", (_LSE, "lse = natural_log(total)")),
     _attention("lse in base 2", "the log-sum-exp stays in the units of the exponent, log2", "one-line: attention",
                (_LSE, "lse = shift + tl.log2(total)")),
     _attention("scores rounded", "scores pass through the dtype of q before the softmax", "one-line: attention",

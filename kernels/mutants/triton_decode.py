@@ -81,7 +81,7 @@ MUTANTS: tuple[Mutant, ...] = (
             corner="logits shifted by -100000"),
     _decode("second part of the dims left out", "of a head of 80 dims only the first 64 take part in the scores",
             "triton-lang/triton#2059",
-            Change("s = tl.dot(q.high, tl.trans(k), s) if head.CHAINED else _add_apart(s, q.high, tl.trans(k))",
+            Change("s = tl.dot(q.high, tl.trans(k), s) if head.CHAINED else add_apart(s, q.high, tl.trans(k))",
                    "s = s + 0.0", "attention"), dtypes=NARROW,
             corner="grouped heads"),
     _decode("second part of the values left out", "of a head of 80 dims the last 16 of the result are not stored",

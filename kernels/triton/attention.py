@@ -106,7 +106,7 @@ def load_queries(ptr, offsets, inside, head):
 
 
 @triton.jit
-def _add_apart(acc, a, b):
+def add_apart(acc, a, b):
     """acc + a b, where the product is summed by itself. Of a sum Triton makes one product that starts from acc; the
     difference from the negative product is the same number, and stays as it is written."""
     return acc - tl.dot(-a, b, input_precision="ieee")
@@ -121,13 +121,13 @@ def _scores(q, keys, n, inside, head, ALL: tl.constexpr):
         for dim in range(0, head.D, SLICE):
             q_part = load_rows(q.ptr, q.offsets, q.inside, dim, head.D, SLICE, False)
             k_part = load_rows(keys.k_ptr, offsets, inside, dim, head.D, SLICE, False)
-            s = _add_apart(s, q_part, tl.trans(k_part))
+            s = add_apart(s, q_part, tl.trans(k_part))
     else:
         k = load_rows(keys.k_ptr, offsets, inside, 0, head.D, head.LOW, ALL)
         s = tl.dot(q.low, tl.trans(k))
         if head.HIGH:
             k = load_rows(keys.k_ptr, offsets, inside, head.LOW, head.D, head.HIGH, ALL)
-            s = tl.dot(q.high, tl.trans(k), s) if head.CHAINED else _add_apart(s, q.high, tl.trans(k))
+            s = tl.dot(q.high, tl.trans(k), s) if head.CHAINED else add_apart(s, q.high, tl.trans(k))
     return -s if head.NEGATE else s
 
 
@@ -152,7 +152,7 @@ def finite_or_zero(m):
 def _add_product(p, v, acc, head):
     """acc + p v, with p rounded to the dtype of v. In float32 one long chain of additions would round more than the
     definition does, so tiles are summed by themselves; tensor cores add to what they are given for free."""
-    return _add_apart(acc, p, v) if head.SLICED else tl.dot(p.to(v.dtype), v, acc)
+    return add_apart(acc, p, v) if head.SLICED else tl.dot(p.to(v.dtype), v, acc)
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def any_not_finite(x):
 
 
 @triton.jit
-def _careful_product(p, v, acc):
+def careful_product(p, v, acc):
     """acc + p v, where a weight of exactly 0 silences whatever v holds, and other weights pass NaN and infinities on.
 
     Those are taken out of v and added to the rows that see them afterwards: NaN as both infinities, inf - inf.
@@ -223,12 +223,12 @@ def store_carefully(
             s = _visible_scores(q, keys, n, stop, limit, head)
             p = tl.exp2(tl.fma(s, scale, -finite_or_zero(m)[:, None]))
             v = load_rows(keys.v_ptr, n.to(tl.int64) * keys.v_stride, n < stop, dim, head.D, SLICE, False)
-            acc = _careful_product(p.to(v.dtype), v, acc)
+            acc = careful_product(p.to(v.dtype), v, acc)
         store_rows(ptr, offsets, inside, dim, head.D, acc * factor[:, None], SLICE)
 
 
 @triton.jit
-def _log(x):
+def natural_log(x):
     """ln x for x >= 0, to a unit in the last place. tl.log2 is off by up to two (CUDA C++ Programming Guide, table of
     intrinsic functions), which is more than all other errors of an lse together.
 
@@ -283,7 +283,7 @@ def attention_kernel(
     m, total, low, high = walk(m, total, low, high, q, keys, full, stop, limit, scale, head, BLOCK_N, False)
 
     shift = finite_or_zero(m)
-    lse = tl.fma(shift, unit, tl.fma(shift, unit_rest, _log(total)))
+    lse = tl.fma(shift, unit, tl.fma(shift, unit_rest, natural_log(total)))
     tl.store(lse_ptr + (b * H + h) * S + rows, lse, mask=inside)
     o_ptr += b * S * H * D + h * D
     offsets = rows.to(tl.int64) * (H * D)

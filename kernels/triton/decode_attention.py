@@ -34,6 +34,7 @@ from refllm.kernels.triton.attention import (
     fold,
     load_queries,
     load_rows,
+    natural_log,
     store_carefully,
     store_rows,
     walk,
@@ -50,7 +51,7 @@ COMBINED = 16
 
 
 @triton.jit
-def _read_length(lengths_ptr, b, stride, N):
+def read_length(lengths_ptr, b, stride, N):
     """(length, whether it is possible): a length outside 0..N counts as 0, so that nothing out of bounds is read."""
     length = tl.load(lengths_ptr + b * stride).to(tl.int64)
     possible = (length >= 0) & (length <= N)
@@ -70,7 +71,7 @@ def split_kernel(
     tile = tl.program_id(0) // splits % tiles
     b = (tl.program_id(0) // splits // tiles // K).to(tl.int64)
     kv = (tl.program_id(0) // splits // tiles % K).to(tl.int64)
-    length, _ = _read_length(lengths_ptr, b, lengths_stride, N)
+    length, _ = read_length(lengths_ptr, b, lengths_stride, N)
     start = split * CHUNK
     if start >= length:
         return
@@ -111,14 +112,15 @@ def split_kernel(
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def combine_kernel(
-    acc_ptr, m_ptr, total_ptr, lengths_ptr, o_ptr, lengths_stride, K, group, S, N, splits,
+    acc_ptr, m_ptr, total_ptr, lengths_ptr, o_ptr, lse_ptr, lengths_stride, K, group, S, N, splits, unit, unit_rest,
     D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: o = sum of 2^(m_i - m) acc_i over sum of 2^(m_i - m) total_i, for its chunks i. NaN: a wrong length."""
+    """One row: o = sum of 2^(m_i - m) acc_i over sum of 2^(m_i - m) total_i, for its chunks i. NaN: a wrong length.
+    lse_ptr: None, or where the logarithms of the denominators go, for the backward pass."""
     b = (tl.program_id(0) // (K * group * S)).to(tl.int64)
     kv = (tl.program_id(0) // (group * S) % K).to(tl.int64)
     row = tl.program_id(0) % (group * S)
-    length, possible = _read_length(lengths_ptr, b, lengths_stride, N)
+    length, possible = read_length(lengths_ptr, b, lengths_stride, N)
     chunks = tl.cdiv(length, CHUNK)
     row_0 = (b * K + kv) * splits * group * S + row
     m_ptr += row_0
@@ -142,6 +144,9 @@ def combine_kernel(
         # A weight of 0 silences what a chunk holds, as it does for a key.
         acc += tl.sum(tl.where(weight[:, None] == 0, 0.0, weight[:, None] * part), 0)
     total = tl.sum(totals, 0)
+    if lse_ptr is not None:
+        lse = tl.fma(shift, unit, tl.fma(shift, unit_rest, natural_log(total)))
+        tl.store(lse_ptr + (b * K + kv) * group * S + row, lse)
     o = acc * tl.div_rn(1.0, tl.where(total == 0, 1.0, total))
     o = tl.where(possible, o, float("nan"))
     dims = tl.arange(0, WIDTH)
@@ -218,7 +223,9 @@ def plan(
     )  # fmt: skip
     width = triton.next_power_of_2(D)
     constants = {"D": D, "WIDTH": width, "CHUNK": CHUNK, "BLOCK": COMBINED}
-    combine = Launch(combine_kernel, (B * H * S,), {**shared, **workspace, "o_ptr": o}, constants, num_warps=4)
+    unit, unit_rest = (fold(scale)[name] for name in ("unit", "unit_rest"))
+    given = {**shared, **workspace, "o_ptr": o, "lse_ptr": None, "unit": unit, "unit_rest": unit_rest}
+    combine = Launch(combine_kernel, (B * H * S,), given, constants, num_warps=4)
     return (split, combine), o
 
 

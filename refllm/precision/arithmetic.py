@@ -143,12 +143,13 @@ the way back torch's kernel rounds the gradient of the scores before its product
 
 FUSED = Policy(
     name="fused",
-    points=_OUTPUTS | {"rope.table", "activation", "glu"} | _GRADIENTS,
+    points=_OUTPUTS | {"rope.table", "activation", "glu"} | _GRADIENTS | {"attention.grad.scores"},
     normalize_first=False,
     torch_order=False,
     masked_rows_are_zero=True,
 )
-"""A good fused kernel: float32 inside, one rounding at each kernel's output, softmax weights rounded before P V."""
+"""A good fused kernel: float32 inside, one rounding at each kernel's output, softmax weights rounded before P V; and
+on the way back the gradient of the scores before its products with k and q, which tensor cores take in one format."""
 
 NATIVE = Policy("native", frozenset(), normalize_first=False, torch_order=False, masked_rows_are_zero=True)
 """Plain NumPy in the working precision: float64 when exact, float32 when speed matters."""
