@@ -16,6 +16,7 @@ import torch
 from refllm.config import published
 from refllm.config.traits import TRAITS
 from refllm.errors import InputError
+from refllm.ops.backward_contracts import BackwardContract
 from refllm.ops.contracts import CONTRACTS, ROWS, Contract, contract_of
 
 Arguments = tuple[list[Any], dict[str, Any]]
@@ -105,6 +106,7 @@ def call(operator: str, sizes: dict[str, int], source: Source, *, bias: bool = T
         "interleaved": False,
         "norm": "layer",
         **_arrays(known, sizes, source),
+        **({"dloss": source.normal().float()} if given.get("reduction") != "none" else {}),
         **given,
     }
     if not bias:
@@ -124,7 +126,8 @@ def _arrays(known: Contract, sizes: dict[str, int], source: Source) -> dict[str,
     for name, axes in known.arguments.items():
         if name not in made and known.kind(name) != "mask":
             made |= _array(known.kind(name), name, _shape(axes, sizes), sizes, source)
-    return made
+    wide = [f"d{name}" for name in known.forward.float32] if isinstance(known, BackwardContract) else []
+    return made | {name: made[name].float() for name in wide if name in made}
 
 
 def _array(kind: str, name: str, shape: tuple[int, ...], sizes: dict[str, int], source: Source) -> dict[str, Any]:

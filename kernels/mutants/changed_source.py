@@ -19,9 +19,7 @@ from refllm.errors import RefllmError
 from refllm.kernels.mutants import Mutant
 
 _KERNELS = "refllm.kernels.triton"
-_REGISTERS = {"@torch.library.custom_op(": "@_unregistered(", "\nonly_once(": "\n_unregistered(",
-              "\ndifferentiable(": "\n_unregistered("}  # fmt: skip
-"""What tells Torch of an operator, and what takes its place."""
+_REGISTERS = "@torch.library.custom_op("
 ALL = ("bfloat16", "float16", "float32")
 NARROW = ("bfloat16", "float16")
 
@@ -113,8 +111,9 @@ def _module(file: str, changes: tuple[Change, ...]) -> ModuleType:
             )
         source = source.replace(imported, f"from {_module(other, changes).__name__} import")
     # An operator can be registered with Torch only once; what is registered is a plain function already.
-    for old, new in _REGISTERS.items():
-        source = source.replace(old, new)
+    source = source.replace(_REGISTERS, "@_unregistered(")
+    for registers in ("differentiable", "only_once"):
+        source = source.replace(f"\n{registers}(", "\n_unregistered(")
     return _execute(file, source)
 
 

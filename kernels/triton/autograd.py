@@ -20,17 +20,19 @@ Gradients = tuple[torch.Tensor | None, ...]
 
 
 def differentiable(
-    operator: str, keep: Callable[[tuple[Any, ...], Any], Kept], gradients: Callable[..., Gradients]
+    operator: str,
+    keep: Callable[[tuple[Any, ...], Any], Kept],
+    gradients: Callable[..., Gradients],
+    without: Sequence[str] = (),
 ) -> None:
     """Registers the backward pass of the custom operator of that name.
 
     keep: (inputs, output) -> what the backward pass needs, in the order in which it takes it.
-    gradients: (needed, incoming, *kept) -> one gradient per input of the operator, None where there is none or none is
-        needed. needed: per input, whether its gradient is asked for: what is not may not cost anything. incoming: one
-        gradient per output, None for an output that the loss does not depend on (at least one is there).
-
-    A gradient that is asked for and does not exist, of a rotary table say, raises InputError when it is asked for: it
-    would be missing in silence.
+    gradients: (needed, incoming, *kept) -> one gradient per input of the operator, None where none is needed. needed:
+        per input, whether its gradient is asked for: what is not may not cost anything. incoming: one gradient per
+        output, None for an output that the loss does not depend on (at least one is there).
+    without: inputs that have no gradient, such as rotary tables. To ask for it raises InputError: it would be missing
+        in silence.
     """
     names = [argument.name for argument in getattr(torch.ops.refllm, operator).default._schema.arguments]
 
@@ -43,16 +45,15 @@ def differentiable(
 
     def backward(ctx: Any, *incoming: torch.Tensor | None) -> Gradients:
         needed = tuple(ctx.needs_input_grad)
+        for name, asked in zip(names, needed, strict=True):
+            if asked and name in without:
+                raise InputError(f"{operator}: {name} has no gradient; detach it")
         if all(gradient is None for gradient in incoming):
             return (None,) * len(needed)
         kept, tensors = list(ctx.refllm_kept[0]), ctx.refllm_kept[1]
         for i, x in zip(tensors, ctx.saved_tensors, strict=True):
             kept[i] = x
-        found = gradients(needed, incoming, *kept)
-        for name, asked, gradient in zip(names, needed, found, strict=True):
-            if asked and gradient is None:
-                raise InputError(f"{operator}: {name} has no gradient; detach it")
-        return found
+        return gradients(needed, incoming, *kept)
 
     torch.library.register_autograd(f"refllm::{operator}", backward, setup_context=setup_context)
 

@@ -24,12 +24,13 @@ import torch
 import triton
 import triton.language as tl
 
-from refllm.kernels import arguments
+from refllm.kernels import arguments, tuning
 from refllm.kernels.launch import Launch, on_device, shipped
 from refllm.kernels.layout import CHUNK, chunk_length, rows
 from refllm.kernels.targets import DEFAULT, Target, target_of
 from refllm.kernels.triton.autograd import Gradients, differentiable, if_needed, only_once
 from refllm.kernels.triton.rms_norm import inverse_root, load_sum
+from refllm.kernels.tuning.tunables import Tunable
 
 ROW = 8192
 """Columns up to which a row is one tile. A number of it takes about six registers: the row and its gradient, n, g, the
@@ -48,6 +49,20 @@ class Tile(NamedTuple):
 
     per_thread: int
     rows: int
+
+
+TUNABLE = Tunable(
+    "norm_backward",
+    "add_layer_norm_backward",
+    {"one tile": {"S": 4096, "row": 5120, "rows": 16}, "longer": {"S": 4096, "row": 20_480, "rows": 16}},
+    {"per_thread": (8, 16, 32)},
+)
+"""16 rows per program: few sums beside what is read, and a program for each of 128 multiprocessors at 2,048 rows."""
+
+
+def shape_class(E: int) -> str:
+    """Which line of the table of tiles serves rows of E numbers."""
+    return "one tile" if E <= ROW else "longer"
 
 
 @triton.jit
@@ -180,13 +195,7 @@ def add_rows(sums: torch.Tensor, out: torch.Tensor) -> Launch:
     return Launch(add_rows_kernel, (triton.cdiv(E, SUMS[1]),), given, constants, num_warps=4)
 
 
-def choose_tile(E: int, target: Target) -> Tile:
-    """16 numbers per thread and 16 rows: few sums beside what is read, and a program for every multiprocessor where
-    there are 2,000 rows."""
-    return Tile(16, 16)
-
-
-def plan(
+def _plan(
     operator: str,
     dy: torch.Tensor,
     dsum: torch.Tensor | None,
@@ -213,7 +222,7 @@ def plan(
     dy, x = rows(dy), rows(x)
     dsum = rows(dsum) if dsum is not None and of_x else None
     residual = None if residual is None else rows(residual)
-    tile = tile or choose_tile(E, target)
+    tile = tile or Tile(**tuning.tile("norm_backward", shape_class(E), target))
     block = max(8 * target.warp_size, triton.next_power_of_2(E)) if E <= ROW else ROW // 4
     one_tile, warps = block >= E, min(16, max(1, block // (tile.per_thread * target.warp_size)))
     N = len(x)
@@ -246,6 +255,32 @@ def plan(
     return steps, dx, dweight, dbias
 
 
+def plan(
+    operator: str,
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    target: Target = DEFAULT,
+    tile: Tile | None = None,
+) -> tuple[Any, ...]:
+    """The launches in their order, then what the operator of that name returns."""
+    steps, *found = _plan(operator, dy, dsum, x, residual, weight, bias, eps, target=target, tile=tile)
+    return steps, *_results(operator, bias, *found)
+
+
+def _results(
+    operator: str, bias: torch.Tensor | None, dx: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor
+) -> tuple[Any, ...]:
+    """The gradients in the order of the operator's arguments: a sum hands its own to both of its terms."""
+    of_terms = (dx, dx) if operator.startswith("add_") else (dx,)
+    of_bias = (if_needed(bias is not None, dbias),) if "layer_norm" in operator else ()
+    return *of_terms, dweight, *of_bias
+
+
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     """Every configuration that ships, by a name for it: dense, ragged and long rows."""
     for dtype, E in shipped((1000, 2560, 5120, 20_480), (2560,), target):
@@ -254,7 +289,7 @@ def launches(target: Target) -> Iterator[tuple[str, Launch]]:
         for layer, norm in ((False, "rms_norm"), (True, "layer_norm")):
             bias = weight if layer else None
             for name, dsum in ((f"{norm}_backward", None), (f"add_{norm}_backward", x)):
-                steps = plan(name, x, dsum, x, dsum, weight, bias, 1e-5, target=target)[0]
+                steps = plan(name, x, dsum, x, dsum, weight, bias, 1e-5, target)[0]
                 for step in steps[: len(steps) - 1 - layer]:
                     yield f"{name} {kind}" + (", means" if step.kernel is long_row_kernel else ""), step
     sums, weight = (torch.empty(shape, device="meta") for shape in ((64, 2560), (2560,)))
@@ -276,7 +311,7 @@ def _norm_backward(
     needed: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with on_device(operator, x):
-        steps, *found = plan(operator, dy, dsum, x, residual, weight, bias, eps, needed, target_of(x.device))
+        steps, *found = _plan(operator, dy, dsum, x, residual, weight, bias, eps, needed, target_of(x.device))
         for step in steps:
             step.run()
     return found[0], found[1], found[2]
@@ -320,15 +355,10 @@ def _of_norm(
     return tuple(if_needed(asked, each) for asked, each in zip(needed, found, strict=True))
 
 
-def _of_sum(
-    operator: str, needed: Sequence[bool], incoming: Gradients, total: torch.Tensor, weight: torch.Tensor, *rest: Any
-) -> Gradients:
+def _of_sum(operator: str, needed: Sequence[bool], incoming: Gradients, *kept: Any) -> Gradients:
     """The same after a residual sum, of which one of two results may have been used alone."""
     dy, dsum = incoming
-    if dy is not None:
-        return _of_norm(operator, needed, dy, dsum, total, weight, *rest)
-    bias = rest[0]
-    return dsum, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+    return (dsum, None, None) if dy is None else _of_norm(operator, needed, dy, dsum, *kept)
 
 
 def _rms_norm_gradients(needed: Sequence[bool], incoming: Gradients, *kept: Any) -> Gradients:
@@ -374,8 +404,7 @@ def rms_norm_backward(
     operator = "rms_norm_backward"
     arguments.check(operator, x, weight)
     arguments.incoming(operator, x, dy=dy)
-    dx, dweight, _ = _norm_backward(operator, dy, None, x, None, weight, None, eps, _ALL)
-    return dx, dweight
+    return _results(operator, None, *_norm_backward(operator, dy, None, x, None, weight, None, eps, _ALL))
 
 
 def add_rms_norm_backward(
@@ -389,8 +418,7 @@ def add_rms_norm_backward(
     operator = "add_rms_norm_backward"
     arguments.check(operator, x, residual, weight)
     arguments.incoming(operator, x, dy=dy, dsum=dsum)
-    dx, dweight, _ = _norm_backward(operator, dy, dsum, x, residual, weight, None, eps, _ALL)
-    return dx, dx, dweight
+    return _results(operator, None, *_norm_backward(operator, dy, dsum, x, residual, weight, None, eps, _ALL))
 
 
 def layer_norm_backward(
@@ -404,8 +432,7 @@ def layer_norm_backward(
     operator = "layer_norm_backward"
     arguments.check(operator, x, weight, bias)
     arguments.incoming(operator, x, dy=dy)
-    dx, dweight, dbias = _norm_backward(operator, dy, None, x, None, weight, bias, eps, _ALL)
-    return dx, dweight, if_needed(bias is not None, dbias)
+    return _results(operator, bias, *_norm_backward(operator, dy, None, x, None, weight, bias, eps, _ALL))
 
 
 def add_layer_norm_backward(
@@ -425,5 +452,4 @@ def add_layer_norm_backward(
     operator = "add_layer_norm_backward"
     arguments.check(operator, x, residual, weight, bias)
     arguments.incoming(operator, x, dy=dy, dsum=dsum)
-    dx, dweight, dbias = _norm_backward(operator, dy, dsum, x, residual, weight, bias, eps, _ALL)
-    return dx, dx, dweight, if_needed(bias is not None, dbias)
+    return _results(operator, bias, *_norm_backward(operator, dy, dsum, x, residual, weight, bias, eps, _ALL))

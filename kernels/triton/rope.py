@@ -3,6 +3,7 @@
     (a, b) -> (a cos - b sin, b cos + a sin)        for the R/2 pairs of each head, in float32; rounded once
 
 The pair (a, b) is dims (2i, 2i + 1) if interleaved, else dims (i, i + R/2). Dims R..D-1 are copied, bit for bit.
+The backward pass (rope_backward.py) is the same kernel with -sin: the transpose of a rotation is the rotation back.
 
 Tiles: a program takes one token and some numbers (`Tile`) of its heads, of q and of k, and reads the cos and sin
 of that token once for all of them. Interleaved pairs are loaded side by side and split in registers: a load of every
@@ -140,13 +141,16 @@ def rope_kernel(
     cos_stride_b, cos_stride_s, sin_stride_b, sin_stride_s,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, CHUNK: tl.constexpr, TABLE_CHUNK: tl.constexpr,
     SHARES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BACK: tl.constexpr,
 ):  # fmt: skip
-    """A program: some heads of one token, rotated."""
+    """A program: some heads of one token, rotated; or turned back."""
     token = (tl.program_id(0) // SHARES).to(tl.int64)  # int64: token * stride passes 2^31 in large tensors
     share = (tl.program_id(0) % SHARES).to(tl.int64)
     b, s = token // S, token % S
     cos = load_angles(cos_ptr, b, s, cos_stride_b, cos_stride_s, HALF, TABLE_CHUNK, BLOCK)
     sin = load_angles(sin_ptr, b, s, sin_stride_b, sin_stride_s, HALF, TABLE_CHUNK, BLOCK)
+    if BACK:
+        sin = -sin
 
     heads = share * BLOCK_H + tl.arange(0, BLOCK_H)
     x_rows = head_rows(heads, b, s, q_stride_b, q_stride_h, q_stride_s, CHUNK)
@@ -198,9 +202,9 @@ def why_narrow(tiles: dict[str, int], interleaved: bool) -> str:
 
 def plan(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, target: Target = DEFAULT,
-    tile: Tile | None = None,
+    tile: Tile | None = None, back: bool = False,
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The launch and the rotated q and k, which are contiguous, whatever the strides of q and k are."""
+    """The launch and q and k rotated (back: the other way), which are contiguous, whatever their strides are."""
     outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     q, k, cos, sin = dense(q), dense(k), dense(cos), dense(sin)
     tile = tile or Tile(**tuning.tile("rope", shape_class(q.shape[-1], 2 * cos.shape[-1]), target))
@@ -208,7 +212,7 @@ def plan(
     given = {
         "q_ptr": q, "k_ptr": k, "cos_ptr": cos, "sin_ptr": sin, "q_out_ptr": outputs[0], "k_out_ptr": outputs[1],
     } | sizes  # fmt: skip
-    narrow, constants = why_narrow(tiles, interleaved), tiles | {"INTERLEAVED": interleaved}
+    narrow, constants = why_narrow(tiles, interleaved), tiles | {"INTERLEAVED": interleaved, "BACK": bool(back)}
     launch = Launch(rope_kernel, (grid,), given, constants, num_warps=warps, wide_loads=not narrow, narrow=narrow)
     return launch, *outputs
 

@@ -132,9 +132,9 @@ class Tunable:
 @cache
 def tunables() -> dict[str, Tunable]:
     """What the kernel files say of their tiles (`TUNABLE`), by the name of the file."""
-    from refllm.kernels.triton import KERNELS
+    from refllm.kernels.triton import BACKWARD_KERNELS, KERNELS
 
-    return {file.TUNABLE.kernel: file.TUNABLE for file in KERNELS}
+    return {file.TUNABLE.kernel: file.TUNABLE for file in (*KERNELS, *BACKWARD_KERNELS)}
 
 
 def tunable(kernel: str) -> Tunable:
