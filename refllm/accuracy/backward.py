@@ -44,6 +44,9 @@ class _InOrder(Propagation):
 class Backward(_InOrder):
     """The backward operators of an implementation in `dtype` under `policy`. order: in which float32 sums are added."""
 
+    given_exactly = False
+    """Whether what the forward pass kept is exact, and not the result of scores with the errors that are made again."""
+
     def __init__(self, dtype: str, policy: Policy, order: str = BLOCKS) -> None:
         points = frozenset(point.replace(".grad", "") for point in policy.points if ".grad" in point)
         super().__init__(dtype, replace(policy, points=points), lambda _, x: x, lambda _: False)
@@ -301,6 +304,8 @@ class _Head:
         its group that come before it. last: it is the last of them."""
         of, p, ds, square = self.of, self.p, self.ds, np.square
         (of_scores, of_p), of_dp, of_delta = self._of_scores(), self._of_dp(), self._of_delta()
+        if of.given_exactly and not of.policy.normalize_first:
+            of_delta = of_delta + (square(p * self.c) * of_scores).sum(axis=-1, keepdims=True)
         rounded = self.scale**2 * self._seen(of._noise(ds / self.scale, "attention.scores"))
         if of.policy.normalize_first or of.dtype == "float32":
             rounded = rounded + self._seen(of._noise(ds, "attention.scaled"))

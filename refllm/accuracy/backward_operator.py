@@ -34,6 +34,8 @@ in it."""
 class _Steps(Backward):
     """The rules of every backward operator, those that are made of several included."""
 
+    given_exactly = True
+
     def of(self, operator: str, grads: Sequence[Uncertain], given: dict[str, Any]) -> Variances:
         """The variances of what <operator>_backward gives. given: its other arguments by name."""
         rule = getattr(self, f"_op_{operator}", None)
@@ -111,9 +113,11 @@ class _Steps(Backward):
     ) -> Variances:
         turned = self.rope(dq, dk, certain(cos), certain(-np.asarray(sin)), interleaved=interleaved)
         parts = (*turned, dv)
-        d = Uncertain(*(ops.merge_heads(np.concatenate([getattr(p, n) for p in parts], axis=1)) for n in _BOTH))
+        value, variance = (ops.merge_heads(np.concatenate([getattr(p, n) for p in parts], axis=1)) for n in _BOTH)
+        d = Uncertain(value, variance)
         normed = self._forward.rms_norm(certain(x), norm_weight, eps)
         of_normed, of_w, of_b = self._linear(d, normed.value, w_qkv, None, needed=(True, True, b_qkv is not None))
+        assert of_normed is not None
         assert of_w is not None
         square, spread = as_rows(np.square(d.value)), as_rows(np.asarray(normed.variance))
         dnormed = ops.linear_backward(d.value, normed.value, w_qkv)[0]
@@ -131,7 +135,7 @@ class _Steps(Backward):
             row, seen = slice(b, b + 1), slice(0, n)
             if n:
                 parts = self._attention(do[row], q[row], k_cache[row, :, seen], v_cache[row, :, seen], scale=scale)
-                of_q[row], of_k[row, :, seen], of_v[row, :, seen] = parts  # type: ignore[assignment]
+                of_q[row], of_k[row, :, seen], of_v[row, :, seen] = parts
         return [of_q, of_k, of_v]
 
     def _op_softmax(self, d: Uncertain, p: Any) -> Variances:

@@ -14,7 +14,7 @@ from refllm.accuracy.verdicts import Verdict, verdict
 from refllm.errors import InputError
 from refllm.extras import require
 from refllm.opcheck import candidate as candidates
-from refllm.opcheck import search
+from refllm.opcheck import laws, search
 from refllm.opcheck.autograd import find_differentiable
 from refllm.opcheck.examine import Examiner, Finding
 from refllm.opcheck.looks_like import Guess, Likeness, looks_like
@@ -54,7 +54,8 @@ _SHOWN_LATE = (
 class OpFinding:
     """One thing that is wrong. level: at which it is asked for. finding: on the smallest call found; first: as it was
     found. guesses: the mistakes that give its numbers; wrong_in: where, if none does. repro: a program that shows it.
-    suggestion: the option for a candidate that does not offer that, "" if there is none."""
+    suggestion: the option for a candidate that does not offer that, "" if there is none. laws: what a wrong gradient
+    breaks that needs no reference (`refllm.opcheck.laws`), a clause each."""
 
     level: str
     finding: Finding
@@ -63,6 +64,7 @@ class OpFinding:
     repro: str = ""
     suggestion: str = ""
     wrong_in: str = ""
+    laws: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -429,9 +431,11 @@ def _told(
             progress("asking what it looks like", 0, 0)
             likeness = looks_like(examine, offers, first)
             smallest = _smallest(examine, offers, first, until, progress)
+    law = laws.named(examine, offers, smallest) if shrink else laws.Named(smallest.property, smallest.text)
+    smallest = replace(smallest, property=law.property, text=law.text)
     fits = suggestion(smallest.call, smallest.text)
     repro = reproduction(smallest, candidate, policy, time_limit)
-    return OpFinding(smallest.level, smallest, first, likeness.guesses, repro, fits, likeness.wrong_in)
+    return OpFinding(smallest.level, smallest, first, likeness.guesses, repro, fits, likeness.wrong_in, law.broken)
 
 
 def _distinct(told: Sequence[OpFinding]) -> tuple[OpFinding, ...]:

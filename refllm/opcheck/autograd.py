@@ -68,11 +68,15 @@ class Autograd:
         if sum(x.numel() for x in tensors) > _SMALL or not all(x.numel() for x in tensors):
             return None
         with torch.no_grad():
-            first = _Pass(self, *make()).gradients()
+            first = self._pass(make).gradients()
             for broken in self._questions(make, first):
                 if broken is not None:
                     return broken
         return None
+
+    def _pass(self, make: Any, function: Any = None, frozen: str = "") -> "_Pass":
+        arguments, keywords = make()
+        return _Pass(self, arguments, keywords, function, frozen)
 
     def _questions(self, make: Any, first: tuple[Any, ...]) -> Iterator[Further | None]:
         if not _is_compiled(self.function):  # a compiled backward pass gives its buffers away
@@ -82,9 +86,9 @@ class Autograd:
         yield from (self._shared(make, i, j) for i, j in combinations(range(len(first)), 2))
 
     def _second_backward(self, make: Any, first: tuple[Any, ...]) -> Further | None:
-        run = _Pass(self, *make())
+        run = self._pass(make)
         run.gradients(retain=True)
-        again = _attempt(run.again, "second backward", "a second backward pass over a graph that was kept")
+        again = _attempt(run.again, "a second backward pass over a graph that was kept")
         if isinstance(again, str):
             return "second backward", again
         name = self._different(first, again)
@@ -96,7 +100,7 @@ class Autograd:
         def function(*arguments: Any, **keywords: Any) -> Any:
             return checkpoint(self.function, *arguments, use_reentrant=False, **keywords)
 
-        run = _attempt(lambda: _Pass(self, *make(), function=function).gradients(), "recomputation", "checkpointed, it")
+        run = _attempt(lambda: self._pass(make, function=function).gradients(), "checkpointed, it")
         if isinstance(run, str):
             return "recomputation", run
         name = self._different(first, run)
@@ -109,7 +113,7 @@ class Autograd:
         others = [n for n, d in enumerate(first) if d is not None and n != i]
         if not others:
             return None
-        run = _attempt(lambda: _Pass(self, *make(), frozen=frozen).gradients(), "frozen", f"with {frozen} frozen, it")
+        run = _attempt(lambda: self._pass(make, frozen=frozen).gradients(), f"with {frozen} frozen, it")
         if isinstance(run, str):
             return "frozen tensor", run
         for n in others:
@@ -126,7 +130,7 @@ class Autograd:
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
-            _Pass(self, *make(), frozen=frozen).gradients()
+            self._pass(make, frozen=frozen).gradients()
         return int(counter.get_total_flops())
 
     def _shared(self, make: Any, i: int, j: int) -> Further | None:
@@ -134,7 +138,7 @@ class Autograd:
         import torch
 
         one, two = (list(self.known.gradient_of.values())[n] for n in (i, j))
-        apart = _Pass(self, *make())
+        apart = self._pass(make)
         if not {one, two} <= set(apart.leaves):
             return None
         a, b = apart.leaves[one], apart.leaves[two]
@@ -142,7 +146,7 @@ class Autograd:
             return None
         apart.put(two, a.detach().clone())
         sums = apart.gradients()
-        together = _Pass(self, *make())
+        together = self._pass(make)
         together.share(one, two)
         found = together.gradients()
         if sums[i] is None or sums[j] is None or found[i] is None:
@@ -180,7 +184,7 @@ class _Pass:
             if name not in given:  # a rotation does not depend on what it rotates, and a softmax is given itself
                 self.given[name] = _stand_in(d, given.get("p"))
         self.said = {n for n in keywords if n in known.forward.parameters}
-        self.leaves = {}
+        self.leaves: dict[str, Any] = {}
         for name in known.gradient_of.values():
             x = self.given.get(name)
             if isinstance(x, torch.Tensor):
@@ -257,7 +261,7 @@ def _said(name: str, property: str, text: str) -> Further | None:
     return (property, text) if name else None
 
 
-def _attempt(run: Callable[[], Any], _: str, subject: str) -> Any:
+def _attempt(run: Callable[[], Any], subject: str) -> Any:
     """What it returns, or a sentence about what it raised."""
     try:
         return run()

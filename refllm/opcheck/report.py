@@ -102,6 +102,7 @@ def _finding(one: OpFinding) -> list[tuple[str, str]]:
         lines.append(("worst element", _worst(finding.judgement)))
     lines.append(("smallest call", _plainly(finding.call)))
     lines += _places(one)
+    lines += [("breaks" if not i else "", law) for i, law in enumerate(one.laws)]
     lines += _looks_like(one)
     return lines + ([("offers less?", one.suggestion)] if one.suggestion else [])
 
@@ -215,6 +216,7 @@ def _finding_dict(one: OpFinding, counts: bool) -> dict[str, Any]:
         "counterexample": _call_dict([one], one.finding),
         "looks_like": [vars(found) for found in one.guesses],
         "wrong_in": one.wrong_in or None,
+        "laws": list(one.laws),
         "suggestion": one.suggestion or None,
         "repro": one.repro,
     }

@@ -7,7 +7,7 @@ from refllm.ops.programs import ROTATE
 
 _SUMMED = """def summed_to(x, shape):
     x = x.sum(axis=tuple(range(x.ndim - len(shape))))
-    return x.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] > 1), keepdims=True)
+    return x.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1), keepdims=True)
 
 
 """

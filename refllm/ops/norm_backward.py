@@ -100,7 +100,7 @@ def _row_by_row(terms: np.ndarray, shape: tuple[int, ...], ar: Arithmetic) -> np
 def rows_first(terms: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """[N, *shape]: what `summed_to` adds, term after term."""
     lead = terms.ndim - len(shape)
-    repeated = [i for i in range(terms.ndim) if i < lead or (shape[i - lead] == 1 and terms.shape[i] > 1)]
+    repeated = [i for i in range(terms.ndim) if i < lead or (shape[i - lead] == 1 and terms.shape[i] != 1)]
     return np.moveaxis(terms, repeated, range(len(repeated))).reshape(-1, *shape)
 
 
@@ -108,4 +108,4 @@ def summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The sum over the axes along which an array of `shape` was repeated to the shape of x: the gradient of what a
     product or sum broadcasts."""
     x = x.sum(axis=tuple(range(x.ndim - len(shape))))
-    return x.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] > 1), keepdims=True)
+    return x.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1), keepdims=True)

@@ -81,7 +81,7 @@ class Array:
 
     def array(self) -> np.ndarray:
         """The values: on the grid of dtype, held in float32 (float64 for float64), or int64, or bool."""
-        x = np.asarray(self._base())
+        x = np.asarray(self._base())[self._first]
         if self.dtype == "float64":
             x = x.astype(np.float64)
         elif self.dtype in FLOATS:
@@ -116,7 +116,9 @@ class Array:
         if self.layout == "dense":
             out = _over_memory(x.shape, x.dtype)
         elif self.layout in ("expanded", "constant"):
-            first = _over_memory(self._shape, x.dtype)
+            first = _over_memory(
+                tuple(len(range(n)[part]) for n, part in zip(self.shape, self._first, strict=True)), x.dtype
+            )
             repeated = (0, *first.strides[1:]) if self.layout == "expanded" else (0,) * len(self.shape)
             out = np.ndarray(self.shape, x.dtype, memory_of(first), strides=repeated)
             if not out.size:
@@ -164,15 +166,14 @@ class Array:
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        """The shape of what is made: of an expanded array its first entry alone, of a constant one its first number."""
-        if self.layout == "constant":
-            return tuple(min(1, n) for n in self.shape)
+        """The shape of what is made: of an expanded array its first entry alone."""
         return (min(1, self.shape[0]), *self.shape[1:]) if self.layout == "expanded" else self.shape
 
     @property
     def _first(self) -> tuple[slice, ...]:
-        """The index of what is made."""
-        return tuple(slice(0, n) for n in self._shape)
+        """The index of what is kept of that, and repeated."""
+        repeated = {"expanded": 1, "constant": len(self.shape)}.get(self.layout, 0)
+        return (slice(0, 1),) * repeated + (slice(None),) * (len(self.shape) - repeated)
 
     def _base(self) -> np.ndarray:
         shape, rng = self._shape, np.random.default_rng(self.seed)
@@ -220,7 +221,8 @@ class Array:
         if self.layout == "expanded":
             return [*lines, f"{name} = {view}({name}[:1].copy(), {self.shape}, (0, *{name}.strides[1:]))"]
         if self.layout == "constant":
-            return [*lines, f"{name} = {view}({name}.copy(), {self.shape}, {(0,) * len(self.shape)})"]
+            one = ", ".join(["0:1"] * len(self.shape))
+            return [*lines, f"{name} = {view}({name}[{one}].copy(), {self.shape}, {(0,) * len(self.shape)})"]
         if self.layout == "far":
             strides = _far_strides(self.shape)
             memory = f"np.zeros({_far_size(self.shape, strides)}, {name}.dtype)"
@@ -282,7 +284,8 @@ class Array:
         if self.layout == "expanded":
             return [f"{name} = {name}[:1].clone().expand({self.shape})"]
         if self.layout == "constant":
-            return [f"{name} = {name}.clone().expand({self.shape})"]
+            one = ", ".join(["0:1"] * len(self.shape))
+            return [f"{name} = {name}[{one}].clone().expand({self.shape})"]
         if self.layout == "far":
             strides = _far_strides(self.shape)
             return [

@@ -91,7 +91,9 @@ def kept_by_the_forward_pass(call: Call) -> dict[str, np.ndarray]:
     if not any(isinstance(x, Kept) for x in call.arguments):
         return {}
     given = dict(zip(call.names, call.arguments, strict=True)) | dict(call.keywords)
-    made = {name: x.array() if isinstance(x, Array) and not isinstance(x, Kept) else x for name, x in given.items()}
+    made: dict[str, Any] = {
+        name: x.array() if isinstance(x, Array) and not isinstance(x, Kept) else x for name, x in given.items()
+    }
     q, k, v = (made[name] for name in (("q", "k_cache", "v_cache") if "lengths" in made else ("q", "k", "v")))
     with np.errstate(all="ignore"):
         if "lengths" not in made:

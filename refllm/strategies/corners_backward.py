@@ -65,7 +65,7 @@ def _more(operator: str, dtype: str) -> Iterator[tuple[Call, str, str]]:
         yield _norm(name, dtype, (3, 17)), "along the input", "17 columns, gradient along the input"
         yield _norm(name, dtype, (2, 1025)), "along the input", "1025 columns, gradient along the input"
         yield _norm(name, dtype, (2, 64), mean=3.0), "along the input", "large weights, gradient along the input"
-        one_sign = {"values": "uniform", "mean": 0.5}
+        one_sign: dict[str, Any] = {"values": "uniform", "mean": 0.5}
         yield _norm(name, dtype, (300, 8), **one_sign), "of one sign", "300 rows of one sign"
         yield _norm(name, dtype, (2049, 8), **one_sign), "of one sign", "2049 rows of one sign"
         yield _norm(name, dtype, (1025, 3)), "plain", "1025 narrow rows"

@@ -6,6 +6,7 @@ from types import ModuleType
 from hypothesis import strategies as st
 
 from refllm.errors import InputError
+from refllm.ops.backward_contracts import forward_name, is_backward
 from refllm.ops.contracts import CONTRACTS, OPERATORS
 from refllm.precision.dtype_names import dtype_name
 from refllm.strategies.call import Call
@@ -30,6 +31,14 @@ def calls(
     if kind is not None and kind not in allowed:
         raise InputError(f"calls: {operator} has no kind {kind!r} under {policy}; use one of: {'; '.join(allowed)}")
 
+    if is_backward(operator):
+        from refllm.strategies import backward_only
+
+        forward = forward_name(operator)
+        if forward not in CONTRACTS:
+            return backward_only.gradients(operator, backward_only.only(operator, dtype, kind))
+        return backward_only.gradients(operator, calls(forward, dtype=dtype, policy=policy, kind=kind))
+
     module, name = _strategy(operator)
     function = getattr(module, name)
 
@@ -43,6 +52,11 @@ def calls(
 
 def kinds(operator: str, policy: str = "fused") -> tuple[str, ...]:
     """The kinds of inputs that `calls` draws for an operator; InputError for one that is not known."""
+    if is_backward(operator):
+        from refllm.strategies import backward_only
+
+        forward = forward_name(operator)
+        return kinds(forward, policy) if forward in CONTRACTS else backward_only.KINDS
     if operator not in CONTRACTS:
         raise InputError(f"operator {operator!r} is not known; use one of {', '.join(OPERATORS)}")
     if policy not in POLICIES:
