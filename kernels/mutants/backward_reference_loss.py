@@ -15,7 +15,6 @@ from refllm.kernels.mutants.planting import (
     changed,
     in_float32,
     instead,
-    kept_first,
     missing,
     over_input,
     planter,
@@ -104,7 +103,7 @@ CROSS_ENTROPY = (
     _ce("in the memory of the logits", "the gradient lies in the memory of the logits: a second call has others",
         "Dao-AILab/quack#209", _in_the_logits),
     _ce("scaled twice", "the incoming gradient is multiplied twice", "linkedin/Liger-Kernel#272", _TWICE_SCALED),
-    _ce("maximum not subtracted", "e^logit overflows", "vllm-project/vllm#56578",
+    _ce("maximum not subtracted", "e^logit is formed as it is, and overflows", "vllm-project/vllm#56578",
         _dlogits("logits_NV.softmax(-1)", "logits_NV.exp() / logits_NV.exp().sum(-1, keepdim=True)")),
     _ce("softmax in bfloat16", "the softmax is taken of rounded logits", _NARROW,
         _dlogits("logits_NV.softmax(-1)", "wide(logits_NV.bfloat16()).softmax(-1).to(logits_NV.dtype)"), dtypes=WIDE),
@@ -127,7 +126,7 @@ CROSS_ENTROPY = (
     _ce("dloss read as dense", "the stride of an expanded dloss is ignored", "ROCm/TransformerEngine#623",
         before(as_if_dense(0))),
     _ce("rows copied from the first", "every row gets the gradient of the first", "vllm-project/flash-attention#176",
-        after(kept_first(-2))),
+        after(lambda y, *_: y[:1].expand_as(y).clone() if len(y) else y)),
     _ce("all zero", "the gradient is 0 everywhere", "one-line: missing accumulation", after(zeros)),
     _ce("gradient in float32", "the gradient is not in the dtype of the logits", "one-line: dtype", after(in_float32),
         dtypes=NARROW),
@@ -138,7 +137,9 @@ CROSS_ENTROPY = (
 _lce = planter("linear_cross_entropy_backward")
 _linear_ce = partial(changed, "linear_cross_entropy_backward")
 _CHUNK = "max(1, LOGITS_BACKWARD // max(1, V))"
-_DW, _DX_ROWS = "dweight_VE += dlogits_NV.mT @ wide(x_NE[part])", "dx_NE[part] = dlogits_NV @ wide(weight_VE)"
+_X_PART = "wide(x_NE[part]).masked_fill(ignored_N1, 0.0)"
+_DW = f"dweight_VE += dlogits_NV.mT @ {_X_PART}"
+_DX_ROWS = "dx_NE[part] = (dlogits_NV @ wide(weight_VE))"
 LINEAR_CROSS_ENTROPY = (
     _lce("dx all zero", "dx is 0 everywhere", "one-line: missing accumulation", after(zeros)),
     _lce("dW all zero", "dW is 0 everywhere", "one-line: missing accumulation", after(zeros, 1)),
@@ -174,8 +175,8 @@ LINEAR_CROSS_ENTROPY = (
                     dtypes=WIDE),
     _lce("gradient of the logits rounded", "the gradient of the logits is rounded before the products", _EXTRA,
          _linear_ce("labels_N[part], ignore_index)", "labels_N[part], ignore_index)\n"
-                    "        dlogits_NV = wide(dlogits_NV.to(x_NE.dtype))"), dtypes=NARROW,
-         place="the gradient of the logits"),
+                    "        dlogits_NV = wide(dlogits_NV.to(x_NE.dtype))"), dtypes=("bfloat16",),
+         equivalent="the definition rounds there too"),
     _lce("logits in bfloat16", "the logits are formed in bfloat16 whatever x is", _NARROW,
          _linear_ce("F.linear(x_NE[part], weight_VE)", "F.linear(x_NE[part].bfloat16(), weight_VE.bfloat16())"),
                     dtypes=WIDE),
@@ -186,9 +187,11 @@ LINEAR_CROSS_ENTROPY = (
                     "F.linear(whole_tiles(x_NE[part], 64), whole_tiles(weight_VE, 64))")),
     _lce("words past 128 left out of dx", "the last, partial tile of 128 rows of the weight is missing from dx",
          "one-line: tiles",
-         _linear_ce(_DX_ROWS, "dx_NE[part] = whole_tiles(dlogits_NV, 128) @ whole_tiles(wide(weight_VE), 128, 0)")),
+         _linear_ce(_DX_ROWS, "dx_NE[part] = (whole_tiles(dlogits_NV, 128) @ whole_tiles(wide(weight_VE), 128, 0))")),
     _lce("dx over x", "dx is written over x, which the caller holds", "linkedin/Liger-Kernel#1305",
          after(over_input(1))),
+    _lce("NaN of ignored rows", "what ignored rows of x hold meets a 0 in dW, and 0 times NaN is NaN",
+         "Dao-AILab/flash-attention#2374", _linear_ce(_X_PART, "wide(x_NE[part])")),
     _lce("dW missing", "the weight gets no gradient", "one-line: missing gradient", after(missing, 1)),
     _lce("dW added to the last call's", "the buffer of dW is not cleared between two calls",
          "NVIDIA/Megatron-LM#6660", after(added_to_before(), 1)),

@@ -266,7 +266,7 @@ ADD_RMS_NORM = (
     _add_rms("no eps", "1 / rms is computed without eps", "one-line: eps", _rms_norm(" + eps", "")),
     _add_rms("rounded before dsum", "what comes through the norm is rounded before dsum is added",
              "one-line: extra rounding", _rms_sum(_DX, "(wide(dsum) + wide(through.to(x.dtype)))"), dtypes=NARROW,
-             place="the norm's part"),
+             equivalent="the definition rounds there too"),
     _add_rms("dw of whole blocks", "the partial sums have room for the whole blocks of 16 rows", "BobMcDear/attorch#18",
              _sum("whole_tiles(terms.reshape(-1, terms.shape[-1]), 16, 0).sum(0)")),
     _add_rms("dw kept in bfloat16", "dw is added up in bfloat16, block after block", "linkedin/Liger-Kernel#950",

@@ -96,7 +96,7 @@ ROPE = (
           before(strides_of(1, 0))),
     _rope("tables read as dense", "the strides of cos are ignored", "one-line: strides", before(as_if_dense(2))),
     _rope("tables in bfloat16", "cos and sin are rounded to bfloat16", "one-line: narrow",
-          _turn("table.to(d.dtype)", "table.bfloat16().to(d.dtype)")),
+          _turn("table.to(d.dtype)", "table.bfloat16().to(d.dtype)"), dtypes=WIDE),
     _rope("products rounded", "each product is rounded before the sum", _EXTRA,
           _turn(_FIRST, "wide((a * cos).bfloat16()) + wide((b * sin).bfloat16())",
                 _SECOND, "wide((b * cos).bfloat16()) - wide((a * sin).bfloat16())"), dtypes=("bfloat16",),
@@ -163,7 +163,7 @@ NORM_ROPE = (
     _norm("rounded between", "what is turned back is rounded before it goes through the norm", _EXTRA,
           _norm_rope("_turned_back(wide(dq_BHSD), cos, sin, interleaved)",
                      "wide(_turned_back(wide(dq_BHSD), cos, sin, interleaved).to(dq_BHSD.dtype))"), dtypes=NARROW,
-          place="between rotation and norm"),
+          equivalent="the definition rounds there too"),
     _norm("dw kept in bfloat16", "the gradient of the weight is added up in bfloat16", "linkedin/Liger-Kernel#950",
           _norm_rope("q_terms.sum((0, 2))", "narrow_sum(q_terms.transpose(1, 2).flatten(0, 1), 1)")),
 )
@@ -171,7 +171,7 @@ NORM_ROPE = (
 _qkv = planter("rms_norm_qkv_rope_backward")
 _projected = partial(changed, "rms_norm_qkv_rope_backward")
 _DQKV = "torch.cat([dq, dk, dv_BKSD], 1)"
-_HEADS = ".transpose(1, 2).reshape(B, S, -1)"
+_HEADS = ".transpose(1, 2).reshape(B, S, len(w_qkv))"
 QKV = (
     _qkv("values left out", "dx lacks the part that comes through the values", _TERM,
          _projected(_DQKV, "torch.cat([dq, dk, torch.zeros_like(dv_BKSD)], 1)")),
@@ -192,7 +192,7 @@ QKV = (
          _OTHER_PAIRS),
     _qkv("one table", "every sequence is turned by the table of the first", "linkedin/Liger-Kernel#477", _ONE_TABLE),
     _qkv("heads not moved", "the axes of heads and tokens are merged without being moved", "one-line: transposed",
-         _projected(_HEADS, ".reshape(B, S, -1)")),
+         _projected(_HEADS, ".reshape(B, S, len(w_qkv))")),
     _qkv("dW of x", "dW is that of x, not of the normed x", _TERM,
          _projected("linear_backward(dqkv_BSC, normed, ", "linear_backward(dqkv_BSC, x_BSE, ")),
     _qkv("norm left out", "dx is that of the projection, without the norm", _TERM,

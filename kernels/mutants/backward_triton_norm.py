@@ -101,7 +101,7 @@ ADD_RMS_NORM = (
     _add_rms("rounded before dsum", "what comes through the norm is rounded before dsum is added",
              "one-line: extra rounding",
              (_DX, f"{_DX}\n            dx = dx.to(dx_ptr.dtype.element_ty).to(tl.float32)"), dtypes=NARROW,
-             place="the norm's part"),
+             equivalent="the definition rounds there too"),
     _add_rms("residual read with the stride of x", "rows of the residual are looked for where those of x are",
              "Dao-AILab/flash-attention#355",
              ("residual_row = residual_ptr + tl.multiple_of(row * residual_stride, CHUNK) if ADD",

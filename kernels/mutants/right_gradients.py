@@ -28,13 +28,14 @@ Function = Callable[..., Any]
 @dataclass(frozen=True)
 class RightGradients:
     """One implementation. operator: a backward one. dtypes: those in which it is right. autograd: it has the signature
-    of the forward operator, and its gradients are what torch.autograd finds."""
+    of the forward operator, and its gradients are what torch.autograd finds. without: what it does not offer."""
 
     operator: str
     name: str
     function: Function
     dtypes: tuple[str, ...] = ALL
     autograd: bool = False
+    without: tuple[str, ...] = ()
 
     @property
     def gradients(self) -> Function:
@@ -122,8 +123,13 @@ for _operator in plain.BACKWARD:
     _RIGHT.append(RightGradients(_operator, "NumPy definition in the dtype", _definition(_operator)))
 for _operator in plain.BACKWARD:
     _forward = forward_name(_operator)
-    if _forward in plain.EAGER and _forward not in ("linear_cross_entropy",):
-        _RIGHT.append(RightGradients(_operator, "autograd of Torch's functions", plain.EAGER[_forward], autograd=True))
+    if _forward in plain.EAGER and _forward != "linear_cross_entropy":
+        _left = ("tables_per_row",) if "rope" in _forward else ("mixed_dtypes",) if "layer" in _forward else ()
+        _RIGHT.append(
+            RightGradients(
+                _operator, "autograd of Torch's functions", plain.EAGER[_forward], autograd=True, without=_left
+            )
+        )
     if _forward in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope", "norm_rope", "swiglu", "relu2",
                     "cross_entropy"):  # fmt: skip
         _RIGHT.append(RightGradients(_operator, "autograd of the plain form", getattr(plain, _forward), autograd=True))
@@ -209,21 +215,6 @@ def layer_norm_in_float64(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
     dx = r / E * (E * g - g.sum(-1, keepdim=True) - z * r * (g * z * r).sum(-1, keepdim=True))
     dw, db = ((d * t).flatten(0, -2).sum(0) for t in (z * r, torch.ones_like(z)))
     return dx.to(x.dtype), dw.to(weight.dtype), None if bias is None else db.to(bias.dtype)
-
-
-@right("layer_norm_backward")
-def jacobian_of_each_row(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
-    """(I - 1/E - n n^T / E) / sigma as a matrix."""
-    E = x.shape[-1]
-    z, d = x.double().reshape(-1, E), dy.double().reshape(-1, E)
-    z = z - z.mean(-1, keepdim=True)
-    r = (z.square().mean(-1, keepdim=True) + eps).rsqrt()
-    n, dx = z * r, torch.empty(z.shape, dtype=z.dtype)
-    common = torch.eye(E, dtype=z.dtype) - 1 / E
-    for row, own, g, scale in zip(dx, n, d * weight.double(), r, strict=True):
-        row.copy_((common - torch.outer(own, own) / E) @ g * scale)
-    dw, db = (d * n).sum(0), d.sum(0)
-    return dx.reshape(x.shape).to(x.dtype), dw.to(weight.dtype), None if bias is None else db.to(bias.dtype)
 
 
 @right("add_rms_norm_backward")

@@ -79,7 +79,7 @@ def rms_norm_qkv_rope_backward(
     for name, d, heads in (("dq", dq_BHSD, num_heads), ("dk", dk_BKSD, num_kv_heads), ("dv", dv_BKSD, num_kv_heads)):
         arguments.like("rms_norm_qkv_rope_backward", name, d, (B, heads, S, D), x_BSE)
     dq, dk = rope_backward(dq_BHSD, dk_BKSD, cos, sin, interleaved=interleaved)
-    dqkv_BSC = torch.cat([dq, dk, dv_BKSD], 1).transpose(1, 2).reshape(B, S, -1)
+    dqkv_BSC = torch.cat([dq, dk, dv_BKSD], 1).transpose(1, 2).reshape(B, S, len(w_qkv))
     normed = rms_norm(x_BSE, norm_weight, eps)
     dnormed, dw_qkv, db_qkv = linear_backward(dqkv_BSC, normed, w_qkv, b_qkv)
     dx, dnorm_weight = rms_norm_backward(dnormed, x_BSE, norm_weight, eps)

@@ -307,7 +307,9 @@ def _store_keys_carefully(
             i = start + step % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
             q, do, shift, rest, delta = _load_queries(step // tiles, i, queries, head, form)
             visible = _visible_to(attend, n, i, queries, keys, form)
-            p, ds = _weights_and_slopes(k, v, q, do, shift[None, :], rest[None, :], delta[None, :], visible, scale, head)
+            p, ds = _weights_and_slopes(
+                k, v, q, do, shift[None, :], rest[None, :], delta[None, :], visible, scale, head
+            )
             dv = _careful_part(dv, p, do, dim, head)
             dk = _careful_part(dk, ds, q, dim, head)
         store_rows(dv_ptr, offsets, inside, dim, head.D, dv, SLICE)
@@ -405,7 +407,9 @@ def _store_queries_carefully(
             n = first + tl.arange(0, BLOCK_N)
             k, v, attend = _load_keys(n, keys, head)
             visible = attend[None, :] & (n[None, :] < limit[:, None])
-            _, ds = _weights_and_slopes(q, do, k, v, shift[:, None], rest[:, None], delta[:, None], visible, scale, head)
+            _, ds = _weights_and_slopes(
+                q, do, k, v, shift[:, None], rest[:, None], delta[:, None], visible, scale, head
+            )
             dq = _careful_part(dq, ds, k, dim, head)
         store_rows(dq_ptr, offsets, inside, dim, head.D, dq * factor, SLICE)
 

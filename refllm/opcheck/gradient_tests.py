@@ -80,12 +80,12 @@ def _torch() -> Any:
 def _test(operator: str, cases: list[Case]) -> Test:
     def test(fn: Callable[..., Any]) -> None:
         for case in cases:
-            _run(case, followed(operator, fn))
+            run(case, followed(operator, fn))
 
     return test
 
 
-def _run(case: Case, function: Callable[..., Any]) -> None:
+def run(case: Case, function: Callable[..., Any]) -> None:
     """Raises AssertionError at the first gradient that does not pass."""
     torch, right = _torch(), _eager(case.operator)
     if case.inside is not None:

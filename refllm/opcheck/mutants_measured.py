@@ -207,6 +207,8 @@ def _measured_gradients(mutant: "Mutant") -> Measured:
     before = sum(os.times()[:4])
     outcome = outcome_of(mutant, DRAWN[mutant.form], known_first=True)
     level = outcome.level if outcome.killed else ""
+    if level == LAST:  # the first call that showed it: perhaps one by default would have, later
+        level = _level_by_default(mutant) or level
     asked = ["--policy fused"] * bool(mutant.place) + ["--level hostile"] * (level == LAST)
     return Measured(
         mutant.slug,
@@ -220,6 +222,18 @@ def _measured_gradients(mutant: "Mutant") -> Measured:
         outcome.dtypes,
         _rounds(mutant) if mutant.place else "",
     )
+
+
+def _level_by_default(mutant: "Mutant") -> str:
+    """The level at which one is found that is looked for without `--level hostile`; "" if it is not."""
+    from refllm.opcheck.api import check_op
+
+    how: dict[str, Any] = {"max_examples": 0, "shrink": False, "isolate": False, "policy": mutant.place and "fused"}
+    report = check_op(
+        mutant.operator, mutant.function(), dtype=mutant.dtypes[0], **{k: v for k, v in how.items() if v != ""}
+    )
+    counted = [one for one in report.findings if report.verdict == "fails" and one.level != LAST]
+    return counted[0].level if counted else ""
 
 
 LAST, BITWISE = "hostile", "--bitwise"
@@ -303,5 +317,10 @@ def _said_of(name: str) -> str:
     (one,) = (one for one in right_gradients() if f"{one.operator}: {one.name}" == words)
     operator = forward_name(one.operator) if one.autograd else one.operator
     how: dict[str, Any] = {"dtype": dtype, "max_examples": 0, "shrink": False, "isolate": False, "seconds": 300.0}
+    how["without"] = one.without
     report = check_op(operator, one.function, **how, **({"backward": True} if one.autograd else {}))
-    return "" if report.verdict == "holds" else f"{report.verdict}: {report.property} {report.finding}".strip()
+    return (
+        ""
+        if report.verdict == "holds"
+        else f"{report.verdict}: {report.property}: {report.finding and report.finding.text}"
+    )
