@@ -45,7 +45,7 @@ RMS_NORM = (
          ("mask = (p < P)[:, None] & (columns < E)[None, :]", "mask = (p >= 0)[:, None] & (columns < E)[None, :]")),
     _rms("sums in bfloat16", "the programs' sums are kept in bfloat16", "linkedin/Liger-Kernel#950",
          ("sums = [dy.new_empty((programs, E) if asked else (0, 0), dtype=torch.float32)",
-          "sums = [dy.new_empty((programs, E) if asked else (0, 0), dtype=torch.bfloat16)")),
+          "sums = [dy.new_empty((programs, E) if asked else (0, 0), dtype=torch.bfloat16)"), dtypes=("float16", "float32")),
     _rms("store without a mask", "the padding lanes of a ragged row are stored, over the start of the next row",
          "fla-org/flash-linear-attention#795", (_ROW_STORE, _ROW_STORE.replace(", mask=inside", ""))),
     _rms("dx with the stride of x", "rows of dx are stored as far apart as those of x", "flagos-ai/FlagGems#5235",

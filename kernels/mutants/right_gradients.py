@@ -28,7 +28,8 @@ Function = Callable[..., Any]
 @dataclass(frozen=True)
 class RightGradients:
     """One implementation. operator: a backward one. dtypes: those in which it is right. autograd: it has the signature
-    of the forward operator, and its gradients are what torch.autograd finds. without: what it does not offer."""
+    of the forward operator, and its gradients are what torch.autograd finds. without: what it does not offer. policy:
+    the one under which it is right, "" for all."""
 
     operator: str
     name: str
@@ -36,11 +37,12 @@ class RightGradients:
     dtypes: tuple[str, ...] = ALL
     autograd: bool = False
     without: tuple[str, ...] = ()
+    policy: str = ""
 
     @property
     def gradients(self) -> Function:
         """It as a function of the signature of the operator."""
-        return _autograd_of(self.function, self.operator) if self.autograd else self.function
+        return by_autograd(self.function, self.operator) if self.autograd else self.function
 
 
 _RIGHT: list[RightGradients] = []
@@ -92,7 +94,7 @@ def _array(x: Any) -> Any:
     return (x.float() if x.is_floating_point() else x).numpy()
 
 
-def _autograd_of(function: Function, operator: str) -> Function:
+def by_autograd(function: Function, operator: str) -> Function:
     """The gradients that autograd finds of a forward function, as a function of the backward signature."""
     known = BACKWARD[operator]
 
@@ -125,11 +127,10 @@ for _operator in plain.BACKWARD:
     _forward = forward_name(_operator)
     if _forward in plain.EAGER and _forward != "linear_cross_entropy":
         _left = ("tables_per_row",) if "rope" in _forward else ("mixed_dtypes",) if "layer" in _forward else ()
-        _RIGHT.append(
-            RightGradients(
-                _operator, "autograd of Torch's functions", plain.EAGER[_forward], autograd=True, without=_left
-            )
-        )
+        # On a CPU Torch adds dw and db of a LayerNorm up row by row in the dtype of x.
+        _policy = "hf-eager" if "layer_norm" in _forward else ""
+        _more: dict[str, Any] = {"autograd": True, "without": _left, "policy": _policy}
+        _RIGHT.append(RightGradients(_operator, "autograd of Torch's functions", plain.EAGER[_forward], **_more))
     if _forward in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope", "norm_rope", "swiglu", "relu2",
                     "cross_entropy"):  # fmt: skip
         _RIGHT.append(RightGradients(_operator, "autograd of the plain form", getattr(plain, _forward), autograd=True))
