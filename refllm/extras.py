@@ -33,6 +33,10 @@ EXTRA_OF = {
     "jax": "jax",
     "ctranslate2": "ctranslate2",
     "gguf": "gguf",
+    "latex2mathml": "book",
+    "markdown_it": "book",
+    "pygments": "book",
+    "lm_eval": "eval",
 }
 """Name of an import -> the smallest extra that brings it."""
 

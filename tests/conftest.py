@@ -1,16 +1,26 @@
 """Settings of the whole test run. Read before any test module, and so before NumPy and Torch start their threads."""
 
+import compileall
+import contextlib
+import ctypes
 import gc
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # What is imported for the tests stays: Torch, Transformers and Triton are a million objects, and the collector would
 # walk over them again and again, in imports, in tests and at every gc.collect() of the product.
 gc.disable()
+
+# Memory that is freed stays here for the next array: to hand it back to the system and to get it again, page by page,
+# takes as long as to compute what is in it. (M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h; glibc alone has them.)
+with contextlib.suppress(AttributeError, OSError):
+    for parameter, size in ((-1, 1 << 30), (-3, 1 << 25)):
+        ctypes.CDLL(None).mallopt(parameter, size)
 
 # The tests run in several processes, one per core: more threads in each would only take turns. Subprocesses inherit
 # this. Set and not defaulted, because Torch's sums depend on the number of threads.
@@ -45,11 +55,19 @@ settings.register_profile("long", settings.get_profile("default"), max_examples=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The sources are compiled once, and not by every process that a test starts where Python is told to keep nothing
+    (PYTHONDONTWRITEBYTECODE)."""
+    if not hasattr(config, "workerinput"):
+        for folder in ("refllm", "kernels", "golden"):
+            compileall.compile_dir(Path(__file__).parents[1] / folder, quiet=2)
+
+
 def pytest_collection_finish() -> None:
     """Every module is imported: from here on the collector looks at what tests make."""
     gc.freeze()
     gc.enable()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(50_000, 20, 20)
     fastest: Any = sys.modules.get("refllm.kernels.models.fastest")
     if fastest is not None:  # to empty a cache between measurements takes longer than the small models of the tests
         fastest._FORGOTTEN_BYTES = 4

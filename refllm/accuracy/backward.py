@@ -118,6 +118,7 @@ class Backward(_InOrder):
         m = np.mean(g * n, axis=-1, keepdims=True)
         dx = r * (g - n * m)
         of_x = self._projected(of_g, n, r, centred=False) + self._of_a_row(r, n, g, m) + self._noise(dx, "rms_norm")
+        of_x = of_x + self._of_parts("rms_norm", r * g, r * n * m)
         rounded = np.square(d.value) * self._forward._noise(n, "rms_norm.normalized")
         terms = np.square(n) * d.variance + rounded + self._noise(d.value * n, "rms_norm.terms")
         return [of_x, self._over_rows(terms, d.value * n, weight.shape, "rms_norm")]
@@ -133,6 +134,7 @@ class Backward(_InOrder):
         dx = r * (g - level - n * m)
         of_x = self._projected(np.square(weight) * d.variance + self._inside(g), n, r, centred=True)
         of_x = of_x + self._of_a_row(r, n, g, m) + self._inside(r * level, 2) + self._noise(dx, "layer_norm")
+        of_x = of_x + self._of_parts("layer_norm", r * (g - level), r * n * m)
         of_x = of_x + of_mean * np.square(r * r * (m + n * level)) + of_root * np.square(r * (g - level - 3 * n * m))
         shared = of_mean * r**2 + of_root * np.square(n)
         terms = np.square(n) * d.variance + np.square(d.value) * shared + self._inside(d.value * n)
@@ -140,6 +142,12 @@ class Backward(_InOrder):
         if bias is not None:
             of_bias = self._over_rows(d.variance, d.value, np.shape(bias), "layer_norm", "layer_norm.sum")
         return [of_x, self._over_rows(terms, d.value * n, weight.shape, "layer_norm", "layer_norm.sum"), of_bias]
+
+    def _of_parts(self, point: str, *parts: np.ndarray) -> Any:
+        """What rounding the two gradients of an x that is read twice adds, which are then summed."""
+        if self.dtype == "float32" or not self._rounds(f"{point}.parts"):
+            return 0.0
+        return sum(np.asarray(self._noise(part, f"{point}.parts")) for part in parts)
 
     def _statistic(self, value: np.ndarray) -> np.ndarray:
         return np.asarray(self._noise(value, "layer_norm.statistics"))

@@ -9,7 +9,7 @@ the bit wherever the order of float32 sums cannot matter. Arrays are rows [N, ..
 [B, ..., S, ...]: samples of a value, or all of it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -190,36 +190,89 @@ def scores(store: Stores, q: np.ndarray, k: np.ndarray, how: dict[str, Any]) -> 
     return store(raw if "scaled q" in store else store(raw, "raw scores") * scale, "scores")
 
 
-def context(store: Stores, s: np.ndarray, v: np.ndarray, how: dict[str, Any]) -> np.ndarray:
-    """Scaled scores [N, H, T], of which a query sees how["visible"] [N, T]; v [K, T, D] -> [N, H, D]."""
-    s = np.where(how["visible"][:, None], s, -np.inf)
-    T, K = s.shape[-1], v.shape[0]
-    tile = next((t for t in (16, 32, 64, 128) if f"exp in tiles of {t}" in store), 0)
-    top = s.max(axis=-1, keepdims=True)
+class Softmax:
+    """The scaled scores [N, H, T] of which a query sees visible [N, T], and v [K, T, D]: a context before anybody says
+    where it is rounded. What several profiles have in common is made once, for `Stores` that differ in points alone."""
+
+    def __init__(self, s: np.ndarray, v: np.ndarray, visible: np.ndarray) -> None:
+        self.s, self.v = np.where(visible[:, None], s, -np.inf), v
+        self.top = self.s.max(axis=-1, keepdims=True)
+        self._kept: dict[Any, Any] = {}
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def exponentials(self, store: Stores) -> tuple[np.ndarray, np.ndarray]:
+        """The exponentials of the scores less the largest, as they are and as they are stored."""
+        narrow = "less the largest" in store
+        e = self._once(("exp", narrow), lambda: np.exp(store(self.s - self.top, "less the largest")))
+        return e, self._once(("stored", narrow), lambda: store(e, "exp")) if "exp" in store else e
+
+    def weighted(self, store: Stores) -> np.ndarray:
+        """The sum of v by the exponentials as they are stored, before it is divided."""
+        _, stored = self.exponentials(store)
+        return np.asarray(self._once(("sum", id(stored)), lambda: _weighted(stored, self.v)))
+
+    def parts(self, tile: int, store: Stores) -> list[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+        """Tile after tile: its keys, the factor of what was added up before, and exponentials as `exponentials`."""
+        return list(self._once(("tiles", tile), lambda: [*self._in_tiles(tile, store)]))
+
+    def _in_tiles(self, tile: int, store: Stores) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+        top = np.full_like(self.top, -np.inf)
+        for start in range(0, self.s.shape[-1], tile):
+            keys = slice(start, start + tile)
+            part = self.s[..., keys]
+            new = np.maximum(top, part.max(axis=-1, keepdims=True))
+            seen = np.where(np.isneginf(new), 0, new)
+            again, e = np.exp(top - seen), np.exp(part - seen)
+            yield keys, again, e, store(e, f"exp in tiles of {tile}")
+            top = new
+
+    def accumulated(self, tile: int, store: Stores) -> np.ndarray:
+        """The same sum, tile after tile."""
+
+        def accumulate() -> np.ndarray:
+            o = np.zeros(1)
+            for keys, again, _, p in self.parts(tile, store):
+                o = store(o * again + _weighted(p, self.v[:, keys]), "accumulator")
+            return o
+
+        return np.asarray(self._once(("sum", tile, "accumulator" in store), accumulate))
+
+
+def in_tiles_of(keys: int, points: frozenset[str]) -> frozenset[str]:
+    """The points of a profile of that many keys, where one tile that holds them all is like another."""
+    several = [t for t in _TILES if t < keys]
+    if len(several) == len(_TILES) or not any(f"exp in tiles of {t}" in points for t in _TILES[len(several) :]):
+        return points
+    return points - _IN_TILES | {f"exp in tiles of {_TILES[len(several)]}"}
+
+
+_TILES = (16, 32, 64, 128)
+_IN_TILES = frozenset(f"exp in tiles of {t}" for t in _TILES)
+
+
+def context(store: Stores, softmax: Softmax) -> np.ndarray:
+    """The context under a profile: [N, H, D]."""
+    tile = next((t for t in _TILES if f"exp in tiles of {t}" in store), 0)
     if not tile:
-        e = np.exp(store(s - top, "less the largest"))
-        rounded = store(e, "exp")
-        summed = rounded if "sum of rounded" in store else e
+        e, stored = softmax.exponentials(store)
+        summed = stored if "sum of rounded" in store else e
         total = store(summed.sum(axis=-1, keepdims=True), "denominator")
         if "exp" in store and "probs" not in store:
-            return store(_weighted(rounded, v, K) / total, OUT)
-        parts = rounded * store(1 / total, "reciprocal") if "reciprocal" in store else rounded / total
-        return store(_weighted(store(parts, "probs"), v, K), OUT)
-    top, o, total = np.full_like(top, -np.inf), np.zeros(1), np.zeros(1)
-    for start in range(0, T, tile):
-        part = s[..., start : start + tile]
-        new = np.maximum(top, part.max(axis=-1, keepdims=True))
-        seen = np.where(np.isneginf(new), 0, new)
-        again, e = np.exp(top - seen), np.exp(part - seen)
-        p = store(e, f"exp in tiles of {tile}")
+            return store(softmax.weighted(store) / total, OUT)
+        parts = stored * store(1 / total, "reciprocal") if "reciprocal" in store else stored / total
+        return store(_weighted(store(parts, "probs"), softmax.v), OUT)
+    total = np.zeros(1)
+    for _, again, e, p in softmax.parts(tile, store):
         total = total * again + (p if "sum of rounded" in store else e).sum(axis=-1, keepdims=True)
-        o = store(o * again + _weighted(p, v[:, start : start + tile], K), "accumulator")
-        top = new
-    return store(o / store(total, "denominator"), OUT)
+    return store(softmax.accumulated(tile, store) / store(total, "denominator"), OUT)
 
 
-def _weighted(p: np.ndarray, v: np.ndarray, K: int) -> np.ndarray:
-    N, H, T = p.shape
+def _weighted(p: np.ndarray, v: np.ndarray) -> np.ndarray:
+    (N, H, T), K = p.shape, v.shape[0]
     grouped = p.reshape(N, K, H // K, T).transpose(1, 0, 2, 3).reshape(K, -1, T)
     return (grouped @ v).reshape(K, N, H // K, -1).transpose(1, 0, 2, 3).reshape(N, H, -1)
 
@@ -228,7 +281,7 @@ def _attention(store: Stores, arrays: tuple[np.ndarray, ...], how: dict[str, Any
     q, k, v = arrays
     if "scale off by 1%" in store:
         how = how | {"scale": how["scale"] * 1.01}
-    return context(store, scores(store, q, k, how), v, how)
+    return context(store, Softmax(scores(store, q, k, how), v, how["visible"]))
 
 
 FORMS: dict[str, Form] = {

@@ -169,9 +169,11 @@ def _errors(
     if beyond.any():
         exact = np.where(beyond, np.copysign(np.inf, exact), exact)
     finite = np.isfinite(candidate) & np.isfinite(exact)
-    V = np.where(finite & np.isfinite(variance), variance, 0.0)
     if finite.all():
+        known = np.isfinite(variance)
+        V = variance if known.all() else np.where(known, variance, 0.0)
         return candidate - exact, V, np.zeros(exact.shape, bool), finite
+    V = np.where(finite & np.isfinite(variance), variance, 0.0)
     same_nonfinite = (candidate == exact) | (np.isnan(candidate) & np.isnan(exact))
     error = np.where(finite, candidate - np.where(finite, exact, 0), 0.0)
     return error, V, ~finite & ~same_nonfinite, finite
@@ -229,8 +231,8 @@ def ulp_histogram(candidate: np.ndarray, exact: np.ndarray, dtype: str) -> list[
         spacing = np.maximum(ulp(exact[block], dtype), np.finfo(np.float32).tiny)
         with np.errstate(invalid="ignore"):
             distance = np.abs(candidate[block] - exact[block]) / spacing
-        distance = distance[np.isfinite(distance)]
+        infinite = np.count_nonzero(distance == np.inf)
+        beyond = [np.count_nonzero(distance > edge) - infinite for edge in ULP_BINS[:-1]]
         counts[0] += np.count_nonzero(distance == 0)
-        bins = np.searchsorted(ULP_BINS[1:-1], distance[distance > 0], side="left")
-        counts[1:] += np.bincount(bins, minlength=len(counts) - 1)
+        counts[1:] += -np.diff(beyond, append=0)
     return counts.tolist()

@@ -23,6 +23,7 @@ from refllm.precision import EXACT, Arithmetic, Dtype, Policy
 
 _FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
 _LEAST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126}
+_EXPONENT_BITS = np.uint64(0x7FF << 52)  # of a float64
 
 _MEAN_SQUARE_ULP = 0.541  # the mean of (ulp / value)^2 over a binade, in ulp(1)^2
 CHAIN = 256
@@ -97,10 +98,17 @@ def certain(value: np.ndarray) -> Uncertain:
 
 
 def ulp(value: np.ndarray, dtype: Dtype, width: type[np.floating] = np.float32) -> np.ndarray:
-    """Distance of neighbouring numbers of `dtype` at `value`, as `width`; 0 where the value is 0."""
-    _, exponent = np.frexp(value)  # |value| in [0.5, 1) * 2^exponent
-    exponent = np.maximum(exponent - 1, _LEAST_EXPONENT[dtype]) - _FRACTION_BITS[dtype]
-    return np.where(value == 0, 0, np.ldexp(width(1), exponent)).astype(width)
+    """Distance of neighbouring numbers of `dtype` at `value`, as `width`; 0 where the value is 0, and that of 1/2 where
+    it is not finite."""
+    spacing = np.array(value, np.float64)
+    bits = spacing.view(np.uint64)
+    bits &= _EXPONENT_BITS  # 2^exponent, with |value| in [1, 2) * 2^exponent
+    if np.maximum.reduce(spacing, axis=None, initial=0) == np.inf:
+        np.copyto(spacing, 0.5, where=spacing == np.inf)
+    np.maximum(spacing, 2.0 ** _LEAST_EXPONENT[dtype], out=spacing)
+    spacing *= 2.0 ** -_FRACTION_BITS[dtype]
+    spacing *= np.not_equal(value, 0)  # several times as fast as np.where, whose branches nobody foresees
+    return spacing.astype(width)
 
 
 def _activation_steps(name: str, x: np.ndarray) -> Any:

@@ -312,16 +312,7 @@ class _Samples:
     def agreement(self, profile: Profile) -> float | None:
         """The share of elements that are what the profile predicts."""
         bits = self.bits(profile)
-        if bits is None:
-            return None
-        return float(np.mean(self._same(bits)))
-
-    def _same(self, bits: np.ndarray) -> np.ndarray:
-        if self.stored:
-            return (bits == self.candidate) | (np.isnan(bits) & np.isnan(self.candidate))
-        with np.errstate(invalid="ignore"):
-            scale = np.sqrt(np.mean(np.square(bits), axis=-1, keepdims=True))
-            return np.abs(bits - self.candidate) <= limits.FLOAT32_INSIDE * scale
+        return None if bits is None else _agreement(bits, self.candidate, self.stored)
 
     def missed(self, agreement: float) -> int:
         return round((1 - agreement) * self.elements)
@@ -362,6 +353,19 @@ class _Samples:
         store = Stores(profile.points & (GIVEN | ORDERING), self.dtype)
         with np.errstate(all="ignore"):
             return self._cut(FORMS[self.made.operator](store, arrays, self.how | {"parts": WHOLE}))
+
+
+def _agreement(predicted: np.ndarray, candidate: np.ndarray, stored: bool) -> float:
+    """The share of elements that are as predicted: to the bit if they are stored in the format."""
+    if stored:
+        same = predicted == candidate
+        if np.isnan(candidate).any():
+            same |= np.isnan(predicted) & np.isnan(candidate)
+    else:
+        with np.errstate(invalid="ignore"):
+            scale = np.sqrt(np.mean(np.square(predicted), axis=-1, keepdims=True))
+            same = np.abs(predicted - candidate) <= limits.FLOAT32_INSIDE * scale
+    return np.count_nonzero(same) / max(1, same.size)
 
 
 def _position_axes(candidate: np.ndarray) -> tuple[int, ...]:
@@ -453,31 +457,26 @@ class _Attention:
             return {}
         (q, k, v), how = sample
         of_scores: dict[frozenset[str], np.ndarray] = {}
+        softmax: dict[int, forms.Softmax] = {}
         seen: dict[tuple[int, frozenset[str]], float] = {}
         found = {}
         for profile in profiles:
-            before = frozenset(p for p in profile.points if p in _SCORE_POINTS)
+            before = profile.points & _SCORE_POINTS
             if before not in of_scores:
                 s = forms.scores(Stores(before, self.dtype), q, k, how)
                 same = next((other for other in of_scores.values() if np.array_equal(other, s)), s)
                 of_scores[before] = same
             s = of_scores[before]
-            key = id(s), profile.points - before
+            key = id(s), forms.in_tiles_of(k.shape[1], profile.points - before)
             if key not in seen:
+                if id(s) not in softmax:
+                    softmax[id(s)] = forms.Softmax(s, v, how["visible"])
                 store = Stores(stores_of(profile, self.stored) - before, self.dtype)
                 with np.errstate(all="ignore"):
-                    y = forms.context(store, s, v, how)
-                seen[key] = float(np.mean(self._same(y)))
+                    y = forms.context(store, softmax[id(s)])
+                seen[key] = _agreement(y, self.candidate, self.stored)
             found[profile] = seen[key]
         return found
-
-    def _same(self, y: np.ndarray) -> np.ndarray:
-        if self.stored:
-            return (y == self.candidate) | (np.isnan(y) & np.isnan(self.candidate))
-        with np.errstate(invalid="ignore"):
-            return np.abs(y - self.candidate) <= limits.FLOAT32_INSIDE * np.sqrt(
-                np.mean(np.square(y), axis=-1, keepdims=True)
-            )
 
     def _named(self, best: Profile, agreed: float) -> str:
         if 1 - agreed <= limits.MISROUNDED or not self.stored:

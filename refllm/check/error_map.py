@@ -45,9 +45,11 @@ def _edges(n: int, most: int) -> np.ndarray:
 
 def _block_means(values: np.ndarray) -> np.ndarray:
     """Means over the blocks of [N, n] or [N, H, n]."""
-    values = values if values.ndim == 3 else values[:, None, :]
+    values = np.asarray(values if values.ndim == 3 else values[:, None, :], np.float64)
     of_heads, of_channels = column_edges(values.shape[1], values.shape[2])
     for axis, edges in ((2, of_channels), (1, of_heads), (0, row_edges(len(values)))):
+        if len(edges) > values.shape[axis]:
+            continue  # a block is one
         sizes = np.diff(edges).reshape([-1 if i == axis else 1 for i in range(3)])
-        values = np.add.reduceat(values, edges[:-1], axis=axis, dtype=np.float64) / sizes
+        values = np.add.reduceat(values, edges[:-1], axis=axis) / sizes
     return values.reshape(len(values), -1)

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def _page(config: ModelConfig) -> Any:
     return next(iter(of_config(config).values())).page
 
 
+@lru_cache(maxsize=1 << 14)
 def split(name: str) -> tuple[int | None, str]:
     """Layer and suffix: "model.layers.3.mlp.act" -> (3, "mlp.act"), "model.norm" -> (None, "norm"); a gradient's are
     those of what it is the gradient of."""
@@ -92,6 +93,7 @@ def split(name: str) -> tuple[int | None, str]:
     return (int(match[1]), match[2] or LAYER_OUTPUT) if match else (None, name.removeprefix("model."))
 
 
+@lru_cache(maxsize=1 << 14)
 def short(name: str) -> str:
     """The name of a tap within its layer: "q_proj", "act", "output"; "d q_proj", "d up_proj.weight" of gradients."""
     suffix = split(name)[1]

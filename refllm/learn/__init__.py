@@ -1,1 +1,1 @@
-"""What helps to understand the models and the reports: so far a glossary."""
+"""What helps to understand the models and the reports: exercises with a coach, a glossary, and the book."""

@@ -156,7 +156,7 @@ class _Asked:
         parts = [self._values(self.call, part) for part in ((0, rows // 2), (rows // 2, rows))]
         if parts[0] is None or parts[1] is None:
             return
-        for e, whole, a, b in zip(self.expected, self.values, *parts, strict=True):
+        for e, whole, a, b in zip(self.expected, self.values, parts[0], parts[1], strict=True):
             shared = a.shape == whole.shape
             if not shared and a.shape[:1] + b.shape[:1] != (rows // 2, rows - rows // 2):
                 continue
@@ -264,6 +264,12 @@ def _sum_of(name: str, axis: Any) -> Identity:
     return lambda d, s, _: (d[name].sum(axis=axis), s[name].sum(axis=axis))
 
 
+def _of_a_softmax(d: Values, s: Values, a: Values) -> tuple[Any, Any]:
+    """A shift of all scores changes no weight. The weights are given, and may not sum to 1."""
+    missing = np.abs(1 - a["p"].sum(axis=-1)) * np.abs(_inner(a["p"], a["dp"]))
+    return d["ds"].sum(axis=-1), s["ds"].sum(axis=-1) + 1.01 * missing
+
+
 def _of_the_bias(d: Values, s: Values, a: Values) -> tuple[Any, Any] | None:
     dy = a["dy"].reshape(-1, a["dy"].shape[-1])
     return (d["dbias"] - dy.sum(axis=0), s["dbias"]) if "dbias" in d else None
@@ -334,7 +340,7 @@ IDENTITIES: dict[str, tuple[tuple[str, Identity], ...]] = {
         ("|dq| is that of the incoming gradient", _length("dq")),
         ("|dk| is that of the incoming one", _length("dk")),
     ),
-    "softmax": (("the sum of each row of ds is 0", _sum_of("ds", -1)),),
+    "softmax": (("the sum of each row of ds is 0", _of_a_softmax),),
     "cross_entropy": (("the sum of each row of dlogits is 0", _sum_of("dlogits", -1)),),
     "linear_cross_entropy": (("the sum of dweight over the classes is 0", _sum_of("dweight", 0)),),
     "relu2": (("<dx, x> = 2 <dy, y> of each row", _squared),),
@@ -349,14 +355,17 @@ IDENTITIES: dict[str, tuple[tuple[str, Identity], ...]] = {
 """Forward operator -> (identity in words, what is 0 and how far it may be off)."""
 
 
-def exact_identities(operator: str, given: Values) -> dict[str, float]:
-    """How far the definition itself is off each identity that applies to a call, in float64."""
+def exact_identities(operator: str, given: Values) -> dict[str, tuple[float, float]]:
+    """How far the definition itself is off each identity that applies to a call, in float64; and how far it may be, for
+    what an eps does."""
     known = BACKWARD[f"{operator}_backward"]
     parameters = known.parameters
     values = [given[n] for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
     named = {p.name: given[n] for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n in given}
     out = getattr(ops, known.operator)(*values, **named)
-    found = dict(zip(known.outputs, out if isinstance(out, tuple) else (out,), strict=True))
+    both = zip(known.outputs, out if isinstance(out, tuple) else (out,), strict=True)
+    found = {name: x for name, x in both if x is not None}
     none = {name: np.zeros(np.shape(x)) for name, x in found.items()}
     checked = {says: identity(found, none, given) for says, identity in IDENTITIES.get(operator, ())}
-    return {says: float(np.abs(found[0]).max(initial=0.0)) for says, found in checked.items() if found is not None}
+    largest = lambda x: float(np.abs(np.asarray(x)).max(initial=0.0))  # noqa: E731
+    return {says: (largest(found[0]), largest(found[1])) for says, found in checked.items() if found is not None}

@@ -128,9 +128,6 @@ def observe(function: Callable[..., Any], task: Task, step: Step = lambda name: 
             return _repeated(run, results)
         if not task.deep:
             return Observation(results=results, seconds=run.longest)
-        further = run.further()
-        if further is not None:
-            return Observation(*further, results, seconds=run.longest)
         alone = run.alone()
         again = run(filling=1, padding=True, unread=True)
         overwritten = run.overwritten()
@@ -141,6 +138,9 @@ def observe(function: Callable[..., Any], task: Task, step: Step = lambda name: 
         different = _different(results, again)
         if different is not None:
             return _why(run, results, different)
+        further = run.further()
+        if further is not None:
+            return Observation(*further, results, seconds=run.longest)
         return Observation(results=results, alone=alone, seconds=run.longest)
     except _Broken as broken:
         return Observation(broken.property, broken.text, results, None, broken.row_alone, seconds=run.longest)

@@ -123,7 +123,7 @@ class _Shrinker:
         def to(size: int) -> bool:
             return self.attempt(lambda: resized(self.best.call, dict.fromkeys((name, *others), size)))
 
-        least = _LEAST.get(forward_name(self.best.call.operator), {}).get(name, 1)
+        least = _least(self.best.call.operator, name)
         high, low = axis_lengths(self.best.call)[name], least
         if high <= least or to(least) or (least == 1 and high > 2 and to(2)):
             return
@@ -150,6 +150,14 @@ class _Shrinker:
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
+
+
+def _least(operator: str, axis: str) -> int:
+    """The length down to which an axis is shortened. Of a row of one element a norm has no gradient to speak of."""
+    name = forward_name(operator)
+    if name != operator and axis == "E" and "norm" in name:
+        return 2
+    return _LEAST.get(name, {}).get(axis, 1)
 
 
 def _arrays(call: Call) -> Iterator[tuple[str, Array]]:

@@ -25,7 +25,8 @@ def tile(where: np.ndarray, axes: tuple[str, ...]) -> str:
     for axis, name in reversed(list(enumerate(axis_names(axes, where.ndim)))):
         others = tuple(i for i in range(where.ndim) if i != axis)
         bad = np.flatnonzero(where.any(axis=others))
-        parts.append(_part(bad, where.shape[axis], _word(name)))
+        word = "classes" if name == "V" and axis < where.ndim - 1 else _word(name)
+        parts.append(_part(bad, where.shape[axis], word))
     return " of ".join(parts)
 
 
@@ -58,7 +59,8 @@ def _part(bad: np.ndarray, size: int, word: str) -> str:
 
 def _singular(word: str) -> str:
     head, _, tail = word.partition(" (")
-    return head.removesuffix("s") + (f" ({tail}" if tail else "")
+    head = {"classes": "class"}.get(head, head.removesuffix("s"))
+    return head + (f" ({tail}" if tail else "")
 
 
 def _ordinal(n: int) -> str:

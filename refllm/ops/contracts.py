@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from math import prod
 from typing import Any
@@ -76,8 +77,7 @@ class Contract:
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The parameters of its signature, without the suffixes that name axes."""
-        every = inspect.signature(self.definition).parameters.values()
-        return {without_axes(p.name): p for p in every if p.name not in HIDDEN}
+        return dict(_parameters(self.definition))
 
     @property
     def definition(self) -> Callable[..., Any]:
@@ -119,6 +119,12 @@ class Contract:
             name = without_axes(p.name) if p.kind is p.KEYWORD_ONLY else p.name
             words.append(name if p.default is p.empty else f"{name}={p.default!r}")
         return f"{self.operator}({', '.join(words)}) -> {', '.join(self.outputs)}"
+
+
+@cache
+def _parameters(definition: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    every = inspect.signature(definition).parameters.values()
+    return {without_axes(p.name): p for p in every if p.name not in HIDDEN}
 
 
 Axes = dict[str, tuple[str, ...]]

@@ -16,7 +16,7 @@ from refllm.strategies.draws import SHORT_ROWS, VALUES, Seeds, layouts, row_shap
 from refllm.strategies.gradients import GRADIENTS, backward_call, stands
 
 KINDS = tuple(kind for kind in VALUES if kind not in ("NaN", "infinity", "subnormal"))
-"""Of the operators that are here: a product of subnormal numbers is 0 in the instructions of some CPUs."""
+"""What is drawn for the operators that are here: products of subnormal numbers are 0 in instructions of some CPUs."""
 
 
 def gradients(operator: str, forward: st.SearchStrategy[Call]) -> st.SearchStrategy[Call]:

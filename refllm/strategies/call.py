@@ -3,11 +3,13 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from refllm import ops
+from refllm.ops.contracts import axis_names, contract_of
 from refllm.ops.programs import ATTENTION
 from refllm.strategies.arrays import Array, Kept
 
@@ -38,6 +40,16 @@ class Call:
         """The dtype of every array by the name of its argument."""
         given = [*zip(self.names, self.arguments, strict=True), *self.keywords]
         return {name: x.dtype for name, x in given if isinstance(x, Array)}
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths of its arguments' axes, by the names of the contract."""
+        found: dict[str, int] = {}
+        axes = contract_of(self.operator).arguments
+        for name, x in (*zip(self.names, self.arguments, strict=True), *self.keywords):
+            if isinstance(x, Array) and name in axes:
+                found |= dict(zip(axis_names(axes[name], len(x.shape)), x.shape, strict=True))
+        return found
 
     def arrays(self) -> tuple[list[Any], dict[str, Any]]:
         """(arguments, keywords) for `refllm.ops`."""
@@ -137,9 +149,14 @@ def kept_code(call: Call, numpy: bool) -> list[str]:
 
 def argument_names(operator: str) -> list[str]:
     """The positional arguments as in the contract, but without shape suffixes: q, k_cache, lengths."""
+    return list(_argument_names(operator))
+
+
+@cache
+def _argument_names(operator: str) -> tuple[str, ...]:
     parameters = inspect.signature(getattr(ops, operator)).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    return [name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name for name in names]
+    return tuple(name.rsplit("_", 1)[0] if name.rsplit("_", 1)[-1].isupper() else name for name in names)
 
 
 def describe(x: Any) -> str:

@@ -24,10 +24,24 @@ def corners(operator: str, dtype: str, forward_calls: Iterable[Call]) -> Iterato
         made = replace(backward_call(base, gradient), kind=f"gradient {gradient}")
         if replace(made, kind=base.kind) != backward_call(base):
             yield made
+    several = known_results(base)
+    for i, name in enumerate(several if len(several) > 1 else ()):
+        for gradient in ALONE:
+            yield replace(backward_call(base, gradient, only=i), kind=f"{name} alone is {gradient}")
     for call, gradient, kind in _more(operator, dtype):
         yield replace(backward_call(call, gradient), kind=kind)
     if BACKWARD[operator].kept:
         yield replace(backward_call(base, kept=False), kind="nothing kept of the forward pass")
+
+
+ALONE = ("transposed", "repeated over the batch", "of a sum: one number, stride 0", "a view of a wider one")
+"""Layouts of one incoming gradient beside a plain one: who reads both with the strides of one is seen."""
+
+
+def known_results(call: Call) -> tuple[str, ...]:
+    """The incoming gradients that belong to a call of a forward operator."""
+    given = backward_call(call)
+    return tuple(name for name in BACKWARD[given.operator].incoming if name in given.dtypes)
 
 
 def _norm(operator: str, dtype: str, shape: tuple[int, ...], mean: float = 1.0, eps: float = 1e-5, **x: Any) -> Call:
@@ -71,6 +85,11 @@ def _more(operator: str, dtype: str) -> Iterator[tuple[Call, str, str]]:
         yield _norm(name, dtype, (1025, 3)), "plain", "1025 narrow rows"
         yield _norm(name, dtype, (33, 1)), "plain", "rows of one element"
         yield _norm(name, dtype, (4, 33), eps=0.5), "along the input", "eps is large"
+    elif name == "relu2":
+        # Twice x is no number of the format, and twice x times a small gradient is one.
+        x = Array((3, 8), dtype, "uniform", scale=1e3, mean=4e4 if dtype == "float16" else 2e38)
+        x = replace(x, scale=1e36) if dtype != "float16" else x
+        yield Call(name, dtype, (x,)), "small", "twice x overflows"
     elif name == "linear":
         yield _linear(dtype, 700, 5, 9, True), "of one sign", "700 rows of one sign"
     elif name == "embedding":

@@ -20,7 +20,7 @@ from refllm.strategies.arrays import Array, Kept
 from refllm.strategies.call import Call
 
 _SEED = 40
-"""Of the first incoming gradient: no other array of a fixed call has it, or those after it."""
+"""The seed of the first incoming gradient: no other array of a fixed call has it, or those after it."""
 
 
 def _plain(d: Array, partner: Array | None) -> Array:
@@ -63,10 +63,11 @@ GRADIENTS: dict[str, Callable[[Array, Array | None], Array]] = {
 """What an incoming gradient may be: name -> the recipe, made from a plain one and the argument that it flows to."""
 
 
-def backward_call(call: Call, gradient: str = "plain", kept: bool = True) -> Call:
+def backward_call(call: Call, gradient: str = "plain", kept: bool = True, only: int | None = None) -> Call:
     """The call of the backward operator that belongs to a call of the forward one.
 
-    gradient: of `GRADIENTS`. kept: attention is given what its forward pass kept.
+    gradient: of `GRADIENTS`. kept: attention is given what its forward pass kept. only: the number of the incoming
+    gradient that is of that kind, the others being plain; all if None.
     """
     known = BACKWARD[f"{call.operator}_backward"]
     given = known.forward.bound(call.arguments, dict(call.keywords))
@@ -78,7 +79,8 @@ def backward_call(call: Call, gradient: str = "plain", kept: bool = True) -> Cal
             dtype = "float32" if wide or result in known.forward.float32 else call.dtype
             d = Array(shapes[result], dtype, "eighths" if wide else "normal", seed=_SEED + i)
             d = replace(d, values="ones", scale=0.75) if not d.shape else d
-            values[name] = GRADIENTS[gradient](d, _partner(known, given, i)) if not wide else _of_a_loss(d, gradient)
+            kind = gradient if only in (None, i) else "plain"
+            values[name] = GRADIENTS[kind](d, _partner(known, given, i)) if not wide else _of_a_loss(d, kind)
     if "p" in known.arguments:
         values["p"] = replace(given["x"], values="softmax", mean=0.0, planted=())
     for name, axes in zip(known.kept, ((0, 1, 2, 3), (0, 1, 2)), strict=False):
@@ -91,6 +93,9 @@ def backward_call(call: Call, gradient: str = "plain", kept: bool = True) -> Cal
     named = tuple((n, values[n]) for n, default in keywords if n in values and (n in _said(call) or n == "dlse"))
     kind = call.kind if gradient == "plain" else f"{call.kind}; gradient {gradient}"
     return Call(known.operator, call.dtype, positional, named, kind)
+
+
+_NAN_STAYS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "relu2")
 
 
 def _said(call: Call) -> set[str]:
@@ -128,10 +133,13 @@ def _of_a_loss(d: Array, gradient: str) -> Array:
 
 def stands(call: Call) -> bool:
     """Whether a gradient is defined at a call of a forward operator: where no NaN and no infinity reaches a result. A
-    query without a key has a log-sum-exp of -inf, and a class of probability 0 has a gradient."""
+    query without a key has a log-sum-exp of -inf, and a class of probability 0 has a gradient; a NaN in a row of a norm
+    is one in all of its gradient, and in an element of an activation one in that."""
     arrays = [x for x in (*call.arguments, *(x for _, x in call.keywords)) if isinstance(x, Array)]
     strange = [value for x in arrays for _, value in x.planted if not np.isfinite(value)]
     if not strange or (call.operator == "cross_entropy" and all(value == -np.inf for value in strange)):
+        return True
+    if call.operator in _NAN_STAYS and not np.isinf(strange).any():
         return True
     arguments, keywords = call.arrays()
     with np.errstate(all="ignore"):

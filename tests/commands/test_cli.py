@@ -390,10 +390,10 @@ def test_advice_names_no_option_that_the_command_lacks(
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 
 
-# Not the benchmark, and not the lines in which CHECKPOINT or FILE.PY stands for the reader's own; those about what is
-# learnt are run in tests/training, with fewer steps.
+# Not the benchmark, and not the lines in which CHECKPOINT, COURSE or FILE.PY stands for the reader's own; those about
+# what is learnt are run in tests/training, with fewer steps.
 @pytest.mark.parametrize(
-    "line", re.findall(r"^    refllm ((?!bench|.*CHECKPOINT|.*FILE|.*\blearnt\b).*)$", README, re.MULTILINE)
+    "line", re.findall(r"^    refllm ((?!bench|.*CHECKPOINT|.*COURSE|.*FILE|.*\blearnt\b).*)$", README, re.MULTILINE)
 )
 def test_command_of_the_readme_runs(line: str, warm_python: None, refllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "refllm.check:check_op": {
         "dtype": "bfloat16", "policy": None, "device": "cpu", "arrays": "torch", "calls": None, "level": "contract",
         **SEARCH, "seconds": None, "isolate": True, "shrink": True, "deep": True, "keep_going": False, "bitwise": False,
-        "without": (), "sizes": (), "convention": "", "configs": "first", "repro": None,
+        "without": (), "sizes": (), "convention": "", "configs": "first", "repro": None, "backward": False,
     },
     "refllm.opcheck.audit:audit": {
         "operator": None, "test": None, "form": None, "dtype": None, **SEARCH, "known_first": False,

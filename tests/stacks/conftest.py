@@ -17,9 +17,9 @@ collect_ignore = environments.only_by_hand()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Nothing is written of a run in which a test failed."""
-    if RESULTS in os.environ and exitstatus == 0:
-        file = Path(os.environ[RESULTS])
+    """Nothing is written of a run in which a test failed, nor of a stack in which no model is judged."""
+    file = Path(os.environ.get(RESULTS, ""))
+    if exitstatus == 0 and file.stem in ALL:
         checks = ALL[file.stem]
         found = results(checks, installed_versions(environments.ENVIRONMENTS[checks.stack].pins))
         file.write_text(json.dumps(found, indent=1) + "\n")

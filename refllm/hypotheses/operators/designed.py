@@ -6,7 +6,7 @@ different; means are not 0. One call per operator is longer than a tile or two, 
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,17 +14,26 @@ from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
 
 _INF, _NAN = float("inf"), float("nan")
-_CORNER = "designed corner: "
+
+
+class OfAKind(Protocol):
+    """A call that says which kind it is."""
+
+    @property
+    def kind(self) -> str: ...
+
+
+CORNER = "designed corner: "
 """What the kinds of those calls begin with that ask more than the formula: what overflows, is NaN, or has no key."""
 
 
-def is_corner(call: Call) -> bool:
+def is_corner(call: OfAKind) -> bool:
     """Whether a call asks more than the formula."""
-    return call.kind.startswith(_CORNER)
+    return call.kind.startswith(CORNER)
 
 
 def _kind(words: str) -> str:
-    return words.replace("!", _CORNER) if words.startswith("!") else f"designed: {words}"
+    return words.replace("!", CORNER) if words.startswith("!") else f"designed: {words}"
 
 
 @cache

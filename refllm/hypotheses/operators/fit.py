@@ -4,7 +4,7 @@ A hypothesis fits if on every designed input all of the candidate's elements are
 rounding, NaN and infinities in the same places, and enough of them are not what is right.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,6 @@ from refllm.hypotheses.operators.designed import is_corner
 from refllm.hypotheses.operators.hypothesis import NUMBER, OpHypothesis, Outputs, Variant
 from refllm.hypotheses.operators.outcomes import Outcomes, outcomes
 from refllm.hypotheses.operators.solve import readings, solved
-from refllm.ops.contracts import contract_of
 
 _ROUGH = {"float32": 3e-3, "float16": 3e-2, "bfloat16": 0.2}
 """The share of a row's largest number from which on what is off is not looked at any closer."""
@@ -51,8 +50,12 @@ def fitting(operator: str, dtype: str, answers: Answers, without: Sequence[str] 
     wrong as well where there is no key, a NaN or an overflow.
     """
     hypotheses = [h for h in catalogue(operator) if h.name not in without and not (h.place and dtype != "float32")]
-    for inside in dict.fromkeys(("float32", dtype)):
-        known = outcomes(operator, dtype, inside)
+    return fitting_among(hypotheses, (outcomes(operator, dtype, i) for i in dict.fromkeys(("float32", dtype))), answers)
+
+
+def fitting_among(hypotheses: Sequence[OpHypothesis], every: Iterable[Outcomes], answers: Answers) -> list[Fit]:
+    """The same among hypotheses of any definition, in one way to round inside after the other."""
+    for known in every:
         for numbers in _parts(known, answers):
             wrong = [n for n in numbers if not _agree(known, known.right, n, answers[n])]
             order = sorted(numbers, key=lambda n: (n not in wrong, sum(x.size for x in answers[n])))
@@ -65,7 +68,11 @@ def fitting(operator: str, dtype: str, answers: Answers, without: Sequence[str] 
 
 def is_right(operator: str, dtype: str, answers: Answers) -> bool:
     """Whether all that a candidate returned is right, as one that rounds every step."""
-    known = outcomes(operator, dtype, dtype)
+    return all_right(outcomes(operator, dtype, dtype), answers)
+
+
+def all_right(known: Outcomes, answers: Answers) -> bool:
+    """The same of any definition."""
     return all(_agree(known, known.right, n, answer) for n, answer in answers.items())
 
 
@@ -150,7 +157,7 @@ def _one_result(
     known: Outcomes, hypotheses: Sequence[OpHypothesis], numbers: Sequence[int], answers: Answers
 ) -> Iterator[Fit]:
     """Hypotheses that hold in some results, the others of which are right."""
-    names = list(contract_of(known.right.hypothesis.operator).outputs)
+    names = known.names
     if max(len(answers[n]) for n in numbers) < 2:
         return
     for hypothesis in hypotheses:

@@ -27,7 +27,7 @@ class OpHypothesis:
     results. numbers: what `NUMBER` may be, as source text ("32", "next_power(x.shape[-1])"); () where there is none.
     solved: where the search for `NUMBER` begins, if it is solved for; it is asked when nothing else fits. source: where
     the mistake was seen, "" for one of one's own. place: honest code in a narrow format may round there, so that it is
-    no mistake in one.
+    no mistake in one. definition: the text that it is an edit of, where that is not the operator's.
     """
 
     name: str
@@ -38,11 +38,12 @@ class OpHypothesis:
     solved: tuple[float, ...] = ()
     source: str = ""
     place: bool = False
+    definition: str = ""
 
     @property
     def text(self) -> str:
         """The definition that it is an edit of."""
-        return contract_of(self.operator).program
+        return self.definition or contract_of(self.operator).program
 
     @property
     def variants(self) -> list["Variant"]:

@@ -5,8 +5,9 @@ predicted as that of the right one: its inputs are moved by roundings of the for
 is what honest code inside may do; the results are rounded besides.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,19 +27,46 @@ _SMALLEST = np.finfo(np.float32).smallest_subnormal
 _DIGITS = {"float32": 24, "bfloat16": 8, "float16": 11}
 
 
-class Outcomes:
-    """The results of an operator's hypotheses on its designed calls.
+class Given(Protocol):
+    """A call of a definition, as `refllm.strategies.Call` is."""
 
-    dtype: of the inputs and results. inside: the format in which steps inside may round; float32 is what a fused kernel
-    does, the dtype what a plain one may.
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def keywords(self) -> tuple[tuple[str, Any], ...]: ...
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths of its arguments' axes, by name."""
+        ...
+
+    def arrays(self) -> tuple[list[Any], dict[str, Any]]:
+        """(arguments, keywords)."""
+        ...
+
+
+class Outcomes:
+    """The results of a definition's hypotheses on its designed calls.
+
+    right: the definition itself. names, formats: of its results. dtype: of the inputs and results. inside: the format
+    in which steps inside may round; float32 is what a fused kernel does, the dtype what a plain one may. floor: the
+    standard deviation that is granted everywhere, as a share of the median of a result: where the definition cancels
+    to 0 exactly, other right code may not.
     """
 
-    def __init__(self, operator: str, dtype: str, inside: str) -> None:
-        self.dtype, self.inside = dtype, inside
-        known = contract_of(operator)
-        self._formats = ["float32" if name in known.float32 else dtype for name in known.outputs]
-        self.calls = designed(operator, dtype)
-        self.right = Variant(OpHypothesis("right", "", operator, ((),)), ())
+    def __init__(
+        self,
+        right: Variant,
+        calls: Sequence[Given],
+        names: Sequence[str],
+        formats: Sequence[str],
+        dtype: str,
+        inside: str,
+        floor: float = 0.0,
+    ) -> None:
+        self.right, self.calls, self.names = right, calls, names
+        self.dtype, self.inside, self._formats, self._floor = dtype, inside, formats, floor
         self._arrays: dict[int, tuple[list[Any], dict[str, Any]]] = {}
         self._results: dict[tuple[Variant, int], Outputs | None] = {}
         self._sigmas: dict[tuple[Variant, int], Outputs] = {}
@@ -78,7 +106,7 @@ class Outcomes:
         longest = max((max(x.shape, default=1) for x in arguments if isinstance(x, np.ndarray)), default=1)
         inside = _INSIDE[self.inside] * (np.sqrt(1 + longest / _CHAIN) if self.inside == "float32" else 1.0)
         return tuple(
-            np.hypot(inside * np.sqrt(square), _spacing(x, dtype) / np.sqrt(12)) + _SMALLEST
+            np.hypot(inside * np.sqrt(square), _spacing(x, dtype) / np.sqrt(12)) + _SMALLEST + self._floor * _middle(x)
             for square, x, dtype in zip(squares, results, self._formats, strict=False)
         )
 
@@ -96,7 +124,10 @@ class Outcomes:
 @cache
 def outcomes(operator: str, dtype: str, inside: str = "float32") -> Outcomes:
     """Those of an operator in a format, which are kept."""
-    return Outcomes(operator, dtype, inside)
+    known = contract_of(operator)
+    formats = ["float32" if name in known.float32 else dtype for name in known.outputs]
+    right = Variant(OpHypothesis("right", "", operator, ((),)), ())
+    return Outcomes(right, designed(operator, dtype), list(known.outputs), formats, dtype, inside)
 
 
 def _exact(x: Any) -> Any:
@@ -105,6 +136,12 @@ def _exact(x: Any) -> Any:
 
 def _in_float32(x: Any) -> Any:
     return x.astype(np.float32) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+
+
+def _middle(x: np.ndarray) -> float:
+    """The median magnitude of what is finite and not 0."""
+    size = np.abs(x[np.isfinite(x) & (x != 0)])
+    return float(np.median(size)) if size.size else 0.0
 
 
 def _in_format(x: np.ndarray, dtype: str) -> np.ndarray:

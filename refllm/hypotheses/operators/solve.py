@@ -5,10 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from refllm.hypotheses.operators.hypothesis import Outputs, Variant
-from refllm.hypotheses.operators.outcomes import Outcomes
-from refllm.ops.contracts import axis_names, contract_of
-from refllm.strategies.arrays import Array
-from refllm.strategies.call import Call
+from refllm.hypotheses.operators.outcomes import Given, Outcomes
 
 _BEST = 3
 _STEPS = 12
@@ -34,7 +31,7 @@ def solved(known: Outcomes, variant: Variant, n: int, answer: Outputs) -> float 
 
 
 def readings(
-    values: dict[int, float], calls: Sequence[Call], numbers: Sequence[int], dtype: str
+    values: dict[int, float], calls: Sequence[Given], numbers: Sequence[int], dtype: str
 ) -> Iterator[tuple[str, dict[int, float]]]:
     """What the numbers of some calls may be: (in words, the exact number of each of `numbers`). One number for all
     calls, else one of the lengths of each: "1/sqrt(D)"."""
@@ -44,7 +41,7 @@ def readings(
         number = roundest(middle, near * abs(middle) / 10)
         yield f"{number:.6g}", dict.fromkeys(numbers, number)
         return
-    lengths = {n: _lengths(calls[n]) for n in numbers}
+    lengths = {n: calls[n].lengths for n in numbers}
     for axis in sorted(set.intersection(*(set(of) for of in lengths.values()))):
         forms = {axis: 1.0, f"1/{axis}": -1.0, f"sqrt({axis})": 0.5, f"1/sqrt({axis})": -0.5}
         for words, power in forms.items():
@@ -60,15 +57,6 @@ def roundest(value: float, error: float) -> float:
         if abs(rounded - value) <= error:
             return rounded
     return value
-
-
-def _lengths(call: Call) -> dict[str, int]:
-    found: dict[str, int] = {}
-    axes = contract_of(call.operator).arguments
-    for name, x in (*zip(call.names, call.arguments, strict=True), *call.keywords):
-        if isinstance(x, Array) and name in axes:
-            found |= dict(zip(axis_names(axes[name], len(x.shape)), x.shape, strict=True))
-    return found
 
 
 def _refined(known: Outcomes, variant: Variant, n: int, answer: Outputs, value: float) -> float:

@@ -54,6 +54,17 @@ def gradients_code(operator: str) -> list[str]:
     return lines
 
 
+def _tried(line: str) -> list[str]:
+    """The line, whose error is what is wrong."""
+    return [
+        "try:",
+        f"    {line}",
+        "except Exception as error:",
+        '    print(f"{type(error).__name__}: {error}")',
+        "    sys.exit(1)",
+    ]
+
+
 def _leaves(known: BackwardContract) -> list[str]:
     return list(known.gradient_of.values())
 
@@ -79,20 +90,21 @@ def further(shown: Shown) -> list[str]:
         ]
     compare = [
         "pairs = enumerate(zip(first, second))",
-        "different = [n for n, (a, b) in pairs if not torch.equal(a.nan_to_num(), b.nan_to_num())]",
+        "known = lambda a, b: a is not None and b is not None and torch.equal(a.nan_to_num(), b.nan_to_num())",
+        "different = [n for n, (a, b) in pairs if not known(a, b)]",
         'print("gradients that differ, counted from 0:", different)',
         "sys.exit(int(bool(different)))",
     ]
     first = ["first = backward(*prepared(arguments, keywords))"]
     if shown.finding.property == "second backward":
-        return [*first, "second = backward(*prepared(arguments, keywords), again=2)", *compare]
+        return [*first, *_tried("second = backward(*prepared(arguments, keywords), again=2)"), *compare]
     if shown.finding.property == "recomputation":
         return [
             *first,
             "from torch.utils.checkpoint import checkpoint",
             "plain = forward",
             "forward = lambda *a, **k: checkpoint(plain, *a, use_reentrant=False, **k)",
-            "second = backward(*prepared(arguments, keywords))",
+            *_tried("second = backward(*prepared(arguments, keywords))"),
             *compare,
         ]
     named = [
@@ -103,7 +115,7 @@ def further(shown: Shown) -> list[str]:
         return [
             *first,
             f"first = [x for n, x in zip({there!r}, first) if n != {named[0]!r}]",
-            f"second = backward(*prepared(arguments, keywords, frozen={named[0]!r}))",
+            *_tried(f"second = backward(*prepared(arguments, keywords, frozen={named[0]!r}))"),
             *compare,
         ]
     if shown.finding.property == "needless gradient" and named:
