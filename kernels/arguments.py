@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from refllm.errors import InputError
-from refllm.ops.contracts import CONTRACTS, ROWS, Contract
+from refllm.ops.contracts import CONTRACTS, ROWS, Contract, contract_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """What kernels compute with."""
@@ -69,7 +69,7 @@ def _asked(known: Contract) -> tuple[tuple[str, tuple[str, ...], str, bool], ...
     )
 
 
-_ASKED = {known.operator: _asked(known) for known in CONTRACTS.values()}
+_ASKED = {known.operator: _asked(known) for known in (*CONTRACTS.values(), contract_of("rope_backward"))}
 """Every argument that is an array, by operator: its name, axes and kind ("same": the shape of the first), and whether
 it may be float32. Made once: a check takes microseconds of every call."""
 _HEADS = {"H": "heads", "K": "heads"}
@@ -82,9 +82,10 @@ def check(operator: str, first: Any, *others: Any, sizes: dict[str, int] | None 
 
     The first is a tensor of float32, float16 or bfloat16 and says the dtype and the device of the others. None stands
     for a bias or a mask that is not given. sizes: of axes that no array has as such. chosen: arguments that are words.
-    operator: also one of a backward pass, whose arguments behind the incoming gradients are those of the forward pass.
+    operator: also one of a backward pass, whose arguments behind the incoming gradients are those of the forward pass
+    (a rotation back has no others than its own).
     """
-    known_as = operator.removesuffix(BACKWARD)
+    known_as = operator if operator in _ASKED else operator.removesuffix(BACKWARD)
     asked = _ASKED[known_as]
     name, axes = asked[0][:2]
     rows = axes[0] == ROWS
@@ -109,8 +110,8 @@ def check(operator: str, first: Any, *others: Any, sizes: dict[str, int] | None 
         else:
             like(operator, name, x, shape, first, or_float32=wide)
     for name, word in chosen.items():
-        if word not in CONTRACTS[known_as].choices[name]:
-            *words, last = (f'"{choice}"' for choice in CONTRACTS[known_as].choices[name])
+        if word not in contract_of(known_as).choices[name]:
+            *words, last = (f'"{choice}"' for choice in contract_of(known_as).choices[name])
             raise InputError(f"{operator}: {name}={word!r} is not known; use {', '.join(words)} or {last}")
 
 
@@ -128,6 +129,13 @@ def kept(operator: str, q: torch.Tensor, o: Any, lse: Any, dlse: Any = None) -> 
         ok = isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.device == q.device
         if x is not None and (not ok or x.shape != q.shape[:3]):
             fail(operator, name, x, f"{list(q.shape[:3])} torch.float32 on {q.device}")
+
+
+def loss_gradient(operator: str, dloss: Any, labels: torch.Tensor, reduction: str) -> None:
+    """dloss is float32, one number or one per label, as the loss that it belongs to is."""
+    shape, ok = tuple(labels.shape) if reduction == "none" else (), isinstance(dloss, torch.Tensor)
+    if not ok or tuple(dloss.shape) != shape or dloss.dtype != torch.float32 or dloss.device != labels.device:
+        fail(operator, "dloss", dloss, f"{list(shape)} torch.float32 on {labels.device}")
 
 
 def _shape(operator: str, name: str, axes: tuple[str, ...], x: Any, known: dict[str, Any]) -> tuple[int, ...]:

@@ -145,7 +145,7 @@ def _array(kind: str, name: str, shape: tuple[int, ...], sizes: dict[str, int], 
     if kind == "heads":  # as a projection leaves them: in memory [B, S, heads, D]
         B, heads, S, D = shape
         return {name: source.normal(B, S, heads, D).transpose(1, 2)}
-    scale = {"matrix": shape[-1] ** -0.5, "wide": 2.0, "logits": 3.0}.get(kind, 1.0)
+    scale = {"matrix": max(1, *shape[-1:]) ** -0.5, "wide": 2.0, "logits": 3.0}.get(kind, 1.0)
     return {name: source.normal(*shape, scale=scale)}
 
 

@@ -13,11 +13,11 @@ Everything that there is an operator for, in a model of the families that this p
 
     masks.py       who sees whom: what Transformers asks a mask function, in the terms of our attention
     attention.py   the attention functions "refllm", "refllm-triton" and "refllm-plain"
-    operators.py   one call of an operator: which backend, and no silent gradients
+    operators.py   one call of an operator: which backend, and its gradients
     modules.py     the forward passes that a patch puts in place of those of single modules
     patching.py    what is swapped in which family; `patch`, `unpatch`, `Patch`
 
-Needs the package `transformers`. All operators are forward only: a backward pass through them raises.
+Needs the package `transformers`. A model trains through these operators as through Transformers' own.
 """
 
 from refllm.errors import MissingExtraError

@@ -129,8 +129,8 @@ def _refuse(
             raise InputError(f"{where}: {name} was given, and {what} cannot be computed; use another implementation")
     if dropout:
         raise InputError(
-            f"{where}: attention dropout of {dropout} in training mode; the operators are forward only, so call "
-            "model.eval(), and the model under torch.no_grad()"
+            f"{where}: attention dropout of {dropout} in training mode, which cannot be computed; set "
+            "config.attention_dropout = 0 to train, or call model.eval()"
         )
     known = (
         mask is None or is_lengths(mask) or mask.dtype == torch.bool or (mask.ndim == 4 and mask.is_floating_point())

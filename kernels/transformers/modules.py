@@ -162,14 +162,20 @@ class Layer(Swapped):
         options |= dict(zip(_LAYER_ARGUMENTS, args, strict=False))
         normed = hidden_states if self.fused else m.input_layernorm(hidden_states)
         attended, _ = m.self_attn(hidden_states=normed, **options)
-        if attended.dtype == hidden_states.dtype:
+        if attended.dtype == hidden_states.dtype and not self._sum_is_watched(attended):
             normed, total = self.norm.after_sum(attended, hidden_states)
             normed = m.post_attention_layernorm(total, given=(total, normed))
-        else:  # under autocast, the stream is wider than what is added to it
+        else:  # under autocast, too: the stream is wider than what is added to it
             total = hidden_states + attended
             normed = m.post_attention_layernorm(total)
         out = m.mlp(normed)
         return total + (m.dropout(out) if hasattr(m, "dropout") else out)
+
+    def _sum_is_watched(self, attended: torch.Tensor) -> bool:
+        """Whether a hook may look at the gradient of the sum. As a second result of one operator the sum would have
+        what comes back around the norm alone, and not what comes through it."""
+        norm = self.module.post_attention_layernorm
+        return attended.requires_grad and bool(norm._forward_pre_hooks or norm._forward_hooks)
 
 
 class FusedQkv:
@@ -201,7 +207,16 @@ class FusedQkv:
                         "afterwards; undo the patch and patch again"
                     )
                 start += len(linear.weight)
-        return self.weight, self.bias
+        weight = self._with_gradients(self.weight, "weight")
+        return weight, None if self.bias is None else self._with_gradients(self.bias, "bias")
+
+    def _with_gradients(self, joined: torch.Tensor, name: str) -> torch.Tensor:
+        """The matrix as a value whose gradient is handed on to the parameters that are its views."""
+        parameters = [getattr(linear, name) for linear in self.linears]
+        if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in parameters):
+            return joined
+        whole: torch.Tensor = _Whole.apply(joined, *parameters)
+        return whole
 
     def split(self) -> None:
         """Gives every projection storage of its own again."""
@@ -209,6 +224,20 @@ class FusedQkv:
             for parameter in (linear.weight, linear.bias):
                 if parameter is not None:
                     parameter.data = parameter.data.clone()
+
+
+class _Whole(torch.autograd.Function):
+    """A tensor that lies where its parts lie, one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.rows = [len(part) for part in parts]
+        return joined.view_as(joined)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: torch.Tensor) -> Any:
+        (gradient,) = incoming
+        return (None, *gradient.split(ctx.rows))
 
 
 class CausalLoss:

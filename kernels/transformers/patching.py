@@ -176,9 +176,9 @@ def patch(model: Any, *, backend: str | None = None, fuse_qkv: bool = False) -> 
     and inside `refllm.kernels.interpreted()`, else plain. fuse_qkv: norm, projections and rotation as one operator; the
     three weights become views of one matrix, and hooks on those modules no longer see anything.
 
-    Caches, `generate`, padding, hooks, `output_hidden_states` and `output_attentions` go on working. A backward pass
-    raises, since the operators have no gradient. Raises InputError for a model that cannot be patched; it is then as
-    it was.
+    Caches, `generate`, padding, hooks, `output_hidden_states` and `output_attentions` go on working, and so does
+    training, with gradient checkpointing too. Raises InputError for a model that cannot be patched; it is then as it
+    was.
     """
     if backend is not None and backend not in BACKENDS:
         raise InputError(f"patch: backend={backend!r} is not known; use {', '.join(map(repr, BACKENDS))} or None")

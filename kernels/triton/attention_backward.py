@@ -182,7 +182,7 @@ def _pairs(a, b, head):
 @triton.jit
 def _weights_and_slopes(x, y, over_x, over_y, shift, rest, delta, visible, scale, head):
     """p and ds of a tile. x, y: the rows held, over_x, over_y: those walked over; these are (k, v) and (q, do), or the
-    other way round. shift, rest, delta: along the axis of the queries. visible: who sees whom; None: every query all keys."""
+    other way round. shift, rest, delta: along the axis of the queries. visible: who sees whom, None: all see all."""
     s = _pairs(x, over_x, head)
     power = tl.fma(-s if head.NEGATE else s, scale, -shift)  # fma: a rounded product is off by 1 % for scores of 1e5
     p = tl.exp2(power - rest if head.SLICED else power)
@@ -493,7 +493,7 @@ TUNABLE = Tunable(
     {"keys": (32, 64, 128), "queries_step": (16, 32, 64), "queries": (64, 128), "keys_step": (32, 64), "warps": (4, 8),
      "stages": (2,)},
     {"float32": {"keys": (32,), "queries_step": (16,), "queries": (32,), "keys_step": (16,)}},
-    outer=("keys",), inner=("queries_step",), sums=(("keys", "D"), ("keys", "D"), ("keys", "queries_step")), tuned=1,
+    outer=("keys",), inner=("queries_step",), sums=(("keys", "D"), ("keys", "D"), ("keys", "queries_step")), about=1,
 )  # fmt: skip
 
 
@@ -536,8 +536,8 @@ def plan_gradients(
     dlse: torch.Tensor | None, scale: float | None, causal: bool, key_mask: torch.Tensor | None,
     lengths: torch.Tensor | None, needed: Sequence[bool], target: Target, tile: Tile | None,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`plan` after the forward pass. lengths: of the sequences, where k and v are caches (decode_attention_backward.py).
-    Its queries are few, and those of a group's heads are one walk."""
+    """`plan` after the forward pass. lengths: of the sequences, where k and v are caches: decode_attention_backward.py,
+    whose queries are few, so that those of a group's heads are one walk."""
     (B, H, S, D), (K, T) = q.shape, k.shape[1:3]
     scale = D**-0.5 if scale is None else scale
     dq, dk, dv = results(q, k, v, needed)
@@ -558,6 +558,7 @@ def plan_gradients(
             **{name: stride for name, stride in strides.items() if name.startswith(("do_", "o_"))},
         },
         {"D": D, "WIDTH": triton.next_power_of_2(D), "BLOCK": BLOCK_ROWS},
+        wide_loads=chunk_length(D, do, o) == CHUNK,
     )  # fmt: skip
     given = {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": mask, "lengths_ptr": lengths, "do_ptr": do,
@@ -569,9 +570,11 @@ def plan_gradients(
     }  # fmt: skip
     form = {**constants_of(D, q.dtype, scale, target), "CAUSAL": causal, "GROUPED": lengths is not None}
     narrow = q.dtype != torch.float32
-    how = {
+    how: dict[str, Any] = {
         "num_warps": tile.warps, "num_stages": tile.stages, "tensor_cores": narrow,
         "async_copies": narrow and chunk_length(D, q, k, v, do) == CHUNK,
+        # Left alone, ptxas for sm_100 spills to fit one more program; under a limit it does not. That for sm_80 does.
+        "options": {"maxnreg": 255} if target.name == "sm_100" else {},
     }  # fmt: skip
     steps = [rows]
     if needed[1]:
@@ -603,10 +606,9 @@ def results(
 def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     """Every configuration that ships: each tile, with and without a split head dimension, causal or not, masked."""
     half, full = torch.bfloat16, torch.float32
-    for D in (16, 64, 80, 128, 160, 192, 256):
+    for D in (64, 80, 128, 160, 192, 256):
         yield from _example(half, D, target)
-    yield from _example(half, 160, target, causal=False)
-    yield from _example(half, 128, target, masked=True)
+    yield from _example(half, 128, target, causal=False, masked=True)
     if stands_for_others(target):
         for dtype, D in ((torch.float16, 96), (full, 64), (full, 256)):
             yield from _example(dtype, D, target)
@@ -621,7 +623,8 @@ def _example(
     lse = torch.empty(2, 8, 1000, device="meta")
     words = (str(dtype).removeprefix("torch."), f"D={D}", "causal" if causal else "all keys")
     name = " ".join(["attention_backward", *words, *["key mask"] * masked])
-    for launch in plan(q, q, kv, kv, q, lse, None, 0.1, causal, key_mask, target)[0]:
+    every = plan(q, q, kv, kv, q, lse, None, 0.1, causal, key_mask, target)[0]
+    for launch in every if masked else every[1:]:  # what rows_kernel does is the same for every head dimension
         yield f"{name}, {launch.kernel.__name__.removesuffix('_kernel')}", launch
 
 

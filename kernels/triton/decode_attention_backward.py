@@ -19,10 +19,11 @@ import torch
 from refllm.kernels import arguments
 from refllm.kernels.launch import Launch, on_device, stands_for_others
 from refllm.kernels.targets import DEFAULT, Target, target_of
-from refllm.kernels.triton.attention_backward import Tile, plan_gradients, results
+from refllm.kernels.triton.attention_backward import TUNABLE, Tile, plan_gradients, results
 from refllm.kernels.triton.autograd import Gradients, differentiable, if_needed, only_once
 from refllm.kernels.triton.decode_attention import plan as forward_plan
 
+__all__ = ["TUNABLE", "Tile", "decode_attention_backward", "launches", "plan"]
 _ALL = (True, True)
 
 
@@ -51,12 +52,13 @@ def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     [B, N, K, D], and the forward pass that also writes lse."""
     half = torch.bfloat16
     others = ((torch.float32, 128, 4, 1),) if stands_for_others(target) else ()
-    for dtype, D, group, S in ((half, 64, 4, 1), (half, 128, 4, 8), (half, 160, 4, 1), (half, 256, 8, 8), *others):
+    for dtype, D, group, S in ((half, 128, 4, 8), (half, 256, 4, 1), *others):
         q = torch.empty(2, S, 2 * group, D, dtype=dtype, device="meta").transpose(1, 2)
         cache = torch.empty(2, 4096, 2, D, dtype=dtype, device="meta").transpose(1, 2)
         lengths = torch.empty(2, dtype=torch.int64, device="meta")
         name = f"decode_attention_backward {str(dtype).removeprefix('torch.')} D={D} {group * S} rows"
-        for launch in plan(q, q, cache, cache, lengths, None, None, 0.1, target)[0][1:]:
+        _, combine, _, *steps = plan(q, q, cache, cache, lengths, None, None, 0.1, target)[0]
+        for launch in (combine, *steps):
             yield f"{name}, {launch.kernel.__name__.removesuffix('_kernel')}", launch
 
 

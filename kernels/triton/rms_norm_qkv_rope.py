@@ -90,7 +90,7 @@ def _scale_of(x_ptrs, exists, E, eps, BLOCK_M: tl.constexpr, BLOCK_E: tl.constex
 
 
 @triton.jit
-def _dim(i, member, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+def pair_dim(i, member, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The dim of a head that is one member (0 or 1) of its pair i of HEAD_DIM / 2.
 
     Interleaved: dims (2i, 2i + 1). Half-split: dims (i, i + R/2), and of the dims that are not rotated the first half
@@ -161,7 +161,7 @@ def rms_norm_qkv_rope_kernel(
     #
     # A row of W is read as it lies, only the order of rows changes: loads stay wide. The way back is `_store`'s.
     column = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    dim = _dim(column % HEAD_DIM // 2, column % 2, HALF, HEAD_DIM, INTERLEAVED)
+    dim = pair_dim(column % HEAD_DIM // 2, column % 2, HALF, HEAD_DIM, INTERLEAVED)
     weight_row = (column // HEAD_DIM * HEAD_DIM + dim).to(tl.int64)
 
     e = tl.arange(0, BLOCK_E)
@@ -215,9 +215,9 @@ def rms_norm_qkv_rope_kernel(
     else:
         for member in tl.static_range(2):
             _store(
-                u if member == 0 else v, head, _dim(i, member, HALF, HEAD_DIM, INTERLEAVED), token, place_k, place_v,
-                exists, has_slot, q_ptr, k_ptr, v_ptr, k_stride_h, k_stride_d, v_stride_h, v_stride_d, num_heads,
-                num_kv_heads, HEAD_DIM,
+                u if member == 0 else v, head, pair_dim(i, member, HALF, HEAD_DIM, INTERLEAVED), token, place_k,
+                place_v, exists, has_slot, q_ptr, k_ptr, v_ptr, k_stride_h, k_stride_d, v_stride_h, v_stride_d,
+                num_heads, num_kv_heads, HEAD_DIM,
             )  # fmt: skip
 
 

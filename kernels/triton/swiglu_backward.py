@@ -45,7 +45,7 @@ def swiglu_backward_kernel(
     s = tl.div_rn(1.0, 1.0 + e) if PRECISE else 1.0 / (1.0 + e)
     if DGATE:
         up = tl.load(up_ptr + row * up_stride + columns, mask=columns < F, other=0.0).to(tl.float32)
-        rest = tl.where(gate < -80.0, 1.0, e * s)  # 1 - s, also where e is infinite
+        rest = tl.where(gate < -80.0, 1.0, tl.where(gate > 100.0, 0.0, e * s))  # 1 - s, also where e is infinite
         dgate = dh * up * (s * (1.0 + gate * rest))
         tl.store(dgate_ptr + row * F + columns, dgate.to(dgate_ptr.dtype.element_ty), mask=columns < F)
     if DUP:

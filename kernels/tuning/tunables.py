@@ -59,7 +59,7 @@ class Tunable:
     sums: sizes and fields of the accumulators of its products.
     streamed: fields and constants whose product is what one step reads of the large operand (weights, keys, logits);
         none if a program reads all that it needs at once.
-    tuned: which launch of several the tile is about.
+    about: which of the launches of a call the tiles are of.
     """
 
     kernel: str
@@ -71,7 +71,7 @@ class Tunable:
     inner: tuple[str, ...] = ()
     streamed: tuple[str, ...] = ()
     sums: tuple[tuple[str, str], ...] = ()
-    tuned: int = 0
+    about: int = 0
 
     @property
     def module(self) -> Any:
@@ -101,7 +101,7 @@ class Tunable:
 
         planned = plan(call.operator, call.arguments, call.keywords, target=target, tile=tile)
         first = planned[0]
-        return (first if isinstance(first, Launch) else first[self.tuned]), planned
+        return (first if isinstance(first, Launch) else first[self.about]), planned
 
     def candidates(self, shape: str, target: Target) -> list[Any]:
         """Every tile worth trying for a class: on AMD in 2 stages, since copies there pass through registers."""

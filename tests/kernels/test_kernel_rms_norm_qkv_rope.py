@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from same_precision import assert_as_the_definition
 
 from refllm import kernels
 from refllm.kernels import arguments
+from refllm.kernels.launch import Launch
 from refllm.kernels.verify import assert_meets_contract
 
 OP = "rms_norm_qkv_rope"
@@ -182,3 +184,47 @@ def test_torch_compile(device: str) -> None:
     for x, y in zip(out, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
     assert torch.equal(fresh[0], caches[0])
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def incoming(arrays: list[Any], keywords: dict[str, Any]) -> list[torch.Tensor]:
+    """dq, dk and dv of the shapes of its results."""
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, generator=g).to(x.device, x.dtype) for x in run(arrays, keywords)]
+
+
+@pytest.mark.parametrize(("dtype", "interleaved"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_gradients_meet_the_contract_with_and_without_a_bias(
+    dtype: torch.dtype, interleaved: bool, device: str
+) -> None:
+    arrays, keywords = problem(device, dtype, (2, 20), R=12, interleaved=interleaved)
+    for bias in (arrays[3], None):
+        given = [*incoming(arrays, keywords), *arrays[:3], bias, *arrays[4:]]
+        found = kernels.rms_norm_qkv_rope_backward(*given, **keywords)
+        assert (found[3] is None) == (bias is None)
+        assert_as_the_definition("rms_norm_qkv_rope_backward", found, given, keywords)
+
+
+def test_gradients_have_the_bits_of_a_sequence_alone_and_do_not_depend_on_strides(device: str) -> None:
+    arrays, keywords = problem(device, torch.bfloat16, (3, 20))
+    d = incoming(arrays, keywords)
+    dx = kernels.rms_norm_qkv_rope_backward(*d, *arrays, **keywords)
+    assert same(kernels.rms_norm_qkv_rope_backward(*(x.contiguous() for x in d), *arrays, **keywords), dx)
+    alone = kernels.rms_norm_qkv_rope_backward(*(x[1:2] for x in d), arrays[0][1:2], *arrays[1:], **keywords)
+    assert same((alone[0],), (dx[0][1:2],))
+
+
+def test_autograd_asks_for_what_is_needed_alone(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays, keywords = problem(device, torch.float32, (1, 5))
+    d = incoming(arrays, keywords)
+    leaves = [x.clone().requires_grad_() for x in arrays[:4]]
+    torch.autograd.backward(list(run([*leaves, *arrays[4:]], keywords)), d)
+    assert same(tuple(x.grad for x in leaves), kernels.rms_norm_qkv_rope_backward(*d, *arrays, **keywords))
+    started: list[str] = []
+    monkeypatch.setattr(Launch, "run", lambda launch: started.append(launch.kernel.__name__))
+    weight = arrays[2].clone().requires_grad_()
+    sum(x.sum() for x in run([*arrays[:2], weight, *arrays[3:]], keywords)).backward()
+    assert started.count("product_kernel") == 1
+    assert "norm_backward_kernel" not in started

@@ -16,6 +16,7 @@ from refllm.check.adapters.transformers_taps import hooks
 from refllm.config.traits import TRAITS
 from refllm.errors import InputError, RefllmError
 from refllm.kernels.transformers import attention, modules
+from refllm.mutants.patched_training import points
 
 CHECKPOINTS = sorted(golden.checkpoints())
 SIZES = {
@@ -497,23 +498,6 @@ class TestLiving:
                 model.set_attn_implementation(name)
                 torch.testing.assert_close(results(model, ids)["logits"], expected, **CLOSE)
 
-    @pytest.mark.parametrize("name", ["norm", "attention", "mlp", "loss"])
-    def test_a_backward_pass_is_an_error(self, name: str) -> None:
-        """Wherever a gradient would have to pass: forward goes through, backward says why not."""
-        model, ids = tiny("llama"), tokens(2, 9)
-        model.train()
-        kernels.patch(model)
-        parts = {
-            "norm": lambda: model.model.norm(torch.ones(1, 32)),
-            "attention": lambda: model(ids, output_hidden_states=True).hidden_states[1],
-            "mlp": lambda: model.model.layers[0].mlp(torch.ones(1, 32)),
-            "loss": lambda: model(ids, labels=ids).loss,
-        }
-        with pytest.raises(InputError, match=r"forward only and have no gradient.*torch\.no_grad\(\).*unpatch"):
-            parts[name]().sum().backward()
-        kernels.unpatch(model)
-        model(ids, labels=ids).loss.backward()
-
     def test_compiles_to_one_graph(self, device: str) -> None:
         model, ids = tiny("llama", num_hidden_layers=1).to(device), tokens(1, 9).to(device)
         expected = results(model, ids)["logits"]
@@ -523,6 +507,78 @@ class TestLiving:
             # With a mask: without, a traced forward takes its position ids for those of packed sequences.
             found = compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
             torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def gradients(model: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """Those of the loss on a padded batch."""
+    ids = tokens(2, 11)
+    model.zero_grad(set_to_none=True)
+    model(ids, attention_mask=padded(ids, "left"), labels=ids, **options).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return list(found) == list(expected) and all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+class TestTraining:
+    @pytest.mark.parametrize("family", FEATURES)
+    def test_gradients_are_those_of_the_unpatched_model(self, family: str) -> None:
+        model = tiny(family).train()
+        expected = gradients(model)
+        for fuse_qkv in (False, True) if family != "stablelm" else (False,):
+            with kernels.patch(model, fuse_qkv=fuse_qkv):
+                found = gradients(model)
+                for name, right in expected.items():
+                    scale = float(right.abs().max())
+                    torch.testing.assert_close(found[name], right, rtol=1e-4, atol=1e-5 * scale, msg=name)
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                assert equal(gradients(model, use_cache=False), found), "recomputed is kept"
+                model.gradient_checkpointing_disable()
+        assert equal(gradients(model), expected), "undone"
+
+    def test_a_part_that_is_frozen_has_no_gradient_and_all_others_have_theirs(self) -> None:
+        model = tiny("llama").train()
+        kernels.patch(model, fuse_qkv=True)
+        every = gradients(model)
+        frozen = [name for name in every if "k_proj" in name or "norm" in name]
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
+        found = gradients(model)
+        assert found.keys() == every.keys() - set(frozen)
+        assert equal(found, {name: every[name] for name in found})
+
+    def test_a_hook_on_the_norm_after_a_sum_sees_the_whole_gradient_of_the_sum(self) -> None:
+        """As one result of two, the sum would have what comes back around the norm alone."""
+        model, seen = tiny("helium").train(), list[torch.Tensor]()
+
+        def look(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            args[0].register_hook(seen.append)
+
+        hook = model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(look)
+        gradients(model)
+        with kernels.patch(model):
+            gradients(model)
+        hook.remove()
+        torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-6)
+
+    def test_along_a_run_every_gradient_is_within_the_prediction(self) -> None:
+        found = list(points(2, steps_each=1))
+        assert all(point.verdict != "fails" and 0.7 < point.ratio < 1.4 for point in found), found
+        assert found[1].step == 1
+        assert found[1].loss != found[0].loss
+
+    def test_a_gradient_that_is_wrong_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = kernels.plain.attention_backward
+
+        def wrong(*args: Any, **options: Any) -> Any:
+            first, *others = right(*args, **options)
+            return 1.05 * first, *others
+
+        monkeypatch.setattr(kernels.plain, "attention_backward", wrong)
+        (found,) = points(1)
+        assert found.verdict == "fails"
+        assert found.why.startswith("grad:"), found
 
 
 class TestRefuses:
