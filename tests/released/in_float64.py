@@ -87,13 +87,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, r
     each = []
     for row, label in zip(logits, labels.long().tolist(), strict=True):
         top = row.max()
-        lost = 0 * row.sum() if label == ignore_index else torch.log(torch.exp(row - top).sum()) + top - row[label]
-        each.append(torch.zeros_like(lost) if label == ignore_index else lost)
+        nothing = 0 * row.nan_to_num(0.0, 0.0, 0.0).sum()
+        own = torch.log(torch.exp(row - top).sum()) + top - row[label] if label != ignore_index else nothing
+        each.append(own)
     counted = int((labels != ignore_index).sum())
-    losses = torch.stack(each) if each else logits.new_zeros(0)
+    losses = torch.stack(each) if each else logits.reshape(-1)[:0]
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / counted if counted else logits.new_tensor(math.nan)
+    return losses.sum() / (counted if counted and reduction == "mean" else 1) + (
+        0.0 if counted or reduction == "sum" else math.nan
+    )
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, **how: Any) -> Tensor:
