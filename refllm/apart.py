@@ -103,10 +103,10 @@ class Ended:
     in_time: bool
 
 
-def run(work: Callable[[], Any], limit: float | None = None) -> Any:
+def run(work: Callable[[], Any], limit: float | None = None, echo: Callable[[bytes], None] | None = None) -> Any:
     """What `work()` returns, from a fork of this process, as JSON gives it back (tuples as lists); or `Ended`.
 
-    limit: seconds, None for as long as it takes. What the process prints is not shown.
+    limit: seconds, None for as long as it takes. echo: told what the process prints, which is not shown.
     """
 
     def serve(channel: Channel) -> None:
@@ -114,6 +114,7 @@ def run(work: Callable[[], Any], limit: float | None = None) -> Any:
             channel.answer(request, work())
 
     with Process.forked(serve) as process:
+        process.echo = echo or process.echo
         process.send("work")
         try:
             return process.receive(math.inf if limit is None else limit).values

@@ -90,6 +90,9 @@ def of_host(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return made
 
 
+_PRODUCTS = (torch.mm, torch.bmm, torch.addmm, torch.baddbmm)
+
+
 class _OneGpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -98,6 +101,8 @@ class _OneGpu(TorchFunctionMode):
         answer = _ANSWERS.get(func)
         if answer is not None:
             return answer(*args, **kwargs)
+        if kwargs.get("out_dtype") is not None and func in _PRODUCTS:
+            args, kwargs = _added_up_in(kwargs["out_dtype"], args, kwargs)
         wanted, args, kwargs = _on_the_cpu(func, args, kwargs)
         result = func(*args, **kwargs)
         given = _tensors((args, kwargs))
@@ -107,6 +112,19 @@ class _OneGpu(TorchFunctionMode):
                 remember(tensor)
             return result
         return _moved(result, wanted == HOST, given) if isinstance(result, torch.Tensor) else result
+
+
+def _added_up_in(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """The arguments of a product whose sums and result have another format than its factors: only a GPU has that, and
+    with the factors in that format it is the same product. The host's tensors are left, and Torch refuses them."""
+    if all(map(is_on_host, _tensors((args, kwargs)))):
+        return args, kwargs
+
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, torch.Tensor) else x
+
+    others = {name: x if name == "out" else cast(x) for name, x in kwargs.items() if name != "out_dtype"}
+    return tuple(map(cast, args)), others
 
 
 def _on_the_cpu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], Any]:

@@ -118,6 +118,9 @@ class _Fetched:
         tensor = self._tensors[name]
         return (tensor if index is None else tensor[index]).float().cpu().numpy()
 
+    def reads_parts(self, name: str) -> bool:
+        return True
+
 
 def to_device(
     source: Weights, dtype: torch.dtype, device: torch.device, progress: Progress | None = None

@@ -226,7 +226,12 @@ class _Following(Walk):
 
 
 def isolated(
-    model: Model, call: Pass, values: Named, gradients: Named, rules: Callable[[str], Backward], policy: Policy
+    model: Model,
+    call: Pass,
+    values: Mapping[str, np.ndarray],
+    gradients: Named,
+    rules: Callable[[str], Backward],
+    policy: Policy,
 ) -> dict[str, Uncertain]:
     """ "grad:" + name -> what follows from the candidate's own values and incoming gradients, with the variance of the
     operator's own rounding, NaN where a value that it reads was not shown. gradients: of named values, by such names.
@@ -267,7 +272,9 @@ class _Emulating(Walk):
         self.rows = rows
 
 
-def to_the_bit(model: Model, call: Pass, values: Named, gradients: Named, dtype: str, policy: Policy) -> Named:
+def to_the_bit(
+    model: Model, call: Pass, values: Mapping[str, np.ndarray], gradients: Named, dtype: str, policy: Policy
+) -> Named:
     """What `isolated` predicts, as an implementation has it that rounds where the policy says, wherever the order of
     float32 sums does not matter."""
     ar = Arithmetic(dtype, replace(policy, torch_order=False))

@@ -5,6 +5,7 @@ that stands beside their exact results.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -30,22 +31,25 @@ def predict_page(
     wants: Callable[[str], bool] = lambda name: True,
     embeds: Callable[[Callable[[np.ndarray], np.ndarray]], np.ndarray] | None = None,
     exact_tables: bool = False,
-    op: Propagation | None = None,
+    op: Any = None,
     tables: Callable[[Propagation], tuple[Uncertain, Uncertain]] | None = None,
     packed: bool = False,
     head_of: np.ndarray | None = None,
+    before: Any = None,
 ) -> Uncertain:
     """The page of `model`, run for an implementation in `dtype` under `policy`; at_tap sees every named value that is
     wanted, and what it returns is passed on. Returns the head's output, or the last norm's of a model without a head.
 
     model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. embeds: makes what is fed of a
     function from ids to their rows, which is then rounded; None: those rows. exact_tables: see `rotary_tables`. op:
-    other operators than those of the policy. tables: cos and sin for these operators, other ones than `rotary_tables`
-    makes. head_of: [B], the one position of every row of which the head is computed; None: all. packed:
-    sequences in one row begin where positions do anew; there is no mask then.
+    other operators than those of the policy, a `Propagation` or one in some layers (`refllm.accuracy.layerwise`).
+    tables: cos and sin for these operators, other ones than `rotary_tables` makes. head_of: [B], the one position of
+    every row of which the head is computed; None: all. packed: sequences in one row begin where positions do anew;
+    there is no mask then. before: keys and values of `before.count` positions that come before these and are not
+    computed, in the place of a cache; then the mask is of all.
     """
     op = op or Propagation(dtype, policy.without(model.page.NOT_ROUNDED), at_tap, wants)
-    c, w = model.config, model.weights
+    c, w = model.config, model.weights.unread() if model.weights.low_memory else model.weights
     cos, sin = tables(op) if tables else rotary_tables(op, c, positions_BS, exact_tables)
     rows = w.rows("embed_tokens.weight", input_ids_BS)
     if embeds is not None:
@@ -57,11 +61,11 @@ def predict_page(
         positions_BS if packed else None,
         batch=B,
         queries=S,
-        cached=0,
-        has_cache=False,
+        cached=0 if before is None else before.count,
+        has_cache=before is not None,
         heads=c.num_attention_heads,
     )
-    x = model.page.forward(op, c, w, x, cos, sin, who, NoCache())
+    x = model.page.forward(op, c, w, x, cos, sin, who, before or NoCache())
     head = HEAD_TAPS.get(model.head)
     if head is None:
         return x

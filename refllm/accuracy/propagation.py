@@ -277,8 +277,9 @@ class Propagation:
         squared, terms, inherits = np.square(x.value, dtype=self.width), _terms(x.value), bool(x.variance.any())
 
         def rows(block: slice) -> None:
-            square = _SquareOf(weight[block], self.width)
-            value[..., block] = ops.linear(x.value, weight[block], None if bias is None else bias[block])
+            some = weight[block]
+            square = _SquareOf(some, self.width)
+            value[..., block] = ops.linear(x.value, some, None if bias is None else bias[block])
             if inherits:
                 variance[..., block] = square.times(x.variance)
             product = value[..., block] if bias is None else value[..., block] - bias[block]

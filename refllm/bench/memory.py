@@ -45,18 +45,29 @@ def bench_memory(
     return {"shape": shape, "tokens": tokens, "parameters": parameters, "layer_bytes": layer, "modes": results}
 
 
-def write_random(folder: Path, shape: dict[str, int], seed: int = 0) -> int:
-    """A bfloat16 checkpoint of the shape, written in memory for one tensor. Returns the number of parameters."""
-    import refllm
+def write_random(folder: Path, shape: dict[str, Any], seed: int = 0, name: str = "HeliumForCausalLM") -> int:
+    """A bfloat16 checkpoint of the shape, written in memory for one tensor. name: of its class. Returns the number of
+    parameters."""
+    from refllm.models.families import CLASSES
     from refllm.storage.checkpoint_writer import save_checkpoint
     from refllm.storage.weights import fresh_weights
 
-    config = refllm.HeliumConfig(**shape, architectures=["HeliumForCausalLM"])
-    tensors = refllm.HeliumForCausalLM.tensors(config)
-    weights = fresh_weights(tensors, config, seed, low_memory=True)
+    cls = CLASSES[name]
+    config = cls.config_class(**shape, architectures=[name])
+    tensors = cls.tensors(config)
+    weights = fresh_weights(tensors, config, seed, tied=cls.tied(config), low_memory=True)
     save_checkpoint(folder, weights.renamed("model."), "bfloat16")
     config.save_pretrained(folder)
     return sum(int(np.prod(shape)) for shape in tensors.values())
+
+
+def write_published(folder: Path, model: str, layers: int | None = None) -> int:
+    """A checkpoint of a published model's shape with random weights. layers: other than it has. Returns the number of
+    parameters. Raises InputError for an unknown one."""
+    if model not in published.MODELS:
+        raise InputError(f"{model} is not known: use {', '.join(published.MODELS)}")
+    name, sizes = published.MODELS[model]
+    return write_random(folder, sizes | ({} if layers is None else {"num_hidden_layers": layers}), name=name)
 
 
 def _layer_parameters(shape: dict[str, int]) -> int:

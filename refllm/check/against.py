@@ -17,6 +17,7 @@ from refllm.check.asked import Asked
 from refllm.check.difference import require_same_run
 from refllm.check.oracle import Judge, Report, TapReport, ask_again, explained_best
 from refllm.check.trace import Trace
+from refllm.check.values import only
 from refllm.errors import InputError
 from refllm.forward.model import Model
 
@@ -71,7 +72,7 @@ def judge_against(
     asked: Asked,
     *,
     checkpoint: str = "",
-    step: Callable[[str], None] = lambda text: None,
+    step: Callable[..., None] = lambda *_: None,
 ) -> Report:
     """The report on a run against a known-good one, in sigma of the difference of two honest runs. model, trace: see
     `judge`; good: of the same model, inputs and format, and in the shapes of the vocabulary.
@@ -85,11 +86,11 @@ def judge_against(
         )
     if trace.last_alone or good.last_alone:
         trace, good = trace.with_last_logits(), good.with_last_logits()
-    common = {name: value for name, value in trace.taps.items() if name in good.taps}
+    common = only(trace.taps, [name for name in trace.taps if name in good.taps])
     if not common:
         raise InputError(f"{good.source} and {trace.source} show no value of the same name")
     step("the known-good run")
-    good_common = replace(good, taps={name: good.taps[name] for name in common})
+    good_common = replace(good, taps=only(good.taps, common))
     known, of_good = explained_best(lambda guess: _KnownGood(model, good_common, asked, guess))
     right = {tap.name for tap in of_good if not tap.wrong_here}
     beside = _Beside(model, replace(trace, taps=common), asked, known)

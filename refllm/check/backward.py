@@ -77,7 +77,7 @@ def judge_backward(
     asked: Asked,
     tables: Tables,
     nearest: Policy,
-    step: Callable[[str], None] = lambda text: None,
+    step: Callable[..., None] = lambda *_: None,
 ) -> BackwardReport:
     """The judgement of the gradients of a trace. tables: cos and sin, as the candidate has them. nearest: the policy by
     which its forward pass is predicted. Raises InputError for gradients of other shapes than the model's."""
@@ -126,7 +126,7 @@ class _Judge:
 
     # ---------------------------------------------------------------------------------------------------------- the run
 
-    def report(self, step: Callable[[str], None]) -> BackwardReport:
+    def report(self, step: Callable[..., None]) -> BackwardReport:
         """See `judge_backward`."""
         step("predicting gradients, each operator alone")
         taps, chosen, usual = self.alone()

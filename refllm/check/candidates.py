@@ -16,7 +16,8 @@ from refllm.check.layout import laid_out, put_together
 from refllm.check.misbehaviour import EnoughError, floats, misbehaves, must_not_have_changed, raised
 from refllm.check.stacks import STACKS, Opening, adapter, find_stack, must_have, wrap
 from refllm.check.taps import EVERYTHING, GRADIENTS, Candidate, Sink
-from refllm.check.trace import Trace
+from refllm.check.trace import Trace, tap_name, tensors_of
+from refllm.check.values import IN_MEMORY, Spool, Stored, Taps, Values, like, only, raw_of
 from refllm.check.weights import HANDED, Given, handed_over
 from refllm.config.digest import config_hash
 from refllm.errors import InputError, RefllmError
@@ -114,34 +115,51 @@ def _of_factory(function: Callable[[str], Any], opening: Opening) -> Candidate:
     return found
 
 
-def record(candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str, ...] = ()) -> Trace:
+def record(
+    candidate: Candidate, model: Model, inputs: Inputs, layout: tuple[str, ...] = (), file: Path | None = None
+) -> Trace:
     """Run a candidate and keep what it names, in the shapes of the vocabulary. model: of the same checkpoint, for its
-    config and head. layout: how the values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
+    config and head. layout: how the values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`). file:
+    where to keep the values, as a trace; None: in memory, and of more than `IN_MEMORY` bytes on disk until they are no
+    longer needed.
 
     Raises MisbehavesError as `run_candidate`, and for one that names nothing.
     """
-    kept = Kept(candidate.name, inputs)
-    run_candidate(candidate, inputs, kept.keep)
-    taps, weights = handed_over(kept.taps())
-    gradients = {name: taps.pop(name) for name in [*taps] if is_gradient(name)}
+    kept = Kept(candidate.name, inputs, candidate.dtype, file)
+    try:
+        run_candidate(candidate, inputs, kept.keep)
+        trace = Trace(
+            taps={},
+            inputs=inputs,
+            source=candidate.name,
+            dtype=candidate.dtype,
+            head=model.head,
+            config_hash=config_hash(model.config),
+            details=candidate.details,
+            layout=layout,
+        )
+        trace.taps = kept.taps(trace)
+    finally:
+        kept.close()
+    taps, weights = handed_over(trace.taps)
+    gradients = raw_of(only(taps, [name for name in taps if is_gradient(name)]))
+    raw = {name: value for name, value in raw_of(taps).items() if name not in gradients}
     if inputs.learning is not None and not gradients:
         raise misbehaves("result", "it was asked for gradients and shows none")
-    laid = laid_out(taps, model.config, model.head, inputs, layout, candidate.name)
+    laid = laid_out(raw, model.config, model.head, inputs, layout, candidate.name)
     of_values = {name[len(GRADIENT) :]: gradients.pop(name) for name in [*gradients] if not of_tensor(name)}
     of_values = laid_out(of_values, model.config, model.head, inputs, layout, candidate.name).taps
-    return Trace(
-        taps=laid.taps,
-        inputs=inputs,
-        source=candidate.name,
-        dtype=candidate.dtype,
-        head=model.head,
-        config_hash=config_hash(model.config),
-        details=candidate.details,
+    gradients = {**{f"{GRADIENT}{name}": value for name, value in of_values.items()}, **gradients}
+    return replace(
+        trace,
+        taps=like(taps, laid.taps),
+        layout=(),
         weights=weights,
         notes=[*kept.notes, *laid.notes],
         doubts=laid.doubts,
-        gradients={**{f"{GRADIENT}{name}": value for name, value in of_values.items()}, **gradients},
+        gradients=like(taps, gradients),
         last_alone=laid.last_alone,
+        file=file,
     )
 
 
@@ -191,46 +209,74 @@ class Checked:
 
 
 class Kept:
-    """What a candidate names in a run. notes: sentences on what it named more often than it was called."""
+    """What a candidate names in a run. notes: sentences on what it named more often than it was called. dtype, file: of
+    the trace that it is written to, value by value, if there is a file, or once it is more than `IN_MEMORY`."""
 
-    def __init__(self, candidate: str, inputs: Inputs) -> None:
-        self.candidate, self.inputs = candidate, inputs
+    def __init__(self, candidate: str, inputs: Inputs, dtype: str = "float32", file: Path | None = None) -> None:
+        self.candidate, self.inputs, self.dtype = candidate, inputs, dtype
         self.lengths = [len(range(*piece.indices(piece.stop))) for piece in inputs.pieces()]
         self.notes: list[str] = []
-        self._pieces: dict[str, list[np.ndarray]] = {}
+        self._pieces: dict[str, list[np.ndarray | Stored]] = {}
+        self._bytes, self._spool = 0, None if file is None else Spool(file, dtype)
 
     def keep(self, name: str, value: np.ndarray) -> None:
         """value: an array that nobody else changes. Raises InputError for a name too many."""
         pieces = self._pieces.setdefault(name, [])
         if pieces and name.startswith(HANDED):
             return  # every piece has the same weights
-        pieces.append(value)
+        self._bytes += value.nbytes
+        pieces.append(value if self._spool is None else self._spool.add(value))
         if len(pieces) > sum(self.lengths):
             raise self._named(name)
+        if self._spool is None and self._bytes > IN_MEMORY and not self.inputs.until:
+            self._spool = Spool(None, self.dtype)
+            for all_of_one in self._pieces.values():
+                all_of_one[:] = [self._spool.add(self._array(piece)) for piece in all_of_one]
 
-    def taps(self) -> dict[str, np.ndarray]:
-        """What was named, in order, the pieces put together. Raises InputError for pieces that are not the run's."""
+    def taps(self, trace: Trace) -> Taps:
+        """What was named, in order, the pieces put together. trace: what else there is to say of it, for a file. Raises
+        InputError for pieces that are not the run's."""
         if not self._pieces:
             raise misbehaves("result", "it returns nothing (None) and names no value")
-        taps = {}
-        for name, values in self._pieces.items():
-            if len(values) == 1 == len(self.lengths):
-                taps[name] = values[0]
+        taps: dict[str, np.ndarray | Stored] = {}
+        for name, pieces in self._pieces.items():
+            if len(pieces) == 1 == len(self.lengths) or name.startswith(HANDED):
+                taps[name] = pieces[0]
                 continue
             if name.endswith((".probs", ".scores")):
                 continue  # the pieces have different numbers of keys
-            if name.startswith(HANDED):
-                taps[name] = values[0]
-                continue
-            joined = put_together(values, self.lengths, len(self.inputs.input_ids))
+            joined = put_together([self._array(piece) for piece in pieces], self.lengths, len(self.inputs.input_ids))
             if joined is None:
                 raise self._named(name)
-            taps[name] = joined
+            taps[name] = joined if self._spool is None else self._spool.add(joined)
         more = {len(values) for name, values in self._pieces.items() if not name.startswith(HANDED)}
         more -= {len(self.lengths)}
         if more:
             self.notes.append(f"named up to {max(more)} times in {self._calls()}: the parts were put together")
-        return taps
+        if self._spool is None:
+            return {name: self._array(value) for name, value in taps.items()}
+        return self._in_file(self._spool, taps, trace)
+
+    def _in_file(self, spool: Spool, taps: dict[str, Any], trace: Trace) -> Taps:
+        """The file is completed, and read back."""
+        names = {tap_name(i, name): stored for i, (name, stored) in enumerate(taps.items())}
+        names |= {name: spool.add(value) for name, value in tensors_of(self.inputs).items()}
+        shown = {id(stored) for stored in taps.values()}
+        for name, pieces in self._pieces.items():
+            names |= {f"part.{i}.{name}": piece for i, piece in enumerate(pieces) if id(piece) not in shown}
+        mapped = spool.read_back(names, trace.metadata())
+        return Values({name: mapped.view(tap_name(i, name)) for i, name in enumerate(taps)})
+
+    def close(self) -> None:
+        """Leaves no file behind of a run that did not end well."""
+        if self._spool is not None:
+            self._spool.close()
+
+    def _array(self, piece: "np.ndarray | Stored") -> np.ndarray:
+        if isinstance(piece, np.ndarray):
+            return piece
+        assert self._spool is not None
+        return self._spool.read(piece)
 
     def _calls(self) -> str:
         return "1 call" if len(self.lengths) == 1 else f"{len(self.lengths)} calls"

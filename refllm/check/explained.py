@@ -43,7 +43,7 @@ def explained(
     policy: Policy,
     wrong: str,
     alone: bool,
-    step: Callable[[str], None] = lambda text: None,
+    step: Callable[..., None] = lambda *_: None,
     seconds: float = SECONDS,
 ) -> Explanation | None:
     """What explains a wrong value; None where that cannot be asked.

@@ -204,7 +204,7 @@ def _row(index: int, tap: TapReport, report: Report) -> Row:
 
 
 def _figure(found: Measure | None, name: str) -> str:
-    if found is None:
+    if found is None or not found.elements:
         return "-"
     return "NaN" if found.nonfinite else findings.figure(getattr(found, name))
 

@@ -7,6 +7,7 @@ after.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from refllm.accuracy import tables
 from refllm.accuracy.cancellation import SIGMOIDS, nothing_left
 from refllm.accuracy.cancellation import in_words as in_words_of_lost
 from refllm.accuracy.judge import broken_isolated
+from refllm.accuracy.layerwise import EMBEDDING, InLayers, border
 from refllm.accuracy.limits import CANCELS, TF32_AT_LEAST
 from refllm.accuracy.measure import Measure, measure, ulp_histogram
 from refllm.accuracy.page import predict_page
@@ -34,6 +36,8 @@ from refllm.check.explained import explained
 from refllm.check.explained import in_words as explained_in_words
 from refllm.check.gradient_formulas import is_gradient
 from refllm.check.inputs import Inputs
+from refllm.check.keeper import in_words_of_time
+from refllm.check.last import Before, last_positions
 from refllm.check.layout import no_name
 from refllm.check.misbehaviour import Misbehaviour
 from refllm.check.next_tokens import TokenReport, compare_tokens
@@ -58,6 +62,7 @@ from refllm.precision import FUSED, HF_EAGER, Policy, largest
 
 _OF_THE_TAP = "and put in order: it is the tap's, not the model's, since what reads it holds"
 _OF_THE_MODEL = "and what reads them does not hold: the order is the model's, or something else is wrong as well"
+Step = Callable[..., None]
 _LAYERS_OF_TABLES = 8  # layers whose rotations are averaged for the tables
 
 
@@ -83,14 +88,14 @@ def predict(
 ) -> Uncertain:
     """Run the page of `model` on `inputs`; at_tap sees every named value. Returns the head's output or the last norm's.
 
-    model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. how: op, tables and head_of, as
-    `predict_page` takes them.
+    model: its weights must lie on the grid of `dtype`; its own arithmetic is not used. how: op, tables, head_of, before
+    and mask, as `predict_page` takes them.
     """
     return predict_page(
         model,
         inputs.input_ids,
         inputs.positions,
-        inputs.given_mask,
+        how.pop("mask", inputs.given_mask),
         dtype,
         policy,
         at_tap,
@@ -104,17 +109,32 @@ class Judge:
     """Collects the two runs over one trace. asked.policy: where the candidate has to round; None: wherever it may.
 
     reorder: whether to put in order what is in another one (`refllm.check.reordered`). orders: value -> what was.
+    keeper: of what was judged so far. layers: those that are judged; alone_until, in_line_until: how many are behind
+    the two runs.
     """
 
     def __init__(
-        self, model: Model, trace: Trace, asked: Asked, guess: tables.Tables | None = None, reorder: bool = True
+        self,
+        model: Model,
+        trace: Trace,
+        asked: Asked,
+        guess: tables.Tables | None = None,
+        reorder: bool = True,
+        keeper: Any = None,
     ) -> None:
         _require_same(model, trace)
-        trace = replace(trace, taps=dict(trace.taps))
+        self.before: Before | None = None
+        self.mask, self.shown = trace.inputs.given_mask, trace
+        whole = trace
+        trace = replace(trace, taps=trace.taps.copy()) if asked.last is None else last_positions(trace, asked.last)
+        offset = whole.inputs.input_ids.shape[1] - trace.inputs.input_ids.shape[1]
+        if offset:
+            self.before = Before(whole.taps, model.config, trace.source, offset)
         self.reorder, self.orders = reorder, dict[str, np.ndarray]()
         self.model, self.trace, self.asked, self.policy = model, trace, asked, asked.policy
-        self.valid = trace.inputs.valid
+        self.valid, self.keys = trace.inputs.valid, whole.inputs.valid
         self.places = np.argwhere(self.valid)
+        self.offset = np.array([0, offset])
         self.overflow = largest(trace.dtype)
         self.narrow = trace.dtype != "float32"
         self.reports: dict[str, TapReport] = {}
@@ -135,24 +155,50 @@ class Judge:
         self._spoilt: set[str] = set()
         self._cancels: dict[str, str] = {}
         self._wide: set[str] = set()
+        self.keeper = keeper
+        self.count = model.config.num_hidden_layers
+        self.layers = asked.layers.within(self.count)
+        self.alone_until = self.in_line_until = 0
+        self.stream: Uncertain | None = None
+        names: dict[str, Any] = {"names": self._names, "spoilt": self._spoilt, "cancels": self._cancels}
+        self.found_by = names | {"wide": self._wide}
 
-    def alone(self, step: Callable[[str], None]) -> list[TapReport]:
+    def alone(self, step: Step) -> list[TapReport]:
         """The first run, each operator alone."""
         step("predicting, each operator alone")
         if self.tables is None:
             positions = self.trace.inputs.positions
             self.tables = tables.solve(self.model.config, positions, self.turned(), self.trace.dtype)
-        self._predict(self._isolated, self._work_out_alone, bits=True)
-        foreign = [name for name in self.trace.taps if name not in self._names]
-        if foreign:
-            raise InputError(no_name(self.trace.source, foreign, self._names))
+        first, start = self._begin_alone()
+        work = self._work_out_alone
+        if self.alone_until <= self.count:
+            self._predict(self._isolated, work, True, first, start, self._reached("alone", step))
+        self._drop_others()
+        self.alone_until = self.count + 1
+        if self.layers.all:
+            foreign = [name for name in self.trace.taps if name not in self._names]
+            if foreign:
+                raise InputError(no_name(self.trace.source, foreign, self._names))
         self._compare_layers()
         return list(self.isolated.values())
 
-    def in_line(self, step: Callable[[str], None]) -> list[TapReport]:
-        """The second run; the reports are in order of computation, for the values that the candidate recorded."""
+    def in_line(self, step: Step) -> list[TapReport]:
+        """The second run; the reports are in order of computation, for the values that the candidate recorded. Where
+        the first layers or positions are left out there is none."""
+        if self.layers.first or self.before is not None:
+            self.reports = dict(self.isolated)
+            return list(self.reports.values())
         step("predicting, end to end")
-        output = self._predict(self._end_to_end, self._work_out_in_line, bits=False)
+        first, start = (self.in_line_until, self.stream) if self.in_line_until else (0, None)
+        work = self._work_out_in_line
+        output = self._predict(self._end_to_end, work, False, first, start, self._reached("in line", step))
+        self.in_line_until = self.count + 1
+        if isinstance(output, Uncertain):
+            self._compare_last(output)
+        return list(self.reports.values())
+
+    def _compare_last(self, output: Uncertain) -> None:
+        """What the last value says of next tokens, and where its error comes from."""
         self.shares = output.shares
         name = HEAD_TAPS.get(self.model.head)
         if name == "lm_head" and name in self.trace.taps:
@@ -160,7 +206,52 @@ class Judge:
             exact, variance = self._expected(name, exact, variance, alone=False)
             places = self.places if self.last is None else self.last_places
             self.next_tokens = compare_tokens(exact, variance, candidate, places)
-        return list(self.reports.values())
+
+    def _begin_alone(self) -> tuple[int, Uncertain | None]:
+        """How many layers are passed over, and the stream behind them: where an earlier run was ended; else behind the
+        last value that is shown one layer before those that are judged, or earlier: what stands before a rounding is
+        known one layer later."""
+        if self.keeper is not None and self.keeper.load(self):
+            return self.alone_until, self.stream
+        shown = [k for k in range(self.layers.first) if border(k) in self.trace.taps]
+        if not shown:
+            return 0, None
+        at = border(shown[-1])
+        self._names[at] = True
+        value = np.asarray(self.trace.taps[at], np.float64)
+        taken = np.where(np.isfinite(value), value, 0)
+        spoilt = not np.isfinite(value).all()
+        return shown[-1], Uncertain(taken, np.zeros(value.shape, np.float32), spoilt=spoilt)
+
+    def _drop_others(self) -> None:
+        """Forgets what was judged on the way to the layers that are asked for."""
+        for name in [*self.isolated] if self.layers.first else []:
+            layer, _ = formulas.split(name)
+            if name == EMBEDDING or (layer is not None and layer < self.layers.first):
+                del self.isolated[name]
+                self.record.forget(name)
+
+    def _reached(self, phase: str, step: Step) -> Callable[[int, Uncertain], None]:
+        """What is done at the end of a layer: it is said what is left, and what was judged is kept."""
+        begin, before = time.monotonic(), 0 if phase == "alone" else self.count
+        total = (self.layers.stop or self.count) * (1 if self.layers.first or self.before is not None else 2)
+        first: list[int] = []
+
+        def reached(layers: int, x: Uncertain) -> None:
+            self.stream = x
+            if phase == "alone":
+                self.alone_until = layers
+            else:
+                self.in_line_until = layers
+            first.append(layers)
+            passed, words = layers - first[0], "each operator alone" if phase == "alone" else "end to end"
+            left = (time.monotonic() - begin) / passed * (total - layers - before) if passed else 0.0
+            about = f", about {in_words_of_time(left)} left" if left > 2 else ""
+            step(f"{words}, layer {layers} of {self.count}{about}", layers + before, total)
+            if self.keeper is not None and not self.orders:
+                self.keeper.save(self)
+
+        return reached
 
     def guesses(self) -> list[tables.Tables | None]:
         """The tables to try in float32, where they count, if the turning is not shown."""
@@ -173,11 +264,16 @@ class Judge:
         at_tap: Callable[[str, Uncertain], Uncertain],
         work_out: Callable[[str, Made, Profiled], Uncertain],
         bits: bool,
+        first: int,
+        start: Uncertain | None,
+        reached: Callable[[int, Uncertain], None],
     ) -> Uncertain:
         assumed = (self.policy or FUSED).without(self.model.page.NOT_ROUNDED)
         op = Profiled(self.trace.dtype, assumed, at_tap, lambda name: True, work_out, bits)
         assert self.tables is not None
-        how: dict[str, Any] = {"op": op, "tables": self.tables.uncertain, "head_of": self.last}
+        some = InLayers(op, first, start, self.layers.stop, reached)
+        how: dict[str, Any] = {"op": some, "tables": self.tables.uncertain, "head_of": self.last}
+        how |= {"before": self.before, "mask": self.mask}
         return predict(self.model, self.trace.inputs, self.trace.dtype, assumed, at_tap, **how)
 
     def turned(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -334,7 +430,7 @@ class Judge:
                 report.place = self._elsewhere(name, candidate)
         report.named = report.named or self._cancelled(name, candidate, x)
         report.zmap = error_map(rows, exact, variance, self.overflow)
-        if name.endswith(".context"):
+        if name.endswith(".context") and self.before is None:
             first = np.unique(self.places[:, 0], return_index=True)[1]
             report.alone = self._measure(rows[first], exact[first], variance[first]).ratio
         report.untested = undetected(exact, variance, dtype)
@@ -465,7 +561,9 @@ class Judge:
         """The measure, with indices that name the batch row and the position, padding counted."""
         found = measure(rows, exact, variance, self.overflow)
         places = self.places if self.last is None or len(rows) != len(self.last) else self.last_places
-        named = {name: self._place(getattr(found, name), places) for name in ("row", "at", "nonfinite_at")}
+        named = {
+            name: self._place(getattr(found, name), places + self.offset) for name in ("row", "at", "nonfinite_at")
+        }
         return replace(found, **named)  # type: ignore[arg-type]
 
     def _misrounded(self, candidate: np.ndarray, rounded: np.ndarray | None) -> float:
@@ -493,8 +591,8 @@ class Judge:
         if candidate is None:
             return None
         candidate = self._of_shape(name, candidate, x.shape)
-        if name.endswith(".scores") and not self.valid.all():  # against keys of padding, which nobody attends to
-            candidate = np.where(self.valid[:, None, None, :], candidate, x.value)
+        if name.endswith(".scores") and not self.keys.all():  # against keys of padding, which nobody attends to
+            candidate = np.where(self.keys[:, None, None, :], candidate, x.value)
         return candidate
 
     def _of_shape(self, name: str, candidate: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -536,7 +634,8 @@ class Report:
     what the candidate did in place of a forward pass; then nothing was measured. habits: where it rounds. unsaid: what
     it may do on purpose only, and nobody said that it does. unseen: sentences on what the run does not show.
     format_error: what the weights cost that it was judged with, where they are not the checkpoint's. explanation: what
-    the reference has to do to give what the candidate has.
+    the reference has to do to give what the candidate has. judged: of some layers alone, the judgement itself; part:
+    what a file says of it, to be merged with others (`refllm.check.merged`).
     """
 
     checkpoint: str
@@ -556,6 +655,8 @@ class Report:
     unseen: list[str] = field(default_factory=list)
     format_error: FormatError | None = None
     explanation: Explanation | None = None
+    judged: Judge | None = None
+    part: dict[str, Any] | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -603,7 +704,7 @@ class Report:
                     "verdict": tap.verdict,
                     "broken": tap.broken,
                     "untested": tap.untested,
-                    "end_to_end": tap.end_to_end.to_dict(),
+                    "end_to_end": tap.end_to_end.to_dict() if tap.end_to_end.elements else None,
                     "isolated": None if tap.isolated is None else tap.isolated.to_dict(),
                     "ulps": tap.ulps,
                 }
@@ -618,6 +719,7 @@ class Report:
             else {**asdict(self.format_error), "relative": self.format_error.relative},
             "explanation": None if self.explanation is None else self.explanation.to_dict(),
             "notes": self.notes,
+            **({} if self.part is None else {"part": self.part}),
         }
         return {key: _plain(value) for key, value in values.items()}
 
@@ -635,7 +737,7 @@ J = TypeVar("J", bound=Judge)
 
 
 def explained_best(
-    make: Callable[[tables.Tables | None], J], step: Callable[[str], None] = lambda text: None
+    make: Callable[[tables.Tables | None], J], step: Step = lambda *_: None
 ) -> tuple[J, list[TapReport]]:
     """The judgement with the first tables under which everything holds; under none, with those that leave the fewest
     operators wrong, by the least. Where an operator is wrong by itself, the run end to end waits for that choice.
@@ -645,21 +747,36 @@ def explained_best(
     tried: list[tuple[tuple[int, float, int], J, list[TapReport]]] = []
     for guess in make(None).guesses():
         collected = make(guess)
-        alone = collected.alone(step)
+        alone = _unless_interrupted(collected, collected.alone, step)
         wrong, taps = sum(tap.wrong_here for tap in alone), list[TapReport]()
         if not wrong:
-            taps = collected.in_line(step)
+            taps = _unless_interrupted(collected, collected.in_line, step)
             if not any(tap.broken for tap in taps):
                 return collected, taps
         if guess is None or guess.solved:  # beside what may be anything, every error is small
             worst = max(tap.isolated.ratio for tap in alone if tap.isolated is not None)
             tried.append(((wrong, worst, len(tried)), collected, taps))
     _, collected, taps = min(tried, key=lambda entry: entry[0])
-    return collected, taps or collected.in_line(step)
+    return collected, taps or _unless_interrupted(collected, collected.in_line, step)
+
+
+class JudgedSoFarError(KeyboardInterrupt):
+    """Ctrl-C, or the end of the time, in the middle of a judgement."""
+
+    def __init__(self, collected: Judge) -> None:
+        super().__init__()
+        self.collected = collected
+
+
+def _unless_interrupted(collected: Judge, work: Callable[[Step], list[TapReport]], step: Step) -> list[TapReport]:
+    try:
+        return work(step)
+    except KeyboardInterrupt:
+        raise JudgedSoFarError(collected) from None
 
 
 def _whose_order(
-    model: Model, trace: Trace, asked: Asked, step: Callable[[str], None], first: Judge
+    model: Model, trace: Trace, asked: Asked, step: Step, first: Judge
 ) -> tuple[Judge, list[TapReport], list[str]]:
     """The judgement of a trace some of whose values are in another order, and sentences on it. first: what found it.
 
@@ -679,9 +796,7 @@ def _whose_order(
     return collected, taps, []
 
 
-def ask_again(
-    model: Model, trace: Trace, policy: Policy, taps: list[TapReport], step: Callable[[str], None], runs: int = 1
-) -> None:
+def ask_again(model: Model, trace: Trace, policy: Policy, taps: list[TapReport], step: Step, runs: int = 1) -> None:
     """Measure an honest run where a value is over its end-to-end budget and no operator is wrong by itself.
 
     runs: of how many independent runs the errors are.
@@ -705,26 +820,75 @@ def judge(
     policy: Policy | Asked | None = None,
     *,
     checkpoint: str = "",
-    step: Callable[[str], None] = lambda text: None,
+    step: Step = lambda *_: None,
     explain: bool | None = False,
+    keeper: Any = None,
 ) -> Report:
     """The report on a trace. model: the checkpoint's, with weights on the grid of the trace's dtype. explain: whether
     to look for what a wrong run did (`refllm.check.explained`); None: where it fails, and where nothing but the last
-    value was shown, of a model that is small.
+    value was shown, of a model that is small. keeper: of what was judged so far, where a check that is killed is to go
+    on from there.
 
-    Raises InputError where trace and model do not fit: another config, unknown names, other shapes.
+    Raises InputError where trace and model do not fit: another config, unknown names, other shapes. Raises
+    PartlyJudgedError, with the report so far, for Ctrl-C in the middle.
     """
     asked = Asked.of(policy)
     if trace.dtype == "float64":
         return _of_float64(model, trace, asked, checkpoint, step)
-    collected, taps = explained_best(lambda guess: Judge(model, trace, asked, guess), step)
-    if collected.orders:
-        collected, taps, notes = _whose_order(model, trace, asked, step, collected)
-    else:
-        notes = []
-    ask_again(model, trace, collected.nearest_policy(), taps, step)
+    try:
+        collected, taps = explained_best(lambda guess: Judge(model, trace, asked, guess, keeper=keeper), step)
+        if collected.orders:
+            collected, taps, notes = _whose_order(model, trace, asked, step, collected)
+        else:
+            notes = []
+        ask_again(model, trace, collected.nearest_policy(), taps, step)
+    except JudgedSoFarError as error:
+        raise PartlyJudgedError(_so_far(model, trace, asked, error.collected, checkpoint)) from None
+    report = _report(model, trace, asked, collected, taps, checkpoint)
+    report.notes += notes
+    if trace.inputs.learning is not None:
+        _add_backward(report, model, trace, asked, collected, step)
+    whole = asked.layers.all and collected.before is None
+    if explain is not False and whole and (explain or report.verdict == "fails" or is_small(model)):
+        report.explanation = _explanation(model, collected, report, step)
+        report.notes += explained_in_words(report.explanation) if report.verdict != "fails" else []
+    report.notes += trace.doubts if report.verdict == "fails" else []
+    if keeper is not None:
+        keeper.done()
+    if not asked.layers.all:
+        report.judged = collected
+    return report
+
+
+class PartlyJudgedError(KeyboardInterrupt):
+    """Ctrl-C, or the end of the time, in the middle of a judgement. report: on what was judged until then."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+
+
+def _so_far(model: Model, trace: Trace, asked: Asked, collected: Judge, checkpoint: str) -> Report:
+    """The report on what was judged before it was interrupted."""
+    taps = [*{**collected.isolated, **collected.reports}.values()]
+    report = _report(model, trace, asked, collected, taps, checkpoint)
+    alone, in_line = collected.alone_until, collected.in_line_until
+    if alone <= collected.count:
+        report.unseen.append(f"it was interrupted: nothing from {_at(alone, collected.count)} on was judged to its end")
+    report.unseen.append(f"the values end to end were not measured from {_at(in_line, collected.count)} on")
+    return report
+
+
+def _at(layer: int, count: int) -> str:
+    return f"layer {layer}" if layer < count else "the norm after the layers"
+
+
+def _report(
+    model: Model, trace: Trace, asked: Asked, collected: Judge, taps: list[TapReport], checkpoint: str
+) -> Report:
+    """What was judged, before anything else is looked for."""
     by_page = [f"read by the page {current()}"] if current() else []
-    report = Report(
+    return Report(
         checkpoint=checkpoint,
         candidate=trace.source,
         dtype=trace.dtype,
@@ -734,22 +898,29 @@ def judge(
         taps=taps,
         next_tokens=collected.next_tokens,
         attribution=dict(sorted(collected.shares.items(), key=lambda item: -item[1])),
-        notes=[*trace.notes, *notes, *by_page],
+        notes=[*trace.notes, *by_page],
         config=model.config,
-        habits=collected.habits(),
+        habits=collected.habits() if collected.tables is not None else [],
         unsaid=collected.unsaid(),
-        unseen=[*never_shown(model.head, trace), *never_read(model)],
+        unseen=[*never_shown(model.head, trace), *never_read(model), *_left_out(collected)],
     )
-    if trace.inputs.learning is not None:
-        _add_backward(report, model, trace, asked, collected, step)
-    if explain is not False and (explain or report.verdict == "fails" or is_small(model)):
-        report.explanation = _explanation(model, collected, report, step)
-        report.notes += explained_in_words(report.explanation) if report.verdict != "fails" else []
-    report.notes += trace.doubts if report.verdict == "fails" else []
-    return report
 
 
-def _of_float64(model: Model, trace: Trace, asked: Asked, checkpoint: str, step: Callable[[str], None]) -> Report:
+def _left_out(collected: Judge) -> list[str]:
+    """Sentences on the layers and positions that were not asked for."""
+    layers, count, said = collected.layers, collected.count, list[str]()
+    if not layers.all:
+        stop = count if layers.stop is None else layers.stop
+        which = f"layer {layers.first}" if stop == layers.first + 1 else f"layers {layers.first} to {stop - 1}"
+        said.append(f"{which} of {count} alone, as --layers says: nothing else was judged")
+    if collected.before is not None:
+        said.append(f"positions before {collected.before.count}, as --last says")
+    if said and (layers.first or collected.before is not None):
+        said.append("the values end to end were not measured, since they begin with the first token")
+    return said
+
+
+def _of_float64(model: Model, trace: Trace, asked: Asked, checkpoint: str, step: Step) -> Report:
     """The report on the gradients of a run in float64. Its values are what they are made of, and not judged."""
     if trace.inputs.learning is None:
         raise InputError(f"{trace.source}: in float64 gradients are checked, and no values: add --backward")
@@ -772,9 +943,7 @@ def _of_float64(model: Model, trace: Trace, asked: Asked, checkpoint: str, step:
     return report
 
 
-def _add_backward(
-    report: Report, model: Model, trace: Trace, asked: Asked, collected: Judge, step: Callable[[str], None]
-) -> None:
+def _add_backward(report: Report, model: Model, trace: Trace, asked: Asked, collected: Judge, step: Step) -> None:
     """Puts what was found about the gradients behind the values of the forward pass."""
     narrow = trace.dtype in ("bfloat16", "float16")
     profile = collected.record.profile_of("model.layers.0.self_attn.q_rope", "rope") if narrow else None
@@ -790,7 +959,7 @@ def _add_backward(
     report.notes += found.notes
 
 
-def _explanation(model: Model, collected: Judge, report: Report, step: Callable[[str], None]) -> Explanation | None:
+def _explanation(model: Model, collected: Judge, report: Report, step: Step) -> Explanation | None:
     """What explains the first failure; and where nothing but the last value was shown, whether its error has the shape
     of a hypothesis although it holds."""
     head, first = HEAD_TAPS.get(model.head, "model.norm"), report.first_failure

@@ -50,14 +50,14 @@ class Processes:
         self._opened: dict[str, ApartCandidate] = {}
         self._unusable: dict[str, Misbehaviour] = {}
 
-    def open(self, opening: Opening) -> "ApartCandidate":
-        """Begins to open a candidate in place of the one before, and does not wait. Raises InputError as
-        `must_be_known`."""
+    def open(self, opening: Opening, begin: bool = True) -> "ApartCandidate":
+        """Begins to open a candidate in place of the one before, and does not wait; or only once it is asked for
+        something. Raises InputError as `must_be_known`."""
         must_be_known(opening)
         opening = replace(opening, page=current())
         seconds = time_limit(opening.folder) if self.seconds is None else self.seconds
         candidate = ApartCandidate(self, opening, seconds)
-        if opening.name not in self._unusable:
+        if begin and opening.name not in self._unusable:
             self.process(candidate)
         return candidate
 

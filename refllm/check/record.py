@@ -53,14 +53,18 @@ class Record:
         """What a value has shown."""
         self.found[name], self.operators[name] = found, operator
 
+    def forget(self, name: str) -> None:
+        """A value is judged elsewhere."""
+        self.found.pop(name, None)
+        self.operators.pop(name, None)
+        self.reads.pop(name, None)
+
     def keep_order(self, name: str, operator: str, profile: Profile) -> None:
         """What float32 has to say: the order of sums that fits, the one of the largest error over the layers; and what
         a product reads."""
         key, self.operators[name] = formulas.short(name), operator
         self.reads[name], profile = profile.inputs, replace(profile, inputs=AS_IT_IS)
-        before = self.orders.get(key)
-        if before is None or _rank(profile) > _rank(before):
-            self.orders[key] = profile
+        self.orders[key] = larger(self.orders.get(key, profile), profile)
 
     def readings(self, name: str) -> tuple[str, ...]:
         """What the product of that name may read in place of its input; first what one with such a weight did."""
@@ -182,6 +186,11 @@ class Record:
                 where = "" if (words == usual and len(found[words]) > 1) or len(found) == 1 else ", ".join(values)
                 said.append(Habit(operator, where, words, eager if eager != words else ""))
         return said
+
+
+def larger(one: Profile, other: Profile) -> Profile:
+    """The one of two orders of float32 sums with the larger error."""
+    return other if _rank(other) > _rank(one) else one
 
 
 def _rank(profile: Profile) -> tuple[bool, int]:

@@ -11,9 +11,12 @@ from refllm.check.against import judge_against
 from refllm.check.asked import Asked
 from refllm.check.explained import by_default
 from refllm.check.functions import DTYPES
+from refllm.check.keeper import keeper_for, part_of
 from refllm.check.layout import laid_out, words_of
 from refllm.check.oracle import Report, judge
+from refllm.check.plan import plan
 from refllm.check.trace import Trace
+from refllm.check.values import like, raw_of
 from refllm.check.weights import Given, format_error, handed_over
 from refllm.errors import InputError
 from refllm.forward.model import Model
@@ -29,6 +32,7 @@ def check_files(
     files: list[Path],
     settings: "Settings",
     step: Step = lambda *_: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Report]:
     """A report per file. settings: dtypes, at most one; tokens, for files that do not hold theirs; layout; and where
     the run had to round."""
@@ -43,12 +47,14 @@ def check_files(
     folders_to_check(folder)
     given = read_tokens(folder, AutoConfig.from_pretrained(folder).vocab_size, **settings.tokens)
     dtype, words, good = next(iter(settings.dtypes), None), settings.layout, settings.against
-    how: dict[str, Any] = {"dtype": dtype, "layout": words, "against": good, "step": step}
+    how: dict[str, Any] = {"dtype": dtype, "layout": words, "against": good, "step": step, "say": say}
     how["explain"] = settings.explain
     how["weights"] = None if settings.weights is None else Given.open(settings.weights)
     for file in files:
         trace = Trace.load(file, given)
-        yield check_recorded(lambda of: load(folder, of), trace, settings.rounding, checkpoint=folder.name, **how)
+        yield check_recorded(
+            lambda of: load(folder, of), trace, settings.rounding, checkpoint=folder.name, folder=folder, **how
+        )
 
 
 def check_recorded(
@@ -63,14 +69,18 @@ def check_recorded(
     step: Step = lambda *_: None,
     weights: Given | None = None,
     explain: bool | None = None,
+    folder: Path | None = None,
+    keeper: Any = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """The report on a recorded run. load: dtype -> the checkpoint, with weights on the grid of that dtype.
 
     dtype: in which it computed; None takes what the trace says, or shows. layout: how its values lie, in place of what
     the trace says (`refllm.check.layout.LAYOUTS`). against: a known-good run, the measure in place of the page.
     weights: those that it computed with, where they are not the checkpoint's; the file may hold them, as
-    `weights.<tensor>`. explain: see `judge`; None: `explained.by_default`. Raises InputError for a trace that is not of
-    this checkpoint.
+    `weights.<tensor>`. explain: see `judge`; None: `explained.by_default`. folder: of the checkpoint; then what was
+    judged so far is kept beside the trace. keeper: who has that instead. say: told what it will take. Raises InputError
+    for a trace that is not of this checkpoint.
     """
     format_ = dtype or trace.dtype
     if format_ not in DTYPES:
@@ -83,12 +93,17 @@ def check_recorded(
     model = load(format_) if weights is None else weights.in_place_of(load(format_))
     trace = canonical(replace(trace, dtype=format_, taps=taps), model, layout)
     where = f"{checkpoint} {format_}, {trace.inputs.label}"
-    how: dict[str, Any] = {"checkpoint": checkpoint, "step": lambda text: step(f"{where}: {text}")}
+    how: dict[str, Any] = {"checkpoint": checkpoint}
+    how["step"] = lambda text, *progress: step(f"{where}: {text}", *progress)
+    if planned := plan(model, trace.inputs, asked, "", format_):
+        say(f"{where}: {planned}")
     if weights is not None:
         asked = replace(asked, kinds=weights.kinds(model))
     if against is not None:
         return judge_against(model, trace, canonical(against, model, layout if against.is_plain else ""), asked, **how)
-    report = judge(model, trace, asked, explain=by_default(explain), **how)
+    keeper = keeper or keeper_for(trace, asked, folder)
+    report = judge(model, trace, asked, explain=by_default(explain), keeper=keeper, **how)
+    report.part = part_of(report.judged, trace, asked, dtype, layout, folder)
     if weights is not None:
         report.format_error = format_error(load("float64"), weights, trace.inputs, report)
     report.notes += said_of_weights
@@ -109,10 +124,10 @@ def canonical(trace: Trace, model: Model, layout: str = "") -> Trace:
         largest = int(trace.inputs.input_ids.max())
         raise InputError(f"{trace.source}: token id {largest} is outside the vocabulary of {model.config.vocab_size}")
     words = words_of(layout, "--layout") or trace.layout
-    laid = laid_out(trace.taps, model.config, model.head, trace.inputs, words, trace.source)
+    laid = laid_out(raw_of(trace.taps), model.config, model.head, trace.inputs, words, trace.source)
     return replace(
         trace,
-        taps=laid.taps,
+        taps=like(trace.taps, laid.taps),
         layout=(),
         notes=[*trace.notes, *laid.notes],
         doubts=[*trace.doubts, *laid.doubts],
@@ -135,6 +150,8 @@ def refuse(given: dict[str, Any]) -> None:
         "--time-limit": "nothing is run",
         "--names": "nothing is run",
         "--library": "nothing is run",
+        "--backward": "a file has the values of a forward pass",
+        "--work": "the values are in a file already, and what was judged is kept beside it",
     }
     for option, value in given.items():
         if value:

@@ -236,6 +236,8 @@ def _isolated_cells(tap: TapReport) -> tuple[Text, Text]:
 
 
 def _end_to_end_cell(tap: TapReport) -> Text:
+    if not tap.end_to_end.elements:
+        return Text("-")
     return _limited(tap.end_to_end, tap.end_to_end.ratio, limits.end_to_end_limit(tap.end_to_end))
 
 

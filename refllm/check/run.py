@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refllm import extras
-from refllm.check.asked import Asked
+from refllm.check.asked import Asked, Layers
 from refllm.check.candidates import FAST, KNOWN, open_candidate, record, weights_of
 from refllm.check.functions import DTYPES
 from refllm.check.inputs import Inputs
@@ -22,6 +22,7 @@ from refllm.check.stacks import Opening
 from refllm.check.taps import EVERYTHING, Candidate
 from refllm.check.trace import Trace
 from refllm.check.weights import Given
+from refllm.check.work import Work
 from refllm.errors import InputError, RefllmError
 from refllm.forward.model import Model
 from refllm.forward.taps import axes_of_values
@@ -82,6 +83,9 @@ class Settings:
     explain: bool | None = None
     backward: bool = False
     frozen: tuple[str, ...] = ()
+    layers: str | None = None
+    last: int | None = None
+    work: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", tuple(dtype_name(dtype) for dtype in self.dtypes))
@@ -96,6 +100,10 @@ class Settings:
         if self.attention not in POLICY_OF_ATTENTION:
             raise InputError(f"--attn {self.attention} is not known: use {' or '.join(POLICY_OF_ATTENTION)}")
         _ = self.rounding, words_of(self.layout, "--layout")  # refuse what is not known
+        some = "--layers" if self.layers else "--last" if self.last is not None else ""
+        for option, given in (("--against", self.against is not None), ("--backward", self.backward)):
+            if some and given:
+                raise InputError(f"{some} looks at a part of a forward pass, so leave out {option}")
         if self.against is not None and self.stress:
             raise InputError("--against has the values of one run, so leave out --stress")
         if self.seconds is not None and not self.seconds > 0:
@@ -109,7 +117,8 @@ class Settings:
     @property
     def rounding(self) -> Asked:
         """Where the candidate has to round, and what is known of it."""
-        return Asked(rounding_of(self.candidate, self.policy, self.attention), self.splits, self.tf32)
+        policy = rounding_of(self.candidate, self.policy, self.attention)
+        return Asked(policy, self.splits, self.tf32, layers=Layers.of(self.layers), last=self.last)
 
 
 def rounding_of(candidate: str, policy: str | None, attention: str = "eager") -> Policy | None:
@@ -160,10 +169,13 @@ def candidates_to_check(given: list[str] | None, checkpoint: Path | None) -> tup
 
 
 def check_all(
-    folders: list[Path], settings: Settings | list[Settings], step: Step = lambda *_: None
+    folders: list[Path],
+    settings: Settings | list[Settings],
+    step: Step = lambda *_: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Report]:
     """One report per candidate, folder, precision and input, as they are done. settings: of one candidate or several,
-    of which the first says how they run."""
+    of which the first says how they run. say: told what a check will take, before it begins."""
     several = settings if isinstance(settings, list) else [settings]
     jobs = [_Job(folder, dtype, each) for each in several for folder in folders for dtype in _dtypes(each)]
     with Processes(several[0].seconds) as processes:
@@ -173,7 +185,7 @@ def check_all(
                 jobs[:0] = [_Job(job.folder, dtype, job.settings) for dtype in DEFAULT_DTYPES]
                 jobs[0].candidate = job.candidate
             else:
-                yield from _check(job, jobs[0] if jobs else None, processes, step)
+                yield from _check(job, jobs[0] if jobs else None, processes, step, say)
 
 
 def _dtypes(settings: Settings) -> tuple[str, ...] | tuple[None]:
@@ -191,11 +203,20 @@ class _Job:
         self.candidate: Candidate | None = None
 
     def open(self, processes: Processes) -> Candidate:
-        """The candidate; one in a process of its own is only begun with."""
+        """The candidate; one in a process of its own is only begun with, or not even that where its values are kept."""
         if self.candidate is None:
-            open_one = processes.open if self.settings.isolate else open_candidate
-            self.candidate = open_one(self.settings.opening(self.folder, self.dtype or DEFAULT_DTYPES[0]))
+            opening = self.settings.opening(self.folder, self.dtype or DEFAULT_DTYPES[0])
+            if self.settings.isolate:
+                self.candidate = processes.open(opening, begin=self.work is None or not self.work.has_any())
+            else:
+                self.candidate = open_candidate(opening)
         return self.candidate
+
+    @property
+    def work(self) -> Work | None:
+        """Where what was done is kept."""
+        given, dtype = self.settings.work, self.dtype or DEFAULT_DTYPES[0]
+        return None if given is None else Work(given, self.folder, self.settings.candidate, dtype)
 
     def takes_dtype(self, processes: Processes) -> bool:
         """Whether it is told in which precision to compute. One that cannot be opened is not."""
@@ -208,7 +229,9 @@ class _Job:
         return "dtype" in getattr(candidate, "takes", EVERYTHING)
 
 
-def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) -> Iterator[Report]:
+def _check(
+    job: _Job, following: _Job | None, processes: Processes, step: Step, say: Callable[[str], None]
+) -> Iterator[Report]:
     """A report per input. The candidate of the following job is opened while the last run of this one is judged."""
     step(f"{job.folder.name}: loading")
     candidate = job.open(processes)  # it loads its weights while this process loads its own
@@ -235,11 +258,13 @@ def _check(job: _Job, following: _Job | None, processes: Processes, step: Step) 
         against=good,
         notes=notes,
         step=step,
+        say=say,
         recorded=go_on,
         weights=weights_of(opening) if job.settings.weights is None else Given.open(job.settings.weights),
         explain=job.settings.explain,
         backward=job.settings.backward,
         frozen=job.settings.frozen,
+        work=job.work,
     )
     yield from runs.reports()
 

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +14,17 @@ from refllm.check.candidates import record
 from refllm.check.chosen_embeddings import chosen
 from refllm.check.explained import by_default
 from refllm.check.inputs import Inputs, every_token, stressed
+from refllm.check.keeper import keeper_for, part_of
 from refllm.check.learning import more_runs, must_show_gradients, with_labels
 from refllm.check.misbehaviour import MisbehavesError, Misbehaviour
 from refllm.check.oracle import Report, judge
+from refllm.check.plan import plan
 from refllm.check.recorded import canonical
 from refllm.check.taps import EVERYTHING, Candidate, cannot_run
 from refllm.check.trace import Trace, format_of
 from refllm.check.unseen import EMBEDDING, Rows, read_rows
 from refllm.check.weights import Given, format_error
+from refllm.check.work import Work
 from refllm.config import ModelConfig
 from refllm.errors import InputError
 from refllm.forward.model import Model
@@ -34,11 +38,12 @@ class Runs:
 
     said: whether somebody said the candidate's dtype; if not, and it takes none, it is found in what it shows.
     layout: how the candidate's values lie, where their shapes do not tell (`refllm.check.layout.LAYOUTS`).
-    against: a known-good run, the measure in place of the page; of the plain inputs.
-    recorded: called when the last run is done and not yet judged. weights: those that the candidate really
-    has, where they are not the checkpoint's; it may hand them over in its first run. explain: look for what a wrong
-    run did (`refllm.check.explained`); None: in the first runs that fail, until one is explained. backward: gradients
-    are asked for as well. frozen: names or patterns of tensors that learn nothing.
+    against: a known-good run, the measure in place of the page; of the plain inputs. say: told what it will take,
+    before it begins. recorded: called when the last run is done and not yet judged. weights: those that the candidate
+    really has, where they are not the checkpoint's; it may hand them over in its first run. explain: look for what a
+    wrong run did (`refllm.check.explained`); None: in the first runs that fail, until one is explained. backward:
+    gradients are asked for as well. frozen: names or patterns of tensors that learn nothing. work: where what was done
+    is kept.
     """
 
     load: Callable[[str], Model]
@@ -52,11 +57,13 @@ class Runs:
     against: Trace | None = None
     notes: list[str] = field(default_factory=list)
     step: Callable[..., None] = lambda *_: None
+    say: Callable[[str], None] = lambda text: None
     recorded: Callable[[], None] = lambda: None
     explain: bool | None = None
     weights: Given | None = None
     backward: bool = False
     frozen: tuple[str, ...] = ()
+    work: Work | None = None
 
     def __post_init__(self) -> None:
         self._check_weights()
@@ -80,6 +87,7 @@ class Runs:
         yield from self._first(more)
         for inputs in more:
             found = self._run(inputs)
+            self._keep(inputs, found)
             ends = _hangs(found)  # it would take as long again
             if ends or inputs is more[-1]:
                 self.recorded()
@@ -93,6 +101,8 @@ class Runs:
         """Reports on the plain run, and on rows of the embedding. What else there is to run is added to `more`."""
         if self.backward:
             self._ask_for_gradients()
+        elif planned := plan(self._model, self.plain, Asked.of(self.policy), self.candidate.name, self.candidate.dtype):
+            self.say(f"{self._where(self.plain)}: {planned}")
         begin = time.monotonic()
         found, rows = self._run(self.plain), Rows(0, 0)
         seconds = time.monotonic() - begin
@@ -102,6 +112,7 @@ class Runs:
         if isinstance(found, Trace):
             self._settle(found)
             rows = self._rows(found, possible, seconds) if self.against is None else rows
+            self._keep(self.plain, found, rows)
         more += [] if _hangs(found) else possible
         if not more:
             self.recorded()
@@ -121,11 +132,21 @@ class Runs:
         self.plain = with_labels(self.plain, self._model, self.candidate, self.frozen)
 
     def _run(self, inputs: Inputs) -> Trace | Misbehaviour:
+        kept = None if self.work is None else self.work.kept(inputs)
+        if kept is not None:
+            self.step(f"{self._where(inputs)}: the values that are kept in {kept.file}")
+            return canonical(kept, self._model, ",".join(self.layout))
         self.step(f"{self._where(inputs)}: {self.candidate.name}")
         try:
-            return record(self.candidate, self._model, inputs, self.layout)
+            file = None if self.work is None else self.work.file(inputs)
+            return record(self.candidate, self._model, inputs, self.layout, file)
         except MisbehavesError as error:
             return error.found
+
+    def _keep(self, inputs: Inputs, found: Trace | Misbehaviour, rows: Rows | None = None) -> None:
+        """Says in the folder of the work that these values are all there. Gradients are in no file."""
+        if self.work is not None and isinstance(found, Trace) and not (found.gradients or found.weights):
+            self.work.complete(inputs, None if rows is None or rows.wrong is not None else rows)
 
     def _where(self, inputs: Inputs) -> str:
         return f"{self.checkpoint} {self.candidate.dtype}, {inputs.label}"
@@ -190,6 +211,9 @@ class Runs:
     def _rows(self, trace: Trace, more: list[Inputs], seconds: float) -> Rows:
         """See `read_rows`. Where the candidate does not show its embedding and inputs are stressed, every token goes
         through the whole model, if they are not too many: such inputs are added to `more`."""
+        kept = None if self.work is None else self.work.rows(self.plain)
+        if kept is not None:
+            return Rows(**kept)
         vocab = self._model.config.vocab_size
         every = every_token(vocab, self.plain.input_ids.shape[1])
         if EMBEDDING not in trace.taps and self.stress and every is not None:
@@ -204,20 +228,24 @@ class Runs:
             report = self._misbehaving(inputs, found)
         else:
             where = self._where(inputs)
-            step = lambda text: self.step(f"{where}: {text}")  # noqa: E731
+            step = lambda text, *progress: self.step(f"{where}: {text}", *progress)  # noqa: E731
             report = self._measured(found, step)
         of_the_stack = [said for name, said in self.candidate.details.items() if name == "note"]
         report.notes += [*(notes or []), *self.notes, *of_the_stack]
         return report
 
-    def _measured(self, trace: Trace, step: Callable[[str], None]) -> Report:
+    def _measured(self, trace: Trace, step: Callable[..., None]) -> Report:
         asked = Asked.of(self.policy)
         if self.weights is not None:
             asked = replace(asked, kinds=self.weights.kinds(self._model))
         if self.against is None:
             explain = by_default(self.explain)
             explain = False if explain is None and self._is_explained else explain
-            report = judge(self._model, trace, asked, checkpoint=self.checkpoint, step=step, explain=explain)
+            keeper = None if self.work is None else keeper_for(trace, asked, self.work.checkpoint)
+            how: dict[str, Any] = {"checkpoint": self.checkpoint, "step": step, "keeper": keeper}
+            report = judge(self._model, trace, asked, explain=explain, **how)
+            words, folder = ",".join(self.layout), None if self.work is None else self.work.checkpoint
+            report.part = part_of(report.judged, trace, asked, trace.dtype, words, folder)
             self._is_explained |= report.explanation is not None and bool(report.explanation.causes)
             return report
         layout = ",".join(self.layout) if self.against.is_plain else ""

@@ -7,6 +7,7 @@ with `input_ids` and tensors whose names are those of `refllm.forward.taps` (doc
 import json
 import math
 import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import numpy as np
 
 from refllm.check.inputs import Inputs
 from refllm.check.layout import words_of
+from refllm.check.values import IN_MEMORY, Taps, Values, narrowed, widened
 from refllm.errors import CheckpointError, InputError
 from refllm.precision import rounding
 from refllm.precision.dtype_names import dtype_name
 from refllm.storage import input_file, output_file
+from refllm.storage.checkpoint import MappedFile
 from refllm.storage.checkpoint_writer import header
 from refllm.storage.safetensors_format import read_header
 
@@ -42,10 +45,10 @@ class Trace:
     that say how the values lie; notes, doubts: what was said when they were brought to the shapes of the vocabulary
     (`refllm.check.layout.Laid`), last_alone: what the logits are, as there. weights: tensors that the candidate handed
     over (`refllm.check.weights`), which no file keeps. gradients: "grad:" + name of a value or
-    tensor -> array, of a backward pass; no file keeps them.
+    tensor -> array, of a backward pass; no file keeps them. file: in which the values lie, None for none.
     """
 
-    taps: dict[str, np.ndarray]
+    taps: Taps
     inputs: Inputs
     source: str
     dtype: str
@@ -56,8 +59,9 @@ class Trace:
     layout: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
-    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    gradients: Taps = field(default_factory=dict)
     last_alone: bool = False
+    file: Path | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -74,28 +78,19 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write to a file. Narrow values are stored in their own dtype, two bytes each."""
-        import ml_dtypes
+        write_tensors(path, _Narrowed(self), self.metadata())
 
-        stored = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(self.dtype)
-        tensors = {
-            f"tap.{i:05d}.{name}": np.ascontiguousarray(_narrow(value, stored))
-            for i, (name, value) in enumerate(self.taps.items())
-        }
-        for name in _INPUTS:
-            value = getattr(self.inputs, name)
-            if value is not None:
-                tensors[f"input.{name}"] = np.ascontiguousarray(value.astype(np.int64))
-        if self.inputs.embeds is not None:
-            tensors["input.embeds"] = np.ascontiguousarray(self.inputs.embeds, np.float32)
+    def metadata(self) -> dict[str, str]:
+        """What a file says of the run, beside its values and inputs."""
         about: dict[str, Any] = {
             "source": self.source,
             "dtype": self.dtype,
             "head": self.head,
             "config_hash": self.config_hash,
+            "layout": self.layout,
         }
         about |= {"chunks": self.inputs.chunks, "embeds_scale": self.inputs.embeds_scale, "label": self.inputs.label}
-        metadata = {"format": FORMAT, "about": json.dumps(about), "details": json.dumps(self.details)}
-        write_tensors(path, tensors, metadata)
+        return {"format": FORMAT, "about": json.dumps(about), "details": json.dumps(self.details)}
 
     @staticmethod
     def load(path: str | Path, input_ids: np.ndarray | None = None) -> "Trace":
@@ -110,10 +105,9 @@ class Trace:
         if not os.path.exists(path):
             raise InputError(f"{path}: no such file; a trace is made by refllm trace, or by any program ({_PAGE})")
         try:
-            tensors, metadata = _read(path)
-            if metadata.get("format") == FORMAT:
-                return _of_refllm(tensors, metadata, input_ids)
-            return _plain(tensors, metadata, input_ids, path.name)
+            tensors, metadata, values = _read(path)
+            made = _of_refllm if metadata.get("format") == FORMAT else _plain
+            return made(tensors, metadata, input_ids, path, values)
         except (CheckpointError, InputError) as error:
             said = str(error).removeprefix(f"{path}: ")
             raise InputError(f"{path}: {said}; a trace is made by refllm trace, or by any program ({_PAGE})") from None
@@ -121,8 +115,42 @@ class Trace:
             raise InputError(f"{path}: not readable as a trace ({error}); make it again with refllm trace") from None
 
 
-def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file of contiguous arrays. Raises InputError where it cannot be written."""
+def tap_name(number: int, name: str) -> str:
+    """What a file calls the value `name` that was shown after `number` others."""
+    return f"tap.{number:05d}.{name}"
+
+
+def tensors_of(inputs: Inputs) -> dict[str, np.ndarray]:
+    """What a file has of the inputs."""
+    given = {f"input.{name}": getattr(inputs, name) for name in _INPUTS}
+    tensors = {name: np.ascontiguousarray(value.astype(np.int64)) for name, value in given.items() if value is not None}
+    if inputs.embeds is not None:
+        tensors["input.embeds"] = np.ascontiguousarray(inputs.embeds, np.float32)
+    return tensors
+
+
+class _Narrowed(Mapping[str, np.ndarray]):
+    """The tensors of a trace's file, each made when it is asked for."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace, self._inputs = trace, tensors_of(trace.inputs)
+        self._names = {tap_name(i, name): name for i, name in enumerate(trace.taps)}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name in self._inputs:
+            return self._inputs[name]
+        return np.ascontiguousarray(narrowed(self._trace.taps[self._names[name]], self._trace.dtype))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._names, *self._inputs))
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._inputs)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file of contiguous arrays, each of which is asked for twice. Raises InputError where it
+    cannot be written."""
     kinds = {name: (value.shape, value.dtype.name) for name, value in tensors.items()}
     try:
         with output_file.replacing(path) as file:
@@ -133,8 +161,9 @@ def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: di
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors, in the order of their data, and the metadata of a file that is not trusted."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str], Callable[[dict[str, np.ndarray]], Taps]]:
+    """The tensors, in the order of their data, and the metadata of a file that is not trusted; and what makes values of
+    some of them: those of a large file stay there."""
     from safetensors import safe_open
 
     input_file.must_be_regular(path)
@@ -145,15 +174,25 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     strange = next((name for name, info in infos.items() if not _readable(name, info.dtype)), None)
     if strange is not None:
         raise InputError(f"{strange} is {infos[strange].dtype}; expected float32, bfloat16, float16 or float64")
+    if sum(info.nbytes for info in infos.values()) > IN_MEMORY:
+        mapped = MappedFile(path)
+        return {name: mapped.view(name) for name in mapped.tensors}, metadata, Values
     with safe_open(str(path), framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in infos}, metadata
+        tensors = {name: file.get_tensor(name) for name in infos}
+    return tensors, metadata, lambda raw: {name: widened(value) for name, value in raw.items()}
 
 
 def _readable(name: str, dtype: str) -> bool:
     return name.removeprefix("input.") in _INPUTS or dtype in DTYPES
 
 
-def _of_refllm(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.ndarray | None) -> Trace:
+def _of_refllm(
+    tensors: dict[str, np.ndarray],
+    metadata: dict[str, str],
+    given: np.ndarray | None,
+    path: Path,
+    values: Callable[[dict[str, np.ndarray]], Taps],
+) -> Trace:
     about, details = json.loads(metadata["about"]), json.loads(metadata["details"])
     if not all(isinstance(about[key], str) for key in ("source", "dtype", "head", "config_hash", "label")):
         raise InputError("its metadata says something other than a text of its source, dtype, head, config or label")
@@ -163,27 +202,36 @@ def _of_refllm(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: 
     chunks = tuple(int(size) for size in about["chunks"])
     inputs = _inputs(ids, mask, positions, given, chunks=chunks, embeds_scale=scale, label=about["label"])
     inputs = replace(inputs, embeds=tensors.get("input.embeds"))
-    taps = {n.split(".", 2)[2]: _wide(value) for n, value in sorted(tensors.items()) if n.startswith("tap.")}
-    return Trace(taps, inputs, about["source"], dtype, about["head"], about["config_hash"], _texts(details))
+    taps = values({n.split(".", 2)[2]: value for n, value in sorted(tensors.items()) if n.startswith("tap.")})
+    said = about["source"], dtype, about["head"], about["config_hash"], _texts(details)
+    layout = words_of(",".join(about.get("layout", ())), "its metadata")
+    return Trace(taps, inputs, *said, layout=layout, file=path)
 
 
-def _plain(tensors: dict[str, np.ndarray], metadata: dict[str, str], given: np.ndarray | None, file: str) -> Trace:
-    """What any program may write: see `_PAGE`. file: what to call it if it does not say."""
+def _plain(
+    tensors: dict[str, np.ndarray],
+    metadata: dict[str, str],
+    given: np.ndarray | None,
+    path: Path,
+    values: Callable[[dict[str, np.ndarray]], Taps],
+) -> Trace:
+    """What any program may write: see `_PAGE`."""
     ids, mask, positions = (tensors.pop(name, None) for name in _INPUTS)
     dtype, scale = metadata.get("dtype", ""), metadata.get("embeds_scale")
     stored = [d for d in DTYPES[1:3] if any(value.dtype.name == d for value in tensors.values())]
     label, factor = metadata.get("label", "recorded tokens"), None if scale is None else _scale(scale)
     inputs = _inputs(ids, mask, positions, given, label=label, embeds_scale=factor)
-    taps = {name: _wide(value) for name, value in tensors.items()}
+    taps = values(tensors)
     return Trace(
         taps,
         inputs,
-        source=metadata.get("source", file),
+        source=metadata.get("source", path.name),
         dtype=_dtype(dtype) if dtype else stored[0] if len(stored) == 1 else format_of(taps),
         head="",
         config_hash=metadata.get("config_hash", ""),
         details={key: value for key, value in metadata.items() if key not in ("format", "layout")},
         layout=words_of(metadata.get("layout", ""), "its metadata"),
+        file=path,
     )
 
 
@@ -237,7 +285,7 @@ def _texts(values: Any) -> dict[str, str]:
     return {str(key): str(value) for key, value in values.items()}
 
 
-def format_of(taps: dict[str, np.ndarray]) -> str:
+def format_of(taps: Mapping[str, np.ndarray]) -> str:
     """The dtype on whose grid the values lie that somebody shows: one value in a narrow format is enough, since norms
     and logits may be wider. The embedding does not count, which is on the grid of the checkpoint."""
     for name, value in taps.items():
@@ -248,15 +296,3 @@ def format_of(taps: dict[str, np.ndarray]) -> str:
                 if (rounding(dtype)(some) == some).all():
                     return dtype
     return "float32"
-
-
-def _narrow(value: np.ndarray, dtype: Any) -> np.ndarray:
-    """The value in the narrow dtype if that holds it exactly (norms of a mixed-precision stack may be wider)."""
-    if dtype is None:
-        return value
-    narrow = value.astype(dtype)
-    return narrow if np.array_equal(narrow.astype(value.dtype), value, equal_nan=True) else value
-
-
-def _wide(value: np.ndarray) -> np.ndarray:
-    return value if value.dtype in (np.float64, np.float32) else value.astype(np.float32)

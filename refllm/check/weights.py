@@ -16,6 +16,7 @@ from refllm.accuracy.limits import ANOTHER_TENSOR, OF_ONE_ROUNDING, OF_THE_SMALL
 from refllm.check.inputs import Inputs
 from refllm.check.next_tokens import compare_tokens
 from refllm.check.taps import as_array
+from refllm.check.values import Taps, only
 from refllm.errors import CheckpointError, InputError
 from refllm.forward.model import Model
 from refllm.forward.taps import HEAD_TAPS
@@ -196,10 +197,10 @@ class _Arrays(Mapping[str, np.ndarray]):
         return len(self.names)
 
 
-def handed_over(taps: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def handed_over(taps: Taps) -> tuple[Taps, dict[str, np.ndarray]]:
     """The values among what a candidate named, and the tensors, without their prefix."""
-    tensors = {name.removeprefix(HANDED): value for name, value in taps.items() if name.startswith(HANDED)}
-    return {name: value for name, value in taps.items() if not name.startswith(HANDED)}, tensors
+    tensors = {name.removeprefix(HANDED): taps[name] for name in taps if name.startswith(HANDED)}
+    return only(taps, [name for name in taps if not name.startswith(HANDED)]), tensors
 
 
 # ------------------------------------------------------------------------------------------------ what the format costs

@@ -102,6 +102,22 @@ def bench_memory(
     _show(shown, stamp("memory") | about | result, json_file)
 
 
+@app.command("checkpoint")
+def bench_checkpoint(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A published one: helium-1-2b, afm-4.5b, ...")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it.")],
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="So many, and not as many as it has.")] = None,
+) -> None:
+    """Write a checkpoint of a published model's shape with random bfloat16 weights: to see what a check of that size
+    takes."""
+    from refllm.bench.memory import write_published
+
+    with StatusLine(sys.stderr) as step:
+        step(f"writing random weights: {model}")
+        numbers = write_published(folder, model, layers)
+    console(quiet=False).print(f"{folder}: {numbers / 1e9:.2f} billion random weights of the shape of {model}")
+
+
 @app.command("growth")
 def bench_growth(
     shape: Annotated[

@@ -120,8 +120,11 @@ TimeLimit = Annotated[
 
 @app.command()
 def check(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="CHECKPOINT", help="Folder; without one, all embedded checkpoints.")
+    given: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="CHECKPOINT", help="Folder; without one, all embedded checkpoints. With --merge, the parts."
+        ),
     ] = None,
     candidate: Annotated[
         list[str] | None,
@@ -201,6 +204,32 @@ def check(
             help="Judge against the recorded run in this file, which is known to be good; its tokens are run.",
         ),
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers", metavar="A:B", help="Judge the layers from A on and before B alone: a first look, or a part."
+        ),
+    ] = None,
+    last: Annotated[
+        int | None, typer.Option("--last", metavar="N", help="Judge the last N positions alone: a first look.")
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work",
+            metavar="DIR",
+            help="Keep the values of every run there, and what was judged; the same command goes on from that. For "
+            "another candidate, or a changed one, another folder.",
+        ),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Put parts together, each written by --layers A:B --json part.json of one recorded run: refllm check "
+            "--merge part*.json. --trace F and a CHECKPOINT where they lie elsewhere now.",
+        ),
+    ] = False,
     page: Page = None,
     explain: Annotated[
         bool | None,
@@ -231,6 +260,7 @@ def check(
     from refllm.commands.gate import Known
 
     known = Known.load(known_file)
+    checkpoint, parts = _checkpoint_and_parts(given, merge)
     if logprobs:
         others: dict[str, Any] = {
             "--candidate": candidate,
@@ -242,12 +272,13 @@ def check(
             "--taps": taps,
             "--explain": explain,
         }
+        others |= {"--layers": layers, "--last": last, "--work": work, "--merge": merge}
         others |= {"--weights": weights, "--time-limit": time_limit, "--names": names}
         others |= {"--backward": backward}
         others |= {"--prompt": prompt, "--ids": ids, "--ids-file": ids_file, "--layout": layout, "--library": library}
-        given = next((option for option, value in others.items() if value), None)
-        if given is not None:
-            raise InputError(f"--logprobs judges what a file says, so leave out {given}")
+        too_much = next((option for option, value in others.items() if value), None)
+        if too_much is not None:
+            raise InputError(f"--logprobs judges what a file says, so leave out {too_much}")
         if checkpoint is None or len(logprobs) > 2:
             raise InputError(
                 "--logprobs needs the CHECKPOINT, and one file or two: refllm check CHECKPOINT --logprobs F"
@@ -264,12 +295,15 @@ def check(
 
         more["against"] = Trace.load(against)
     more |= {"weights": weights, "explain": explain, "backward": backward, "frozen": tuple(frozen or ())}
+    more |= {"layers": layers, "last": last, "work": work}
+    if work is not None:
+        output_file.must_be_folder("--work", work)
     if recorded:
         from refllm.check.recorded import check_files, refuse
 
         runs_it = {"--candidate": candidate, "--stress": stress, "--time-limit": time_limit, "--names": names}
-        refuse({**runs_it, "--library": library, "--backward": backward})
-    candidates, left_out = ([""], []) if recorded else run.candidates_to_check(candidate, checkpoint)
+        refuse({**runs_it, "--library": library, "--backward": backward, "--work": work})
+    candidates, left_out = ([""], []) if recorded or merge else run.candidates_to_check(candidate, checkpoint)
     if backward and not candidate and set(candidates) & {*run.FAST}:
         candidates = [name for name in candidates if name not in run.FAST]
         left_out = [*left_out, "not checked: torch and triton, which show no gradients yet"]
@@ -277,14 +311,29 @@ def check(
         run.Settings(name, tuple(dtype or ()), attention, policy, stress, tokens, time_limit, **more)
         for name in candidates
     ]
-    console, folders = _console(quiet=_to_stdout(json_file)), run.folders_to_check(checkpoint)
+    console, folders = _console(quiet=_to_stdout(json_file)), [] if merge else run.folders_to_check(checkpoint)
     reports = []
     with CutShort(time) as cut:
-        runs = check_files(checkpoint, recorded, settings[0], cut.step) if recorded else None
-        for report in runs or run.check_all(folders, settings, cut.step):
+
+        def say(text: str) -> None:
+            cut.clear()
+            console.print(text, soft_wrap=True, markup=False)
+
+        if merge:
+            from refllm.check.merged import check_parts
+
+            runs = check_parts(parts, checkpoint, recorded[0] if recorded else None, cut.step, explain)
+        elif recorded:
+            runs = check_files(checkpoint, recorded, settings[0], cut.step, say)
+        else:
+            runs = run.check_all(folders, settings, cut.step, say)
+        for report in runs:
             reports.append(report)
             cut.clear()
             console.print(show.show_report(report, verbose=taps))
+    if cut.report is not None:
+        reports.append(cut.report)
+        console.print(show.show_report(cut.report, verbose=taps))
     if len(reports) > 1:
         console.print(show.show_summary(reports))
     for sentence in left_out:
@@ -300,6 +349,18 @@ def check(
 
         write_html(html_file, reports, {"command": _command()}, run.token_texts(folders), cut.why)
     conclude(found, known, console, json_file, junit)
+
+
+def _checkpoint_and_parts(given: list[Path] | None, merge: bool) -> tuple[Path | None, list[Path]]:
+    """The folder of a checkpoint, and the files of parts that are to be merged."""
+    given = given or []
+    folders = [path for path in given if not merge or path.is_dir()]
+    if len(folders) > 1:
+        raise InputError(f"{folders[1]}: check takes one CHECKPOINT, and {folders[0]} is one")
+    parts = [path for path in given if merge and path not in folders]
+    if merge and not parts:
+        raise InputError("--merge needs the parts: refllm check --merge part*.json")
+    return (folders[0] if folders else None), parts
 
 
 def _command() -> str:
@@ -666,7 +727,8 @@ def _run() -> int:
         reason = error.strerror or str(error).splitlines()[0]
         code = _complain(f"{error.filename}: {reason}" if error.filename else reason)
     except MemoryError:
-        code = _complain("not enough memory: try a smaller input" + " or --low-memory" * _takes("--low-memory"))
+        ways = [f" or {option}" for option in ("--low-memory", "--layers A:B", "--last N") if _takes(option.split()[0])]
+        code = _complain(f"not enough memory: try a smaller input{''.join(ways)}")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     return code if isinstance(code, int) else HOLDS

@@ -11,11 +11,13 @@ from refllm.terminal.status_line import StatusLine
 class CutShort:
     """Says on the status line what is being done, and swallows the interruption. A context manager.
 
-    seconds: after which it ends; None: never. why: after it, a clause on why not all was done; "" if all was.
+    seconds: after which it ends; None: never. why: after it, a clause on why not all was done; "" if all was. report:
+    on what was being judged at that moment, as far as it was, if there is one.
     """
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds, self.why = seconds, ""
+        self.report: Any = None
         self._line, self._doing = StatusLine(sys.stderr), ""
         self._interrupts = Interrupts(seconds)
 
@@ -49,6 +51,7 @@ class CutShort:
         self._line.clear()
         if not isinstance(error, KeyboardInterrupt):
             return False
+        self.report = getattr(error, "report", None)
         at = f" at {self._doing}" if self._doing else ""
         self.why = f"the time of {self.seconds:g} s was up{at}" if self._interrupts.late else "it was interrupted"
         return True

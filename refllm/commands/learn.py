@@ -340,6 +340,7 @@ def _values(review: "Review", one: "Exercise", path: Path, hints: int) -> dict[s
         "stages": {stage: "holds" if ok else "fails" for stage, ok in review.stages.items()},
         "named": [asdict(named) for named in review.named],
         "where": review.where,
+        "printed": review.printed,
         "trouble": asdict(review.trouble) if review.trouble else None,
         "question": question(review, one) if review.by_values and review.drawn else "",
         "hints": [] if review.done else list(hints_of(review, one)),

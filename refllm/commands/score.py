@@ -8,6 +8,7 @@ is the one). A text longer than the context is cut into windows that overlap: ea
 that gives it the most context, at least context - stride tokens.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from refllm.errors import InputError
+from refllm.storage.weights import free_memory
 
 Step = Callable[..., None]
 
@@ -158,13 +160,22 @@ def score_source(
     if ids_1S is None:
         raise InputError("nothing to score: give --prompt, --ids, --ids-file or --file")
     step("loading")
-    model = refllm.load(folder, head="causal_lm", **how)
+    model = refllm.load(folder, head="causal_lm", **how | {"low_memory": how["low_memory"] or not fits(config, how)})
     nll = score_tokens(model, ids_1S[0], context=context, stride=stride, step=step)
     pieces = None
     if text is not None:
         tokenizer = refllm.AutoTokenizer.from_pretrained(folder)
         pieces = [tokenizer.decode([int(token)]) for token in ids_1S[0]]
     return Score(ids_1S[0], nll, pieces, len(text.encode()) if text is not None else None)
+
+
+def fits(config: Any, how: dict[str, Any]) -> bool:
+    """Whether the float32 weights of the NumPy backend fit into the memory that is free, and need not be read layer by
+    layer, which takes longer. Those of another backend lie on a device."""
+    from refllm.models.auto import model_class
+
+    numbers = sum(math.prod(shape) for shape in model_class(config, "causal_lm").tensors(config).values())
+    return how["backend"] != "numpy" or 4 * numbers < free_memory()
 
 
 def show_score(score: Score, most: int = 40) -> Any:

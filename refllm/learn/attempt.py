@@ -5,7 +5,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from refllm.learn.exercise import Exercise, Given
 
 SECONDS = 20.0
 """How long an answer may take for all of its calls."""
+_LINES, _WIDTH = 12, 200
+"""What is shown of what an answer prints: so many lines, and so much of each."""
 NOT_BEGUN, CHANGES = "not begun", "changes"
 _UNWRITTEN = "yours to write"
 
@@ -37,12 +39,14 @@ class Trouble:
 @dataclass(frozen=True)
 class Attempt:
     """What an answer gave. results: by the number of the designed call. drawn: of the calls that are only drawn.
-    troubles: in the order in which they came. bug: what the file says in BUG."""
+    troubles: in the order in which they came. bug: what the file says in BUG. printed: what the answer printed, its
+    first lines."""
 
     results: dict[int, tuple[np.ndarray, ...]]
     drawn: dict[int, tuple[np.ndarray, ...]]
     troubles: tuple[Trouble, ...]
     bug: str = ""
+    printed: str = ""
 
 
 def attempt(exercise: Exercise, path: Path, seconds: float = SECONDS, forked: bool = True) -> Attempt:
@@ -74,11 +78,19 @@ def attempt(exercise: Exercise, path: Path, seconds: float = SECONDS, forked: bo
     if exercise.uses_triton:
         import torch  # noqa: F401  (a fork keeps what is imported before it)
         import triton  # noqa: F401
-    found = apart.run(work, seconds)
+    parts: list[bytes] = []
+    found = apart.run(work, seconds, parts.append)
+    printed = _first_lines(b"".join(parts).decode("utf-8", "replace"))
     if isinstance(found, apart.Ended):
         kind = "raises" if found.in_time else "hangs"
-        return Attempt({}, {}, (Trouble(kind, f"your code gave no answer: {found.text}"),))
-    return _attempt(found)
+        return Attempt({}, {}, (Trouble(kind, f"your code gave no answer: {found.text}"),), printed=printed)
+    return replace(_attempt(found), printed=printed)
+
+
+def _first_lines(text: str) -> str:
+    lines = text.rstrip().splitlines()
+    more = [f"... and {len(lines) - _LINES} lines more"] if len(lines) > _LINES else []
+    return "\n".join([line[:_WIDTH] for line in lines[:_LINES]] + more)
 
 
 def _packages(exercise: Exercise) -> tuple[str, ...]:

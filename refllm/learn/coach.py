@@ -21,6 +21,8 @@ from refllm.learn.exercise import STAGES, Exercise, Given
 from refllm.opcheck.tile import tile
 
 _SECONDS_FOR_PAIRS = 0.7
+_ASKS = "Which cell of the table can you follow by hand, and which of your numbers or steps makes the difference?"
+"""The question before a mistake that has none of its own."""
 _MOST_CELLS = 120
 """Cells of a call that is drawn, if there is one that small."""
 
@@ -55,7 +57,7 @@ class Review:
 
     verdict: "incomplete" of what is not begun. stages: of `STAGES`, whether each holds. named: all mistakes that fit.
     where: the wrong cells in words. trouble: what came before any values, or beside them. drawn: the call to draw, None
-    where there are no numbers.
+    where there are no numbers. printed: the first lines of what the answer printed.
     """
 
     exercise: str
@@ -65,6 +67,7 @@ class Review:
     where: str = ""
     trouble: Trouble | None = None
     drawn: Drawn | None = None
+    printed: str = ""
     seconds: float = 0.0
 
     @property
@@ -83,8 +86,9 @@ def review(
 ) -> Review:
     """What the coach says of a file. without: names of mistakes that are left out. forked: see `attempt`."""
     start = time.perf_counter()
-    found = judged(exercise, attempt(exercise, path, seconds, forked), without)
-    return replace(found, seconds=time.perf_counter() - start)
+    tried = attempt(exercise, path, seconds, forked)
+    found = judged(exercise, tried, without)
+    return replace(found, printed=tried.printed, seconds=time.perf_counter() - start)
 
 
 def judged(exercise: Exercise, tried: Attempt, without: Collection[str] = ()) -> Review:
@@ -108,6 +112,7 @@ def judged(exercise: Exercise, tried: Attempt, without: Collection[str] = ()) ->
             return Review(exercise.name, "fails", stages, trouble=Trouble("misnamed", said))
         return Review(exercise.name, "holds", stages)
     fits = fitting_among([h for h in exercise.hypotheses if h.name not in without], [exercise.known], tried.results)
+    fits = fits or fitting_among(exercise.of_operator, [exercise.known], tried.results)
     named = tuple(_named(exercise, fit) for fit in fits) or _pairs(exercise, tried, without)
     drawn = _drawn(exercise, tried, fits[0] if fits else None)
     return Review(exercise.name, "fails", stages, named, _where(exercise, drawn), changes, drawn)
@@ -119,7 +124,7 @@ def _holds(exercise: Exercise, n: int, tried: Attempt) -> bool:
 
 def _named(exercise: Exercise, fit: Fit) -> Named:
     known = exercise.mistake(fit.hypothesis.name)
-    asks = known.asks if known else "Which of your numbers is that factor, and why is it there?"
+    asks = known.asks if known else _ASKS
     return Named(fit.hypothesis.name, fit.says, asks, fit.definition, fit.changed)
 
 
@@ -140,7 +145,7 @@ def _pairs(exercise: Exercise, tried: Attempt, without: Collection[str]) -> tupl
         )
         try:
             fits = fitting_among([both], [exercise.known], tried.results)
-        except (NoSuchTextError, SyntaxError, NameError):
+        except (NoSuchTextError, SyntaxError, NameError, AttributeError, KeyError):  # such a text is no program
             continue
         if fits and not fits[0].restricted:
             return (Named(both.name, both.says, one.asks, fits[0].definition, fits[0].changed, as_if=True),)

@@ -24,7 +24,8 @@ _ITS = {"B": "batch", "H": "head", "K": "kv head", "S": "query", "N": "row", "ro
 
 def drawn(review: Review, exercise: Exercise, hints: int) -> Group:
     """A review. hints: how much is told: 0 the question alone, 1 where to look, 2 the sentence, 3 the line."""
-    return Group(*_head(review), *_call(review.drawn, exercise), *told(review, exercise, hints))
+    printed = [Text(f"it prints:\n{review.printed}", style="dim")] if review.printed else []
+    return Group(*_head(review), *printed, *_call(review.drawn, exercise), *told(review, exercise, hints))
 
 
 def told(review: Review, exercise: Exercise, hints: int) -> list[Any]:

@@ -7,12 +7,13 @@ knows what a wrong answer would return, can say what is wrong in a sentence, and
 import ast
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from refllm.hypotheses.operators.catalogue import catalogue
 from refllm.hypotheses.operators.designed import CORNER
 from refllm.hypotheses.operators.edits import compiled, edited
 from refllm.hypotheses.operators.hypothesis import NUMBER, OpHypothesis, Variant, mistake
@@ -102,7 +103,9 @@ class Exercise:
     with a function of the same name; "" where it is the solution. shown: calls of a simple structure, on which a wrong
     answer is drawn by preference. planted: the name of the mistake that is in the file of a bug to find; choices: the
     names among which it has to be found; bug: its edit of the solution, as (old, new, ...), where the mistake's is of
-    another text. torch_may: more functions of Torch that an answer may call.
+    another text. operator: the operator of `refllm.ops` whose known mistakes are looked through where none of its own
+    fits; adapt: a lambda of that operator's definition and the arguments of the exercise, which returns a tuple.
+    torch_may: more functions of Torch that an answer may call.
     """
 
     name: str
@@ -120,6 +123,8 @@ class Exercise:
     planted: str = ""
     choices: tuple[str, ...] = ()
     bug: tuple[str, ...] = ()
+    operator: str = ""
+    adapt: str = "lambda operator, *given: operator(*given)"
     torch_may: tuple[str, ...] = ()
 
     @property
@@ -154,6 +159,16 @@ class Exercise:
         return tuple(
             mistake(self.name, m.name, m.says, *m.codes, numbers=m.numbers, definition=self.text) for m in self.mistakes
         ) + (_factor(self),)
+
+    @cached_property
+    def of_operator(self) -> tuple[OpHypothesis, ...]:
+        """The mistakes that are known of its operator, as answers to the exercise."""
+        if not self.operator:
+            return ()
+        asked = f"\n_operator = definition\n\n\ndef definition(*given):\n    return ({self.adapt})(_operator, *given)\n"
+        return tuple(
+            replace(h, operator=self.name, definition=h.text + asked) for h in catalogue(self.operator) if not h.place
+        )
 
     @cached_property
     def known(self) -> Outcomes:

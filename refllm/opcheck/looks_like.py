@@ -13,6 +13,7 @@ from refllm.accuracy.expected import remembered
 from refllm.hypotheses.operators.designed import designed
 from refllm.hypotheses.operators.fit import Answers, fitting, wrong_elements
 from refllm.hypotheses.operators.outcomes import outcomes
+from refllm.opcheck import gradients
 from refllm.opcheck.examine import Examiner, Finding
 from refllm.opcheck.offers import Offers
 from refllm.opcheck.tile import tile
@@ -87,6 +88,7 @@ def _values(examine: Examiner, call: Call) -> tuple[np.ndarray, ...] | None:
     if seen.property in _ENDS:
         raise _MisbehavesError
     expected = remembered(call, examine.task.policy, examine.convention)
+    seen = gradients.without_none(call, seen, expected)
     if seen.property or [r.value.shape for r in seen.results] != [e.exact.shape for e in expected]:
         return None
     return tuple(np.asarray(result.value, np.float64) for result in seen.results)

@@ -21,7 +21,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import ml_dtypes
 import numpy as np
@@ -74,11 +74,11 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 class Checkpoint:
     """The tensors of a checkpoint folder under the names that its files give them."""
 
-    def __init__(self, files: Mapping[str, "_MappedFile"], path: Path) -> None:
+    def __init__(self, files: Mapping[str, "MappedFile"], path: Path) -> None:
         """Use `Checkpoint.open`. `files` maps file names to mapped files; no tensor may be in two of them."""
         self.path = path
         self._files = files
-        self._owner: dict[str, _MappedFile] = {}
+        self._owner: dict[str, MappedFile] = {}
         for file in files.values():
             for name in file.tensors:
                 if name in self._owner:
@@ -195,24 +195,24 @@ class Checkpoint:
             )
         return self._owner[name].tensors[name]
 
-    def _mapped(self, name: str) -> "_MappedFile":
+    def _mapped(self, name: str) -> "MappedFile":
         self._info(name)
         return self._owner[name]
 
 
-class _MappedFile:
-    """One safetensors file: checked header and read-only memory map."""
+class MappedFile:
+    """One safetensors file: checked header and read-only memory map. file: open already, of one without a name."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
         self.path = path
         self.label = str(path)
         # The kind of file is asked before it is opened: opening a named pipe would wait for a writer.
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if file is None and not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path}: this is not a regular file, expected a safetensors file")
-        with open(path, "rb") as file:
-            self.tensors, self.metadata = read_header(file, self.label)
-            self._opened = os.fstat(file.fileno())
-            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with open(path, "rb") if file is None else contextlib.nullcontext(file) as opened:
+            self.tensors, self.metadata = read_header(opened, self.label)
+            self._opened = os.fstat(opened.fileno())
+            self._map: mmap.mmap | None = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
     def view(self, name: str) -> NDArray[Any]:
         info = self.tensors[name]
@@ -263,15 +263,15 @@ def _numpy_dtype(name: str) -> np.dtype[Any] | None:
     return np.dtype(name).newbyteorder("<")
 
 
-def _open_files(path: Path) -> dict[str, _MappedFile]:
+def _open_files(path: Path) -> dict[str, MappedFile]:
     if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
         raise CheckpointError(_refuse_pickle(path))
     if path.suffix == ".safetensors" and not path.is_dir():
-        return {path.name: _MappedFile(path)}
+        return {path.name: MappedFile(path)}
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder, expected a checkpoint folder with {SINGLE_FILE}")
     if os.path.lexists(path / SINGLE_FILE):
-        return {SINGLE_FILE: _MappedFile(path / SINGLE_FILE)}
+        return {SINGLE_FILE: MappedFile(path / SINGLE_FILE)}
     if os.path.lexists(path / INDEX_FILE):
         return _open_shards(path)
     for entry in sorted(path.iterdir()):
@@ -284,10 +284,10 @@ def _refuse_pickle(path: Path) -> str:
     return f"{path}: pickle files are not read, because opening one can run code; expected a safetensors file"
 
 
-def _open_shards(folder: Path) -> dict[str, _MappedFile]:
+def _open_shards(folder: Path) -> dict[str, MappedFile]:
     index = folder / INDEX_FILE
     weight_map = _read_weight_map(index)
-    files = {name: _MappedFile(_shard_path(folder, name, index)) for name in sorted(set(weight_map.values()))}
+    files = {name: MappedFile(_shard_path(folder, name, index)) for name in sorted(set(weight_map.values()))}
     for tensor, name in weight_map.items():
         if tensor not in files[name].tensors:
             raise CheckpointError(

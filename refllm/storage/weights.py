@@ -8,6 +8,7 @@
 Names are those of the pages, without the prefix of the file; `refllm.storage.load_report` compares the two.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 
 from refllm.errors import InputError
@@ -31,6 +33,8 @@ Progress = Callable[[int, int], None]
 
 # Elements that one thread converts at a time: 4 MiB of float32.
 TASK = 1 << 20
+UNREAD = 1 << 19
+"""Numbers of a matrix from which on it is worth not to have it in memory as a whole."""
 
 
 def identity(values: NDArray[Any]) -> NDArray[Any]:
@@ -43,6 +47,10 @@ class Source(Protocol):
 
     def fetch(self, name: str, index: Any = None) -> NDArray[Any]:
         """The tensor `name`, or `tensor[index]` for an index along its first axis."""
+        ...
+
+    def reads_parts(self, name: str) -> bool:
+        """Whether `tensor[index]` costs no more than its share of the tensor."""
         ...
 
 
@@ -114,6 +122,11 @@ class Weights(Mapping[str, NDArray[Any]]):
         for part in blocks(self.shapes[self.tied.get(name, name)][0], rows):
             yield self._fetch(name, part)
 
+    def unread(self) -> "Weights":
+        """The same weights for a reader that takes a matrix in blocks of rows: with low_memory a large one is not read
+        when it is asked for, but row by row as its numbers are (`Unread`), and it is never in memory as a whole."""
+        return self if self._source is None else _UnreadWeights(self)
+
     def renamed(self, prefix: str) -> Mapping[str, NDArray[Any]]:
         """The same tensors under the names of a file that puts `prefix` ("model.", "transformer.", "") before the
         backbone names: what `save_checkpoint` takes. Tied tensors occur once."""
@@ -140,6 +153,55 @@ class Weights(Mapping[str, NDArray[Any]]):
         return self._source.fetch(name, index)
 
 
+class _UnreadWeights(Weights):
+    """See `Weights.unread`."""
+
+    def __init__(self, of: Weights) -> None:
+        super().__init__(of.shapes, of._kept, source=of._source, tied=of.tied, report=of.report)
+
+    def _fetch(self, name: str, index: Any = None) -> Any:
+        own, source = self.tied.get(name, name), self._source
+        shape = self.shapes.get(own, ())
+        large = len(shape) == 2 and math.prod(shape) >= UNREAD
+        if index is not None or own in self._kept or source is None or not large or not source.reads_parts(own):
+            return super()._fetch(name, index)
+        return Unread(source, own, shape)
+
+
+class Unread(NDArrayOperatorsMixin):
+    """A matrix that is not read yet. Its rows are, when they are asked for (a slice or an array of numbers of rows),
+    and nothing is kept; whatever else is done with it is done with the whole matrix, which is read for that."""
+
+    ndim = 2
+
+    def __init__(self, source: Source, name: str, shape: Shape) -> None:
+        self._source, self._name, self.shape = source, name, shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            found = self._source.fetch(self._name, slice(*rows.indices(len(self))))
+        elif isinstance(rows, np.ndarray) and rows.dtype.kind == "i":
+            found = self._source.fetch(self._name, rows)
+        else:
+            return np.asarray(self)[index]
+        return found[:, *others] if others else found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self._source.fetch(self._name), dtype)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **how: Any) -> Any:
+        return getattr(ufunc, method)(*(np.asarray(x) if isinstance(x, Unread) else x for x in inputs), **how)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(np.asarray(self), name)
+
+
 def _weights_of_parts(
     shapes: dict[str, Shape],
     kept: dict[str, NDArray[Any]],
@@ -160,6 +222,10 @@ class _Replaced:
         if name not in self._others:
             return self._weights._fetch(name, index)
         return self._others[name] if index is None else self._others[name][index]
+
+    def reads_parts(self, name: str) -> bool:
+        source = self._weights._source
+        return name not in self._others and source is not None and source.reads_parts(name)
 
 
 class _Renamed(Mapping[str, NDArray[Any]]):
@@ -307,6 +373,9 @@ class _CheckpointSource:
             warnings.warn(message, UserWarning, stacklevel=4)
         return out
 
+    def reads_parts(self, name: str) -> bool:
+        return not self._checkpoint.makes(self._found[name])
+
     def fetch_all(self, progress: Progress | None) -> dict[str, NDArray[Any]]:
         arrays: dict[str, NDArray[Any]] = {}
         todo: list[_Block] = []
@@ -418,6 +487,9 @@ class _FreshSource:
         config = self._config
         values = fresh_tensor(name, self._expected[name], config.initializer_range, self._seed, config.pad_token_id)
         return _rounded_copy(values if index is None else values[index], self._round)
+
+    def reads_parts(self, name: str) -> bool:
+        return False
 
 
 def fresh_weights(

@@ -85,6 +85,11 @@ def _more(operator: str, dtype: str) -> Iterator[tuple[Call, str, str]]:
         yield _norm(name, dtype, (1025, 3)), "plain", "1025 narrow rows"
         yield _norm(name, dtype, (33, 1)), "plain", "rows of one element"
         yield _norm(name, dtype, (4, 33), eps=0.5), "along the input", "eps is large"
+        yield _norm(name, dtype, (2, 8449), scale=3.0), "along the input", "8449 columns of size 3"
+        if "layer" not in name:  # 1 / root is 0.5 (1 + 2^-8), between two numbers of bfloat16, of every row
+            for E in (40, 8449):
+                between = _norm(name, dtype, (3, E), eps=4 / (1 + 2.0**-8) ** 2 - 1, values="ones")
+                yield between, "plain", f"{E} columns whose root lies between two numbers"
     elif name == "relu2":
         # Twice x is no number of the format, and twice x times a small gradient is one.
         x = Array((3, 8), dtype, "uniform", scale=1e3, mean=4e4 if dtype == "float16" else 2e38)

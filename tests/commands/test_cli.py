@@ -369,7 +369,9 @@ def test_check_holds_and_says_so_in_json(warm_python: None, refllm: Run, checkpo
     assert "2 checked: 2 holds" in out
 
 
-@pytest.mark.parametrize(("command", "advice"), [("score", "input or --low-memory"), ("check", "input")])
+@pytest.mark.parametrize(
+    ("command", "advice"), [("score", "input or --low-memory"), ("check", "input or --layers A:B or --last N")]
+)
 def test_advice_names_no_option_that_the_command_lacks(
     command: str, advice: str, refllm: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -315,7 +315,7 @@ def test_ctrl_c_in_check_writes_the_report_so_far(run: Run, tmp_path: Path, monk
     checked = check_run.check_all
 
     def interrupted(after: int) -> Callable[..., Iterator[Any]]:
-        def check_all(folders: list[Path], settings: Any, step: Any) -> Iterator[Any]:
+        def check_all(folders: list[Path], settings: Any, step: Any, say: Any) -> Iterator[Any]:
             for i, report in enumerate(checked(folders, [replace(one, isolate=False) for one in settings], step)):
                 if i == after:
                     break
@@ -343,7 +343,7 @@ def test_check_that_takes_too_long_is_incomplete_and_has_the_report_so_far(
 ) -> None:
     checked = check_run.check_all
 
-    def check_all(folders: list[Path], settings: Any, step: Any) -> Iterator[Any]:
+    def check_all(folders: list[Path], settings: Any, step: Any, say: Any) -> Iterator[Any]:
         here = [replace(one, isolate=False) for one in settings]
         yield from [*checked(folders, here, step)][:after]
         step("llama: the next one")
@@ -376,7 +376,7 @@ def test_check_that_takes_too_long_is_incomplete_and_has_the_report_so_far(
 def test_time_that_suffices_changes_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = check_run.check_all
 
-    def check_all(folders: list[Path], settings: Any, step: Any) -> Iterator[Any]:
+    def check_all(folders: list[Path], settings: Any, step: Any, say: Any) -> Iterator[Any]:
         return checked(folders, [replace(one, isolate=False) for one in settings], step)
 
     monkeypatch.setattr(check_run, "check_all", check_all)

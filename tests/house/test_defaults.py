@@ -37,6 +37,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "candidate": "transformers", "dtypes": (), "attention": "eager", "policy": None, "stress": False,
         "seconds": None, "isolate": True, "splits": 1, "tf32": False, "names": None, "library": None,
         "layout": "", "against": None, "weights": None, "explain": None, "backward": False, "frozen": (),
+        "layers": None, "last": None, "work": None,
     },
     "refllm.forward.model:Model.from_pretrained": {
         **LOADING, **WHERE, "low_memory": False, "progress": None, "seed": 0,

@@ -117,6 +117,20 @@ def test_autocast_rounds_and_says_so() -> None:
     assert (x @ w).dtype == torch.float32
 
 
+def test_products_of_narrow_factors_are_added_up_in_the_format_that_is_asked_for() -> None:
+    """Torch has that for GPUs alone."""
+    x, w = (torch.randn(n, 64, device="cuda", dtype=torch.bfloat16) for n in (3, 5))
+    total = torch.randn(3, 5, device="cuda")
+    exact = x.double() @ w.double().T
+    for y in (torch.mm(x, w.T, out_dtype=torch.float32), torch.addmm(total, x, w.T, out_dtype=torch.float32) - total):
+        assert (y.dtype, kind(y)) == (torch.float32, "cuda")
+        assert (y.double() - exact).abs().max() < 1e-5 * exact.abs().max()
+    out = torch.empty(3, 5, device="cuda")
+    assert torch.addmm(total, x, w.T, out_dtype=torch.float32, out=out) is out
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.mm(torch.ones(2, 2).bfloat16(), torch.ones(2, 2).bfloat16(), out_dtype=torch.float32)
+
+
 def test_numbers_are_drawn_by_the_seed() -> None:
     torch.cuda.manual_seed(3)
     first = torch.randn(2, device="cuda")

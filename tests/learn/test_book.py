@@ -1,21 +1,29 @@
 """The book is what its sources make, and a page that no longer fits them is not made."""
 
+import html
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from refllm import extras
-from refllm.learn.book import formula, make, numbers, operators, sources
+from refllm import AutoConfig, extras, golden
+from refllm.config import ModelConfig
+from refllm.errors import InputError
+from refllm.forward.dry_run import names_of
+from refllm.learn.book import architecture, chapters, families, formula, make, numbers, operators, sources
 from refllm.learn.book.calls import SmallCall
 from refllm.learn.book.errors import BookError
+from refllm.learn.exercises import exercises
+from refllm.models import families as families_of_models
 from refllm.ops.contracts import OPERATORS
 
 BOOK = Path(__file__).parents[2] / "docs" / "book"
 SIX_MEGABYTES = 6_000_000
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(bool(extras.not_installed(make.PACKAGES)), reason="the book is made with Triton, which is not here")
 def test_the_book_is_what_its_sources_make() -> None:
     """After a change of an operator, a kernel or a formula: refllm learn book."""
@@ -101,6 +109,103 @@ def test_a_formula_names_the_axis_of_a_sum() -> None:
     assert formula.latex("y = sum_e(x) / 2") == r"y = \frac{\sum_{e} x}{2}"
     with pytest.raises(BookError, match="the function cbrt has no sign"):
         formula.latex("y = cbrt(x)")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "found"),
+    [
+        ("activation.py", "np.maximum(x, 0)", "np.fmax(x, 0)", r"relu2, step 1, NumPy: the anchor 'return np.maximum"),
+        ("activation.py", "np.maximum(x, 0)\n", "np.maximum(x, 0) + 0\n", ""),
+    ],
+)
+def test_a_changed_line_of_an_operator_changes_its_page_or_makes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str, found: str
+) -> None:
+    for package in make.PACKAGES:
+        pytest.importorskip(package)
+    shutil.copytree(sources.path_of("ops", ""), tmp_path / "ops")
+    text = (tmp_path / "ops" / file).read_text()
+    assert old in text
+    (tmp_path / "ops" / file).write_text(text.replace(old, new))
+    monkeypatch.setitem(sources._FOLDERS, "ops", tmp_path / "ops")
+    if found:
+        with pytest.raises(BookError, match=found):
+            operators.page("relu2")
+    else:
+        shown = operators.page("relu2")["passes"][0].steps[0].columns[0][0].lines
+        assert new.strip() in re.sub("<[^>]*>", "", "".join(shown))
+
+
+def chapter(text: str) -> chapters.Chapter:
+    return chapters.Chapter("tried", "Tried", "", text)
+
+
+def test_a_chapter_shows_what_its_code_prints_and_draws() -> None:
+    text = "Words with $x^2$.\n\n```python\na = 6\nprint(a * 7)\n```\n\n```python quiet\nshow('<svg></svg>')\n```\n"
+    page = chapters.page(chapter(text), make.markdown)
+    assert re.search(r'<pre class="out"[^>]*>42</pre>', page)
+    assert page.index("42") < page.index("<svg></svg>")
+    assert "<msup>" in page
+    assert "quiet" not in page
+    assert "show(" not in page
+
+
+def test_a_chapter_whose_code_raises_makes_no_page_and_says_where() -> None:
+    with pytest.raises(BookError, match=r"chapter tried, block 2, line 3: ZeroDivisionError"):
+        chapters.page(chapter("```python\nx = 0\n```\n```python\n\n\n1 / x\n```\n"), make.markdown)
+
+
+def test_a_chapter_shows_a_function_as_it_stands() -> None:
+    page = chapters.page(chapter("```source\nops:norm.rms_norm\n```\n"), make.markdown)
+    assert html.unescape(re.sub("<[^>]*>", "", page)).strip().endswith(sources.function("ops", "norm.rms_norm").text)
+
+
+def test_a_word_that_is_no_term_makes_no_page() -> None:
+    assert "../glossary.html#own-inputs" in make.markdown("[isolated](term:isolated)")
+    with pytest.raises(InputError, match="is no term of the reports"):
+        make.markdown("[x](term:sigmoid function)")
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_drawing_of_a_layer_has_every_value_of_the_page(family: str) -> None:
+    page = families_of_models.CLASSES[families._class_name(family)].page
+    config = tiny(family)
+    steps = architecture.layer(page, config)
+    by_name = {step.name.rpartition(".")[2]: step for step in steps}
+    drawn = {name.rpartition("model.layers.0.")[2] for name in names_of(page, config) if "layers.0." in name}
+    rotated = {"self_attn.q_rope", "self_attn.k_rope"}
+    assert drawn - rotated == {step.name for step in steps} - {"x", "", "self_attn.q_rope, k_rope"}
+    read = {step.operator for step in by_name["context"].reads}
+    assert read == {"rope", "linear"}
+    assert steps[0] in by_name["residual_mid"].reads
+    assert steps[-1].operator == "add"
+    assert steps[-1].reads[0] is by_name["residual_mid"]
+
+
+def tiny(family: str) -> ModelConfig:
+    folder = next((Path(golden.__file__).parent / "checkpoints").glob(f"{family}-tiny*"))
+    return AutoConfig.from_pretrained(folder)
+
+
+def test_the_parameters_of_a_page_are_those_of_the_model() -> None:
+    layer = 2560 * (20 + 2 * 4) * 128 + 20 * 128 * 2560 + 2 * 2560 * 18_432 + 2 * 2560  # q, k, v; o; up, down; norms
+    known = {"helium-1-preview-2b": 2_172_643_840, "afm-4.5b": 2 * 128_005 * 2560 + 36 * layer + 2560}
+    for name, total in known.items():
+        one = families._published(name)
+        assert one.total == sum(t.numbers for t in one.tensors) == total
+
+
+def test_what_breaks_between_two_families_is_measured() -> None:
+    breaks = {change.where: change.breaks for change in families.changes("llama", "arcee")}
+    assert breaks["block"].startswith("The loss goes from")
+    (rotation,) = (c for c in families.changes("llama", "helium") if "rope" in "".join(c.ours))
+    assert re.search(r"[1-9]\d* of 48 next tokens are others", rotation.breaks)
+    assert rotation.theirs == [rotation.ours[0].replace("False", "True")]
+
+
+def test_every_exercise_that_the_book_names_exists() -> None:
+    named = {name for path in BOOK.rglob("*.html") for name in re.findall(r"refllm learn show (\w+)", path.read_text())}
+    assert {"rms_norm", "flash_kernel", "attention_backward"} <= named <= exercises().keys()
 
 
 def test_the_book_is_small_and_fetches_nothing() -> None:

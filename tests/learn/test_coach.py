@@ -191,6 +191,37 @@ def test_what_is_not_known_is_not_named(tmp_path: Path) -> None:
     assert hints_of(found, find("softmax")) == find("softmax").hints
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new", "sentence"),
+    [
+        (
+            "swiglu",
+            "gate / (1 + np.exp(-gate))",
+            "gate * np.clip(gate + 3, 0, 6) / 6",
+            "a hard swish in place of the SiLU",
+        ),
+        ("attention", "np.repeat(v, H // K, axis=1)", "np.tile(v, (1, H // K, 1, 1))", "the heads of v are tiled"),
+        ("attention", "return p @ v", "return q + p @ v", "q is added to the result"),
+        (
+            "layer_norm",
+            "np.sum(x, axis=-1, keepdims=True) / E",
+            "np.median(x, axis=-1, keepdims=True)",
+            "the median is",
+        ),
+        ("cross_entropy", "loss = lse -", "loss = 0.9 * lse + 0.1 * logits.mean(-1) -", ""),
+    ],
+)
+def test_mistakes_that_are_known_of_the_operator_are_named_too(
+    tmp_path: Path, name: str, old: str, new: str, sentence: str
+) -> None:
+    """The last is one that nobody knows."""
+    one = find(name)
+    assert old in one.whole
+    found = said(tmp_path, name, one.whole.replace(old, new))
+    assert found.verdict == "fails"
+    assert [named.says.startswith(sentence) for named in found.named] == [True] * bool(sentence)
+
+
 def test_hints_go_from_a_question_to_the_line(tmp_path: Path) -> None:
     found = said(tmp_path, "softmax", SOFTMAX.format("e = np.exp(x - x.max(-1, keepdims=True)); return e"))
     told = [shown(found, hints) for hints in range(4)]
@@ -230,6 +261,14 @@ def test_an_answer_that_hangs_is_ended(tmp_path: Path) -> None:
     assert kind(found) == "hangs"
     found = said(tmp_path, "softmax", SOFTMAX.format("import math; e = np.exp(x - x.max()); return e"), forked=True)
     assert found.verdict == "fails"
+
+
+def test_what_an_answer_prints_is_shown_from_its_beginning(tmp_path: Path) -> None:
+    text = SOFTMAX.format("print('row', x.shape); [print(i) for i in range(40)]; return x")
+    found = said(tmp_path, "softmax", text, forked=True)
+    assert found.printed.splitlines()[:2] == ["row (3, 5)", "0"]
+    assert found.printed.endswith("lines more")
+    assert "it prints: row (3, 5) 0 1" in shown(found, 0)
 
 
 def test_files_that_are_no_text_are_said(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from refllm.learn.progress import BROKEN, NAME, Progress
 from refllm.learn.score_solutions import markdown, score
 from refllm.learn.watch import saves
 
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schema/learn.json").read_text())
 WRONG = (
     "import numpy as np\n\n\ndef softmax(x):\n    e = np.exp(x - x.max(-1, keepdims=True))\n    return e / e.mean()\n"
 )
@@ -30,6 +32,11 @@ def learn(*words: object) -> Result:
 
 def as_json(*words: object) -> Any:
     return json.loads(learn(*words, "--json", "-").stdout)
+
+
+def valid(values: Any) -> Any:
+    jsonschema.validate(values, SCHEMA)
+    return values
 
 
 @pytest.fixture
@@ -66,7 +73,7 @@ def test_check_says_it_in_its_exit_code_and_in_json(course: Path) -> None:
     answer(course, "softmax").write_text(NOT_DIVIDED)
     found = learn("check", "softmax", "--course", course, "--json", "-")
     assert found.exit_code == 1
-    values = json.loads(found.stdout)
+    values = valid(json.loads(found.stdout))
     assert (values["verdict"], values["done"]) == ("fails", False)
     assert values["stages"] == {"basic": "fails", "contract": "fails"}
     assert [named["name"] for named in values["named"]] == ["not divided"]
@@ -126,7 +133,9 @@ def test_an_autograder_needs_no_course(tmp_path: Path, monkeypatch: pytest.Monke
     file.write_text(find("softmax").whole)
     assert learn("check", "softmax", "--file", file).exit_code == 0
     file.write_text(WRONG)
-    assert as_json("check", "--file", file)["named"][0]["name"]
+    assert valid(as_json("check", "--file", file))["named"][0]["name"]
+    file.write_text("1 / 0\n")
+    assert valid(as_json("check", "softmax", "--file", file))["trouble"]["kind"] == "raises"
     assert isinstance(learn("check", "softmax").exception, InputError)
     assert isinstance(learn("next").exception, InputError)
     assert "Softmax along the last axis" in learn("show", "softmax").stdout
@@ -140,7 +149,7 @@ def test_all_of_a_course_is_checked_at_once(course: Path, monkeypatch: pytest.Mo
         (course / f"numpy/{kept.index(one) + 1:02d}_{one.name}.py").write_text(one.whole)
     (course / "numpy/03_rope.py").write_text(find("rope").skeleton)
     found = learn("check", "--all", "--course", course, "--json", "-")
-    values = json.loads(found.stdout)
+    values = valid(json.loads(found.stdout))
     assert (found.exit_code, values["done"], values["of"]) == (1, 2, 3)
     assert [one["verdict"] for one in values["exercises"]] == ["holds", "holds", "incomplete"]
 

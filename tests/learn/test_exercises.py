@@ -13,7 +13,7 @@ import pytest
 
 from refllm.errors import InputError
 from refllm.hypotheses.operators.fit import fitting_among
-from refllm.hypotheses.operators.hypothesis import OpHypothesis
+from refllm.hypotheses.operators.hypothesis import OpHypothesis, Variant
 from refllm.learn.attempt import Attempt
 from refllm.learn.coach import judged, review
 from refllm.learn.exercise import TRACKS, Exercise
@@ -67,6 +67,18 @@ def test_the_readme_counts_them() -> None:
     assert f"(over {hundreds}, as edits of the definition" in readme
 
 
+def test_the_page_about_the_coach_is_of_these_exercises() -> None:
+    """`python tests/learn/coach_page.py docs/coach.md` makes it again."""
+    page = (Path(__file__).parents[2] / "docs/coach.md").read_text()
+    every = [*RIGHT, *WRONG, *answers.of_bugs()]
+    wrong = sum(bool(answer.mistake) for answer in every)
+    assert f"| mistakes that are known | {sum(len(one.mistakes) for one in OWN)} |" in page
+    assert f"| wrong answers | {wrong}: " in page
+    assert f"| right answers | {len(every) - wrong}, of which {len(every) - wrong} are accepted |" in page
+    rows = [line.split(" | ")[0].strip("| ") for line in page.splitlines()[-len(EXERCISES) :]]
+    assert rows == [one.name for one in EXERCISES]
+
+
 @pytest.mark.parametrize("one", EXERCISES, ids=lambda one: one.name)
 def test_statements_and_hints_say_enough(one: Exercise) -> None:
     assert "Example" in one.statement
@@ -103,6 +115,16 @@ def test_every_mistake_differs_from_the_truth_and_from_the_others(one: Exercise)
             assert None not in found.values(), hypothesis.name
             said = judged(one, Attempt(found, {}, ()))  # type: ignore[arg-type]
             assert (said.verdict, [named.name for named in said.named]) == ("fails", [hypothesis.name]), variant.lines
+
+
+@pytest.mark.parametrize("one", [one for one in OWN if one.operator], ids=lambda one: one.name)
+def test_mistakes_of_an_operator_can_be_asked_of_its_exercise(one: Exercise) -> None:
+    """What is adapted is right where nothing is edited, and nothing that is edited raises what nobody expects."""
+    right = Variant(OpHypothesis("right", "", one.name, ((),), definition=one.of_operator[0].text), ())
+    found = {n: one.known.results(right, n) for n in range(len(one.given))}
+    assert judged(one, Attempt(found, {}, ())).done  # type: ignore[arg-type]
+    computed = [one.known.results(v, 0) for h in one.of_operator[::SOME] for v in h.variants]
+    assert sum(results is not None for results in computed) > 10
 
 
 @pytest.mark.parametrize("number", range(len(OWN)))

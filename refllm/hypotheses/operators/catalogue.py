@@ -3,10 +3,19 @@
 from dataclasses import replace
 from functools import lru_cache
 
-from refllm.hypotheses.operators import activations, attentions, constants, everywhere, losses, norms, rotations
+from refllm.hypotheses.operators import (
+    activations,
+    attentions,
+    constants,
+    everywhere,
+    gradients,
+    losses,
+    norms,
+    rotations,
+)
 from refllm.hypotheses.operators.hypothesis import OpHypothesis
 
-_AREAS = (norms, rotations, attentions, activations, losses, everywhere, constants)
+_AREAS = (norms, rotations, attentions, activations, losses, everywhere, constants, gradients)
 
 
 _SOURCES = {

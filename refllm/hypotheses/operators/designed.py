@@ -5,13 +5,17 @@ different; means are not 0. One call per operator is longer than a tile or two, 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 
+from refllm.ops.backward_contracts import forward_name, is_backward
+from refllm.strategies import corners_backward
 from refllm.strategies.arrays import Array
 from refllm.strategies.call import Call
+from refllm.strategies.gradients import backward_call, stands
 
 _INF, _NAN = float("inf"), float("nan")
 
@@ -39,7 +43,21 @@ def _kind(words: str) -> str:
 @cache
 def designed(operator: str, dtype: str) -> tuple[Call, ...]:
     """The designed calls of an operator, with all that floats in one dtype; none of one that has none yet."""
+    if is_backward(operator):
+        return tuple(_gradients(operator, dtype))
     return tuple(_OF[operator](operator, dtype)) if operator in _OF else ()
+
+
+def _gradients(operator: str, dtype: str) -> Iterator[Call]:
+    """The designed calls of the forward operator that ask no more than the formula, or some of its fixed calls, with an
+    incoming gradient that has a mean, and along the input."""
+    name = forward_name(operator)
+    forward = [c for c in designed(name, dtype) if not is_corner(c)]
+    forward = forward or list(corners_backward.ONLY[name](dtype))[:5]
+    for call in forward:
+        if stands(call):
+            yield replace(backward_call(call), kind=call.kind)
+            yield replace(backward_call(call, "along the input"), kind=f"{call.kind}, gradient along the input")
 
 
 def _norms(operator: str, dtype: str) -> Iterator[Call]:

@@ -146,6 +146,7 @@ class _WithRange:
 
 
 TOOLS: dict[str, Any] = {
+    "math": math,
     "np": _WithRange(),
     "whole_of_long": whole_of_long,
     "next_power": next_power,

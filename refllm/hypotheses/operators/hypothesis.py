@@ -90,6 +90,7 @@ class Variant:
             with np.errstate(all="ignore"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # means of nothing
                 out = compiled(self.text)(*arguments, **keywords)
+                out = tuple(x for x in out if x is not None)  # of what has no gradient
                 out = self.code(out, self.number) if callable(self.code) else out
         except (ValueError, IndexError, TypeError, ZeroDivisionError):  # of shapes that such code does not take
             return None

@@ -88,7 +88,8 @@ def _listed() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
 
 
 def _first_sentence(text: str) -> str:
-    """The first sentence of a paragraph, without its links."""
+    """The first sentence of a paragraph, without its links and what only points to one."""
+    text = re.sub(r" \(\[[^]]+\]\([^)]+\)\)", "", text)
     return re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", re.split(r"(?<=[.:]) ", " ".join(text.split()))[0].rstrip(":"))
 
 

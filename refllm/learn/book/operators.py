@@ -15,9 +15,12 @@ import numpy as np
 
 from refllm.learn.book import bugs, drawing, formula, numbers, sources
 from refllm.learn.book.calls import SmallCall
+from refllm.learn.exercises import exercises
 from refllm.ops.backward_contracts import BACKWARD
 from refllm.ops.contracts import CONTRACTS, contract_of
 
+_FORMS = ("{}", "{}_kernel", "{}_backward", "bug_{}", "bug_{}_kernel")
+"""What exercises about an operator are called."""
 _FOLDER = Path(__file__).with_name("operators")
 
 
@@ -93,8 +96,13 @@ def page(name: str) -> dict[str, Any]:
         "signature": known.text if known else entry["signature"],
         "docstring": (forward.definition.__doc__ or "").strip(),
         "passes": passes,
+        "exercises": [one for one in _exercises(name, entry) if one in exercises()],
         "bugs": bugs.bugs_of(forward) if known else [],
     }
+
+
+def _exercises(name: str, entry: dict[str, Any]) -> list[str]:
+    return [form.format(name) for form in _FORMS] + entry.get("exercises", [])
 
 
 def _forward_call(name: str, entry: dict[str, Any]) -> SmallCall:

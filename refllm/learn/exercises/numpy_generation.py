@@ -220,8 +220,8 @@ BLOCK = Exercise(
     Llama and Helium, H heads of D = E / H dims (rms_norm, rope, attention, silu are there already):
 
         a = rms_norm(x, norm1)
-        q, k, v = a wq^T, a wk^T, a wv^T           [S, E] each, cut into heads: [H, S, D], head 0 has the first D
-        columns q, k = rope(q), rope(k)                    v is not turned
+        q, k, v = a wq^T, a wk^T, a wv^T       [S, E] each, cut into heads [H, S, D]: head 0 has the first D columns
+        q, k = rope(q), rope(k)                v is not turned
         x = x + (attention(q, k, v), heads side by side again) wo^T
         b = rms_norm(x, norm2)
         x = x + (silu(b gate^T) * (b up^T)) down^T

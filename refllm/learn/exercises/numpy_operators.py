@@ -118,8 +118,33 @@ SOFTMAX = Exercise(
             "x - top", "x / top",
         ),
         wrong(
+            "divided by the sum of x",
+            "the exponentials are divided by the sum of x, and not by their own",
+            "Which numbers does your sum add up?",
+            "e.sum(axis=-1", "x.sum(axis=-1",
+        ),
+        ways(
+            "over two axes",
+            "the softmax runs over the last two axes together: each row should sum to 1",
+            "Over how many numbers does your sum run?",
+            ("axis=-1", "axis=(-2, -1)"),
+            ("e.sum(axis=-1", "e.sum(axis=(-2, -1)"),
+        ),
+        wrong(
+            "largest magnitude subtracted",
+            "the largest magnitude is subtracted, and not the maximum: a row at -2000 underflows to 0 / 0",
+            "What is left of a row of negative numbers when its largest magnitude is subtracted?",
+            "x.max(", "np.abs(x).max(",
+        ),
+        wrong(
+            "divided by the length",
+            "the exponentials are divided by the root of the sum of their squares, and not by their sum",
+            "What does each row of your result sum to, and what do its squares?",
+            "e.sum(axis=-1, keepdims=True)", "np.sqrt((e * e).sum(axis=-1, keepdims=True))",
+        ),
+        wrong(
             "minimum subtracted",
-            "the minimum is subtracted and not the maximum, so that large numbers still overflow",
+            "the minimum or the mean is subtracted and not the maximum, so that large numbers still overflow",
             "How large can the exponent get with what you subtract?",
             "x.max(", "x.min(",
         ),
@@ -167,6 +192,7 @@ def _norm_inputs(seed: int, bias: bool) -> Iterator[Given]:
     yield given("a mean", d.normal(4, 6, mean=2.0), 1e-5)
     yield given("three axes", d.normal(2, 3, 7, mean=-0.4), 0.1)
     yield given("small numbers", d.normal(3, 11) * 0.01, 1e-5)
+    yield given("numbers smaller than eps", d.normal(3, 4, size=0.1), 0.25)
     yield given("a row of zeros", filled(d.normal(3, 5), 1, 0.0), 1e-5, corner=True)
     yield given("numbers of a thousand", d.normal(2, 6, size=1000.0, mean=300.0), 1e-5, corner=True)
 
@@ -193,6 +219,7 @@ RMS_NORM = Exercise(
     return weight * x / np.sqrt(square + eps)
 ''',
     calls=lambda: _norm_inputs(2, False),
+    operator="rms_norm",
     outputs={"y": ("rows", "E")},
     shown=lambda: [Given("3 and 4", (np.array([[3.0, 4.0], [6.0, 8.0]]), np.array([1.0, 2.0]), 0.0))],
     mistakes=(
@@ -278,6 +305,28 @@ RMS_NORM = Exercise(
             "np.sqrt(square + eps)", "(np.mean(np.abs(x), axis=-1, keepdims=True) + eps)",
         ),
         wrong(
+            "eps as a floor", "the larger of the root and eps is taken, and eps should be added under the root",
+            "Does eps change the result of a row whose root is larger than eps?",
+            "np.sqrt(square + eps)", "np.maximum(np.sqrt(square), eps)",
+        ),
+        wrong(
+            "eps added to x", "eps is added to x, and not to the mean square",
+            "What is the result of a row of zeros?",
+            "    square =", "    x, eps = x + eps, 0\n    square =",
+        ),
+        wrong(
+            "eps squared", "eps is squared", "How much is added under the root?", "square + eps", "square + eps**2",
+        ),
+        wrong(
+            "length of the row", "x is divided by its length, the root of the sum of squares: with eps beside it",
+            "By how many do you divide the sum of squares?",
+            "keepdims=True) / E", "keepdims=True)", "np.sqrt(square + eps)", "(np.sqrt(square) + eps)",
+        ),
+        wrong(
+            "weight added", "the weight is added, and should multiply", "What becomes of a column whose weight is 0?",
+            "weight * x / np.sqrt(square + eps)", "weight + x / np.sqrt(square + eps)",
+        ),
+        wrong(
             "divided by the weight", "the result is divided by the weight, and should be multiplied by it",
             "If a weight is twice as large, what becomes of its column?",
             "weight * x", "x / weight",
@@ -321,6 +370,7 @@ LAYER_NORM = Exercise(
     return weight * d / np.sqrt(var + eps) + bias
 ''',
     calls=lambda: _norm_inputs(3, True),
+    operator="layer_norm",
     outputs={"y": ("rows", "E")},
     shown=lambda: [
         Given("1 and 3", (np.array([[1.0, 3.0], [2.0, 6.0]]), np.array([1.0, 2.0]), np.array([0.0, 5.0]), 0.0))
@@ -418,6 +468,7 @@ SWIGLU = Exercise(
     return gate / (1 + np.exp(-gate)) * up
 ''',
     calls=_swiglu,
+    operator="swiglu",
     outputs={"y": ("rows", "F")},
     shown=lambda: [Given("up is 1", (np.array([[-2.0, -1.0, 0.0, 1.0, 2.0]]), np.ones((1, 5))))],
     mistakes=(
@@ -511,6 +562,8 @@ ROPE = Exercise(
     return y
 ''',
     calls=_rope,
+    operator="rope",
+    adapt="lambda operator, x, cos, sin: operator(x, x[:, :1], cos, sin, False)[:1]",
     outputs={"y": ("B", "H", "S", "D")},
     shown=lambda: [
         Given("unit vectors, a quarter turn", (np.eye(4)[None, None], np.zeros((4, 2)), np.ones((4, 2)))),
@@ -626,6 +679,7 @@ ATTENTION = Exercise(
     return p @ v
 ''',
     calls=_attention,
+    operator="attention",
     outputs={"o": ("B", "H", "S", "D")},
     shown=_attention_shown,
     mistakes=(
@@ -709,8 +763,8 @@ def _cross_entropy() -> Iterator[Given]:
     d = Draws(7)
     yield Given("three classes", (d.normal(4, 3), np.array([2, 0, 1, 1])), lengths={"N": 4, "V": 3})
     yield Given("five classes", (d.normal(6, 5, size=2.0), np.array([4, 0, 2, 3, 1, 0])), lengths={"N": 6, "V": 5})
-    ignored = (d.normal(5, 4), np.array([1, -100, 3, 0, -100]))
-    yield Given("rows with label -100", ignored, corner=True, lengths={"N": 5, "V": 4})
+    ignored = (d.normal(5, 7), np.array([1, -100, 3, 0, -100]))
+    yield Given("rows with label -100", ignored, corner=True, lengths={"N": 5, "V": 7})
     yield Given("a logit of 2000", (filled(d.normal(3, 4), (1, 2), 2000.0), np.array([0, 1, 3])), corner=True)
     yield Given("a certain label", (filled(d.normal(2, 3), (0, 1), 2000.0), np.array([1, 2])), corner=True)
     yield Given("an unlikely label", (filled(d.normal(2, 4), (0, 1), -2000.0), np.array([1, 2])), corner=True)
@@ -741,6 +795,8 @@ CROSS_ENTROPY = Exercise(
     return np.where(counted, loss, 0.0)
 ''',
     calls=_cross_entropy,
+    operator="cross_entropy",
+    adapt="lambda operator, z, y: operator(z, y, reduction='none')",
     outputs={"loss": ("N",)},
     shown=lambda: [Given("equal logits", (np.zeros((3, 2)) + [[0.0], [1.0], [5.0]], np.array([0, 1, 1])))],
     mistakes=(
@@ -781,6 +837,11 @@ CROSS_ENTROPY = Exercise(
               "What does your code do with label -100?", "np.where(counted, labels, 0)",
               "np.where(counted, labels, -1)",
               "np.where(counted, loss, 0.0)", "loss"),
+        wrong("ignored rows are NaN", "rows with label -100 are NaN, and should be 0", "What should such a row give?",
+              "np.where(counted, loss, 0.0)", "np.where(counted, loss, np.nan)"),
+        wrong("all classes", "the losses of all classes are summed, and only the label counts",
+              "How many classes of a row enter your loss?", "loss = lse - logits[np.arange(len(y)), y]",
+              "loss = (lse[:, None] - logits).sum(axis=-1)"),
         wrong("mean of the classes", "the mean over all classes is taken, and only the label counts",
               "How many logits of a row besides the sum enter your loss?",
               "logits[np.arange(len(y)), y]", "logits.mean(axis=-1)"),

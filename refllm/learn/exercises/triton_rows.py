@@ -362,6 +362,8 @@ def rms_norm(x, weight, eps, BLOCK):
     return out
 ''',
     calls=lambda: _norms(44, False),
+    operator="rms_norm",
+    adapt="lambda operator, x, w, eps, BLOCK: operator(x, w, eps)",
     outputs={"out": ("R", "E")},
     mistakes=(
         wrong("mean over BLOCK", "the sum is divided by BLOCK, and not by E: all values too large by sqrt(BLOCK / E)",
@@ -465,6 +467,8 @@ def layer_norm(x, weight, bias, eps, BLOCK):
     return out
 ''',
     calls=lambda: _norms(45, True),
+    operator="layer_norm",
+    adapt="lambda operator, x, w, b, eps, BLOCK: operator(x, w, b, eps)",
     outputs={"out": ("R", "E")},
     mistakes=(
         wrong("padding in the variance", "lanes beyond E count in the variance: 0 - mean is not 0",
@@ -580,6 +584,8 @@ def rope(x, cos, sin, BLOCK):
     return out
 ''',
     calls=_rope,
+    operator="rope",
+    adapt="lambda operator, x, cos, sin, BLOCK: (operator(x[None], x[None, :1], cos, sin, False)[0][0],)",
     outputs={"out": ("H", "S", "D")},
     shown=lambda: [Given("unit vectors, a quarter turn", (np.eye(4)[None], np.zeros((4, 2)), np.ones((4, 2)), 2))],
     mistakes=(
@@ -649,8 +655,8 @@ NORM_ROPE_KERNEL = Exercise(
     numbers (head h, position s) is normed, then turned in halves, and written once:
 
         n = weight[h] * x[h, s] / sqrt(mean over D of x[h, s]^2 + eps)
-        out[.., i] = n[i] cos[s, i] - n[i + D/2] sin[s, i],      out[.., i + D/2] = n[i + D/2] cos[s, i] + n[i] sin[s,
-        i]
+        out[.., i]       = n[i] cos[s, i] - n[i + D/2] sin[s, i]
+        out[.., i + D/2] = n[i + D/2] cos[s, i] + n[i] sin[s, i]
 
     One program per row: head row // S, position row % S. BLOCK is a power of two, at least D/2: load both halves.
     Example: with angles of 0 the result is the norm alone.

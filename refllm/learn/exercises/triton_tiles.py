@@ -30,8 +30,8 @@ MATMUL_KERNEL = Exercise(
 
     The grid is two-dimensional: program (pm, pn) = (tl.program_id(0), tl.program_id(1)) makes the tile of rows pm * BM
     .. and columns pn * BN .. It walks along K in tiles of BK, loads a tile of a [BM, BK] and one of b [BK, BN], and
-    adds their product to an accumulator: acc += tl.dot(a, b). Offsets of two axes: rows[:, None] * K + columns[None,
-    :].
+    adds their product to an accumulator: acc += tl.dot(a, b). Offsets of two axes are rows[:, None] * K +
+    columns[None, :].
 
     Example: K = 23, BK = 16: two turns, the second with seven columns; lanes beyond load 0. (tl.dot wants BK of 16 or
     more, and on a GPU BM and BN too; here they are small, so that you can follow them.)
@@ -331,6 +331,9 @@ def flash_row(q, k, v, BLOCK):
     return out
 ''',
     calls=_flash_row,
+    operator="attention",
+    adapt="lambda operator, q, k, v, BLOCK: "
+    "(operator(q[None, None], k[None, None], v[None, None], causal=False)[0][0, 0],)",
     outputs={"out": ("S", "D")},
     shown=lambda: [
         Given("scores 0 and 1, v is the identity", (np.array([[1.0, 0.0]]) * 2**0.5, np.array([[0.0, 0.0], [1.0, 0.0]]),
@@ -476,6 +479,8 @@ def flash(q, k, v, BM, BN):
     return out
 ''',
     calls=_flash,
+    operator="attention",
+    adapt="lambda operator, q, k, v, BM, BN: (operator(q[None, None], k[None, None], v[None, None])[0][0, 0],)",
     outputs={"out": ("S", "D")},
     shown=lambda: [Given("equal scores, v is the identity", (np.zeros((16, 16)), np.eye(16), np.eye(16), 8, 16))],
     mistakes=(
@@ -624,6 +629,8 @@ def decode(q, k_cache, v_cache, lengths, BLOCK):
     return out
 ''',
     calls=_decode,
+    operator="decode_attention",
+    adapt="lambda operator, q, k, v, n, BLOCK: (operator(q[:, :, None], k, v, n)[0][:, :, 0],)",
     outputs={"out": ("B", "H", "D")},
     mistakes=(
         wrong("lengths ignored", "all N slots are read: the length is not used", "Which slots does row 0 read?",
@@ -687,7 +694,7 @@ def _cross_entropy() -> Iterator[Given]:
         labels = d.integers(V, N)
         yield Given(f"{N} rows of {V}, BLOCK {block}", (d.normal(N, V, size=1.5), labels, block),
                     lengths={"N": N, "V": V, "BLOCK": block})
-    yield Given("labels of -100", (d.normal(4, 5), np.array([2, -100, 0, -100]), 4), corner=True)
+    yield Given("labels of -100", (d.normal(4, 7), np.array([2, -100, 0, -100]), 4), corner=True)
     yield Given("a logit of 2000", (filled(d.normal(2, 5), (0, 3), 2000.0), np.array([1, 2]), 2), corner=True)
 
 
@@ -751,6 +758,8 @@ def cross_entropy(logits, labels, BLOCK):
     return out
 ''',
     calls=_cross_entropy,
+    operator="cross_entropy",
+    adapt="lambda operator, z, y, BLOCK: operator(z, y, reduction='none')",
     outputs={"out": ("N",)},
     shown=lambda: [Given("equal logits", (np.zeros((3, 4)), np.array([0, 3, 2]), 2))],
     mistakes=(
