@@ -183,7 +183,7 @@ SWIGLU = (
     _swiglu("sign in the slope", "silu'(x) is s (1 - x (1 - s))", "one-line: sign",
             (_DGATE, _DGATE.replace("1.0 + gate", "1.0 - gate"))),
     _swiglu("1 - s where e overflows", "1 - s is e s, which is infinite times 0 below -88", "vllm-project/vllm#56578",
-            ("rest = tl.where(gate < -80.0, 1.0, e * s)", "rest = e * s")),
+            ("rest = tl.where(gate < -80.0, 1.0, tl.where(gate > 100.0, 0.0, e * s))", "rest = e * s")),
     _swiglu("gate for silu(gate)", "dup is dh times gate", "one-line: missing term",
             ("(dh * silu).to(dup", "(dh * gate).to(dup")),
     _swiglu("dgate where dup belongs", "both results are written to one place", "unslothai/unsloth#3314",

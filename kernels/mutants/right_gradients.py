@@ -439,14 +439,6 @@ def silu_backward_of_torch(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     return dgate.to(gate.dtype).contiguous(), (dh.float() * F.silu(gate.float())).to(up.dtype).contiguous()
 
 
-@right("swiglu_backward")
-def hyperbolic_tangent(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    x = gate.double()
-    s = (1 + torch.tanh(x / 2)) / 2
-    dgate = dh.double() * up.double() * s * (1 + x * (1 - s))
-    return dgate.to(gate.dtype).contiguous(), (dh.double() * x * s).to(up.dtype).contiguous()
-
-
 @right("swiglu_backward", dtypes=NARROW)
 def rounded_after_every_step(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """As autograd of two calls: dh up and silu(gate) are rounded."""

@@ -141,7 +141,8 @@ def _differs(kernel: Kernel, call: Call, property: str) -> tuple[str, str]:
         return "true", f"raises {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
     if off > MOST_ULP:
         return "true", f"{off:.3g} ulp off: {values}" if off < 1e9 else values
-    return ("true" if property in ("result", "purity") else "not shown"), f"{off:.2g} ulp off: {values}"
+    shown_by_itself = ("result", "purity", "second backward")
+    return ("true" if property in shown_by_itself else "not shown"), f"{off:.2g} ulp off: {values}"
 
 
 def table(outcomes: list[dict[str, Any]]) -> str:
