@@ -98,8 +98,8 @@ def _more(operator: str, dtype: str) -> Iterator[tuple[Call, str, str]]:
     elif name == "linear":
         yield _linear(dtype, 700, 5, 9, True), "of one sign", "700 rows of one sign"
     elif name == "embedding":
-        one = Array((600,), "int64", "zeros")
-        yield Call(name, dtype, (one, Array((5, 8), dtype))), "of one sign", "one id 600 times"
+        one = Array((400,), "int64", "zeros")
+        yield Call(name, dtype, (one, Array((5, 8), dtype))), "of one sign", "one id 400 times"
         few = Array((7, 40), "int64", "integers", scale=3.0, seed=1)
         yield Call(name, dtype, (few, Array((9, 24), dtype))), "plain", "three ids 280 times"
         yield Call(name, dtype, (one, Array((2, 3), dtype))), "of a sum: one number, stride 0", "one id, a sum"

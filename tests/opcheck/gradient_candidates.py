@@ -63,10 +63,8 @@ def masked_keys_have_a_gradient(do, q, k, v, o=None, lse=None, *, key_mask=None,
 
 
 def sum_in_the_narrow_format(dy, ids, weight):
-    out = torch.zeros_like(weight)
-    for row, d in zip(ids.reshape(-1).tolist(), dy.reshape(-1, dy.shape[-1]), strict=True):
-        out[row] += d
-    return out
+    """torch's CPU kernel, which adds one after the other in the format of the table."""
+    return torch.ops.aten.embedding_dense_backward(dy, ids, len(weight), -1, False)
 
 
 def first_gradient_for_all(dloss, logits, labels, **how):

@@ -251,3 +251,32 @@ def test_a_forward_function_that_returns_no_tensors_is_told_so():
     assert report.property == "result"
     assert "autograd follows tensors alone" in report.summary
     assert forward_name(report.op) == "relu2"
+
+
+@pytest.mark.parametrize(
+    "operator", ["rms_norm", "add_layer_norm", "rope", "relu2", "swiglu", "cross_entropy", "linear"]
+)
+def test_every_mistake_in_a_gradient_is_named_and_nothing_right_is(operator):
+    from refllm.hypotheses.operators.catalogue import catalogue
+    from refllm.hypotheses.operators.fit import fitting
+    from refllm.hypotheses.operators.outcomes import outcomes
+
+    operator = f"{operator}_backward"
+    known = outcomes(operator, "bfloat16")
+
+    def answers(variant):
+        return {n: x for n in range(len(known.calls)) if (x := known.results(variant, n)) is not None}
+
+    assert fitting(operator, "bfloat16", answers(known.right)) == []
+    mistakes = [h for h in catalogue(operator) if h.variants]
+    assert len(mistakes) > 3
+    for mistake in mistakes:
+        named = fitting(operator, "bfloat16", answers(mistake.variants[0]))
+        assert mistake.name in [fit.hypothesis.name for fit in named]
+
+
+def test_a_wrong_gradient_looks_like_its_mistake():
+    report = check_op("rms_norm_backward", fn.no_second_term, **QUICK)
+    assert [guess.name for guess in report.guesses] == ["second term missing"]
+    assert "np.mean(g * n" in report.guesses[0].definition
+    assert "np.mean(g * n" not in report.guesses[0].changed
