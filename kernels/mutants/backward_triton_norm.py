@@ -56,7 +56,7 @@ RMS_NORM = (
     _rms("mean of the statistics rounded", "the kept mean of the correction of a long row is rounded to bfloat16",
          "pytorch/helion#2273",
          ("mean = tl.load(statistics_ptr + row * 5 + 4)",
-          "mean = tl.load(statistics_ptr + row * 5 + 4).to(tl.bfloat16).to(tl.float32)")),
+          "mean = tl.load(statistics_ptr + row * 5 + 4).to(tl.bfloat16).to(tl.float32)"), dtypes=("float32",)),
     _rms("1 / rms of a long row squared", "the kept mean of the correction lacks 1 / rms(x)", "one-line: scale",
          ("tl.sum(products, 0) * scale", "tl.sum(products, 0)")),
 )
@@ -83,7 +83,8 @@ LAYER_NORM = (
     _layer("dy read with the stride of x", "rows of dy are looked for where those of x are", "flagos-ai/FlagGems#1084",
            (_DY_LOAD, _DY_LOAD.replace("dy_stride", "x_stride"))),
     _layer("centred once", "a row is centred once, and the mean of what is left counts in sigma", "one-line: norm",
-           ("rest = tl.div_rn(tl.sum(_centred(r, centre, 0.0, columns, E), 0), E * 1.0)", "rest = 0.0")),
+           ("rest = tl.div_rn(tl.sum(_centred(r, centre, 0.0, columns, E), 0), E * 1.0)", "rest = 0.0"),
+           dtypes=("float32",)),
 )
 
 _add_rms = partial(planted, "add_rms_norm_backward", "norm_backward")
