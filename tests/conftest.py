@@ -55,9 +55,13 @@ settings.register_profile("long", settings.get_profile("default"), max_examples=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+_KEEPS_NOTHING = sys.dont_write_bytecode
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """The sources are compiled once, and not by every process that a test starts where Python is told to keep nothing
-    (PYTHONDONTWRITEBYTECODE)."""
+    """Sources and tests are compiled once, and not in every run and by every process that a test starts, where Python
+    is told to keep nothing (PYTHONDONTWRITEBYTECODE)."""
+    sys.dont_write_bytecode = False
     if not hasattr(config, "workerinput"):
         for folder in ("refllm", "kernels", "golden"):
             compileall.compile_dir(Path(__file__).parents[1] / folder, quiet=2)
@@ -65,6 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     """Every module is imported: from here on the collector looks at what tests make."""
+    sys.dont_write_bytecode = _KEEPS_NOTHING
     gc.freeze()
     gc.enable()
     gc.set_threshold(50_000, 20, 20)

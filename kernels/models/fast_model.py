@@ -209,16 +209,14 @@ class FastModel(Model):
         recorder: Recorder | None = None,
         **keywords: Any,
     ) -> Gradients:
-        """`Model.gradients` of backend="torch", by Torch's autograd: tensors on the model's device.
+        """`Model.gradients` by Torch's autograd: tensors on the model's device. Raises InputError for a recorder.
 
-        Raises InputError for backend="triton", whose kernels have no backward form, and for a recorder.
+        backend="triton": by the backward kernels, which a model on the CPU interprets.
         """
-        if self.backend != "torch":
-            raise InputError(
-                f"gradients: backend {self.backend} computes none; load the model with backend='torch' or 'numpy'"
-            )
         if recorder is not None:
-            raise InputError("gradients: backend torch shows no named values; load the model with backend='numpy'")
+            raise InputError(
+                f"gradients: backend {self.backend} shows no named values; load the model with backend='numpy'"
+            )
         names = [*signature(Model.__call__).parameters][1:]
         return gradients_of(
             self,

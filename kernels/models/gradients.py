@@ -1,10 +1,11 @@
-"""The gradients of a fast model on backend="torch": its own pages by Torch's autograd.
+"""The gradients of a fast model: its own pages by Torch's autograd.
 
 The operators of `torch_forms` write into arrays of their own and time several ways, which autograd does not follow; so
-here every step is a call that it knows, and the matrices of merged projections are put together from the tensors of the
-file, which get the gradients.
+on backend="torch" every step is a call that it knows. On backend="triton" the operators are the kernels, forward and
+backward. The matrices of merged projections are put together from the tensors of the file, which get the gradients.
 """
 
+import contextlib
 from collections.abc import Mapping
 from copy import copy
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from refllm import kernels
 from refllm.forward.gradients import EMBEDDINGS, loss_of
 from refllm.kernels import plain
 from refllm.kernels.models.operators import TorchOperators
@@ -19,13 +21,12 @@ from refllm.kernels.models.weights import TorchWeights, merged
 
 
 class FollowedOperators(TorchOperators):
-    """The operators of backend="torch" in steps that autograd follows. Nothing is recorded."""
-
-    def __init__(self) -> None:
-        super().__init__("torch")
+    """The operators of a backend in steps that autograd follows. Nothing is recorded."""
 
     def __getattr__(self, name: str) -> Any:
-        return plain.EAGER[name] if name in plain.EAGER else super().__getattr__(name)
+        if self.backend == "torch" and name in plain.EAGER:
+            return plain.EAGER[name]
+        return super().__getattr__(name)
 
     def within(self, scope: str) -> "FollowedOperators":
         """These operators: nothing has a name here."""
@@ -37,8 +38,9 @@ class FollowedOperators(TorchOperators):
         return F.linear(x, weight, bias)
 
     def rms_norm_qkv_rope(self, *arguments: Any, cache: None, **how: Any) -> Any:
-        """The eager form, which has no cache."""
-        return plain.EAGER["rms_norm_qkv_rope"](*arguments, **how)
+        """The operator without its cache: what is written into one has no gradient."""
+        form = plain.EAGER["rms_norm_qkv_rope"] if self.backend == "torch" else kernels.rms_norm_qkv_rope
+        return form(*arguments, **how)
 
     def attention(
         self,
@@ -50,7 +52,10 @@ class FollowedOperators(TorchOperators):
         key_mask: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Torch's own attention, of whatever mask. A row without a key gives 0, and has a gradient of 0."""
+        """The kernel, or Torch's own attention on backend="torch" and for a mask of pairs of positions, which no kernel
+        takes. A row without a key gives 0, and has a gradient of 0."""
+        if self.backend == "triton" and mask is None:
+            return kernels.attention(q_BHSD, k_BKTD, v_BKTD, causal=causal, key_mask=key_mask)
         grouped, options = q_BHSD.shape[1] != k_BKTD.shape[1], {"is_causal": causal}
         if key_mask is not None or mask is not None:
             options = {"attn_mask": _who_sees_whom(q_BHSD, k_BKTD.shape[2], causal, key_mask, mask)}
@@ -101,20 +106,22 @@ def loss_and_gradients(
     leaves = {name: model.weights[name].detach().requires_grad_(name in wanted) for name in model.weights.shapes}
     followed = copy(model)
     followed.rotary = copy(model.rotary)
-    followed.follow = lambda _: FollowedOperators()
-    followed.tables = lambda at: [x.unsqueeze(-3) for x in type(model).tables(followed, at)]  # one for all heads
-    with torch.enable_grad():
+    followed.follow = lambda _: FollowedOperators(model.backend)
+    if model.backend == "torch":  # one table for all heads
+        followed.tables = lambda at: [x.unsqueeze(-3) for x in type(model).tables(followed, at)]
+    interpreted = model.backend == "triton" and model.device.type == "cpu"
+    with torch.enable_grad(), kernels.interpreted() if interpreted else contextlib.nullcontext():
         followed.weights = _FollowedWeights(model.weights, leaves, padding)
         if EMBEDDINGS in wanted:
             embeddings = torch.tensor(given[EMBEDDINGS], dtype=model.torch_dtype, device=model.device)
             given = {**given, EMBEDDINGS: embeddings.requires_grad_()}
             leaves[EMBEDDINGS] = embeddings
         loss = loss_of(followed, given)
-    model.rotary = followed.rotary
-    asked = [name for name, leaf in leaves.items() if leaf.requires_grad]
-    if not loss.requires_grad:
-        return loss, {}
-    found = torch.autograd.grad(loss, [leaves[name] for name in asked], allow_unused=True)
+        model.rotary = followed.rotary
+        asked = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        if not loss.requires_grad:
+            return loss, {}
+        found = torch.autograd.grad(loss, [leaves[name] for name in asked], allow_unused=True)
     gradients = {name: gradient for name, gradient in zip(asked, found, strict=True) if gradient is not None}
     for name in gradients.keys() & so_far.keys():
         gradients[name] = gradients[name] + torch.as_tensor(so_far[name], device=model.device)

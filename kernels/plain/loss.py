@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from refllm.kernels import arguments
+from refllm.kernels.plain.loss_backward import linear_cross_entropy_backward
 
 LOGITS = 2**25
 """Logits that exist at a time in `linear_cross_entropy`: 128 MiB in float32."""
@@ -39,14 +40,38 @@ def linear_cross_entropy(
     time.
     """
     arguments.check("linear_cross_entropy", x_NE, weight_VE, labels_N, reduction=reduction)
-    V = weight_VE.shape[0]
-    _check("linear_cross_entropy", labels_N, V, ignore_index)
-    rows = max(1, LOGITS // max(1, V))
+    _check("linear_cross_entropy", labels_N, weight_VE.shape[0], ignore_index)
+    if torch.is_grad_enabled() and (x_NE.requires_grad or weight_VE.requires_grad):
+        found: torch.Tensor = _Followed.apply(x_NE, weight_VE, labels_N, ignore_index, reduction)
+        return found
+    return _in_parts(x_NE, weight_VE, labels_N, ignore_index, reduction)
+
+
+def _in_parts(
+    x_NE: torch.Tensor, weight_VE: torch.Tensor, labels_N: torch.Tensor, ignore_index: int, reduction: str
+) -> torch.Tensor:
+    """The loss, of whose logits a few rows exist at a time."""
+    rows = max(1, LOGITS // max(1, weight_VE.shape[0]))
     losses = [
         _losses(F.linear(x, weight_VE), labels, ignore_index)
         for x, labels in zip(x_NE.split(rows), labels_N.split(rows), strict=True)
     ]
     return _reduce(torch.cat(losses), labels_N, ignore_index, reduction)
+
+
+class _Followed(torch.autograd.Function):
+    """`_in_parts` with the gradients of `linear_cross_entropy_backward`: autograd itself would keep all logits, and add
+    up the parts of dweight in the format of the weight, which in bfloat16 stops growing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, labels: Any, ignore_index: int, reduction: str) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, labels)
+        ctx.how = {"ignore_index": ignore_index, "reduction": reduction}
+        return _in_parts(x, weight, labels, ignore_index, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, *dloss: Any) -> Any:
+        return *linear_cross_entropy_backward(dloss[0], *ctx.saved_tensors, **ctx.how), None, None, None
 
 
 def _check(operator: str, labels_N: torch.Tensor, V: int, ignore_index: int) -> None:

@@ -45,11 +45,12 @@ globals().update({name: vars(file)[name] for name, file in (FILES | BACKWARD_FIL
 def plan(operator: str, arguments: Any, keywords: dict[str, Any], **more: Any) -> tuple[Any, ...]:
     """What the `plan` of the operator's kernel file returns for a call: its launch or launches, then its results.
 
-    A parameter of that function that is no argument of the operator is None: the residual of a norm alone. more: the
-    target, the tile.
+    A parameter of that function that is no argument of the operator has its default, or else is None: the residual of a
+    norm alone. more: the target, the tile.
     """
     function = (FILES | BACKWARD_FILES)[operator].plan
     given = {"operator": operator, **contract_of(operator).bound(arguments, keywords)}
-    taken = (name for name in inspect.signature(function).parameters if name not in ("target", "tile", "needed"))
+    parameters = inspect.signature(function).parameters.values()
+    taken = [p.name for p in parameters if p.default is p.empty or without_axes(p.name) in given]
     planned: tuple[Any, ...] = function(*(given.get(without_axes(name)) for name in taken), **more)
     return planned

@@ -55,7 +55,7 @@ TUNABLE = Tunable(
     "norm_backward",
     "add_layer_norm_backward",
     {"one tile": {"S": 4096, "row": 5120, "rows": 16}, "longer": {"S": 4096, "row": 20_480, "rows": 16}},
-    {"per_thread": (8, 16, 32)},
+    {"per_thread": (32, 16, 8)},
 )
 """16 rows per program: few sums beside what is read, and a program for each of 128 multiprocessors at 2,048 rows."""
 
@@ -73,7 +73,7 @@ def _centred(r, centre, rest, columns, E):
 
 @triton.jit
 def _statistics(r, g, columns, E, eps, LAYER: tl.constexpr):
-    """Of a row that is one tile: its two centres, the factor s, mean(g) and mean(g n)."""
+    """The two centres of a row that is one tile, its factor s, mean(g) and mean(g n)."""
     centre, rest, shift = 0.0, 0.0, 0.0
     if LAYER:
         centre = tl.div_rn(tl.sum(r, 0), E * 1.0)

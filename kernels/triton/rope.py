@@ -212,7 +212,7 @@ def plan(
     given = {
         "q_ptr": q, "k_ptr": k, "cos_ptr": cos, "sin_ptr": sin, "q_out_ptr": outputs[0], "k_out_ptr": outputs[1],
     } | sizes  # fmt: skip
-    narrow, constants = why_narrow(tiles, interleaved), tiles | {"INTERLEAVED": interleaved, "BACK": bool(back)}
+    narrow, constants = why_narrow(tiles, interleaved), tiles | {"INTERLEAVED": interleaved} | {"BACK": back}
     launch = Launch(rope_kernel, (grid,), given, constants, num_warps=warps, wide_loads=not narrow, narrow=narrow)
     return launch, *outputs
 

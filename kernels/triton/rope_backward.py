@@ -56,7 +56,7 @@ def _(
 
 
 def _gradients(needed: Sequence[bool], incoming: Gradients, *kept: Any) -> Gradients:
-    """Of q and k; where one of them has none, it goes in as no heads at all."""
+    """dq and dk; where one of them is not asked for, or has no incoming gradient, it goes in as no heads at all."""
     given = next(d for d in incoming if d is not None)
     there = [asked and d is not None for asked, d in zip(needed, incoming, strict=False)]
     heads = [given[:, :0] if d is None or not has else d for has, d in zip(there, incoming, strict=True)]

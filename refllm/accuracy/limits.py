@@ -20,6 +20,12 @@ ONE_ROUNDING_MORE = 1.25
 """How many times the error of a result that rounds where it should one may have, in a narrow format. A second, hidden
 rounding of the same size makes it sqrt(2) = 1.41."""
 
+PIECE_OF_A_RANK = 2.0
+"""How many times the predicted error a rank's piece of a wrong value may have and not be named: it has few numbers."""
+
+SUM_OF_RANKS = 4.0
+"""A sum over ranks is explained by its parts if what is left is so many roundings of all of them at most."""
+
 ISOLATED = {"bfloat16": ONE_ROUNDING_MORE, "float16": ONE_ROUNDING_MORE, "float32": 1.8}
 """The limit of rms(error) / rms(sigma) over one operator's result, on its own inputs. With narrow formats the only
 error is the rounding of the result, which is known exactly. In float32 the order of additions counts, which is not."""

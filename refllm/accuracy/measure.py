@@ -14,6 +14,9 @@ from refllm.parallel import blocks, for_each
 _AT_ONCE = 1 << 17
 """Elements: 1 MiB of float64, which stay in cache from one step to the next."""
 
+Errors = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Error, its predicted variance, which elements are NaN or infinite on one side, which are finite on both."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -65,7 +68,8 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
     overflow: the largest finite number of the candidate's format; exact values beyond it are infinite there.
     """
     width = exact.shape[-1]
-    by_row = _sums(candidate, exact, variance, overflow)
+    whole = _errors(candidate, exact, variance, overflow) if exact.size <= _AT_ONCE else None
+    by_row = _sums(candidate, exact, variance, overflow, whole)
     square_rows, V_rows, V2_rows, wrong_rows = by_row[:4]
     square, V, V2, wrong, error, along, values = by_row.reshape(len(by_row), -1).sum(axis=1).tolist()
     n = candidate.size
@@ -73,7 +77,7 @@ def measure(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, over
     rows = ratio(np.sqrt(square_rows / width), np.sqrt(np.maximum(V_rows / width, floor)))
     count = _independent(V_rows, V2_rows, width)
     row = np.unravel_index(int(np.argmax(rows - chance(count))), rows.shape)
-    largest, at = _largest(candidate, exact, variance, overflow, floor)
+    largest, at = _largest(candidate, exact, variance, overflow, floor, whole)
     return Measure(
         elements=n,
         shape=(candidate.shape[0], math.prod(candidate.shape[1:-1]), width),
@@ -105,11 +109,13 @@ def _scatter(square: np.ndarray, V: np.ndarray) -> float:
     return float(np.sqrt(off / total / error.sum()) / 2)
 
 
-def _sums(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float) -> np.ndarray:
+def _sums(
+    candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float, whole: Errors | None
+) -> np.ndarray:
     """Sums over the last axis [7, N, ...]: of squares of the error, of its predicted variance V, V^2, of elements that
     are NaN or infinite on one side, of the error, error times exact value, squares of the values.
 
-    In blocks of rows, of which no more is kept: the logits of a prompt are many.
+    In blocks of rows, of which no more is kept: the logits of a prompt are many. whole: the errors, where they are few.
     """
     sums = np.empty((7, *exact.shape[:-1]))
 
@@ -117,7 +123,7 @@ def _sums(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overfl
         return np.asarray(np.einsum("...i,...i->...", x, y))
 
     def fill(block: slice) -> None:
-        error, V, wrong, finite = _errors(candidate[block], exact[block], variance[block], overflow)
+        error, V, wrong, finite = whole or _errors(candidate[block], exact[block], variance[block], overflow)
         values = exact[block] if finite.all() else np.where(finite, exact[block], 0.0)
         V = V.astype(np.float64)
         parts = dot(error, error), V.sum(-1), dot(V, V), wrong.sum(-1), error.sum(-1), dot(error, values)
@@ -162,9 +168,7 @@ def errors(
     return error, V, wrong, finite
 
 
-def _errors(
-    candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _errors(candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float) -> Errors:
     beyond = np.abs(exact) > overflow
     if beyond.any():
         exact = np.where(beyond, np.copysign(np.inf, exact), exact)
@@ -196,13 +200,18 @@ def row_blocks(values: np.ndarray) -> Iterator[slice]:
 
 
 def _largest(
-    candidate: np.ndarray, exact: np.ndarray, variance: np.ndarray, overflow: float, floor: float
+    candidate: np.ndarray,
+    exact: np.ndarray,
+    variance: np.ndarray,
+    overflow: float,
+    floor: float,
+    whole: Errors | None,
 ) -> tuple[float, tuple[int, ...]]:
     """The largest |error| / sigma and its index, the first of equals; V counts as `floor` where it is less."""
     found: dict[int, tuple[float, tuple[int, ...]]] = {}
 
     def search(block: slice) -> None:
-        error, V, _, _ = _errors(candidate[block], exact[block], variance[block], overflow)
+        error, V, _, _ = whole or _errors(candidate[block], exact[block], variance[block], overflow)
         V = np.maximum(V, floor, dtype=np.float64)
         z = np.square(error) / V if floor > 0 else np.square(ratio(error, np.sqrt(V)))
         row, *rest = (int(i) for i in np.unravel_index(int(np.argmax(z)), z.shape))

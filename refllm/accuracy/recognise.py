@@ -213,9 +213,8 @@ def _explains_most(habit: np.ndarray, candidate: np.ndarray, changed: Iterable[t
 
 def _alike(made: Made, fits: tuple[Profile, ...]) -> tuple[Profile, ...]:
     """And those that differ only in how they read inputs of which there is but one form."""
-    more = [
-        replace(p, reads=other.reads) for p in fits for other in _candidates(made, ()) if other.together == p.together
-    ]
+    readings = dict.fromkeys((p.reads, p.together) for p in _candidates(made, ()))
+    more = [replace(p, reads=reads) for p in fits for reads, together in readings if together == p.together]
     read = {p: tuple(id(x) for x in made.read(p)) for p in (*fits, *more)}
     of_fits = {(p.points, p.parts, p.together, read[p]) for p in fits}
     same = [p for p in more if (p.points, p.parts, p.together, read[p]) in of_fits]

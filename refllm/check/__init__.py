@@ -21,10 +21,14 @@ from typing import Any
 
 from refllm.check.api import assert_matches, compare
 
-__all__ = ["assert_matches", "assert_operator", "check_dumped", "check_logprobs", "check_op", "compare"]
+__all__ = ["RankTrace", "assert_matches", "assert_operator", "check_dumped", "check_logprobs", "check_op", "compare"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "RankTrace":
+        from refllm.check import rank_trace
+
+        return rank_trace.RankTrace
     if name == "check_dumped":
         from refllm.opcheck import dumped
 

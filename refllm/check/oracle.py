@@ -633,6 +633,7 @@ class Report:
     sum to 1. notes: sentences a reader should know. config: of the model, for the formulas in a report. misbehaviour:
     what the candidate did in place of a forward pass; then nothing was measured. habits: where it rounds. unsaid: what
     it may do on purpose only, and nobody said that it does. unseen: sentences on what the run does not show.
+    copies: what ranks have of one replicated value that is not the same bits. blamed: which rank made what is wrong.
     format_error: what the weights cost that it was judged with, where they are not the checkpoint's. explanation: what
     the reference has to do to give what the candidate has. judged: of some layers alone, the judgement itself; part:
     what a file says of it, to be merged with others (`refllm.check.merged`).
@@ -653,6 +654,8 @@ class Report:
     habits: list[Habit] = field(default_factory=list)
     unsaid: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+    blamed: list[str] = field(default_factory=list)
     format_error: FormatError | None = None
     explanation: Explanation | None = None
     judged: Judge | None = None
@@ -660,10 +663,10 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """The run fails if the candidate misbehaves, or any value or a next token fails; one with an untested value, or
-        that something was not seen of, is incomplete."""
+        """The run fails if the candidate misbehaves, or any value, copy of a rank or next token fails; one with an
+        untested value, or that something was not seen of, is incomplete."""
         values = {tap.verdict for tap in self.taps}
-        wrong = self.misbehaviour or "fails" in values or (self.next_tokens and self.next_tokens.defects)
+        wrong = self.misbehaviour or self.copies or "fails" in values or (self.next_tokens and self.next_tokens.defects)
         return verdict(wrong, missing=self.unseen or self.unsaid or "untested" in values)
 
     @property
@@ -697,6 +700,8 @@ class Report:
             "habits": [str(habit) for habit in self.habits],
             "unsaid": self.unsaid,
             "unseen": self.unseen,
+            "copies": self.copies,
+            "blamed": self.blamed,
             "taps": [
                 {
                     "name": tap.name,
@@ -836,7 +841,10 @@ def judge(
     if trace.dtype == "float64":
         return _of_float64(model, trace, asked, checkpoint, step)
     try:
-        collected, taps = explained_best(lambda guess: Judge(model, trace, asked, guess, keeper=keeper), step)
+        # What was judged under one guess at the tables says nothing under another.
+        collected, taps = explained_best(
+            lambda guess: Judge(model, trace, asked, guess, keeper=keeper if guess is None else None), step
+        )
         if collected.orders:
             collected, taps, notes = _whose_order(model, trace, asked, step, collected)
         else:

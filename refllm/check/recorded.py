@@ -9,12 +9,14 @@ import numpy as np
 
 from refllm.check.against import judge_against
 from refllm.check.asked import Asked
+from refllm.check.blamed_ranks import blamed, note, splits_of
 from refllm.check.explained import by_default
 from refllm.check.functions import DTYPES
 from refllm.check.keeper import keeper_for, part_of
 from refllm.check.layout import laid_out, words_of
 from refllm.check.oracle import Report, judge
 from refllm.check.plan import plan
+from refllm.check.ranks import Ranks
 from refllm.check.trace import Trace
 from refllm.check.values import like, raw_of
 from refllm.check.weights import Given, format_error, handed_over
@@ -51,6 +53,10 @@ def check_files(
     how["explain"] = settings.explain
     how["weights"] = None if settings.weights is None else Given.open(settings.weights)
     for file in files:
+        if file.is_dir():
+            ranks = Ranks.load(file, given)
+            yield check_ranks(lambda of: load(folder, of), ranks, settings.rounding, folder.name, **how)
+            continue
         trace = Trace.load(file, given)
         yield check_recorded(
             lambda of: load(folder, of), trace, settings.rounding, checkpoint=folder.name, folder=folder, **how
@@ -112,6 +118,26 @@ def check_recorded(
         [] if said or not trace.is_plain else [f"judged as {format_}, as its values are; --dtype says another"]
     )
     report.notes.append(_what_was_run(model, trace))
+    return report
+
+
+def check_ranks(load: Callable[[str], Model], ranks: Ranks, asked: Asked, checkpoint: str = "", **how: Any) -> Report:
+    """The report on a run that was split over ranks, each of which wrote its values; the rest as `check_recorded`.
+
+    Products whose input is cut over ranks are sums of as many parts, unless `asked` says another number. Where copies
+    of one value differ and those of the first ranks hold, the report is on those of the last ranks.
+    """
+    splits = asked.splits if asked.splits > 1 else splits_of(ranks)
+    whole, differ = ranks.whole()
+    report = check_recorded(load, whole, replace(asked, splits=splits), checkpoint=checkpoint, **how)
+    if differ and report.first_failure is None:
+        whole, _ = ranks.whole(last_copies=True)
+        report = check_recorded(load, whole, replace(asked, splits=splits), checkpoint=checkpoint, **how)
+    report.copies = [one.text for one in differ]
+    if report.first_failure is not None:
+        model = load(report.dtype)
+        report.blamed = blamed(report, canonical(whole, model, how.get("layout", "")), ranks, model)
+    report.notes.append(note(ranks, splits))
     return report
 
 

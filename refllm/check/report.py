@@ -328,7 +328,9 @@ def _attribution(report: Report) -> list[tuple[str, Text]]:
 
 def _cautions(report: Report) -> list[tuple[str, Text]]:
     """What is untested, and what a reader should know."""
-    said = [("incomplete", said) for said in report.unsaid] + [("not seen", said) for said in report.unseen]
+    said = [("ranks", said) for said in (*report.copies, *report.blamed)]
+    said += [("incomplete", said) for said in report.unsaid]
+    said += [("not seen", said) for said in report.unseen]
     said += [("untested", said) for said in findings.untested(report)] + [("note", note) for note in report.notes]
     return [(label, Text(text, style=STYLE["untested"])) for label, text in said]
 

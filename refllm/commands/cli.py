@@ -183,7 +183,9 @@ def check(
     recorded: Annotated[
         list[Path] | None,
         typer.Option(
-            "--trace", metavar="F", help="Judge the values in a file, of a run on any machine; repeat for more."
+            "--trace",
+            metavar="F",
+            help="Judge the values in a file of a run on any machine, or in a folder of one per rank; repeat for more.",
         ),
     ] = None,
     layout: Layout = "",

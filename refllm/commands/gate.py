@@ -58,7 +58,9 @@ def wrong_in(report: dict[str, Any]) -> list[Wrong]:
         return [Wrong(report["misbehaviour"]["kind"], report["misbehaviour"]["text"])]
     taps = [tap for tap in report["taps"] if tap.get("cause") in ("defect", "place")]
     taps = taps or [tap for tap in report["taps"] if tap["name"] == report["first_failure"]]
-    return [Wrong(tap["name"], _in_words(tap)) for tap in taps] or [Wrong("next tokens", _tokens_in_words(report))]
+    found = [Wrong("ranks", said) for said in report.get("copies", ())]
+    found += [Wrong(tap["name"], _in_words(tap)) for tap in taps]
+    return found or [Wrong("next tokens", _tokens_in_words(report))]
 
 
 def _token_in_words(report: dict[str, Any]) -> str:

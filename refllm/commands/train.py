@@ -1,4 +1,4 @@
-"""`refllm train`: a checkpoint learns a text, in NumPy or Torch."""
+"""`refllm train`: a checkpoint learns a text, in NumPy, Torch or Triton."""
 
 import sys
 import warnings
@@ -12,8 +12,7 @@ from refllm.errors import InputError
 from refllm.storage import output_file
 from refllm.terminal.status_line import StatusLine
 
-BACKENDS = ("numpy", "torch")
-"""Those that have gradients."""
+BACKENDS = ("numpy", "torch", "triton")
 
 
 def train(
@@ -32,7 +31,9 @@ def train(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute layers again on the way back: less memory, more time.")
     ] = False,
-    backend: Annotated[str, typer.Option("--backend", help="numpy (the reference) or torch (its autograd).")] = "numpy",
+    backend: Annotated[
+        str, typer.Option("--backend", help="numpy (the reference), torch (its autograd) or triton (our kernels).")
+    ] = "numpy",
     page: Page = None,
     json_file: Json = None,
 ) -> None:
@@ -47,7 +48,7 @@ def train(
     if output.resolve() == checkpoint.resolve():
         raise InputError("--output is CHECKPOINT itself, which would be written over; give another folder")
     if backend not in BACKENDS:
-        raise InputError(f"--backend {backend} cannot train: use {' or '.join(BACKENDS)}")
+        raise InputError(f"--backend {backend} is not known: use {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
     output_file.must_be_folder("--output", output)
     tokenizer = refllm.AutoTokenizer.from_pretrained(checkpoint)
     with warnings.catch_warnings():

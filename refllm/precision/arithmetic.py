@@ -164,7 +164,8 @@ _WORTH_ROUNDING_BY_SUMS = 2048  # numbers: with fewer, nine calls of NumPy cost 
 
 def round_bfloat16(x: np.ndarray) -> np.ndarray:
     """float32 -> the nearest bfloat16, ties to even, as float32. NaN stays NaN, overflow becomes infinity."""
-    return np.asarray(x, np.float32, order="C").astype(ml_dtypes.bfloat16).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # of a NaN that signals
+        return np.asarray(x, np.float32, order="C").astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def round_float16(x: np.ndarray) -> np.ndarray:

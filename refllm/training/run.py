@@ -43,10 +43,10 @@ class Settings:
 class TrainingRun:
     """A model that learns a text. losses: of all steps so far, in nats per token.
 
-    model: a causal language model in float32 or float64, whose tensors are changed; one of backend="torch" is trained
-    by Torch. ids: [N] tokens of the text. folder: where it is kept; what an earlier run of the same settings left there
-    is gone on from. Raises InputError for a text shorter than a window, another dtype, and the folder of a run with
-    other settings or of another model.
+    model: a causal language model in float32 or float64, whose tensors are changed; one of backend="torch" or "triton"
+    is trained by Torch. ids: [N] tokens of the text. folder: where it is kept; what an earlier run of the same settings
+    left there is gone on from. Raises InputError for a text shorter than a window, another dtype, and the folder of a
+    run with other settings or of another model.
     """
 
     def __init__(self, model: Any, ids: np.ndarray, folder: Path, settings: Settings) -> None:

@@ -12,6 +12,7 @@ from refllm.commands import cli
 from refllm.kernels import OPERATORS
 from refllm.kernels.aot import commands, sources
 from refllm.kernels.targets import TARGETS
+from refllm.kernels.triton import BACKWARD_FILES, FILES
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -103,7 +104,8 @@ def test_list_names_every_operator_once(refllm: Run) -> None:
     code, out, _ = refllm("list", "--json", "-")
     kernels = json.loads(out)["kernels"]
     assert code == 0
-    assert sorted(name for kernel in kernels for name in kernel["operators"]) == sorted(OPERATORS)
+    assert sorted(name for kernel in kernels for name in kernel["operators"]) == sorted({*FILES, *BACKWARD_FILES})
+    assert set(FILES) == set(OPERATORS)
     for kernel in kernels:
         assert set(kernel) == {"operators", "file", "kernels", "configurations", "about"}
         assert (Path(__file__).parents[2] / kernel["file"]).is_file()

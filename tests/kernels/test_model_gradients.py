@@ -74,6 +74,15 @@ def test_every_head_and_loss(head: str, labels: dict[str, np.ndarray]) -> None:
     same(fast.gradients(IDS, **labels), exact.gradients(IDS, **labels))
 
 
+@pytest.mark.parametrize(("family", "flags", "how"), [("helium", 0, "padded"), ("stablelm", 1, "plain"),
+                                                      ("arcee", 0, "mask of pairs")])  # fmt: skip
+def test_the_gradients_of_the_kernels_are_those_of_the_definitions(family: str, flags: int, how: str) -> None:
+    """Interpreted on the CPU: norms, rotations, attention, activations and the loss, forward and backward."""
+    exact, _ = pair(family, flags)
+    kernels = FastModel.of(exact, dtype="float32", backend="triton", device="cpu")
+    same(kernels.gradients(**CALLS[how]), exact.gradients(**CALLS[how]))
+
+
 def test_frozen_and_accumulated() -> None:
     exact, fast = pair("stablelm", 1)
     frozen = ["model.layers.0.self_attn.k_proj.*", "model.embed_tokens.weight"]
@@ -101,7 +110,7 @@ def test_what_a_fast_model_cannot_do_is_said() -> None:
     exact, fast = pair("helium", 0)
     triton = FastModel.of(exact, dtype="float32", backend="triton", device="cpu")
     for call, said in (
-        (lambda: triton.gradients(IDS, labels=IDS), "backend triton computes none; load the model with backend='torch"),
+        (lambda: triton.gradients(IDS, labels=IDS, recorder=object()), "backend triton shows no named values; load"),
         (lambda: fast.gradients(IDS, labels=IDS, recorder=object()), "backend torch shows no named values; load"),
         (lambda: fast.gradients(IDS), "gradients: give labels, which the loss is made of"),
         (fast.gradient_checkpointing_enable, "gradient_checkpointing_enable: backend torch keeps every value; load"),

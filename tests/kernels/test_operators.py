@@ -243,10 +243,13 @@ def starts(planned: Any) -> list[Any]:
     return list(planned[0]) if isinstance(planned[0], list | tuple) else [planned[0]]
 
 
-@pytest.mark.parametrize("kernel", [name for name in tunables() if name != "attention"])
+@pytest.mark.parametrize(
+    "kernel", [name for name in tunables() if tunables()[name].operator in set(OPERATORS) - {"attention"}]
+)
 def test_every_tile_that_ships_writes_every_element(kernel: str, device: str) -> None:
     """Over results and workspaces that hold NaN. What differs in warps or stages alone computes the same. Tiles of
-    attention go with head dims, of which test_kernel_attention.py takes every kind."""
+    attention go with head dims, of which test_kernel_attention.py takes every kind; those of gradients are in
+    test_kernel_gradients.py."""
     if device != "cpu":
         pytest.skip("a GPU runs the tiles of its own target")
     each, seen = tunables()[kernel], list[Any]()

@@ -121,3 +121,16 @@ def test_an_incoming_gradient_of_another_shape_is_refused() -> None:
     x = torch.ones(2, 4)
     with pytest.raises(InputError, match=r"rms_norm_backward: dy is \[2, 3\] torch.float32 on cpu; expected \[2, 4\]"):
         plain.rms_norm_backward(torch.ones(2, 3), x, torch.ones(4), 1e-5)
+
+
+def test_autograd_adds_the_parts_of_a_weight_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 parts of one row, all the same: in bfloat16 their sum stops at 256 of them. And it can go on twice."""
+    monkeypatch.setattr("refllm.kernels.plain.loss.LOGITS", 4)
+    x, labels = torch.ones(600, 8, dtype=torch.bfloat16), torch.zeros(600, dtype=torch.long)
+    weight = torch.zeros(4, 8, dtype=torch.bfloat16).requires_grad_()
+    plain.linear_cross_entropy(x, weight, labels, reduction="sum").backward()
+    assert torch.equal(weight.grad, torch.tensor([-450, 150, 150, 150.0])[:, None].expand(4, 8).bfloat16())
+    wide = [torch.randn(n, 3, dtype=torch.float32).requires_grad_() for n in (5, 4)]
+    loss = plain.linear_cross_entropy(*wide, labels[:5])
+    (first,) = torch.autograd.grad(loss, wide[0], create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), wide[1])[0].isfinite().all()

@@ -23,7 +23,7 @@ from refllm.kernels import tuning
 from refllm.kernels.aot import DoesNotCompile, gates
 from refllm.kernels.aot.compile_code import compile_launches
 from refllm.kernels.targets import TARGETS
-from refllm.kernels.triton import KERNELS
+from refllm.kernels.triton import BACKWARD_KERNELS, KERNELS
 from refllm.kernels.tuning import table
 from refllm.kernels.tuning.table import AHEAD_OF_TIME, ANY, BY_HAND, MEASURED, Entry
 from refllm.kernels.tuning.tunables import Tunable, everything, meta_call, tunables
@@ -64,7 +64,10 @@ def refllm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_table_has_a_line_for_every_class_on_every_target() -> None:
-    assert {each.kernel for each in TUNABLES.values()} == {each.__name__.rpartition(".")[2] for each in KERNELS}
+    files = {each.__name__.rpartition(".")[2]: each for each in (*KERNELS, *BACKWARD_KERNELS)}
+    own = {name for name, file in files.items() if file.TUNABLE.kernel == name}
+    assert {each.kernel for each in TUNABLES.values()} == own >= {each.__name__.rpartition(".")[2] for each in KERNELS}
+    assert files["rope_backward"].TUNABLE is files["rope"].TUNABLE, "one kernel, turned back"
     lines = table.read()
     assert [e.key for e in lines] == sorted((each.kernel, shape, gpu.name) for each, shape, gpu in everything())
     for entry in lines:
@@ -110,6 +113,12 @@ def test_every_class_that_a_kernel_names_has_a_line() -> None:
     assert named == set(TUNABLES["cross_entropy"].shapes)
     named = {module("rms_norm").shape_class(E) for E in (1, 4096, 4097, 16_384, 16_385)}
     assert named == set(TUNABLES["rms_norm"].shapes) == set(TUNABLES["layer_norm"].shapes)
+    named = {module("norm_backward").shape_class(E) for E in (1, 8192, 8193)}
+    assert named == set(TUNABLES["norm_backward"].shapes)
+    assert set(TUNABLES["cross_entropy_backward"].shapes) == set(TUNABLES["cross_entropy"].shapes)
+    backward = module("linear_cross_entropy_backward")
+    named = {backward.shape_class(E, dtype) for E in (64, 100) for dtype in (BF16, F32)}
+    assert named == set(TUNABLES["linear_cross_entropy_backward"].shapes)
     assert {module("rope").shape_class(128, R) for R in (128, 20)} == set(TUNABLES["rope"].shapes)
 
 

@@ -109,11 +109,25 @@ def test_what_readme_trains_and_asks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert shown.output.strip()
 
 
-def test_a_backend_without_gradients_is_refused(tmp_path: Path) -> None:
+def test_the_kernels_train_too(tmp_path: Path) -> None:
+    """Interpreted without a GPU: the losses of a few steps are NumPy's, and the gradients are those of the kernels."""
+    losses = {}
+    for backend in ("numpy", "triton"):
+        asked = ["train", str(HELIUM), "--text", str(golden.CORPUS), "--output", str(tmp_path / backend)]
+        small = ["--steps", "3", "--batch", "1", "--context", "8", "--backend", backend, "--json", "-"]
+        shown = CliRunner().invoke(cli.app, [*asked, *small])
+        assert shown.exit_code == 0, shown.output
+        losses[backend] = json.loads(shown.stdout)["losses"]
+    assert losses["numpy"] == pytest.approx(losses["triton"], rel=1e-5)
+    assert losses["numpy"] != losses["triton"]
+    assert losses["numpy"][-1] != pytest.approx(losses["numpy"][0], rel=1e-2)
+
+
+def test_a_backend_that_is_not_there_is_refused(tmp_path: Path) -> None:
     asked = ["train", str(HELIUM), "--text", str(golden.CORPUS), "--output", str(tmp_path / "out"), "--backend"]
-    refused = CliRunner().invoke(cli.app, [*asked, "triton"])
+    refused = CliRunner().invoke(cli.app, [*asked, "jax"])
     assert isinstance(refused.exception, InputError)
-    assert str(refused.exception) == "--backend triton cannot train: use numpy or torch"
+    assert str(refused.exception) == "--backend jax is not known: use numpy, torch or triton"
     refused = CliRunner().invoke(cli.app, [*asked, "torch", "--checkpointing"])
     assert "backend torch keeps every value; load the model with backend='numpy'" in str(refused.exception)
 

@@ -708,6 +708,9 @@ def norm_rope(x, weight, cos, sin, eps, BLOCK):
     return out
 ''',
     calls=_norm_rope,
+    operator="norm_rope",
+    adapt="lambda operator, x, w, cos, sin, eps, BLOCK: "
+    "(operator(x[None], x[None, :1], w, w[:1], cos, sin, eps, 'rms', False)[0][0],)",
     outputs={"out": ("H", "S", "D")},
     mistakes=(
         wrong("mean of the first half", "the mean square is that of the first half alone",
