@@ -5,8 +5,9 @@
         wrong = mutant.function()       # takes and returns what refllm.kernels.rms_norm does
 
 Each mutant names where the bug comes from: a real one by its issue, or the class of one-line mistakes it belongs to.
-The modules `reference_*` hold those of the plain Torch forms, `triton_*` those of the Triton kernels; every one is also
-a function of `refllm.kernels.mutants.built`, so that a command can name it.
+The modules `reference_*` hold those of the plain Torch forms, `triton_*` those of the Triton kernels, and those that
+begin with `backward_` the same of gradients: `catalogue("rms_norm_backward")`. Every one is also a function of
+`refllm.kernels.mutants.built`, so that a command can name it.
 """
 
 import pkgutil
@@ -20,6 +21,7 @@ FORMS = ("torch", "triton")
 """Written in plain Torch (runs anywhere, fast), or a Triton kernel of this project with its source changed."""
 _PREFIX = {"torch": "reference_", "triton": "triton_"}
 """What the names of the modules of a form begin with."""
+_BACKWARD = "_backward"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Mutant:
         named. "" for a defect.
     equivalent: why no test can tell it from the right operator; "" for a real bug.
     corner: the kind of the fixed call that shows it, where that is not among the first few; to be tried first.
+    autograd: the function has the signature of the forward operator, and the mistake is in what torch.autograd finds.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Mutant:
     equivalent: str = ""
     corner: str = ""
     place: str = ""
+    autograd: bool = False
 
     @property
     def slug(self) -> str:
@@ -64,9 +68,15 @@ class Mutant:
         return made
 
 
-def catalogue(operator: str | None = None, form: str | None = None) -> list[Mutant]:
-    """All mutants, or those of one operator, or of one form."""
-    prefixes = tuple(prefix for name, prefix in _PREFIX.items() if form in (None, name))
+def catalogue(operator: str | None = None, form: str | None = None, backward: bool | None = None) -> list[Mutant]:
+    """All mutants, or those of one operator, or of one form.
+
+    backward: those of gradients, and not those of forward operators; None: as the name of the operator says.
+    """
+    backward = (operator or "").endswith(_BACKWARD) if backward is None else backward
+    prefixes = tuple(
+        f"backward_{prefix}" if backward else prefix for name, prefix in _PREFIX.items() if form in (None, name)
+    )
     names = sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name.startswith(prefixes))
     mutants = (m for name in names for m in import_module(f"{__name__}.{name}").MUTANTS)
     return [m for m in mutants if operator in (None, m.operator)]

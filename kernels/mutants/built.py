@@ -11,12 +11,13 @@ from refllm.kernels.mutants import Mutant, catalogue
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    mutant = None if name.startswith("__") else _by_slug("triton" if name.startswith("triton_") else "torch").get(name)
+    form = "triton" if name.startswith("triton_") else "torch"
+    mutant = None if name.startswith("__") else _by_slug(form, "_backward_" in name).get(name)
     if mutant is None:
         raise AttributeError(f"there is no mutant {name!r}; refllm.kernels.mutants.catalogue() lists them")
     return mutant.function()
 
 
 @cache
-def _by_slug(form: str) -> dict[str, Mutant]:
-    return {mutant.slug: mutant for mutant in catalogue(form=form)}
+def _by_slug(form: str, backward: bool) -> dict[str, Mutant]:
+    return {mutant.slug: mutant for mutant in catalogue(form=form, backward=backward)}

@@ -1,6 +1,7 @@
 """Known bugs and one-line mistakes that no mutant of a kernel stands for, and why."""
 
-_BACKWARD = "a bug of a backward pass; the kernels of this project are forward only"
+_BACKWARD = "a bug of a backward pass, where it is planted (docs/mutants-backward.md)"
+_LOOP = "a mistake of a training loop around right gradients: `refllm check --backward` has it among its own mutants"
 
 NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
     ("ROCm/TransformerEngine#623", _BACKWARD),
@@ -35,3 +36,16 @@ NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
     ("one-line: softcap", "no operator of the contract has one"),
 )
 """(source, why not). The source of a known bug is its first reference in `known_bugs.py`."""
+
+IN_NO_GRADIENT: tuple[tuple[str, str], ...] = (
+    ("entrenar#314", _LOOP),
+    ("pytorch/pytorch#190758", _LOOP),
+    ("ServiceNow/Fast-LLM#550", _LOOP),
+    ("NVIDIA/TransformerEngine#3216", "needs a mask of the scores that no operator of the contract takes"),
+    (
+        "sonic-moe#63",
+        "a mixture of experts; small inputs, which hid it, are among the fixed calls of every operator",
+    ),
+    ("triton-lang/triton#6547", "no kernel of this project is autotuned, or adds to memory that it did not write"),
+)
+"""The same of bugs of gradients that no mutant of a backward operator stands for."""

@@ -24,7 +24,8 @@ from refllm.kernels.mutants import Mutant
 
 Function = Callable[..., Any]
 Way = Callable[[str], Function]
-_FILES = ("norm", "activation", "rope", "attention", "loss")
+_FORWARD = ("norm", "activation", "rope", "attention", "loss")
+_FILES = (*_FORWARD, "wide", "linear_backward", *(f"{name}_backward" for name in _FORWARD))
 """The files of kernels/plain, in an order in which each needs only those before it."""
 _OWN_IMPORT = "from refllm.kernels.plain."
 _counter = itertools.count(1)
@@ -50,8 +51,8 @@ def instead(wrong: Function) -> Way:
 def changed(function: str, *replacements: str) -> Way:
     """Replaces text in the body of one function of kernels/plain: old, new, old, new ... Each old is there once.
 
-    The new text may use `whole_tiles` and `scratch` of this module. Building raises RefllmError if an old text is not
-    there, or there twice: the function was changed, and the mutant must follow it.
+    The new text may use `whole_tiles`, `scratch` and `narrow_sum` of this module. Building raises RefllmError if an
+    old text is not there, or there twice: the function was changed, and the mutant must follow it.
     """
 
     def way(operator: str) -> Function:
@@ -91,7 +92,7 @@ def _function_text(name: str) -> str:
 def _run(source: str, operator: str) -> Function:
     file = f"<mutant {next(_counter)} of {operator}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # so that tracebacks show it
-    names: dict[str, Any] = {"whole_tiles": whole_tiles, "scratch": scratch}
+    names: dict[str, Any] = {"whole_tiles": whole_tiles, "scratch": scratch, "narrow_sum": narrow_sum}
     exec(compile(source, file, "exec"), names)
     return names[operator]
 
@@ -105,6 +106,14 @@ def whole_tiles(x: torch.Tensor, block: int, axis: int = -1) -> torch.Tensor:
 def scratch(x: torch.Tensor) -> torch.Tensor:
     """Memory like x that nobody has written to, as torch.empty gives it after other work."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def narrow_sum(terms: torch.Tensor, rows: int = 8) -> torch.Tensor:
+    """The sum over the first axis, kept in bfloat16 after every `rows` rows, as blocks that add to one buffer do."""
+    total = torch.zeros(terms.shape[1:], dtype=torch.bfloat16)
+    for block in terms.split(rows):
+        total = (total.to(terms.dtype) + block.sum(0)).bfloat16()
+    return total.to(terms.dtype)
 
 
 # -- around a right call -----------------------------------------------------------------------------------------------
@@ -124,7 +133,7 @@ def before(change: Callable[..., tuple[Any, ...]]) -> Way:
     return way
 
 
-def after(change: Callable[..., torch.Tensor], output: int = 0) -> Way:
+def after(change: Callable[..., torch.Tensor | None], output: int = 0) -> Way:
     """Another result: change(y, *arguments) replaces output number `output` (the loss, if there is but one)."""
 
     def way(operator: str) -> Function:
@@ -134,6 +143,8 @@ def after(change: Callable[..., torch.Tensor], output: int = 0) -> Way:
             got = right(*arguments, **keywords)
             if not isinstance(got, tuple):
                 return change(got, *arguments)
+            if got[output] is None:
+                return got
             return (*got[:output], change(got[output], *arguments), *got[output + 1 :])
 
         return wrong
@@ -150,6 +161,23 @@ def as_if_dense(number: int) -> Callable[..., tuple[Any, ...]]:
             held = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
             flat = x.as_strided((min(x.numel(), held),), (1,))
             x = torch.cat([flat, flat.new_full((x.numel() - len(flat),), 7.0)]).view(x.shape)
+        return (*arguments[:number], x, *arguments[number + 1 :])
+
+    return change
+
+
+def strides_of(number: int, other: int) -> Callable[..., tuple[Any, ...]]:
+    """A `before`: argument `number` is read from its first address on with the strides of argument `other`."""
+
+    def change(*arguments: Any) -> tuple[Any, ...]:
+        x, steps = arguments[number], arguments[other].stride()
+        if x.stride() != steps and x.numel():
+            at = torch.zeros(x.shape, dtype=torch.int64)
+            for axis, (length, step) in enumerate(zip(x.shape, steps, strict=True)):
+                at += (torch.arange(length) * step).view(-1, *[1] * (x.ndim - axis - 1))
+            held = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+            found = x.as_strided((held,), (1,))[at.clamp(max=held - 1)]
+            x = torch.where(at < held, found, torch.full_like(found, 7.0))
         return (*arguments[:number], x, *arguments[number + 1 :])
 
     return change
@@ -197,10 +225,41 @@ def over_input(number: int) -> Callable[..., torch.Tensor]:
     """An `after`: the result is also written over argument `number`, whose memory was used for it."""
 
     def change(y: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        arguments[number].copy_(y.to(arguments[number].dtype))
+        if 0 not in arguments[number].stride():
+            arguments[number].copy_(y.to(arguments[number].dtype))
         return y
 
     return change
+
+
+def in_memory_of(number: int) -> Callable[..., torch.Tensor]:
+    """An `after`: the result is argument `number`, whose memory it was written into."""
+
+    def change(y: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return y if 0 in arguments[number].stride() else arguments[number].copy_(y)
+
+    return change
+
+
+def added_to_before() -> Callable[..., torch.Tensor]:
+    """An `after`: the buffer is not cleared, so that a result is added to that of the last call of the same shape."""
+    kept: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def change(y: torch.Tensor, *_: Any) -> torch.Tensor:
+        total = y + kept[shape] if (shape := tuple(y.shape)) in kept else y
+        kept[shape] = total
+        return total.clone()
+
+    return change
+
+
+def missing(*_: Any) -> None:
+    """An `after`: no gradient is returned."""
+
+
+def zeros(y: torch.Tensor, *_: Any) -> torch.Tensor:
+    """An `after`: the gradient is 0 everywhere."""
+    return torch.zeros_like(y)
 
 
 def without_nan(y: torch.Tensor, *_: Any) -> torch.Tensor:

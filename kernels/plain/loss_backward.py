@@ -54,8 +54,9 @@ def linear_cross_entropy_backward(
         part = slice(start, start + rows)
         logits_NV = F.linear(x_NE[part], weight_VE)
         dlogits_NV = _dlogits(each_N[part], wide(logits_NV), labels_N[part], ignore_index)
-        dx_NE[part] = dlogits_NV @ wide(weight_VE)
-        dweight_VE += dlogits_NV.mT @ wide(x_NE[part])
+        ignored_N1 = (labels_N[part] == ignore_index)[:, None]  # what these rows hold, NaN included, reaches nothing
+        dx_NE[part] = (dlogits_NV @ wide(weight_VE)).masked_fill(ignored_N1, 0.0)
+        dweight_VE += dlogits_NV.mT @ wide(x_NE[part]).masked_fill(ignored_N1, 0.0)
     return dx_NE.to(x_NE.dtype), dweight_VE.to(weight_VE.dtype)
 
 

@@ -194,9 +194,9 @@ def audit(
     return AuditReport(checker.name, tuple(outcomes))
 
 
-def outcome_of(mutant: "Mutant", max_examples: int = MAX_EXAMPLES, seed: int = 0) -> Outcome:
-    """What `check_op` makes of one mutant, in every dtype in which that makes a difference."""
-    return _outcome(mutant, _OurCheck(max_examples, seed, known_first=False), None)
+def outcome_of(mutant: "Mutant", max_examples: int = MAX_EXAMPLES, seed: int = 0, known_first: bool = False) -> Outcome:
+    """What `check_op` makes of one mutant, in every dtype in which that makes a difference. known_first: as `audit`."""
+    return _outcome(mutant, _OurCheck(max_examples, seed, known_first), None)
 
 
 def _outcome(mutant: "Mutant", checker: "_OurCheck | _UsersTest", dtype: str | None) -> Outcome:

@@ -49,12 +49,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Results:
-    """versions: of what it was measured with. mutants: by their slugs. typical: operator -> name of a typical test ->
-    how many bugs it finds, of how many."""
+    """versions: of what it was measured with. mutants: by their slugs. typical: operator -> name of another test -> how
+    many bugs it finds, of how many. alarms: the same of right implementations that it rejects; of gradients alone.
+    right: what check-op says of right gradients, "" where they hold."""
 
     versions: dict[str, str] = field(default_factory=dict)
     mutants: dict[str, Measured] = field(default_factory=dict)
     typical: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    alarms: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    right: dict[str, str] = field(default_factory=dict)
 
     def of(self, mutant: "Mutant") -> Measured | None:
         """What is known of a mutant, None if it was not measured."""
@@ -67,41 +70,61 @@ def read(path: Path) -> Results:
         return Results()
     found = json.loads(path.read_text(encoding="utf-8"))
     mutants = (Measured(**{**one, "dtypes": tuple(one["dtypes"])}) for one in found["mutants"])
-    typical = {op: {name: (n, of) for name, (n, of) in by.items()} for op, by in found["typical"].items()}
-    return Results(found["versions"], {one.mutant: one for one in mutants}, typical)
+    typical, alarms = (
+        {op: {name: (n, of) for name, (n, of) in by.items()} for op, by in found.get(part, {}).items()}
+        for part in ("typical", "alarms")
+    )
+    return Results(
+        found["versions"], {one.mutant: one for one in mutants}, typical, alarms, dict(found.get("right", {}))
+    )
 
 
-def write(path: Path, results: Results) -> None:
+def write(path: Path, results: Results, backward: bool = False) -> None:
     """The file, in the order of the catalogue."""
-    from refllm import kernels
     from refllm.kernels.mutants import catalogue
 
-    listed = [one for one in map(results.of, catalogue()) if one is not None]
-    typical = {operator: results.typical[operator] for operator in kernels.OPERATORS if operator in results.typical}
-    content = {"versions": results.versions, "mutants": [*map(asdict, listed)], "typical": typical}
+    listed = [one for one in map(results.of, catalogue(backward=backward)) if one is not None]
+    content = {"versions": results.versions, "mutants": [*map(asdict, listed)]}
+    parts: dict[str, dict[str, Any]] = {"typical": results.typical} | ({"alarms": results.alarms} if backward else {})
+    for part, by in parts.items():
+        content[part] = {operator: by[operator] for operator in operators(backward) if operator in by}
+    if backward:
+        content["right"] = dict(sorted(results.right.items()))
     output_file.replace(path, json.dumps(content, indent=1) + "\n")
 
 
-def measure(path: Path, resume: bool, workers: int, progress: Progress) -> Results:
-    """Our check on the whole catalogue and typical tests on its torch part. Written after every mutant; resume: what
-    the file has is kept. workers: processes."""
+def operators(backward: bool) -> tuple[str, ...]:
+    """Those that have mutants."""
     from refllm import kernels
+
+    return kernels.plain.BACKWARD if backward else kernels.OPERATORS
+
+
+def measure(
+    path: Path, resume: bool, workers: int, progress: Progress, backward: bool = False, most: int | None = None
+) -> Results:
+    """Our check on the whole catalogue and other tests on its torch part. Written after every mutant; resume: what the
+    file has is kept. workers: processes. backward: of gradients, and right implementations besides. most: so many
+    mutants, operators and right implementations at a time."""
     from refllm.kernels.mutants import catalogue
 
     results = replace(read(path) if resume else Results(), versions=_versions())
-    mutants = [m for m in catalogue() if results.of(m) is None]
-    operators = [operator for operator in kernels.OPERATORS if operator not in results.typical]
-    for done, (name, one) in enumerate(_each([m.slug for m in mutants], operators, workers)):
-        if isinstance(one, Measured):
-            results.mutants[name] = one
-        else:
-            results.typical[name] = one
-        write(path, results)
-        progress(name, done + 1, len(mutants) + len(operators))
+    asked: list[tuple[str, str]] = [
+        ("typical", operator) for operator in operators(backward) if operator not in results.typical
+    ]
+    if backward:
+        asked += [("alarms", operator) for operator in operators(backward) if operator not in results.alarms]
+        asked += [("right", name) for name in right_ones() if name not in results.right]
+    asked += [("mutants", m.slug) for m in catalogue(backward=backward) if results.of(m) is None]
+    asked = asked[:most]
+    for done, (part, name, one) in enumerate(_each(asked, workers)):
+        getattr(results, part)[name] = one
+        write(path, results, backward)
+        progress(name, done + 1, len(asked))
     return results
 
 
-def holds(results: Results) -> bool:
+def holds(results: Results, backward: bool = False) -> bool:
     """Whether every bug is found, and nothing else, and every place is told."""
     from refllm.kernels.mutants import catalogue
 
@@ -109,15 +132,21 @@ def holds(results: Results) -> bool:
         one = results.of(mutant)
         return one is not None and one.found != bool(mutant.equivalent) and bool(one.rounds) == bool(mutant.place)
 
-    return all(map(right, catalogue()))
+    known = not backward or (set(results.right) == set(right_ones()) and not any(results.right.values()))
+    return known and all(map(right, catalogue(backward=backward)))
 
 
-def _each(slugs: Iterable[str], operators: Iterable[str], workers: int) -> Iterator[tuple[str, Any]]:
+def _each(asked: Iterable[tuple[str, str]], workers: int) -> Iterator[tuple[str, str, Any]]:
+    """(part, name, what was measured), as they are ready."""
+    ways: dict[str, Callable[[str], Any]] = {
+        "mutants": measured, "typical": _typical, "alarms": _alarms, "right": _said_of
+    }  # fmt: skip
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        running: dict[Future[Any], str] = {pool.submit(measured, slug): slug for slug in slugs}
-        running |= {pool.submit(_typical, operator): operator for operator in operators}
+        running: dict[Future[Any], tuple[str, str]] = {
+            pool.submit(ways[part], name): (part, name) for part, name in asked
+        }
         for future in as_completed(running):
-            yield running[future], future.result()
+            yield *running[future], future.result()
 
 
 def _one_thread() -> None:
@@ -142,6 +171,8 @@ def measured(slug: str) -> Measured:
     from refllm.kernels.mutants import catalogue
     from refllm.opcheck.audit import outcome_of
 
+    if "_backward_" in slug:
+        return _measured_gradients(next(m for m in catalogue(backward=True) if m.slug == slug))
     mutant = next(m for m in catalogue() if m.slug == slug)
     outcome = outcome_of(mutant, DRAWN[mutant.form])
     if mutant.equivalent:
@@ -169,6 +200,42 @@ def measured(slug: str) -> Measured:
     )
 
 
+def _measured_gradients(mutant: "Mutant") -> Measured:
+    """One mutant of gradients: as `measured`, without a process of its own and without making the call small."""
+    from refllm.opcheck.audit import outcome_of
+
+    before = sum(os.times()[:4])
+    outcome = outcome_of(mutant, DRAWN[mutant.form], known_first=True)
+    level = outcome.level if outcome.killed else ""
+    if level == LAST:  # the first call that showed it: perhaps one by default would have, later
+        level = _level_by_default(mutant) or level
+    asked = ["--policy fused"] * bool(mutant.place) + ["--level hostile"] * (level == LAST)
+    return Measured(
+        mutant.slug,
+        outcome.killed,
+        outcome.by,
+        level,
+        outcome.examples,
+        " ".join(asked),
+        round(outcome.seconds, 2),
+        round(sum(os.times()[:4]) - before, 2),
+        outcome.dtypes,
+        _rounds(mutant) if mutant.place else "",
+    )
+
+
+def _level_by_default(mutant: "Mutant") -> str:
+    """The level at which one is found that is looked for without `--level hostile`; "" if it is not."""
+    from refllm.opcheck.api import check_op
+
+    how: dict[str, Any] = {"max_examples": 0, "shrink": False, "isolate": False, "policy": mutant.place and "fused"}
+    report = check_op(
+        mutant.operator, mutant.function(), dtype=mutant.dtypes[0], **{k: v for k, v in how.items() if v != ""}
+    )
+    counted = [one for one in report.findings if report.verdict == "fails" and one.level != LAST]
+    return counted[0].level if counted else ""
+
+
 LAST, BITWISE = "hostile", "--bitwise"
 """The level that counts only if it is asked for, and the option that asks for bits."""
 
@@ -192,11 +259,68 @@ def _rounds(mutant: "Mutant") -> str:
 
 
 def _typical(operator: str) -> dict[str, tuple[int, int]]:
+    """How many bugs each test of others finds, of how many."""
     from refllm.opcheck.audit import audit
-    from refllm.opcheck.typical_tests import typical_tests
 
     def counted(name: str, test: Any) -> tuple[int, int]:
-        bugs = audit(operator, test, dtype=name.rpartition(", ")[2]).bugs
+        bugs = audit(operator, test, dtype=_dtype_of(name, operator)).bugs
         return sum(o.killed for o in bugs), len(bugs)
 
-    return {name: counted(name, test) for name, test in typical_tests(operator).items()}
+    return {name: counted(name, test) for name, test in _other_tests(operator).items()}
+
+
+def _other_tests(operator: str) -> dict[str, Any]:
+    from refllm.opcheck.gradient_tests import gradient_tests
+    from refllm.opcheck.typical_tests import typical_tests
+
+    return gradient_tests(operator) if operator.endswith("_backward") else typical_tests(operator)
+
+
+def _dtype_of(name: str, operator: str) -> str:
+    from refllm.opcheck.gradient_tests import dtype_of
+
+    return dtype_of(name, operator)
+
+
+def _alarms(operator: str) -> dict[str, tuple[int, int]]:
+    """How many right implementations each test of others rejects, of how many."""
+    from refllm.kernels.mutants.right_gradients import right_gradients
+
+    def rejects(test: Any, one: Any) -> bool:
+        try:
+            test(one.gradients)
+        except Exception:
+            return True
+        return False
+
+    found = {}
+    for name, test in _other_tests(operator).items():
+        own = [one for one in right_gradients(operator) if _dtype_of(name, operator) in one.dtypes]
+        found[name] = sum(rejects(test, one) for one in own), len(own)
+    return found
+
+
+def right_ones() -> list[str]:
+    """Right gradients, each in each of its dtypes: "rms_norm_backward: quotient rule, float32"."""
+    from refllm.kernels.mutants.right_gradients import right_gradients
+
+    return [f"{one.operator}: {one.name}, {dtype}" for one in right_gradients() for dtype in one.dtypes]
+
+
+def _said_of(name: str) -> str:
+    """What check-op says of right gradients; "" if they hold."""
+    from refllm.kernels.mutants.right_gradients import right_gradients
+    from refllm.opcheck.api import check_op
+    from refllm.ops.backward_contracts import forward_name
+
+    words, _, dtype = name.rpartition(", ")
+    (one,) = (one for one in right_gradients() if f"{one.operator}: {one.name}" == words)
+    operator = forward_name(one.operator) if one.autograd else one.operator
+    how: dict[str, Any] = {"dtype": dtype, "max_examples": 0, "shrink": False, "isolate": False, "seconds": 300.0}
+    how |= {"without": one.without, "policy": one.policy or None}
+    report = check_op(operator, one.function, **how, **({"backward": True} if one.autograd else {}))
+    return (
+        ""
+        if report.verdict == "holds"
+        else f"{report.verdict}: {report.property}: {report.finding and report.finding.text}"
+    )

@@ -2,9 +2,11 @@
 
     python -m refllm.opcheck.mutants_page docs/mutants.md --json docs/mutants.json      # half an hour on one core
     python -m refllm.opcheck.mutants_page docs/mutants.md --json docs/mutants.json --resume     # what is missing there
+    python -m refllm.opcheck.mutants_page docs/mutants-backward.md --json docs/mutants-backward.json --backward
 
-What was measured lies in the JSON file, which is written after every bug, so that a run that was ended goes on. Exit
-code 1 if our own check misses a bug or rejects what is none.
+The last is the same of gradients (`gradient_mutants_page.py`). What was measured lies in the JSON file, which is
+written after every bug, so that a run that was ended goes on. Exit code 1 if our own check misses a bug or rejects what
+is none.
 """
 
 import argparse
@@ -28,18 +30,20 @@ TARGETS = {"torch": 30.0, "triton": 120.0}
 """Seconds in which a counterexample has to be found and made small, by form."""
 
 
-def page(results: Results) -> str:
-    """The page as a whole."""
-    return measured_part(results) + "\n" + catalogue_part(results)
+def page(results: Results, backward: bool = False) -> str:
+    """The page as a whole. backward: that of gradients."""
+    from refllm.opcheck import gradient_mutants_page
+
+    first = gradient_mutants_page.measured_part(results) if backward else measured_part(results)
+    return first + "\n" + catalogue_part(results, backward)
 
 
-def catalogue_part(results: Results) -> str:
+def catalogue_part(results: Results, backward: bool = False) -> str:
     """Every mutant by operator, what changes nothing, and bugs that no operator has."""
-    from refllm import kernels
     from refllm.kernels.mutants import catalogue
-    from refllm.kernels.mutants.not_applicable import NOT_APPLICABLE
+    from refllm.kernels.mutants.not_applicable import IN_NO_GRADIENT, NOT_APPLICABLE
 
-    mutants = catalogue()
+    mutants = catalogue(backward=backward)
     lines = [
         "## The catalogue",
         "",
@@ -51,12 +55,12 @@ def catalogue_part(results: Results) -> str:
         "of the inputs that show a bug first; an option is named where the defaults do not find it.",
         "",
     ]
-    for operator in kernels.OPERATORS:
+    for operator in mutants_measured.operators(backward):
         own = [m for m in mutants if m.operator == operator and not m.equivalent]
         lines += [
             f"### {operator}",
             "",
-            *_table(("name", "form", "what", "kind", "found at", "source"), (_row(m, results.of(m)) for m in own)),
+            *table(("name", "form", "what", "kind", "found at", "source"), (_row(m, results.of(m)) for m in own)),
             "",
         ]
     lines += [
@@ -64,14 +68,14 @@ def catalogue_part(results: Results) -> str:
         "",
         "Listed so that nobody plants them again, and checked: the check must not reject them.",
         "",
-        *_table(
+        *table(
             ("operator", "name", "form", "what", "why it is no bug"),
             ((m.operator, m.name, m.form, m.what, m.equivalent) for m in mutants if m.equivalent),
         ),
         "",
         "## Real bugs that no operator here can have",
         "",
-        *_table(("source", "why"), NOT_APPLICABLE),
+        *table(("source", "why"), IN_NO_GRADIENT if backward else NOT_APPLICABLE),
         "",
     ]
     return "\n".join(lines)
@@ -93,10 +97,10 @@ def measured_part(results: Results) -> str:
     rows = []
     for operator, typical in results.typical.items():
         own = [(m, one) for m, one in bugs if m.operator == operator]
-        by_form = (_found(one for m, one in own if m.form == form) for form in TARGETS)
-        rows.append((operator, *by_form, *(_rate(*typical[name]) for name in names)))
-    every = [_found(one for m, one in bugs if m.form == form) for form in TARGETS]
-    theirs = [_rate(*map(sum, zip(*(by[name] for by in results.typical.values()), strict=True))) for name in names]
+        by_form = (share_found(one for m, one in own if m.form == form) for form in TARGETS)
+        rows.append((operator, *by_form, *(rate(*typical[name]) for name in names)))
+    every = [share_found(one for m, one in bugs if m.form == form) for form in TARGETS]
+    theirs = [rate(*map(sum, zip(*(by[name] for by in results.typical.values()), strict=True))) for name in names]
     rows.append(("**all**", *every, *theirs))
     found = Counter(one.by for _, one in bugs if one.found)
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
@@ -129,12 +133,12 @@ def measured_part(results: Results) -> str:
         "Bugs of whole models, and whether `refllm check` names them: [docs/validation.md](../"
         + "docs/validation.md).",
         "",
-        *_table(("operator", "check-op, torch", "check-op, triton", *names), rows),
+        *table(("operator", "check-op, torch", "check-op, triton", *names), rows),
         "",
         "By property: " + ", ".join(f"{by} {count}" for by, count in found.most_common()) + ".",
         "",
-        *_by_level(bugs),
-        *_places(bugs),
+        *by_level(bugs),
+        *places_told(bugs),
         *_times(bugs),
     ]
     wrong = [(m, one) for m in catalogue() if (one := results.of(m)) is not None and one.found == bool(m.equivalent)]
@@ -147,14 +151,12 @@ def measured_part(results: Results) -> str:
 Bugs = Sequence[tuple["Mutant", Measured]]
 
 
-def _by_level(bugs: Bugs) -> list[str]:
-    from refllm import kernels
-
+def by_level(bugs: Bugs) -> list[str]:
     places = [m for m, one in bugs if _is_a_place(m, one)]
     defects = [(m, one) for m, one in bugs if m not in places]
     asked = {"": "by default", "--level hostile": "with `--level hostile`"}
     rows = []
-    for operator in (*(name for name in kernels.OPERATORS if any(m.operator == name for m, _ in bugs)), "**all**"):
+    for operator in (*dict.fromkeys(m.operator for m, _ in bugs), "**all**"):
         own = [one for m, one in defects if operator in (m.operator, "**all**")]
         levels = (sum(one.found and one.level == level for one in own) for level in LEVELS)
         rows.append((operator, *map(str, levels), str(sum(operator in (m.operator, "**all**") for m in places))))
@@ -165,7 +167,7 @@ def _by_level(bugs: Bugs) -> list[str]:
         "Defects by the level of inputs that shows each first. `basic` and `contract` count by default, `hostile` with",
         "`--level hostile`. Places are where honest code may round too, or add in another order.",
         "",
-        *_table(("operator", *LEVELS, "places"), rows),
+        *table(("operator", *LEVELS, "places"), rows),
         "",
         f"Of {len(defects)} defects are found: "
         + ", ".join(f"{told[option]} {words}" for option, words in asked.items())
@@ -179,7 +181,7 @@ def _is_a_place(mutant: "Mutant", one: Measured) -> bool:
     return bool(mutant.place) or one.asked == mutants_measured.BITWISE
 
 
-def _places(bugs: Bugs) -> list[str]:
+def places_told(bugs: Bugs) -> list[str]:
     rows = [
         (m.operator, m.form, m.name, one.rounds or "nothing: every value is right", f"`{one.asked}`")
         for m, one in bugs
@@ -191,7 +193,7 @@ def _places(bugs: Bugs) -> list[str]:
         "Each holds by default, and the report says where it rounds; the option calls it wrong. A row whose bits hang",
         "on its batch breaks a promise of our own kernels, not the contract: `--bitwise` asks for it.",
         "",
-        *_table(("operator", "form", "name", "the report says", "found with"), rows),
+        *table(("operator", "form", "name", "the report says", "found with"), rows),
         "",
     ]
 
@@ -212,21 +214,21 @@ def _times(bugs: Bugs) -> list[str]:
         "As a command takes it, in a process of its own and with the counterexample made small; two bugs were measured",
         "at a time.",
         "",
-        *_table(("form", "target", "median", "over 10 s", "longest"), rows),
+        *table(("form", "target", "median", "over 10 s", "longest"), rows),
         "",
     ]
 
 
-def _found(own: Iterable[Measured]) -> str:
+def share_found(own: Iterable[Measured]) -> str:
     each = [one.found for one in own]
-    return _rate(sum(each), len(each))
+    return rate(sum(each), len(each))
 
 
-def _rate(found: int, of: int) -> str:
+def rate(found: int, of: int) -> str:
     return f"{100 * found / of:.0f} % of {of}" if of else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -240,11 +242,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, help="the file of what is measured")
     parser.add_argument("--resume", action="store_true", help="measure what that file does not have")
     parser.add_argument("--workers", type=int, default=1, help="processes that measure")
+    parser.add_argument("--backward", action="store_true", help="bugs of gradients")
+    parser.add_argument("--most", type=int, help="measure so many at a time, of what is missing")
     given = parser.parse_args(arguments)
     with StatusLine(sys.stderr) as step:
-        results = mutants_measured.measure(given.json, given.resume, given.workers, step)
-    output_file.replace(given.page, page(results))
-    return 0 if mutants_measured.holds(results) else 1
+        how = given.resume, given.workers, step, given.backward, given.most
+        results = mutants_measured.measure(given.json, *how)
+    output_file.replace(given.page, page(results, given.backward))
+    return 0 if mutants_measured.holds(results, given.backward) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What an operator's result is, computed in float64 by the shortest loops there are, and by nothing of refllm: the
+"""What an operator's result is, computed in float64 by the shortest loops there are, and by nothing of refllm (which
+pairs arguments and gradients by their names): the
 verdicts of `check_op` on released kernels are compared with it.
 
     wanted, got = right("rms_norm", arguments, keywords), kernel(*arguments, **keywords)
@@ -9,6 +10,8 @@ import math
 from typing import Any
 
 import torch
+
+from refllm.kernels.mutants.right_gradients import by_autograd
 
 Tensor = torch.Tensor
 
@@ -57,10 +60,10 @@ def attention(
     for b, h, s in ((b, h, s) for b in range(B) for h in range(H) for s in range(S)):
         keys = [t for t in range(T) if not (causal and t > s + T - S) and (key_mask is None or key_mask[b, t])]
         if keys:
-            scores = [float(q[b, h, s] @ k[b, h * K // H, t]) * (D**-0.5 if scale is None else scale) for t in keys]
-            weights = [math.exp(score - max(scores)) for score in scores]
+            scores = [q[b, h, s] @ k[b, h * K // H, t] * (D**-0.5 if scale is None else scale) for t in keys]
+            weights = [torch.exp(score - max(scores)) for score in scores]
             rows = zip(weights, keys, strict=True)
-            o[b, h, s] = sum(w * v[b, h * K // H, t] for w, t in rows) / math.fsum(weights)
+            o[b, h, s] = sum(w * v[b, h * K // H, t] for w, t in rows) / sum(weights)
     return o
 
 
@@ -84,12 +87,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, r
     each = []
     for row, label in zip(logits, labels.long().tolist(), strict=True):
         top = row.max()
-        each.append(0.0 if label == ignore_index else float(torch.log(torch.exp(row - top).sum()) + top - row[label]))
+        nothing = 0 * row.nan_to_num(0.0, 0.0, 0.0).sum()
+        own = torch.log(torch.exp(row - top).sum()) + top - row[label] if label != ignore_index else nothing
+        each.append(own)
     counted = int((labels != ignore_index).sum())
-    total = math.fsum(each)
+    losses = torch.stack(each) if each else logits.reshape(-1)[:0]
     if reduction == "none":
-        return torch.tensor(each, dtype=torch.float64)
-    return torch.tensor(total if reduction == "sum" else total / counted if counted else math.nan, dtype=torch.float64)
+        return losses
+    return losses.sum() / (counted if counted and reduction == "mean" else 1) + (
+        0.0 if counted or reduction == "sum" else math.nan
+    )
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, **how: Any) -> Tensor:
@@ -105,6 +112,17 @@ def right(operator: str, arguments: list[Any], keywords: dict[str, Any]) -> tupl
     keywords = {name: wide(x) for name, x in keywords.items() if name != "return_lse"}
     made = globals()[operator](*map(wide, arguments), **keywords)
     return made if isinstance(made, tuple) else (made,)
+
+
+def right_gradients(operator: str, arguments: list[Any], keywords: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The gradients in float64 of a call of a backward operator: autograd through the loops above."""
+
+    def wide(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    function = by_autograd(globals()[operator.removesuffix("_backward")], operator)
+    made = function(*map(wide, arguments), **{name: wide(x) for name, x in keywords.items()})
+    return tuple(x for x in (made if isinstance(made, tuple) else (made,)) if x is not None)
 
 
 def far_off(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> tuple[float, tuple[int, ...]]:

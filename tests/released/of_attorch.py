@@ -1,6 +1,6 @@
 """attorch: its repository on the path."""
 
-from wrapping import checkout, released
+from wrapping import and_gradients, checkout, released
 
 NAME, VERSION = "attorch", checkout("attorch")
 
@@ -9,11 +9,13 @@ from attorch.layer_norm_layer import LayerNormAutoGrad  # noqa: E402
 from attorch.rms_norm_layer import RMSNormAutoGrad  # noqa: E402
 
 
+@and_gradients()
 @released(NAME, "rms_norm", "RMSNormAutoGrad")
 def rms_norm(x, weight, eps):
     return RMSNormAutoGrad.apply(x, weight, eps)
 
 
+@and_gradients()
 @released(NAME, "layer_norm", "LayerNormAutoGrad")
 def layer_norm(x, weight, bias, eps):
     return LayerNormAutoGrad.apply(x, weight, bias, eps, False)
@@ -22,6 +24,7 @@ def layer_norm(x, weight, bias, eps):
 _LEFT = ("reduction", "ignore_index", "ignored_labels", "nothing_counted", "empty")
 
 
+@and_gradients()
 @released(NAME, "cross_entropy", "CrossEntropyLossAutoGrad", convention="torch", without=_LEFT)
 def cross_entropy(logits, labels):
     return CrossEntropyLossAutoGrad.apply(logits, labels)

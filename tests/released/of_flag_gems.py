@@ -2,7 +2,7 @@
 
 import os
 
-from wrapping import installed, released
+from wrapping import and_gradients, installed, released
 
 os.environ.setdefault("GEMS_VENDOR", "nvidia")
 
@@ -11,6 +11,7 @@ import flag_gems
 NAME, VERSION = "FlagGems", installed("flag-gems")
 
 
+@and_gradients()
 @released(NAME, "rms_norm", "rms_norm")
 def rms_norm(x, weight, eps):
     return flag_gems.rms_norm(x, x.shape[-1:], weight, eps)
@@ -28,6 +29,7 @@ def add_rms_norm(x, residual, weight, eps):
     return y, total
 
 
+@and_gradients()
 @released(NAME, "swiglu", "silu_and_mul")
 def swiglu(gate, up):
     return flag_gems.silu_and_mul(gate, up)

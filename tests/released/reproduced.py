@@ -110,6 +110,87 @@ def flag_gems_loss() -> Iterator[Shown]:
     yield "loss", got, right("cross_entropy", [logits, labels], {})[0]
 
 
+def _twice(function: Callable[..., torch.Tensor], given: list[torch.Tensor], asked: torch.Tensor) -> torch.Tensor:
+    """The gradient of `asked` at the second backward pass through one graph, which was kept."""
+    with interpreted():
+        out = function(*given)
+        torch.autograd.grad(out, asked, torch.ones_like(out), retain_graph=True)
+        return torch.autograd.grad(out, asked, torch.ones_like(out))[0]
+
+
+@fault
+def liger_swiglu_twice() -> Iterator[Shown]:
+    """Liger-Kernel: a second backward pass through SwiGLU. The first one wrote its gradients over gate and up, which
+    autograd had kept, and it does not notice."""
+    import of_liger
+
+    gate, up = (torch.tensor([[1.0, -0.5, 2.0, 0.25]]) * n for n in (1, 2))
+    gate.requires_grad_()
+    wide = gate.detach().double().requires_grad_()
+    right_one = torch.autograd.grad((wide * torch.sigmoid(wide) * up.double()).sum(), wide)[0]
+    yield "gradient of gate, the second time", _twice(of_liger.swiglu, [gate, up], gate), right_one
+
+
+@fault
+def liger_loss_twice() -> Iterator[Shown]:
+    """Liger-Kernel: a second backward pass through cross entropy whose incoming gradient is 2. The gradient that the
+    forward pass kept is scaled where it lies, and so twice."""
+    import of_liger
+
+    logits, labels = torch.tensor([[0.0, 1.0], [2.0, 0.0]], requires_grad=True), torch.tensor([0, 1])
+
+    def doubled(logits: torch.Tensor) -> torch.Tensor:
+        return 2 * of_liger.cross_entropy(logits, labels)
+
+    wide = logits.detach().double().requires_grad_()
+    right_one = torch.autograd.grad(2 * right("cross_entropy", [wide, labels], {})[0], wide)[0]
+    yield "gradient of the logits, the second time", _twice(doubled, [logits], logits), right_one
+
+
+@fault
+def fla_loss_twice() -> Iterator[Shown]:
+    """flash-linear-attention: the same of the loss that makes its logits itself."""
+    import of_fla
+
+    x, weight = torch.tensor([[1.0, 0.5], [-1.0, 2.0]], requires_grad=True), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 1])
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * of_fla.linear_cross_entropy(x, weight, labels)
+
+    wide = x.detach().double().requires_grad_()
+    loss = right("linear_cross_entropy", [wide, weight, labels], {})[0]
+    yield "gradient of x, the second time", _twice(doubled, [x], x), torch.autograd.grad(2 * loss, wide)[0]
+
+
+@fault
+def liger_rope_incoming() -> Iterator[Shown]:
+    """Liger-Kernel: the backward pass of rope turns the gradient that came in where it lies; another function that was
+    handed the same one gets it turned."""
+    import of_liger
+
+    q, k = (torch.linspace(-1, 1, 8).view(1, 1, 2, 4).requires_grad_() for _ in range(2))
+    tables = torch.tensor([[0.6, 0.8]] * 2), torch.tensor([[0.8, 0.6]] * 2)
+    incoming = [torch.arange(8.0).view(1, 1, 2, 4) for _ in range(2)]
+    with interpreted(races=False):
+        torch.autograd.grad(of_liger.rope(q, k, *tables, interleaved=False), (q, k), incoming)
+    yield "the gradient that came in, afterwards", incoming[0], torch.arange(8.0, dtype=torch.float64).view(1, 1, 2, 4)
+
+
+@fault
+def flash_attention_label_gradients() -> Iterator[Shown]:
+    """flash-attention: the gradient of cross entropy whose labels have a stride. They are read as dense ones."""
+    import of_flash_attention
+
+    logits = torch.tensor([[0.0, 4.0], [0.0, 4.0]], requires_grad=True)
+    labels = torch.tensor([[1, 0], [1, 0]])[:, 0]
+    with interpreted():
+        got = torch.autograd.grad(of_flash_attention.cross_entropy(logits, labels, reduction="sum"), logits)[0]
+    wide = logits.detach().double().requires_grad_()
+    loss = right("cross_entropy", [wide, labels], {"reduction": "sum"})[0]
+    yield "gradient of the logits", got, torch.autograd.grad(loss, wide)[0]
+
+
 def _by_a_column(rms_norm: Callable[..., torch.Tensor]) -> Iterator[Shown]:
     x, weight = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[1.0, 9.0]] * 4)[:, 0]
     with interpreted():

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 import wrapping
-from in_float64 import far_off, right
+from in_float64 import far_off, right, right_gradients
 from wrapping import Kernel
 
 from refllm import kernels
+from refllm.kernels.mutants.right_gradients import by_autograd
 from refllm.opcheck.api import check_op
 from refllm.opcheck.offers import find_offers
 from refllm.storage import output_file
@@ -74,10 +75,11 @@ def tried(kernel: Kernel, version: str) -> Outcome:
     words = (
         f"--{name} {one}"
         for name, value in kernel.options.items()
+        if name != "backward"
         for one in ((value,) if isinstance(value, str) else value)
     )
     return Outcome(
-        kernel.library, version, kernel.kernel, kernel.operator, kernel.lines, " ".join((kernel.dtype, *words)),
+        kernel.library, version, kernel.kernel, _operator(kernel), kernel.lines, " ".join((kernel.dtype, *words)),
         report.verdict, finding, truth, proof, round(seconds, 1),
     )  # fmt: skip
 
@@ -85,10 +87,25 @@ def tried(kernel: Kernel, version: str) -> Outcome:
 def _run(kernel: Kernel, call: Call) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(what it returns, what is right) of a call."""
     arguments, keywords = call.tensors()
+    if _of_gradients(kernel):
+        wanted = right_gradients(call.operator, *call.tensors())
+        with kernels.interpreted():
+            got = by_autograd(kernel.function, call.operator)(*arguments, **keywords)
+        got = tuple(x for x in (got if isinstance(got, tuple) else (got,)) if x is not None)
+        return list(zip(got, wanted, strict=True))
     wanted = right(kernel.operator, *call.tensors())
     with torch.no_grad(), kernels.interpreted():
         got = kernel.function(*arguments, **keywords)
     return list(zip(got if isinstance(got, tuple) else (got,), wanted, strict=False))
+
+
+def _of_gradients(kernel: Kernel) -> bool:
+    return bool(kernel.options.get("backward"))
+
+
+def _operator(kernel: Kernel) -> str:
+    """The operator whose contract is asked."""
+    return f"{kernel.operator}_backward" if _of_gradients(kernel) else kernel.operator
 
 
 def _worst(kernel: Kernel, call: Call) -> tuple[float, str]:
@@ -104,9 +121,9 @@ def _agrees(kernel: Kernel) -> tuple[str, str]:
     """Of a kernel that holds: how far it is off on the smaller fixed calls that it is asked, but for those where large
     numbers cancel, of which any float32 arithmetic makes an error."""
     given = kernel.options.get
-    offers = find_offers(kernel.operator, given("without", ()), given("sizes", ()), given("convention", ""))
+    offers = find_offers(_operator(kernel), given("without", ()), given("sizes", ()), given("convention", ""))
     level = kernel.options.get("level", "contract")
-    asked = [call for call in offers.of(corners(kernel.operator, kernel.dtype)) if _is_asked(call, level)]
+    asked = [call for call in offers.of(corners(_operator(kernel), kernel.dtype)) if _is_asked(call, level)]
     offs = [_worst(kernel, call)[0] for call in asked]
     return ("true" if max(offs) <= MOST_ULP else "not shown"), f"at most {max(offs):.2g} ulp off in {len(offs)} calls"
 
@@ -124,7 +141,8 @@ def _differs(kernel: Kernel, call: Call, property: str) -> tuple[str, str]:
         return "true", f"raises {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
     if off > MOST_ULP:
         return "true", f"{off:.3g} ulp off: {values}" if off < 1e9 else values
-    return ("true" if property in ("result", "purity") else "not shown"), f"{off:.2g} ulp off: {values}"
+    shown_by_itself = ("result", "purity", "second backward")
+    return ("true" if property in shown_by_itself else "not shown"), f"{off:.2g} ulp off: {values}"
 
 
 def table(outcomes: list[dict[str, Any]]) -> str:
@@ -145,12 +163,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("json", type=Path)
     parser.add_argument("page", type=Path)
+    parser.add_argument("--backward", action="store_true", help="gradients alone")
     parser.add_argument("--only", action="append", default=[], help="a module (of_liger), or a kernel (of_liger:rope)")
     given = parser.parse_args()
     for name in MODULES:
         only = [one for one in given.only if one.partition(":")[0] == name]
         if only or not given.only:  # each in a process of its own: some change Triton when they are imported
-            code = f"import try_released; try_released.try_module({name!r}, {only}, {str(given.json)!r})"
+            call = f"try_module({name!r}, {only}, {str(given.json)!r}, {given.backward})"
+            code = f"import try_released; try_released.{call}"
             subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(FOLDER)}, check=False)
     found = json.loads(given.json.read_text())
     before, _, after = given.page.read_text().partition(HEADING)
@@ -159,8 +179,8 @@ def main() -> int:
     return 0
 
 
-def try_module(name: str, only: list[str], file: str) -> None:
-    """Every kernel of one module, or some of them; the file is written after each."""
+def try_module(name: str, only: list[str], file: str, backward: bool = False) -> None:
+    """Every kernel of one module, or some of them; the file is written after each. backward: gradients alone."""
     wrapping.answer_for_a_gpu()
     try:
         module = importlib.import_module(name)
@@ -168,11 +188,14 @@ def try_module(name: str, only: list[str], file: str) -> None:
         print(f"{name}: {error}")
         return
     for kernel in wrapping.KERNELS:
+        if backward and not _of_gradients(kernel):
+            continue
         if not only or name in only or f"{name}:{kernel.function.__name__}" in only:
             one = asdict(tried(kernel, module.VERSION))
             print(*one.values(), sep=" | ", flush=True)
             found = json.loads(Path(file).read_text()) if Path(file).is_file() else []
-            found = [o for o in found if (o["library"], o["kernel"]) != (one["library"], one["kernel"])] + [one]
+            same = one["library"], one["kernel"], one["operator"]
+            found = [o for o in found if (o["library"], o["kernel"], o["operator"]) != same] + [one]
             found.sort(key=lambda o: (o["library"].lower(), o["operator"], o["kernel"]))
             output_file.replace(file, json.dumps(found, indent=1) + "\n")
 

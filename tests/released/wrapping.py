@@ -25,7 +25,8 @@ import torch
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel. library, kernel: its names. operator: whose contract it is held to. options: of `check_op`."""
+    """One kernel. library, kernel: its names. operator: whose contract it is held to. options: of `check_op`; with
+    `backward` among them its gradients are judged, as autograd finds them, and not its results."""
 
     library: str
     operator: str
@@ -53,6 +54,18 @@ def released(library: str, operator: str, kernel: str, dtype: str = "bfloat16", 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         function.uses_triton = True  # type: ignore[attr-defined]
         KERNELS.append(Kernel(library, operator, kernel, function, dtype, options))
+        return function
+
+    return enter
+
+
+def and_gradients(**options: Any) -> Callable[..., Any]:
+    """Enters the gradients of the function below, which `released` has entered already, with its options and these."""
+
+    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+        last = KERNELS[-1]
+        own = {name: value for name, value in last.options.items() if name != "level"} | options | {"backward": True}
+        KERNELS.append(Kernel(last.library, last.operator, last.kernel, function, last.dtype, own))
         return function
 
     return enter
