@@ -21,7 +21,7 @@ from refllm.kernels import arguments
 from refllm.kernels.launch import Launch, on_device, stands_for_others
 from refllm.kernels.targets import DEFAULT, Target, target_of
 from refllm.kernels.triton.attention import finite_or_zero, fold, natural_log
-from refllm.kernels.triton.attention_backward import TUNABLE, Tile, plan_gradients, results
+from refllm.kernels.triton.attention_backward import TUNABLE, Tile, choose_tile, plan_gradients, results
 from refllm.kernels.triton.autograd import Gradients, differentiable, if_needed, only_once
 from refllm.kernels.triton.decode_attention import CHUNK, COMBINED, read_length
 from refllm.kernels.triton.decode_attention import plan as forward_plan
@@ -82,6 +82,10 @@ def plan(
         scale = q.shape[3] ** -0.5 if scale is None else scale
         before = split, combine, _logarithms(combine, lse_again, scale)
         o, lse = o_again if o is None else o, lse_again if lse is None else lse
+    # Rows of several heads have addresses of their own, which take registers: a tile that fills them holds half.
+    chosen = choose_tile(q.shape[3], q.dtype, target)
+    fuller = "queries" if q.element_size() == 2 else "keys"
+    tile = tile or chosen._replace(**{fuller: max(16, getattr(chosen, fuller) // 2)})
     given = do, q, k_cache, v_cache, o, lse, None, scale, True, None, lengths
     steps, *gradients = plan_gradients(*given, needed, target, tile)
     return [*before, *steps], gradients[0], gradients[1], gradients[2]
