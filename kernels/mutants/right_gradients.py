@@ -9,7 +9,7 @@ a textbook, NumPy; and the forms of this project.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from refllm.kernels.mutants.changed_source import ALL, NARROW
 from refllm.ops.backward_contracts import BACKWARD, forward_name
 from refllm.precision import arithmetic
 
-Tensor = torch.Tensor
+Tensor: TypeAlias = torch.Tensor
 Function = Callable[..., Any]
 
 
@@ -72,7 +72,7 @@ def _definition(operator: str) -> Function:
     known = BACKWARD[operator]
 
     def emulated(*arguments: Any, **keywords: Any) -> Any:
-        tensors = [x for x in arguments if isinstance(x, Tensor) and x.is_floating_point()]
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
         dtype = str(next(x.dtype for x in reversed(tensors) if x.dtype in _FORMATS)).removeprefix("torch.")
         given = known.bound(arguments, keywords)
         named = {"dlse_BHS" if name == "dlse" else name: _array(x) for name, x in keywords.items()}
@@ -89,7 +89,7 @@ _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _array(x: Any) -> Any:
-    if not isinstance(x, Tensor):
+    if not isinstance(x, torch.Tensor):
         return x
     return (x.float() if x.is_floating_point() else x).numpy()
 

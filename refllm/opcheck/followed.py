@@ -34,8 +34,9 @@ def forward_of(operator: str) -> Callable[..., Any]:
     name = forward_name(operator)
     if name == "attention":
         return lambda *arguments, **how: plain.attention(*arguments, **how, return_lse=True)
-    own = {"linear": F.linear, "embedding": F.embedding, "softmax": lambda x: torch.softmax(x, -1)}
-    return own.get(name) or getattr(plain, name)
+    own: dict[str, Any] = {"linear": F.linear, "embedding": F.embedding, "softmax": lambda x: torch.softmax(x, -1)}
+    found: Callable[..., Any] = own.get(name) or getattr(plain, name)
+    return found
 
 
 @cache

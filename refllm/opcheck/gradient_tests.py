@@ -32,7 +32,7 @@ class Case:
     """
 
     operator: str
-    tensors: Callable[[], list[Any]]
+    tensors: Callable[..., list[Any]]
     rule: Rule
     rest: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
@@ -132,11 +132,12 @@ def _eager(operator: str) -> Callable[..., Any]:
 
     from refllm.kernels import plain
 
-    own = {"linear": F.linear, "embedding": F.embedding, "softmax": lambda x: torch.softmax(x, -1),
+    own: dict[str, Any] = {"linear": F.linear, "embedding": F.embedding, "softmax": lambda x: torch.softmax(x, -1),
            "attention": _attention, "decode_attention": _decoded, "layer_norm": _layer_norm,
            "add_layer_norm": lambda x, residual, *rest: (_layer_norm(residual + x, *rest), residual + x)}  # fmt: skip
     name = forward_name(operator)
-    return own.get(name) or plain.EAGER[name]
+    found: Callable[..., Any] = own.get(name) or plain.EAGER[name]
+    return found
 
 
 def _layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
@@ -271,8 +272,8 @@ def _liger(dtype: str) -> Iterator[Case]:
         yield Case("swiglu_backward", lambda x=x, F=F: _normal(dtype, x, (F, x[-1]), (F, x[-1]), (x[-1], F)), mlp,
                    inside=_in_a_network)  # fmt: skip
     square = _close(1e-1, 5e-2) if narrow else _close(1e-5, 1e-5)
-    for x in ((2, 8, 4096), (1, 1, 1023), (3, 7, 256), (2, 8)):
-        yield Case("relu2_backward", lambda x=x: _normal(dtype, x), square)
+    for shape in ((2, 8, 4096), (1, 1, 1023), (3, 7, 256), (2, 8)):
+        yield Case("relu2_backward", lambda shape=shape: _normal(dtype, shape), square)
     loss = _close(1e-8, 5e-2 if narrow else 1e-6)
     for reduction in ("sum", "mean", "none"):
         for ignored in (0, 100):
@@ -288,8 +289,8 @@ def _liger(dtype: str) -> Iterator[Case]:
                 lambda N=N, E=E, V=V: [*_normal(dtype, (N, E)), torch.rand(V, E).to(one), _labels(N, V, N // 3)],
                 _close(*limits), keywords={"reduction": reduction}, incoming=_ones,
             )  # fmt: skip
-    for x in ((2, 8), (4, 16), (1, 1023), (3, 7, 256), (1, 4096)):
-        yield Case("softmax_backward", lambda x=x: _normal(dtype, x),
+    for shape in ((2, 8), (4, 16), (1, 1023), (3, 7, 256), (1, 4096)):
+        yield Case("softmax_backward", lambda shape=shape: _normal(dtype, shape),
                    _close(5e-2, 5e-2) if narrow else _close(1e-5, 1e-5))  # fmt: skip
     if not narrow:
         yield Case("embedding_backward", lambda: [torch.randint(0, 100, (320,)), *_normal(dtype, (100, 64))],
@@ -300,7 +301,7 @@ def _flash_attention(dtype: str) -> Iterator[Case]:
     torch, x = _torch(), (8, 64, 1024)
     of_batch = lambda out: torch.randn_like(out) / 8  # noqa: E731
     rule = _times(2, {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-4}[dtype])
-    with_sum = {"incoming": of_batch, "reference": "float32"}
+    with_sum: dict[str, Any] = {"incoming": of_batch, "reference": "float32"}
     yield Case("rms_norm_backward", lambda: _normal(dtype, x, x[-1:]), rule, (1e-6,), **with_sum)
     yield Case("layer_norm_backward", lambda: _normal(dtype, x, x[-1:], x[-1:]), rule, (1e-6,), **with_sum)
     yield Case("add_rms_norm_backward", lambda: _normal(dtype, x, x, x[-1:]), rule, (1e-6,), **with_sum)

@@ -317,8 +317,8 @@ def _said_of(name: str) -> str:
     (one,) = (one for one in right_gradients() if f"{one.operator}: {one.name}" == words)
     operator = forward_name(one.operator) if one.autograd else one.operator
     how: dict[str, Any] = {"dtype": dtype, "max_examples": 0, "shrink": False, "isolate": False, "seconds": 300.0}
-    how |= {"without": one.without, "policy": one.policy or None}
-    report = check_op(operator, one.function, **how, **({"backward": True} if one.autograd else {}))
+    how |= {"without": one.without, "policy": one.policy or None, "backward": one.autograd}
+    report = check_op(operator, one.function, **how)
     return (
         ""
         if report.verdict == "holds"

@@ -81,7 +81,7 @@ def test_the_definitions_in_emulation_hold(operator):
         ("softmax", lambda x: torch.softmax(x, -1), {"dtype": "float32"}),
         ("rope", lambda q, k, *tables, **how: plain.rope(q, k, *tables, **how), {"dtype": "float32"}),
     ],
-    ids=str,
+    ids=lambda given: getattr(given, "__name__", str(given)),
 )
 def test_gradients_that_autograd_makes_of_honest_code_hold(operator, function, how):
     assert_operator(operator, function, backward=True, **QUICK, **how)
