@@ -114,6 +114,8 @@ def _more(operator: str, dtype: str) -> Iterator[tuple[Call, str, str]]:
         yield Call(name, dtype, many), "of one sign", "eight heads read one"
         top = Array((1, 2, 5, 16), dtype), *(Array((1, 2, 9, 16), dtype, seed=i, mean=0.5) for i in (1, 2))
         yield Call(name, dtype, top), "along the input", "fewer queries, gradient along the queries"
+        far = Array((1, 1, 3, 8), dtype, layout="far"), *(Array((1, 1, 3, 8), dtype, seed=i) for i in (1, 2))
+        yield Call(name, dtype, far), "plain", "queries past 2^31"
     elif name in ("cross_entropy", "linear_cross_entropy"):
         yield from _losses(name, dtype)
 
@@ -133,6 +135,12 @@ def _losses(name: str, dtype: str) -> Iterator[tuple[Call, str, str]]:
     weight = Array((20, 16), dtype, scale=0.5, seed=1, planted=(((3, 0), 5.0), ((19, 0), 5.0)))
     x = Array((4, 16), dtype, planted=((((None, None), 0), 2.0),))
     yield Call(name, dtype, (x, weight, labels), (("reduction", "none"),)), "plain", "p near 1"
+    # Kernels go over the words in chunks of thousands, and over the rows in chunks of hundreds.
+    last = Array((2,), "int64", "zeros", planted=(((1,), 4199.0),))
+    many = Array((2, 4), dtype, scale=2.0), Array((4200, 4), dtype, scale=0.5, seed=1), last
+    yield Call(name, dtype, many, (("reduction", "none"),)), "plain", "4200 words"
+    rows = Array((2049, 4), dtype, "uniform", mean=0.5), Array((7, 4), dtype, seed=1)
+    yield Call(name, dtype, (*rows, Array((2049,), "int64", "zeros")), (("reduction", "sum"),)), "plain", "2049 rows"
     yield Call(name, dtype, (Array((9, 16), dtype), weight, ignored)), "plain", "seven of nine ignored"
     many = Array((600,), "int64", "zeros")
     one_sign = Array((600, 8), dtype, "uniform", mean=0.5)

@@ -219,15 +219,8 @@ def test_autograd_follows_a_function_of_gradients() -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, wanted, strict=True))
 
 
-OPEN = {
-    "triton_linear_cross_entropy_backward_label_of_the_chunk",
-    "triton_linear_cross_entropy_backward_dW_in_bfloat16",
-    "triton_linear_cross_entropy_backward_dx_of_the_last_chunk",
-    "triton_attention_backward_offsets_in_32_bits",
-    "triton_layer_norm_backward_centred_once",
-}
-"""Not found yet: they want more words than a chunk, many rows, a stride past 2^31, or a mean of many deviations. They
-stand on the page."""
+OPEN = {"triton_layer_norm_backward_centred_once"}
+"""Not found: it wants a mean of a million deviations, which float32 itself hardly holds. It stands on the page."""
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
