@@ -11,7 +11,7 @@ TORCH  := torch==2.13.0
 # The Triton that belongs to it. Elsewhere than on Linux there is none, and the checks that need it say so.
 TRITON := triton==3.7.1; platform_system == "Linux"
 # Everything that the README shows works after `make check`: its commands need these, and its tests pytest.
-EXTRAS := bench,check,fast,witness
+EXTRAS := bench,book,check,fast,witness
 PYTEST := 'pytest>=8'
 # A clone is called refllm, and so a script in the folder above it finds that folder instead of the package in it. Asked
 # first, the finder of the editable install knows better; where PYTHONPATH names another copy, that one counts.

@@ -44,7 +44,7 @@ ENVIRONMENTS: dict[str, Environment] = {
     "flax": Environment(("jax==0.10.2", "flax==0.12.8")),
     "ctranslate2": Environment(("ctranslate2==4.8.5",), "ctranslate2"),
     "gguf": Environment(("gguf==0.19.0",), "gguf"),
-    "lm_eval": Environment(("lm_eval==0.4.13",), "eval", besides=("accelerate==1.15.0",)),
+    "lm_eval": Environment(("lm-eval==0.4.13",), "eval", besides=("accelerate==1.15.0",)),
     "quantized": Environment(
         (
             "bitsandbytes==0.50.2",
