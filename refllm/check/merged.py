@@ -21,7 +21,7 @@ from refllm.errors import InputError
 from refllm.precision import POLICIES
 from refllm.storage import input_file
 
-_LIMIT = 1 << 30
+_LARGEST_FILE = 1 << 30
 _SAME = ("digest", "version", "policy", "splits", "tf32", "dtype", "layout", "layers in all")
 
 
@@ -97,7 +97,7 @@ def _record(one: Record, other: Record) -> Record:
 
 def _parts_in(file: Path) -> list[dict[str, Any]]:
     try:
-        found = input_file.read_json(file, _LIMIT)
+        found = input_file.read_json(file, _LARGEST_FILE)
         parts = [report.get("part") for report in found["reports"]]
     except OSError as error:
         raise InputError(f"--merge {file}: {error.strerror or error}") from None
