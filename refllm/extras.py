@@ -37,9 +37,6 @@ EXTRA_OF = {
     "markdown_it": "book",
     "pygments": "book",
     "lm_eval": "eval",
-    "latex2mathml": "book",
-    "markdown_it": "book",
-    "pygments": "book",
 }
 """Name of an import -> the smallest extra that brings it."""
 

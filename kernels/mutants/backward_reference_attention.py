@@ -77,7 +77,7 @@ ATTENTION = (
     _attention("dlse sign", "the gradient of the log-sum-exp has the wrong sign", _SIGN,
                _of("delta - wide(dlse)", "delta + wide(dlse)")),
     _attention("dlse without the weights", "the gradient of the log-sum-exp is added to every score", _TERM,
-               _of("delta = delta - wide(dlse).reshape(B, K, groups, S)", "pass", "dq = factor",
+               _of("delta = delta - wide(dlse).reshape(B, K, groups, S)", "delta = delta", "dq = factor",
                    "ds = ds if dlse is None else ds + wide(dlse).reshape(B, K, groups, S, 1) * seen\n    dq = factor")),
     _attention("weights left out of ds", "ds is dp - delta", _TERM,
                _of(_DS, "(dp - delta[..., None]).masked_fill(p == 0, 0.0)")),

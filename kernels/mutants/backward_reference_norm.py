@@ -46,7 +46,7 @@ def _sum(new: str) -> Any:
 
 
 def _first_axis_only(y: torch.Tensor, *_: Any) -> torch.Tensor:
-    """As many rows are written as the first axis is long, whatever stands between it and the last."""
+    """The rows written are as many as the first axis is long, whatever stands between it and the last."""
     out = torch.zeros_like(y, memory_format=torch.contiguous_format)
     out.view(-1, y.shape[-1])[: y.shape[0]] = y.reshape(-1, y.shape[-1])[: y.shape[0]]
     return out

@@ -140,7 +140,7 @@ for _operator in plain.BACKWARD:
 
 
 @right("rms_norm_backward")
-def float64_inside(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _float64_inside(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     g, n = dy.double() * weight.double(), x.double()
     r = (n.square().mean(-1, keepdim=True) + eps).rsqrt()
     dx = r * g - r**3 * n * (g * n).mean(-1, keepdim=True)
@@ -148,7 +148,7 @@ def float64_inside(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[T
 
 
 @right("rms_norm_backward")
-def quotient_rule(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _quotient_rule(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     d, z, w = dy.float(), x.float(), weight.float()
     size = torch.sqrt(z.square().mean(-1, keepdim=True) + eps)
     dx = w * d / size - z * (w * d * z).sum(-1, keepdim=True) / (x.shape[-1] * size**3)
@@ -156,7 +156,7 @@ def quotient_rule(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Te
 
 
 @right("rms_norm_backward")
-def row_after_row(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _row_after_row(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype)
     dweight = torch.zeros(weight.shape)
     rows = zip(dx.view(-1, x.shape[-1]), dy.flatten(0, -2).float(), x.flatten(0, -2).float(), strict=True)
@@ -169,7 +169,7 @@ def row_after_row(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Te
 
 
 @right("rms_norm_backward")
-def partial_sums_of_blocks(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _partial_sums_of_blocks(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     z, d = x.float(), dy.float()
     r = torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
     n, g = z * r, d * weight.float()
@@ -179,7 +179,7 @@ def partial_sums_of_blocks(dy: Tensor, x: Tensor, weight: Tensor, eps: float) ->
 
 
 @right("rms_norm_backward")
-def w_dy_rounded(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _w_dy_rounded(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     z, d = x.float(), dy.float()
     r = torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
     n, g = z * r, (d * weight.float()).to(x.dtype).float()
@@ -208,7 +208,7 @@ def torch_function(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, e
 
 
 @right("layer_norm_backward")
-def layer_norm_in_float64(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
+def _layer_norm_in_float64(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
     z, d, w = x.double(), dy.double(), weight.double()
     z = z - z.mean(-1, keepdim=True)
     r = (z.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -219,20 +219,20 @@ def layer_norm_in_float64(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
 
 
 @right("add_rms_norm_backward")
-def two_steps(dy: Tensor, dsum: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
+def _two_steps(dy: Tensor, dsum: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
     dx, dweight = plain.rms_norm_backward(dy, residual + x, weight, eps)
     dx = dx + dsum
     return dx, dx, dweight
 
 
 @right("add_rms_norm_backward")
-def separate_results(dy: Tensor, dsum: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
+def _separate_results(dy: Tensor, dsum: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
     dx, _, dweight = plain.add_rms_norm_backward(dy, dsum, x, residual, weight, eps)
     return dx, dx.clone(), dweight
 
 
 @right("add_layer_norm_backward")
-def layer_norm_and_sum(
+def _layer_norm_and_sum(
     dy: Tensor, dsum: Tensor, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Any:
     dx, dweight, dbias = plain.layer_norm_backward(dy, residual + x, weight, bias, eps)
@@ -251,7 +251,7 @@ right("rope_backward", "the forward rotation with the sine negated")(_sign_of_si
 
 
 @right("rope_backward")
-def complex_numbers(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
+def _complex_numbers(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
     back = torch.complex(cos.double(), -sin.double()).unsqueeze(-3)
     R = 2 * cos.shape[-1]
 
@@ -266,7 +266,7 @@ def complex_numbers(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, *, interle
 
 
 @right("rope_backward")
-def transposed_matrices(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Any:
+def _transposed_matrices(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Any:
     half = cos.shape[-1]
     matrix = torch.zeros(*cos.shape[:-1], 2 * half, 2 * half, dtype=torch.float64)
     for i in range(half):
@@ -337,7 +337,7 @@ def weights_and_ds_rounded(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor | None = None, lse: Tensor | None = None, *,
     dlse: Tensor | None = None, scale: float | None = None, causal: bool = True, key_mask: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """As kernels on tensor cores: p and ds are rounded to the dtype before they meet another matrix."""
+    """What kernels on tensor cores do: p and ds are rounded to the dtype before they meet another matrix."""
     (B, H, S, D), (K, T) = q.shape, k.shape[1:3]
     factor = D**-0.5 if scale is None else scale
     seen = (torch.arange(T) <= torch.arange(S)[:, None] + (T - S if causal else T)).expand(B, 1, S, T)
@@ -399,7 +399,7 @@ def _block(
 
 
 @right("decode_attention_backward")
-def one_sequence_after_another(
+def _one_sequence_after_another(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, o: Any = None, lse: Any = None, *, scale: Any = None
 ) -> Any:
     found = [torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v)]
@@ -411,12 +411,12 @@ def one_sequence_after_another(
 
 
 @right("softmax_backward")
-def torch_softmax_backward(dp: Tensor, p: Tensor) -> Tensor:
+def _torch_softmax_backward(dp: Tensor, p: Tensor) -> Tensor:
     return torch._softmax_backward_data(dp.float().contiguous(), p.float().contiguous(), -1, torch.float32).to(p.dtype)
 
 
 @right("softmax_backward")
-def two_products(dp: Tensor, p: Tensor) -> Tensor:
+def _two_products(dp: Tensor, p: Tensor) -> Tensor:
     weights, through = p.double(), p.double() * dp.double()
     return (through - weights * through.sum(-1, keepdim=True)).to(p.dtype)
 
@@ -425,7 +425,7 @@ def two_products(dp: Tensor, p: Tensor) -> Tensor:
 
 
 @right("swiglu_backward")
-def swiglu_product_rule(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_product_rule(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     x, s = gate.float(), torch.sigmoid(gate.float())
     slope = s + x * s * (1 - s)
     return (dh.float() * up.float() * slope).to(gate.dtype).contiguous(), (dh.float() * (x * s)).to(
@@ -434,26 +434,26 @@ def swiglu_product_rule(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
 
 
 @right("swiglu_backward")
-def silu_backward_of_torch(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _silu_backward_of_torch(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate = torch.ops.aten.silu_backward(dh.float() * up.float(), gate.float())
     return dgate.to(gate.dtype).contiguous(), (dh.float() * F.silu(gate.float())).to(up.dtype).contiguous()
 
 
 @right("swiglu_backward", dtypes=NARROW)
 def rounded_after_every_step(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """As autograd of two calls: dh up and silu(gate) are rounded."""
+    """What autograd makes of two calls: dh up and silu(gate) are rounded."""
     inner = dh * up
     dgate = torch.ops.aten.silu_backward(inner.float(), gate.float()).to(gate.dtype)
     return dgate.contiguous(), (dh * F.silu(gate)).contiguous()
 
 
 @right("relu2_backward")
-def where_positive(dy: Tensor, x: Tensor) -> Tensor:
+def _where_positive(dy: Tensor, x: Tensor) -> Tensor:
     return torch.where(x < 0, 0.0, 2 * x.float() * dy.float()).to(x.dtype).contiguous()
 
 
 @right("relu2_backward")
-def clamped(dy: Tensor, x: Tensor) -> Tensor:
+def _clamped(dy: Tensor, x: Tensor) -> Tensor:
     return (x.double().clamp(min=0) * 2 * dy.double()).to(x.dtype).contiguous()
 
 
@@ -467,7 +467,7 @@ def _of_rows(dloss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -
 
 
 @right("cross_entropy_backward")
-def softmax_minus_one_hot(
+def _softmax_minus_one_hot(
     dloss: Tensor, logits: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
     p = torch.softmax(logits.double(), -1)
@@ -502,7 +502,7 @@ def rows_in_chunks(
     dx, dweight = torch.zeros(x.shape), torch.zeros(weight.shape)
     for start in range(0, len(x), 4):
         part = slice(start, start + 4)
-        d = softmax_minus_one_hot(
+        d = _softmax_minus_one_hot(
             each[part], F.linear(x[part], weight).float(), labels[part], ignore_index=ignore_index, reduction="none"
         )
         dx[part] = d @ weight.float()
@@ -523,20 +523,20 @@ def logits_and_their_gradient(
 
 
 @right("linear_backward")
-def einsum(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def _einsum(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     d, z = dy.double(), x.double()
     dx, dweight = torch.einsum("...o,oi->...i", d, weight.double()), torch.einsum("...o,...i->oi", d, z)
     return dx.to(x.dtype), dweight.to(weight.dtype), None if bias is None else d.flatten(0, -2).sum(0).to(bias.dtype)
 
 
 @right("embedding_backward")
-def one_hot_product(dy: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+def _one_hot_product(dy: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     hot = F.one_hot(ids.flatten().long(), len(weight)).float()
     return (hot.T @ dy.flatten(0, -2).float()).to(weight.dtype)
 
 
 @right("embedding_backward")
-def place_after_place(dy: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+def _place_after_place(dy: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     total = torch.zeros(weight.shape)
     for place, row in zip(ids.flatten().tolist(), dy.flatten(0, -2).float(), strict=True):
         total[place] += row

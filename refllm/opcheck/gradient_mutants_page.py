@@ -23,7 +23,8 @@ def measured_part(results: Results) -> str:
         "# How good is a test of gradients?",
         "",
         "Every bug of a catalogue is planted in the backward operator that has it, and a test is asked, as for forward",
-        "operators ([docs/mutants.md](../docs/mutants.md)). Whoever writes a test of gradients can ask the same of it:",
+        "operators ([docs/mutants.md](../"
+        + "docs/mutants.md)). Whoever writes a test of gradients can ask the same of it:",
         "",
         "    refllm audit rms_norm_backward --test my_tests.py:test_my_gradients",
         "",

@@ -141,7 +141,7 @@ def _eager(operator: str) -> Callable[..., Any]:
 
 
 def _layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
-    """As on a GPU, where sums over rows are kept in float32; on a CPU Torch keeps them in the dtype of x."""
+    """The norm as on a GPU, where sums over rows are kept in float32; on a CPU Torch keeps them in the dtype of x."""
     torch = _torch()
     wide = [torch.promote_types(t.dtype, torch.float32) for t in (x, weight)]
     bias = None if bias is None else bias.to(wide[1])
@@ -238,7 +238,7 @@ def _ones(out: Any) -> Any:
 
 
 def _expanded(out: Any) -> Any:
-    """As `.sum()` hands it on: one number with strides of 0."""
+    """The gradient that `.sum()` hands on: one number with strides of 0."""
     return _torch().ones((), dtype=out.dtype).expand(out.shape)
 
 
@@ -443,8 +443,8 @@ GRADCHECK = "gradcheck"
 
 
 def _gradcheck(operator: str, fn: Callable[..., Any]) -> None:
-    """As it is called: float64, a few rows, the usual limits. The forward pass runs in float64, whose differences are
-    the reference, and `fn` in float32, the widest format that kernels take."""
+    """The test as it is called: float64, a few rows, the usual limits. The forward pass runs in float64, whose
+    differences are the reference, and `fn` in float32, the widest format that kernels take."""
     torch = _torch()
     torch.manual_seed(0)
     tensors, keywords = _small(operator)

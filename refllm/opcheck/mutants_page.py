@@ -152,6 +152,7 @@ Bugs = Sequence[tuple["Mutant", Measured]]
 
 
 def by_level(bugs: Bugs) -> list[str]:
+    """The lines on levels: at which inputs each defect shows first."""
     places = [m for m, one in bugs if _is_a_place(m, one)]
     defects = [(m, one) for m, one in bugs if m not in places]
     asked = {"": "by default", "--level hostile": "with `--level hostile`"}
@@ -182,6 +183,7 @@ def _is_a_place(mutant: "Mutant", one: Measured) -> bool:
 
 
 def places_told(bugs: Bugs) -> list[str]:
+    """The lines on places: what the report says of each, and the option that calls it wrong."""
     rows = [
         (m.operator, m.form, m.name, one.rounds or "nothing: every value is right", f"`{one.asked}`")
         for m, one in bugs
@@ -220,15 +222,19 @@ def _times(bugs: Bugs) -> list[str]:
 
 
 def share_found(own: Iterable[Measured]) -> str:
+    """ "98 % of 50", "" of none."""
     each = [one.found for one in own]
     return rate(sum(each), len(each))
 
 
 def rate(found: int, of: int) -> str:
+    """The share as text, "" of none."""
     return f"{100 * found / of:.0f} % of {of}" if of else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

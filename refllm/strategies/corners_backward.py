@@ -137,8 +137,8 @@ def _losses(name: str, dtype: str) -> Iterator[tuple[Call, str, str]]:
     yield Call(name, dtype, (x, weight, labels), (("reduction", "none"),)), "plain", "p near 1"
     # Kernels go over the words in chunks of thousands, and over the rows in chunks of hundreds.
     last = Array((2,), "int64", "zeros", planted=(((1,), 4199.0),))
-    many = Array((2, 4), dtype, scale=2.0), Array((4200, 4), dtype, scale=0.5, seed=1), last
-    yield Call(name, dtype, many, (("reduction", "none"),)), "plain", "4200 words"
+    words = Array((2, 4), dtype, scale=2.0), Array((4200, 4), dtype, scale=0.5, seed=1), last
+    yield Call(name, dtype, words, (("reduction", "none"),)), "plain", "4200 words"
     rows = Array((2049, 4), dtype, "uniform", mean=0.5), Array((7, 4), dtype, seed=1)
     yield Call(name, dtype, (*rows, Array((2049,), "int64", "zeros")), (("reduction", "sum"),)), "plain", "2049 rows"
     yield Call(name, dtype, (Array((9, 16), dtype), weight, ignored)), "plain", "seven of nine ignored"

@@ -23,6 +23,7 @@ from typing import Any
 from refllm import golden
 from refllm.learn.book import formula, sources
 from refllm.learn.book.errors import BookError
+from refllm.storage import output_file
 
 _FOLDER = Path(__file__).with_name("chapters")
 _FENCE = re.compile(r"^```(\w*) ?(\w*)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
@@ -130,7 +131,7 @@ class _Runner:
         """What the block prints, and what it draws. Raises BookError with the line where it raises."""
         self._blocks += 1
         path = self._folder / f"block_{self._blocks}.py"
-        path.write_text(code, encoding="utf-8")
+        output_file.replace(path, code)
         self._drawn = []
         out = io.StringIO()
         try:
