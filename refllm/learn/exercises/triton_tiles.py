@@ -394,7 +394,9 @@ def flash_row(q, k, v, BLOCK):
 
 def _flash() -> Iterator[Given]:
     d = Draws(54)
-    for S, T, D, bm, bn in ((4, 4, 16, 4, 16), (5, 37, 16, 2, 16), (20, 20, 16, 8, 16), (18, 34, 16, 16, 16)):
+    # The last: a tile of queries whose first sees one tile of keys, and whose others see two.
+    for S, T, D, bm, bn in ((4, 4, 16, 4, 16), (5, 37, 16, 2, 16), (20, 20, 16, 8, 16), (18, 34, 16, 16, 16),
+                            (7, 20, 16, 4, 16)):  # fmt: skip
         yield Given(f"{S} queries of {T} keys, tiles {bm} and {bn}",
                     (d.normal(S, D, size=2.5), d.normal(T, D, mean=0.2), d.normal(T, D, mean=0.4), bm, bn),
                     lengths={"S": S, "T": T, "D": D})
@@ -518,6 +520,10 @@ def flash(q, k, v, BM, BN):
         wrong("diagonal tile skipped", "the walk ends before the tile on the diagonal",
               "Which keys does your loop visit?",
               "T - S + (pid + 1) * BM", "T - S + pid * BM"),
+        wrong("walk ends at the first query",
+              "the walk ends at the last key of the tile's first query, and the others see more",
+              "Which keys does the last query of the tile see?",
+              "T - S + (pid + 1) * BM", "T - S + pid * BM + 1"),
         wrong("walk forgets T - S", "the walk ends as if S were T",
               "Which is the last key that a program's queries see?",
               "min(T, T - S + (pid + 1) * BM)", "min(T, (pid + 1) * BM)"),
