@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ def run_variants(checkpoint: Path, out: Path, variants: Sequence[str], ranks: in
     import transformers
     from transformers.models.arcee.modeling_arcee import ArceeRotaryEmbedding
 
-    ids = np.random.default_rng(0).integers(0, 640, (2, tokens))
+    ids = _ids(tokens)
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     cos, sin = ArceeRotaryEmbedding(config)(torch.zeros(1, 1), torch.arange(tokens)[None])
     half = cos.shape[-1] // 2
@@ -40,6 +40,11 @@ def run_variants(checkpoint: Path, out: Path, variants: Sequence[str], ranks: in
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
+
+
+def _ids(tokens: int) -> np.ndarray:
+    """The tokens of every run, [2, tokens]."""
+    return np.random.default_rng(0).integers(0, 640, (2, tokens))
 
 
 @dataclass(frozen=True)
@@ -101,19 +106,9 @@ def _row(folder: Path, out: Path, variant: str) -> Row:
 
 def _others(folder: Path, ranks: "object", variant: str) -> tuple[bool, ...]:
     """Whether the logits pass the criteria of others, beside Transformers' of one process in the same format."""
-    import torch
-    import transformers
-
     _, dtype, _ = variant.split("/")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     whole = ranks.whole()[0]  # type: ignore[attr-defined]
-    ids = torch.from_numpy(whole.inputs.input_ids)
-    with torch.no_grad():
-        known = model(ids).logits.float().numpy()
-        # The estimate of TTrace, by its description: what a relative change of the input by one rounding does.
-        embeds = model.get_input_embeddings()(ids)
-        noise = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(0)) * torch.finfo(embeds.dtype).eps
-        moved = model(inputs_embeds=(embeds.float() * (1 + noise)).to(embeds.dtype)).logits.float().numpy()
+    known, moved = _known(folder, dtype, whole.inputs.input_ids.shape[1])
     found = whole.taps["lm_head"]
     norm = np.linalg.norm
     return (
@@ -121,6 +116,22 @@ def _others(folder: Path, ranks: "object", variant: str) -> tuple[bool, ...]:
         bool(np.allclose(found, known, rtol=1.6e-2, atol=1e-5)),
         bool(norm(found - known) <= 10 * norm(moved - known)),
     )
+
+
+@cache
+def _known(folder: Path, dtype: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Transformers' logits, and those after a relative change of the input by one rounding: the estimate of TTrace, by
+    its description."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    ids = torch.from_numpy(_ids(tokens))
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        noise = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(0)) * torch.finfo(embeds.dtype).eps
+        moved = (embeds.float() * (1 + noise)).to(embeds.dtype)
+        return model(ids).logits.float().numpy(), model(inputs_embeds=moved).logits.float().numpy()
 
 
 def is_right(row: Row) -> bool:
